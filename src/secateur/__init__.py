@@ -1,0 +1,1 @@
+"""secateur prunes Hugging Face causal language models."""

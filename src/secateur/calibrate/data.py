@@ -1,0 +1,201 @@
+"""Text, and its way into windows of token ids. One vocabulary of names (SPEC) serves calibration and evaluation.
+
+A SPEC is `builtin`, `wikitext2`, `c4`, `alpaca` (hub data sets, resolved by role: the train part to calibrate, the test part to evaluate), or a
+path: `.jsonl`, `.json` (Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids [samples, seqlen], used as given), and anything else as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from secateur.bundled.text import documents
+from secateur.core.errors import SecateurError, UsageError
+
+Role = Literal["calibration", "evaluation"]
+
+# Tokens read for each token wanted, so that windows come from all over a large text without reading all of it.
+_READ_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set of the hub: where it is and which part serves which role."""
+
+    path: str
+    config: str | None
+    split: dict[Role, str]
+    files: dict[Role, str] | None = None
+    render: Callable[[dict[str, Any]], str] = lambda row: row["text"]
+
+
+def alpaca_prompt(row: dict[str, Any]) -> str:
+    """An instruction and its answer in the form of the Alpaca project."""
+    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "evaluation": "test"}),
+    "c4": HubText(
+        "allenai/c4",
+        None,
+        {"calibration": "train", "evaluation": "validation"},
+        {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+    "alpaca": HubText("tatsu-lab/alpaca", None, {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt),
+}
+NAMED = ("builtin", *HUB_TEXTS)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]."""
+
+    spec: str
+    rows: tuple[str, ...] = ()
+    ids: Tensor | None = None
+
+
+def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
+    """Read a SPEC.
+
+    Args:
+        spec: see the module's docstring; a hub name may carry a revision, `wikitext2@REVISION`.
+        role: which part of a named data set.
+        text_field: the field of `.jsonl` and `.parquet` rows that holds the text.
+
+    Raises:
+        UsageError: the SPEC is neither a name nor a file.
+        SecateurError: the file is not what its suffix says, or holds no text.
+    """
+    name, _, revision = spec.partition("@")
+    if name == "builtin":
+        return Text(spec, tuple(d.text for d in documents("train" if role == "calibration" else "test")))
+    if name in HUB_TEXTS:
+        return Text(spec, _from_hub(name, role, revision or None))
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise UsageError(f"no text '{spec}': give one of {', '.join(NAMED)}, or the path of a file")
+    if path.suffix in (".npy", ".safetensors"):
+        return Text(spec, ids=_token_ids(path))
+    rows = tuple(_rows(path, text_field))
+    if not any(row.strip() for row in rows):
+        raise SecateurError(f"{spec}: holds no text")
+    return Text(spec, rows)
+
+
+def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> Tensor:
+    """Windows of calibration text: int64 [S, T].
+
+    The rows are shuffled and tokenised one after the other (each with what the tokenizer adds at its start) until there is enough; the
+    stream is cut into windows that do not overlap, of which `samples` are drawn. Token ids are used as given, in order.
+
+    Raises:
+        SecateurError: the text has fewer windows than asked for.
+    """
+    if text.ids is not None:
+        return text.ids
+    order = np.random.default_rng(seed)
+    wanted = samples * seqlen
+    stream: list[int] = []
+    for number in order.permutation(len(text.rows)):
+        if text.rows[number].strip():
+            stream += tokenize(text.rows[number])
+        if len(stream) >= _READ_AHEAD * wanted:
+            break
+    there = len(stream) // seqlen
+    if there < samples:
+        raise SecateurError(
+            f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; "
+            f"lower --samples or --seqlen, or give more text"
+        )
+    windows = torch.tensor(stream[: there * seqlen], dtype=torch.int64).view(there, seqlen)
+    return windows[torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))]
+
+
+def check_ids(windows: Tensor, vocabulary: int, spec: str) -> None:
+    """Raises SecateurError where a token id is outside the vocabulary."""
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise SecateurError(f"{spec}: token id {bad} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer")
+
+
+def ids_hash(ids: Tensor) -> str:
+    """SHA-256 of token ids as little-endian int64."""
+    return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _token_ids(path: Path) -> Tensor:
+    try:
+        ids = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else next(iter(load_file(path).values()))
+    except Exception as error:
+        raise SecateurError(f"{path}: cannot be read as token ids ({error})") from error
+    if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape or ids.shape[1] < 2:
+        raise SecateurError(f"{path}: token ids are an int array [samples, seqlen], this is {ids.dtype} {list(ids.shape)}")
+    return ids.to(torch.int64)
+
+
+def _rows(path: Path, field: str) -> Sequence[str]:
+    if path.suffix == ".jsonl":
+        return [_field(_json(line, f"{path}, line {n}"), field, path) for n, line in enumerate(_plain(path).splitlines(), 1) if line.strip()]
+    if path.suffix == ".json":
+        rows = _json(_plain(path), str(path))
+        if not isinstance(rows, list) or not all(isinstance(r, dict) and {"instruction", "output"} <= r.keys() for r in rows):
+            raise SecateurError(f"{path}: .json is read in Alpaca form, a list of objects with 'instruction', 'output' and perhaps 'input'; use .jsonl for other text")
+        return [alpaca_prompt(row) for row in rows]
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        try:
+            table = parquet.read_table(path)
+        except Exception as error:
+            raise SecateurError(f"{path}: not a parquet file ({error})") from error
+        if field not in table.column_names:
+            raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
+        return [str(value) for value in table.column(field).to_pylist()]
+    return [_plain(path)]
+
+
+def _plain(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or give token ids as .npy") from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SecateurError(f"{where}: not JSON ({error.msg})") from None
+
+
+def _field(row: Any, field: str, path: Path) -> str:
+    if not isinstance(row, dict) or field not in row:
+        has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise SecateurError(f"{path}: a row has no field '{field}' (it has {has}); name it with --text-field")
+    return str(row[field])
+
+
+def _from_hub(name: str, role: Role, revision: str | None) -> tuple[str, ...]:
+    source = HUB_TEXTS[name]
+    import datasets
+
+    part = source.split[role]
+    files = {part: source.files[role]} if source.files else None
+    try:
+        data = datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision)
+    except Exception as error:
+        raise SecateurError(f"text '{name}': the hub did not give {source.path} ({error}); check the network, or give a local file") from error
+    return tuple(source.render(row) for row in data)

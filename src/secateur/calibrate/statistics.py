@@ -1,0 +1,71 @@
+"""Streaming sums over calibration tokens. One statistic for each distinct input: q, k, v share one; gate and up share one.
+
+Shape letters: N tokens, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from secateur.core.errors import SecateurError
+from secateur.models.family import Family
+
+
+class Statistic(Protocol):
+    """A sum over tokens. `update` adds a batch x_NI; `finite` says whether everything in it is a number."""
+
+    def update(self, x_NI: Tensor) -> None: ...
+
+    def finite(self) -> bool: ...
+
+
+class InputNorm:
+    """The Euclidean norm of every input over all tokens, ||X_j||_2 of Wanda (arXiv:2306.11695, section 3).
+
+    Batches are summed in the dtype of the activations (float32 or better), batch sums in float64.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.square_I = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, x_NI: Tensor) -> None:
+        x_NI = x_NI if x_NI.dtype == torch.float64 else x_NI.float()
+        self.square_I += torch.linalg.vector_norm(x_NI, dim=0).double().square()
+        self.tokens += len(x_NI)
+
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.square_I).all())
+
+    @property
+    def norm_I(self) -> Tensor:
+        """float64 [I]."""
+        return self.square_I.sqrt()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The statistics of one block. `statistics["k"]` is that of the input of k, which q and v share."""
+
+    family: Family
+    of_input: Mapping[str, Statistic]
+
+    def __getitem__(self, name: str) -> Statistic:
+        return self.of_input[self.family.input_of(name)]
+
+    def check_finite(self, block: int) -> None:
+        """Raises SecateurError that names the block and the matrix whose input holds NaN or infinity."""
+        for name, statistic in self.of_input.items():
+            if not statistic.finite():
+                raise SecateurError(
+                    f"block {block}: the input of matrix {name} is not finite (NaN or infinity); "
+                    "the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+                )
+
+
+NewStatistic = Callable[[int, torch.device], Statistic]

@@ -1,0 +1,209 @@
+"""Running a model one block at a time over all calibration windows.
+
+Only one block's weights are in memory. The residual stream of all windows is one buffer, overwritten in place as it passes each
+block, and optionally kept in a file instead. The arguments that blocks receive (positions, masks, rotary tables) are captured
+from the stock model's own forward, so nothing here knows what a family passes to its blocks.
+
+Shape letters: S windows, B windows of a batch, T tokens, D residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from transformers import PreTrainedModel
+
+from secateur.models.load import build_skeleton
+from secateur.models.runtime import block_with_widths
+from secateur.models.view import BlockView, ModelView
+
+TOKENS_A_BATCH = 2048  # enough rows for the matrix products, few enough for the caches
+Listener = Callable[[Tensor], None]
+
+
+class _Stop(Exception):
+    """Raised inside a forward once all that was wanted has been seen."""
+
+
+class _Recorder(nn.Module):
+    """Stands where a block would: notes its arguments and passes the residual on."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        if self.last:
+            raise _Stop
+        return hidden
+
+
+class Stream:
+    """The residual stream of calibration windows, carried through a model block by block.
+
+    Args:
+        view: the model.
+        windows: token ids [S, T].
+        device, dtype: where and in which dtype blocks run.
+        spill: a file to keep the residual stream in, instead of memory.
+    """
+
+    def __init__(self, view: ModelView, windows: Tensor, *, device: torch.device, dtype: torch.dtype, spill: Path | None = None) -> None:
+        self.view, self.device, self.dtype = view, device, dtype
+        self._windows = windows
+        self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
+        self._skeleton = build_skeleton(view.config)
+        self._blocks: nn.ModuleList = self._skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]
+        self._classes = [type(block) for block in self._blocks]
+        self._arguments = {len(windows[rows]): self._capture(len(windows[rows])) for rows in self._slices()}
+        self.hidden_STD = self._buffer(spill)
+        self._embed()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.hidden_STD.numel() * self.hidden_STD.element_size()
+
+    def block_module(self, block: BlockView) -> nn.Module:
+        """A block that can run, from tensors of any dtype; on CPU float32 weights are not copied."""
+        skeleton = self._blocks[block.index]
+        if block.dims != self.view.dims(block.index):
+            with torch.device("meta"):
+                skeleton = block_with_widths(self._classes[block.index], self._skeleton.config, block.index, block.dims.widths())
+        module = skeleton.eval()
+        state = {name: tensor.to(self.device, self.dtype) for name, tensor in block.tensors.items()}
+        module.load_state_dict(state, assign=True)
+        return module
+
+    @torch.inference_mode()
+    def observe(self, module: nn.Module, listeners: Mapping[str, Listener]) -> None:
+        """Show the inputs of some matrices to listeners, [B·T, I] a batch; the residual stream stays where it is.
+
+        Args:
+            module: from `block_module`.
+            listeners: path of a linear module in the block -> what to call with its input. A forward ends when all have heard.
+        """
+        heard: set[str] = set()
+        hooks = [module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners))) for path, call in listeners.items()]
+        try:
+            for rows, arguments in self._batches(module):
+                heard.clear()
+                try:
+                    module(self.hidden_STD[rows].to(self.device), **arguments)
+                except _Stop:
+                    continue
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.inference_mode()
+    def advance(self, module: nn.Module) -> None:
+        """Carry the residual stream through the block, in place."""
+        for rows, arguments in self._batches(module):
+            out = module(self.hidden_STD[rows].to(self.device), **arguments)
+            self.hidden_STD[rows] = out[0] if isinstance(out, tuple) else out
+
+    def release(self, block: BlockView) -> None:
+        """Let the weights of a block go."""
+        self._blocks[block.index].to("meta")
+
+    def _slices(self) -> Iterator[slice]:
+        for start in range(0, len(self._windows), self._batch):
+            yield slice(start, min(start + self._batch, len(self._windows)))
+
+    def _batches(self, module: nn.Module) -> Iterator[tuple[slice, dict[str, Any]]]:
+        index = _layer_index(module)
+        for rows in self._slices():
+            yield rows, self._arguments[rows.stop - rows.start][index]
+
+    @torch.inference_mode()
+    def _capture(self, batch: int) -> list[dict[str, Any]]:
+        """The arguments of every block for this many windows; they depend on the number of windows, not on the tokens."""
+        decoder = self._decoder()
+        recorders = [_Recorder(last=i == len(self._blocks) - 1) for i in range(len(self._blocks))]
+        kept = list(self._blocks)
+        for i, recorder in enumerate(recorders):
+            self._blocks[i] = recorder
+        inputs = torch.zeros(batch, self._windows.shape[1], self.view.config.hidden_size, dtype=self.dtype, device=self.device)
+        try:
+            decoder(inputs_embeds=inputs, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for i, block in enumerate(kept):
+                self._blocks[i] = block
+        return [recorder.arguments for recorder in recorders]
+
+    @torch.inference_mode()
+    def _embed(self) -> None:
+        """Fill the buffer with what enters the first block."""
+        family = self.view.family
+        table_VD = self.view.source.read(f"{family.embeddings[0]}.weight")
+        decoder = self._decoder()
+        first = self._blocks[0]
+        recorder = _Entry()
+        self._blocks[0] = recorder
+        try:
+            for rows in self._slices():
+                embedded = embedding(self._windows[rows], table_VD).to(self.device, self.dtype)
+                try:
+                    decoder(inputs_embeds=embedded, use_cache=False)
+                except _Stop:
+                    self.hidden_STD[rows] = recorder.hidden
+        finally:
+            self._blocks[0] = first
+
+    def _decoder(self) -> nn.Module:
+        """The base model with everything before the first block ready to run."""
+        family, model = self.view.family, self._skeleton
+        for path in family.embeddings[1:]:
+            module = model.get_submodule(path)
+            if next(module.parameters()).is_meta:
+                state = {name: t.to(self.device, self.dtype) for name, t in self.view.read_module(path).items()}
+                module.load_state_dict(state, assign=True)
+        _make_rotary_tables(model, self.device)
+        return model.get_decoder()
+
+    def _buffer(self, spill: Path | None) -> Tensor:
+        samples, seqlen = self._windows.shape
+        shape = (samples, seqlen, self.view.config.hidden_size)
+        if spill is None:
+            return torch.empty(shape, dtype=self.dtype)
+        return torch.from_file(str(spill), shared=True, size=torch.Size(shape).numel(), dtype=self.dtype).view(shape)
+
+
+class _Entry(nn.Module):
+    """Stands for the first block: keeps what enters it."""
+
+    hidden: Tensor
+
+    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
+        self.hidden = hidden
+        raise _Stop
+
+
+def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        call(inputs[0].flatten(0, -2))
+        heard.add(path)
+        if len(heard) == wanted:
+            raise _Stop  # what follows in the block would be thrown away
+
+    return listen
+
+
+def _layer_index(module: nn.Module) -> int:
+    return next(int(m.layer_idx) for m in module.modules() if hasattr(m, "layer_idx"))
+
+
+def _make_rotary_tables(model: PreTrainedModel, device: torch.device) -> None:
+    """Rotary tables are computed, not stored: make those again that the meta device left empty."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            model.set_submodule(name, type(module)(config=model.config).to(device))

@@ -1,0 +1,37 @@
+"""Where and in which dtype to compute."""
+
+from __future__ import annotations
+
+import torch
+
+from secateur.core.errors import SecateurError, UsageError
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes an accelerator where there is one.
+
+    Raises:
+        UsageError: not a device's name.
+        SecateurError: the machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}' (known: auto, cpu, cuda, cuda:N)") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SecateurError(f"device '{name}': torch sees no CUDA device here; use --device cpu")
+    return device
+
+
+def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own dtype on an accelerator, and at least float32 on a CPU: products of 16-bit floats are slow on
+    most CPUs, and the same masks then come out on all of them."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" and stored in (torch.bfloat16, torch.float16) else stored
+    if name not in _DTYPES:
+        raise UsageError(f"unknown dtype '{name}' (known: auto, {', '.join(_DTYPES)})")
+    return _DTYPES[name]

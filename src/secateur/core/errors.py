@@ -1,0 +1,25 @@
+"""The two kinds of failure a user meets, and the words they are told in.
+
+A message names the thing, the value met, the values allowed and the next step, on one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SecateurError(Exception):
+    """The work could not be done: bad data, a broken model, no memory. Exit status 1."""
+
+
+class UsageError(SecateurError, ValueError):
+    """The request itself is wrong: unknown name, value out of range. Exit status 2."""
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
+    """The error for a name that is not one of `allowed`, with the nearest ones offered."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"unknown {kind} '{name}'{hint} (known: {', '.join(allowed) or 'none'})")

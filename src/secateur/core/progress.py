@@ -1,0 +1,46 @@
+"""Progress of long work, on stderr: a bar on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_LINE_EVERY_SECONDS = 10.0
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items and show how many are done; `total` defaults to `len(items)` where it has one."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if sys.stderr.isatty():
+        yield from _bar(items, description, total)
+    else:
+        yield from _lines(items, description, total)
+
+
+def say(line: str) -> None:
+    """One line for the user, on stderr (stdout is for results)."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+    started = spoken = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - spoken > _LINE_EVERY_SECONDS:
+            spoken = now
+            say(f"{description}: {done}{f' of {total}' if total else ''}, {now - started:.0f} s")

@@ -1,0 +1,86 @@
+"""Records: one run, one JSON line, appended to a file that several processes may share."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import platform
+import resource
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from secateur.core.errors import SecateurError
+
+Record = dict[str, Any]
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
+
+
+def version() -> str:
+    return metadata.version("secateur")
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result may depend on."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def to_json(record: Record) -> str:
+    """One line of strict JSON: numbers that are not finite become null, since JSON has no word for them."""
+    return json.dumps(_finite(record), allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def append(path: Path, record: Record) -> None:
+    """Append one line, whole: the file is locked while it is written and flushed before it is released."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(to_json(record) + "\n")
+        file.flush()
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """All records of the files, and of the `records.jsonl` of folders, in order.
+
+    Raises:
+        SecateurError: a path is missing, or a line is not a JSON object (the file and the line are named).
+    """
+    records: list[Record] = []
+    for path in paths:
+        file = path / "records.jsonl" if path.is_dir() else path
+        if not file.is_file():
+            raise SecateurError(f"no records at '{path}': give a records.jsonl file, or the folder that holds it")
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+            if line.strip():
+                records.append(_parse(line, file, number))
+    return records
+
+
+def _parse(line: str, file: Path, number: int) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SecateurError(f"{file}, line {number}: not JSON ({error.msg}); remove or repair that line") from None
+    if not isinstance(record, dict):
+        raise SecateurError(f"{file}, line {number}: a record is a JSON object, this is a {type(record).__name__}")
+    return record

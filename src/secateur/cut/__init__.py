@@ -1,0 +1,5 @@
+"""Applying plans: the only place where weights change."""
+
+from secateur.cut.block import cut_block, dims_after
+
+__all__ = ["cut_block", "dims_after"]

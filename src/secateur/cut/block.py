@@ -1,0 +1,77 @@
+"""The cut of one block: zero what masks remove, drop the rows and columns of removed units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from secateur.models.family import ATTENTION, MLP
+from secateur.models.view import BlockDims, BlockView
+from secateur.plan.plan import BlockPlan
+
+
+def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
+    """The block after the plan; the tensors of the given one are left as they are."""
+    block = _masked(block, plan)
+    return _narrowed(block, plan) if plan.keep else block
+
+
+def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
+    """The sizes of the block after the plan."""
+    groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
+    ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
+    return replace(dims, groups=groups, heads=groups * dims.queries, ffn=ffn)
+
+
+def _masked(block: BlockView, plan: BlockPlan) -> BlockView:
+    touched = {f"{block.family.matrices[name]}.weight" for name in plan.masks}
+    tensors = {name: tensor.clone() if name in touched else tensor for name, tensor in block.tensors.items()}
+    block = replace(block, tensors=tensors)
+    for name, mask in plan.masks.items():
+        weight_OI = block.matrix(name)
+        weight_OI.masked_fill_(~mask.unpack().to(weight_OI.device), 0)
+    return block
+
+
+def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
+    tensors = dict(block.tensors)
+    rows, columns = _kept_rows_and_columns(block, plan)
+    for path in {block.family.matrices[name] for name in block.names}:
+        members = [name for name in block.names if block.family.matrices[name] == path]
+        tensors[f"{path}.weight"] = _stack([_pick(block.matrix(n), rows.get(n), columns.get(n)) for n in members])
+        biases = [block.bias(name) for name in members]
+        if biases[0] is not None:
+            tensors[f"{path}.bias"] = _stack([b[rows[n]] if n in rows else b for n, b in zip(members, biases, strict=True) if b is not None])
+    return replace(block, tensors=tensors, dims=dims_after(block.dims, plan))
+
+
+def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    rows: dict[str, Tensor] = {}
+    columns: dict[str, Tensor] = {}
+    if "ffn" in plan.keep:
+        units = plan.keep["ffn"].long()
+        rows |= {name: units for name in MLP[:2] if name in block.names}
+        columns["down"] = units
+    if "groups" in plan.keep:
+        groups = plan.keep["groups"].long()
+        of_key = _spread(groups, block.dims.head_width)
+        of_query = _spread(groups, block.dims.head_width * block.dims.queries)  # the query heads of a group are neighbours
+        rows |= {"q": of_query, "k": of_key, "v": of_key}
+        columns[ATTENTION[3]] = of_query
+    return rows, columns
+
+
+def _spread(groups: Tensor, width: int) -> Tensor:
+    return (groups[:, None] * width + torch.arange(width)).flatten()
+
+
+def _pick(weight_OI: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    if rows is not None:
+        weight_OI = weight_OI[rows]
+    return weight_OI if columns is None else weight_OI[:, columns].contiguous()
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,95 @@
+"""The pruning methods: one file each, found by name. `--method wanda` is `methods/wanda.py`.
+
+A method is a module with one frozen dataclass (its options) and one of two functions:
+
+    plan_block(block, statistics, options) -> BlockPlan     the blocks are streamed, each cut before the next is calibrated
+    plan_model(view, data, options) -> Plan blocks          the whole model is needed at once
+
+and, where it needs them, `STATISTICS`, the statistic to collect for each distinct input of a block. Other packages add methods by
+the entry point `secateur.methods`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from secateur.calibrate.statistics import NewStatistic
+from secateur.core.errors import UsageError, unknown
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as the driver sees it."""
+
+    name: str
+    module: ModuleType
+    options_class: type[Any]
+
+    @property
+    def statistics(self) -> NewStatistic | None:
+        return getattr(self.module, "STATISTICS", None)
+
+    @property
+    def plan_block(self) -> Callable[..., Any] | None:
+        return getattr(self.module, "plan_block", None)
+
+    @property
+    def plan_model(self) -> Callable[..., Any] | None:
+        return getattr(self.module, "plan_model", None)
+
+    def options(self, given: Mapping[str, Any]) -> Any:
+        """The options from their values, or from text as `--set` gives it.
+
+        Raises:
+            UsageError: an option the method does not have, or a value it does not take.
+        """
+        fields = {f.name: f for f in dataclasses.fields(self.options_class)}
+        values = {}
+        for name, value in given.items():
+            if name not in fields:
+                raise unknown(f"option of {self.name}", name, fields)
+            values[name] = _convert(f"{self.name}: option {name}", value, fields[name].default)
+        return self.options_class(**values)
+
+    @property
+    def summary(self) -> str:
+        return (self.module.__doc__ or "").strip().splitlines()[0]
+
+
+def method_names() -> list[str]:
+    """Every method there is."""
+    built_in = [m.name for m in pkgutil.iter_modules(__path__)]
+    return sorted({*built_in, *(entry.name for entry in entry_points(group="secateur.methods"))})
+
+
+def find_method(name: str) -> Method:
+    """Raises UsageError where no method has that name."""
+    if name not in method_names():
+        raise unknown("method", name, method_names())
+    added = {entry.name: entry for entry in entry_points(group="secateur.methods")}
+    module = added[name].load() if name in added else importlib.import_module(f"{__name__}.{name}")
+    options = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+    if len(options) != 1:
+        raise UsageError(f"method '{name}': its file must define one dataclass, its options; it defines {len(options)}")
+    return Method(name, module, options[0])
+
+
+def _convert(what: str, value: Any, default: Any) -> Any:
+    """Text to the type of the default."""
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    if isinstance(default, bool):
+        if value.lower() not in ("true", "false"):
+            raise UsageError(f"{what} is true or false, not '{value}'")
+        return value.lower() == "true"
+    try:
+        return type(default)(value)
+    except ValueError:
+        raise UsageError(f"{what} needs a {type(default).__name__}, not '{value}'") from None

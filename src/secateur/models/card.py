@@ -1,0 +1,58 @@
+"""The model card of a pruned checkpoint: what was pruned, how, and what it measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.core import records
+from secateur.models.load import Checkpoint
+
+_BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
+
+
+def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mapping[str, Any], not_stock: str | None) -> str:
+    """The README.md of a checkpoint; it holds nothing that varies between equal runs."""
+    name = Path(checkpoint.name).name if Path(checkpoint.name).is_dir() else checkpoint.name
+    calibration = settings["calibration"]
+    rows = {
+        "base model": name,
+        "method": f"{settings['method']} ({', '.join(f'{k}={v}' for k, v in settings['options'].items())})",
+        "sparsity asked, measured": f"{settings['sparsity']}, {facts['sparsity_measured']:.4f} of the targeted matrices",
+        "modules": settings["modules"] or "all matrices of the blocks",
+        "parameters": f"{facts['params_after']:,} of {facts['params_before']:,} (pruning ratio {facts['pruning_ratio']:.4f}), {facts['nonzero_after']:,} not zero",
+        "calibration": f"{calibration['spec']}, {calibration['samples']} x {calibration['seqlen']} tokens, seed {settings['seed']}" if calibration else "none needed",
+    }
+    loading = (
+        f"The blocks are not those of a stock architecture ({not_stock}): load with `trust_remote_code=True`, or `import secateur` first."
+        if not_stock
+        else "A stock architecture: `AutoModelForCausalLM.from_pretrained` loads it as it is."
+    )
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    licence = _licence(checkpoint.folder)
+    front = f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n" + (f"license: {licence}\n" if licence else "") + "---\n"
+    return f"{front}# {name}, pruned with {settings['method']}\n\nMade by secateur {records.version()}.\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"
+
+
+def note_measurement(folder: Path, record: Mapping[str, Any]) -> None:
+    """Add what an evaluation found to the card of a checkpoint that secateur wrote; the same protocol again replaces its line."""
+    card = folder / "README.md"
+    if not card.is_file() or _BEGIN not in (text := card.read_text("utf-8")):
+        return
+    head, _, rest = text.partition(_BEGIN)
+    middle, _, tail = rest.partition(_END)
+    protocol = record["ppl_protocol"]
+    what = f"perplexity, {protocol['spec']}, windows of {protocol['seqlen']} tokens ({protocol['tokens']:,} predicted)"
+    lines = [line for line in middle.strip().splitlines() if not line.startswith(f"- {what}:")]
+    lines.append(f"- {what}: {record['ppl']:.4f}")
+    card.write_text(f"{head}{_BEGIN}\n" + "\n".join(lines) + f"\n{_END}{tail}", "utf-8")
+
+
+def _licence(folder: Path) -> str | None:
+    card = folder / "README.md"
+    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL)):
+        if licence := re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE):
+            return licence[1]
+    return None

@@ -1,0 +1,253 @@
+"""Opening a checkpoint: checks, configuration, and tensors read lazily from safetensors. No code of the folder is ever run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.core.errors import SecateurError, UsageError
+from secateur.models import runtime
+from secateur.models.family import all_families, find_family
+from secateur.models.view import ModelView
+
+BUNDLED = "bundled"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+
+
+def bundled_folder() -> Path:
+    """The model that ships with the package."""
+    return Path(__file__).parents[1] / "bundled" / "model"
+
+
+def register_pruned_classes() -> None:
+    """Teach the Auto classes of transformers the pruned models of every family."""
+    runtime.register(t for family in all_families().values() for t in family.model_types)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that holds a model: where each tensor is, and what describes it. A `TensorSource`.
+
+    Attributes:
+        name: what the user called it (hub name or folder).
+        folder: where it is on this machine.
+        revision: the hub revision asked for, None for a folder.
+        config: its configuration; `raw_config` is config.json as it was written.
+        index: tensor name in the model -> (file, name in the file).
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    config: PreTrainedConfig
+    raw_config: dict[str, Any]
+    index: dict[str, tuple[Path, str]]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    _skeleton: list[PreTrainedModel] = field(default_factory=list, compare=False, repr=False)
+
+    def names(self) -> list[str]:
+        return list(self.index)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, its own memory (nothing of the file stays mapped)."""
+        file, stored = self.index[name]
+        with _opened(file) as handle:
+            return handle.get_tensor(stored).clone()
+
+    def view(self) -> ModelView:
+        return ModelView(self.name, self.config, find_family(self.config, self.name), self)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises SecateurError where the folder has none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:
+            raise SecateurError(
+                f"{self.name}: no tokenizer that transformers can load ({_first_line(error)}); give token ids (.npy or .safetensors) as text"
+            ) from error
+
+    def max_length(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Find, check and open a model without reading its weights.
+
+    Args:
+        model: a local folder, a hub name, or `bundled`.
+        revision: the hub revision; not used for folders.
+
+    Raises:
+        UsageError: there is no such folder, and the name cannot be one of the hub.
+        SecateurError: the folder holds no causal language model that can be pruned; the message says what it holds.
+    """
+    register_pruned_classes()
+    folder = _locate(model, revision)
+    raw = _read_config(folder, model)
+    _refuse_other_kinds(raw, model)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise SecateurError(f"{model}: transformers cannot read its config.json ({_first_line(error)})") from error
+    find_family(config, model)
+    stored = _stored_tensors(folder, model)
+    skeleton = build_skeleton(config)
+    index, shapes = _match(skeleton, stored, model)
+    dtype = _common_dtype(index)
+    local = folder.resolve() == Path(model).resolve() or model == BUNDLED
+    return Checkpoint(model, folder, None if local else revision, config, raw, index, shapes, dtype, [skeleton])
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights (on the meta device)."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.eval()
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The whole model in memory, for evaluation."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except (SafetensorError, OSError) as error:
+        raise SecateurError(f"{checkpoint.name}: its weights cannot be loaded ({_first_line(error)})") from error
+    moved: nn.Module = model.to(device)
+    return moved.eval()  # type: ignore[return-value]
+
+
+def _locate(model: str, revision: str | None) -> Path:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model == BUNDLED:
+        return bundled_folder()
+    if folder.exists():
+        raise UsageError(f"'{model}' is a file: give the folder that holds config.json and the weights")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise UsageError(f"no folder '{model}': give a local folder, a hub name such as org/model, or '{BUNDLED}' for the model in the package")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise SecateurError(
+            f"'{model}' is no local folder, and the hub did not give it ({_first_line(error)}); check the name and the network, "
+            f"or use '{BUNDLED}' for the model in the package"
+        ) from error
+
+
+def _read_config(folder: Path, model: str) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SecateurError(f"'{model}' is no model: the folder has no config.json")
+    try:
+        raw = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise SecateurError(f"{file}: not JSON ({error}); copy it again from the source of the model") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise SecateurError(f"{file}: names no model_type, so it is no model of transformers")
+    return raw
+
+
+def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
+    """Models that are no dense decoder get their own word, whatever else is wrong with them."""
+    kind = raw["model_type"]
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+        raise SecateurError(f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result")
+    if any((raw.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+        raise SecateurError(f"{model}: '{kind}' is a mixture of experts, which is not supported; use a dense model")
+    if any(key in raw for key in ("vision_config", "audio_config", "text_config", "speech_config")):
+        raise SecateurError(f"{model}: '{kind}' is multimodal, which is not supported; use a text-only causal language model")
+    if raw.get("is_encoder_decoder"):
+        raise SecateurError(f"{model}: '{kind}' is an encoder-decoder, which is not supported; use a causal language model")
+    architectures = raw.get("architectures") or []
+    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel", "Model")) for a in architectures):
+        raise SecateurError(f"{model}: {architectures[0]} is an encoder or a classifier, not a causal language model")
+
+
+def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read."""
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        names = sorted(set(json.loads(index_file.read_text("utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+        files = [file for file in files if file.name != "plan.safetensors"]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
+    if not files:
+        if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+            raise SecateurError(
+                f"{model}: has pickled weights only, which are never read since loading them can run code; "
+                "convert them first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
+            )
+        raise SecateurError(f"'{model}' is no model: the folder has no safetensors file")
+    found = {}
+    for file in files:
+        with _opened(file) as handle:
+            for name in handle.keys():  # noqa: SIM118  # not a dict: the handle has no iterator
+                found[name] = (file, tuple(handle.get_slice(name).get_shape()))
+    return found
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise SecateurError(f"{file}: truncated or corrupt ({error}); download or write it again") from error
+
+
+def _match(
+    skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str
+) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
+    """Find every tensor of the model in the files. Old files leave out the prefix of the base model; a tied head may be there or not."""
+    prefix = skeleton.base_model_prefix + "."
+    tied = set(skeleton.all_tied_weights_keys) if skeleton.config.tie_word_embeddings else set()
+    index, shapes, absent, wrong = {}, {}, [], []
+    for name, tensor in skeleton.state_dict().items():
+        if name in tied:
+            continue
+        key = next((k for k in (name, name.removeprefix(prefix)) if k in stored), None)
+        if key is None:
+            absent.append(name)
+            continue
+        file, shape = stored[key]
+        if shape != tuple(tensor.shape):
+            wrong.append(f"{name} is {list(shape)}, config.json says {list(tensor.shape)}")
+        index[name], shapes[name] = (file, key), shape
+    if absent:
+        raise SecateurError(f"{model}: the files lack {len(absent)} tensors of a {skeleton.config.model_type} model, first {absent[0]}")
+    if wrong:
+        raise SecateurError(f"{model}: {wrong[0]}; config.json and weights do not belong together")
+    return index, shapes
+
+
+def _common_dtype(index: dict[str, tuple[Path, str]]) -> torch.dtype:
+    """The dtype of the first block matrix."""
+    for name, (file, stored) in index.items():
+        if name.endswith("q_proj.weight") or name.endswith("qkv_proj.weight"):
+            with _opened(file) as handle:
+                return getattr(torch, {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[handle.get_slice(stored).get_dtype()])
+    return torch.float32
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

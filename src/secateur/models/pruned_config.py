@@ -1,0 +1,61 @@
+"""The config.json of a pruned model: stock where a stock architecture can express the widths, otherwise that of the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from secateur.models.family import Family
+from secateur.models.runtime import PREFIX, auto_map, pruned_class
+from secateur.models.view import BlockDims
+
+
+def stock_problem(raw: Mapping[str, Any], family: Family, before: Sequence[BlockDims], after: Sequence[BlockDims]) -> str | None:
+    """Why these widths are not those of a stock model, or None."""
+    if any(dims != after[0] for dims in after):
+        return "the widths differ from block to block"
+    fewer_heads = any(b.heads != a.heads for b, a in zip(before, after, strict=True))
+    if fewer_heads and not family.stock_heads:
+        return f"stock {family.name} models take the width of a head from the hidden size, so they cannot have fewer heads"
+    try:
+        stock = pruned_config(raw, family, after, stock=True)
+        CONFIG_MAPPING[stock["model_type"]].from_dict(stock)
+    except Exception as error:  # the configuration classes validate themselves, each in its own way
+        return f"the stock configuration refuses these widths: {str(error.__cause__ or error).splitlines()[0].rstrip('.')}"
+    return None
+
+
+def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims], *, stock: bool) -> dict[str, Any]:
+    """The content of config.json for the widths `after`.
+
+    Args:
+        raw: the original's config.json.
+        family: its family.
+        after: the sizes of each block.
+        stock: whether `stock_problem` found none.
+    """
+    stock_type = raw["model_type"].removeprefix(PREFIX)
+    model_class = pruned_class(stock_type)
+    config = dict(raw)
+    if stock:
+        return _stock_config(config, family, after[0], stock_type)
+    config["model_type"] = PREFIX + stock_type
+    config["architectures"] = [model_class.__name__]
+    config["auto_map"] = auto_map(model_class)
+    config["pruned_widths"] = [dims.widths() for dims in after]
+    return config
+
+
+def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock_type: str) -> dict[str, Any]:
+    if config["model_type"] != stock_type:  # the original was a pruned model, the result is stock again
+        del config["pruned_widths"], config["auto_map"]
+        config |= {"model_type": stock_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[stock_type]]}
+    dense = CONFIG_MAPPING[stock_type].from_dict(config)
+    if dims.ffn != getattr(dense, family.ffn):
+        config[family.ffn] = dims.ffn
+    if dims.heads != getattr(dense, family.heads):
+        config |= {family.heads: dims.heads, family.groups: dims.groups, "head_dim": dims.head_width}
+    return config

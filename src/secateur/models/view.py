@@ -1,0 +1,163 @@
+"""A model seen through its family: blocks, matrices, and the spaces that matrices share. The only place that knows of fused weights.
+
+Shape letters: D residual, H query heads, G key-value heads, K head width, F feed-forward units, O outputs, I inputs of a matrix.
+Weights are `weight_OI` as in torch.nn.Linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from secateur.models.family import CANONICAL, Family
+
+
+class TensorSource(Protocol):
+    """Where weights come from: files read lazily, or a model in memory. Names are those of the stock model's state dict."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class BlockDims:
+    """The sizes of one block: D, H, G, K, F."""
+
+    hidden: int
+    heads: int
+    groups: int
+    head_width: int
+    ffn: int
+
+    @property
+    def queries(self) -> int:
+        """Query heads that share one key-value head; head h belongs to group h // queries."""
+        return self.heads // self.groups
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(O, I) of a matrix by its canonical name."""
+        heads, groups = self.heads * self.head_width, self.groups * self.head_width
+        return {
+            "q": (heads, self.hidden),
+            "k": (groups, self.hidden),
+            "v": (groups, self.hidden),
+            "o": (self.hidden, heads),
+            "gate": (self.ffn, self.hidden),
+            "up": (self.ffn, self.hidden),
+            "down": (self.hidden, self.ffn),
+        }[name]
+
+    def widths(self) -> dict[str, int]:
+        """What a pruned configuration keeps of them (`pruned_widths`)."""
+        return {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
+
+
+def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
+    """The sizes of block `index`, also of an already pruned model."""
+    dense = getattr(config, family.heads)
+    hidden = config.hidden_size
+    head_width = getattr(config, "head_dim", None) or hidden // dense
+    if getattr(config, "pruned_widths", None):
+        return BlockDims(hidden=hidden, head_width=head_width, **config.pruned_widths[index])
+    return BlockDims(hidden, dense, getattr(config, family.groups), head_width, getattr(config, family.ffn))
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block: its tensors by their names inside the block, and the matrices in them by canonical name.
+
+    `rates` says what is asked of each matrix: the sparsity, or no entry for a matrix that must stay as it is.
+    """
+
+    family: Family
+    dims: BlockDims
+    index: int
+    tensors: Mapping[str, Tensor]
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The matrices this block has, in canonical order."""
+        return tuple(name for name in CANONICAL if name in self.family.matrices)
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight of a matrix, [O, I]: a view, so that writing to it writes the (perhaps fused) tensor."""
+        return self._rows(name, "weight")
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias of a matrix, [O], as a view; None where it has none."""
+        return self._rows(name, "bias") if f"{self.family.matrices[name]}.bias" in self.tensors else None
+
+    def _rows(self, name: str, kind: str) -> Tensor:
+        tensor = self.tensors[f"{self.family.matrices[name]}.{kind}"]
+        start = 0
+        for other in self.family.fused(name):
+            rows = self.dims.shape(other)[0]
+            if other == name:
+                return tensor[start : start + rows]
+            start += rows
+        raise AssertionError(name)
+
+    def matrix_parameters(self) -> int:
+        """The number of weights in the matrices (no biases, no norms)."""
+        return sum(self.matrix(name).numel() for name in self.names)
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A whole model: its configuration, its family, and a source of tensors that is read a block at a time."""
+
+    name: str
+    config: PreTrainedConfig
+    family: Family
+    source: TensorSource
+
+    @property
+    def blocks(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    def dims(self, index: int) -> BlockDims:
+        return dims_of(self.family, self.config, index)
+
+    def block_prefix(self, index: int) -> str:
+        return f"{self.family.blocks}.{index}."
+
+    def block(self, index: int, rates: Mapping[str, float] | None = None) -> BlockView:
+        """Read one block."""
+        prefix = self.block_prefix(index)
+        tensors = {name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)}
+        return BlockView(self.family, self.dims(index), index, tensors, rates or {})
+
+    def outer_names(self) -> list[str]:
+        """The tensors outside the blocks: embeddings, final norm, head."""
+        return [name for name in self.source.names() if not name.startswith(self.family.blocks + ".")]
+
+    def read_module(self, path: str) -> dict[str, Tensor]:
+        """The tensors of a module outside the blocks, by their names inside it."""
+        prefix = path + "."
+        return {name.removeprefix(prefix): self.source.read(name) for name in self.outer_names() if name.startswith(prefix)}
+
+    def parameters(self) -> int:
+        """All parameters, a tied tensor once."""
+        return sum(torch.Size(self.source.shape(name)).numel() for name in self.source.names())
+
+    def matrix_parameters(self) -> int:
+        """The weights of the block matrices alone."""
+        return sum(o * i for index in range(self.blocks) for o, i in self.matrix_shapes(index).values())
+
+    def matrix_shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        dims = self.dims(index)
+        return {name: dims.shape(name) for name in CANONICAL if name in self.family.matrices}
+
+    def iterate(self) -> Iterator[BlockView]:
+        """The blocks, one in memory at a time."""
+        for index in range(self.blocks):
+            yield self.block(index)

@@ -1,0 +1,100 @@
+"""Which entries of a matrix may go together, and the selection of the lowest scores.
+
+Exactly the asked number is removed, also among equal scores: of those, the entries with the lower index go first (the order of a
+stable sort), so that a selection is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.core.errors import UsageError
+
+_PAIRWISE_UP_TO = 8
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`unstructured`; `N:M` (keep N of every M consecutive inputs of a row); `rows` or `columns` (whole units are removed)."""
+
+    kind: Literal["unstructured", "n:m", "rows", "columns"]
+    keep: int = 0
+    group: int = 0
+
+    @property
+    def structured(self) -> bool:
+        return self.kind in ("rows", "columns")
+
+    @property
+    def implied_sparsity(self) -> float | None:
+        """The sparsity that N:M fixes."""
+        return 1 - self.keep / self.group if self.kind == "n:m" else None
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}" if self.kind == "n:m" else self.kind
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Raises UsageError for anything but the patterns above, with 0 < N < M."""
+    if text in ("unstructured", "rows", "columns"):
+        return Pattern(text)  # type: ignore[arg-type]  # narrowed by the line above
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        keep, group = int(match[1]), int(match[2])
+        if 0 < keep < group:
+            return Pattern("n:m", keep, group)
+        raise UsageError(f"pattern {text}: N:M keeps N of every M, so 0 < N < M is needed, as in 2:4")
+    raise UsageError(f"unknown pattern '{text}' (known: unstructured, rows, columns, or N:M such as 2:4)")
+
+
+def keep_highest_per_row(score_RC: Tensor, remove: int) -> Tensor:
+    """The mask [R, C], True where kept, that removes the `remove` lowest scores of every row."""
+    rows, columns = score_RC.shape
+    if remove <= 0:
+        return torch.ones(rows, columns, dtype=torch.bool, device=score_RC.device)
+    if remove >= columns:
+        return torch.zeros(rows, columns, dtype=torch.bool, device=score_RC.device)
+    threshold_R1 = _kth_lowest(score_RC, remove)
+    keep_RC = score_RC > threshold_R1
+    crowded = (keep_RC.sum(1) < columns - remove).nonzero().squeeze(1)  # rows where several scores equal the threshold
+    if len(crowded):
+        keep_RC[crowded] = _by_sorting(score_RC[crowded], remove)
+    return keep_RC
+
+
+def _kth_lowest(score_RC: Tensor, k: int) -> Tensor:
+    if score_RC.device.type != "cpu":
+        return score_RC.kthvalue(k, dim=1, keepdim=True).values
+    # numpy's partition is a vectorised quickselect, many times faster than a sort or torch's kthvalue on a CPU
+    return torch.from_numpy(np.partition(score_RC.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+
+
+def _by_sorting(score_RC: Tensor, remove: int) -> Tensor:
+    order = score_RC.sort(dim=1, stable=True).indices[:, :remove]
+    return torch.ones_like(score_RC, dtype=torch.bool).scatter_(1, order, False)
+
+
+def keep_highest(score_OI: Tensor, remove: int) -> Tensor:
+    """The mask [O, I] that removes the `remove` lowest scores of the whole matrix."""
+    return keep_highest_per_row(score_OI.reshape(1, -1), remove).view(score_OI.shape)
+
+
+def keep_n_of_m(score_OI: Tensor, keep: int, group: int) -> Tensor:
+    """The mask [O, I] that keeps the `keep` highest of every `group` consecutive inputs; I must be a multiple of `group`."""
+    score_GM = score_OI.reshape(-1, group)
+    if group > _PAIRWISE_UP_TO:
+        return keep_highest_per_row(score_GM, group - keep).view(score_OI.shape)
+    # the rank of an entry is the number of entries that beat it; for small groups comparing all pairs beats any sort
+    score_MG = score_GM.t().contiguous()
+    beaten_by_MG = torch.zeros(score_MG.shape, dtype=torch.int8, device=score_OI.device)
+    for later in range(1, group):
+        for earlier in range(later):
+            later_wins_G = score_MG[later] >= score_MG[earlier]  # of equals, the earlier input is removed
+            beaten_by_MG[earlier] += later_wins_G
+            beaten_by_MG[later] += ~later_wins_G
+    return (beaten_by_MG < keep).t().reshape(score_OI.shape)

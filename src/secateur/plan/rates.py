@@ -1,0 +1,117 @@
+"""`--sparsity` and `--modules` turned into a sparsity for each matrix of each block."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+from secateur.core.errors import UsageError
+from secateur.models.family import ATTENTION, CANONICAL, MLP, Family
+from secateur.models.view import ModelView
+from secateur.plan.pattern import Pattern
+
+Rates = tuple[dict[str, float], ...]
+"""One entry a block: canonical matrix name -> sparsity. A matrix without an entry is left as it is."""
+
+_GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": CANONICAL}
+
+
+def check_sparsity(value: float) -> float:
+    """Raises UsageError unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise UsageError(f"sparsity {value:g} is outside [0, 1): it is the fraction that is removed, as in 0.5")
+    return value
+
+
+def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, pattern: Pattern) -> Rates:
+    """The sparsity of every matrix.
+
+    Args:
+        view: the model.
+        sparsity: for all matrices, or for the names in `modules` that give none. N:M implies it.
+        modules: `NAME=S,...` or `NAME,...`: canonical names, `attention`, `mlp`, `all`, the family's own names, or globs over
+            `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one; what is not named stays untouched.
+        pattern: the pattern, which may not fit every matrix.
+
+    Raises:
+        UsageError: a value outside [0, 1], a name that matches nothing, N:M that does not divide, or a sparsity that N:M contradicts.
+    """
+    sparsity = _with_pattern(sparsity, pattern)
+    entries = _entries(modules, sparsity, pattern) if modules else [("all", sparsity)]
+    rates: Rates = tuple({} for _ in range(view.blocks))
+    for name, value in entries:
+        if value is None:
+            raise UsageError("give --sparsity S, --pattern N:M, or a value for every module: --modules NAME=S")
+        matched = False
+        for index in range(view.blocks):
+            for matrix in matching(view.family, index, name):
+                rates[index][matrix] = value
+                matched = True
+        if not matched:
+            own = sorted({path.rpartition(".")[2] for path in view.family.matrices.values()})
+            canonical = [n for n in CANONICAL if n in view.family.matrices]
+            raise UsageError(f"module '{name}' matches nothing in family {view.family.name} (known: {', '.join([*canonical, *_GROUPS, *own])}, or a glob)")
+    _check_pattern(view, rates, pattern)
+    return rates
+
+
+def matching(family: Family, index: int, name: str) -> Sequence[str]:
+    """The matrices of block `index` that a name of `--modules` stands for."""
+    if name in _GROUPS:
+        return [m for m in _GROUPS[name] if m in family.matrices]
+    if name in family.matrices:
+        return [name]
+    return [
+        matrix
+        for matrix, path in family.matrices.items()
+        if path.rpartition(".")[2] == name or any(fnmatch.fnmatchcase(f"{family.blocks}.{index}.{p}", name) for p in (path, matrix))
+    ]
+
+
+def _with_pattern(sparsity: float | None, pattern: Pattern) -> float | None:
+    implied = pattern.implied_sparsity
+    if implied is None:
+        return sparsity if sparsity is None else check_sparsity(sparsity)
+    if sparsity is not None and abs(sparsity - implied) > 1e-9:
+        raise UsageError(f"pattern {pattern} removes {implied:g}, but --sparsity says {sparsity:g}; leave --sparsity out")
+    return implied
+
+
+def _entries(modules: str, sparsity: float | None, pattern: Pattern) -> list[tuple[str, float | None]]:
+    entries: list[tuple[str, float | None]] = []
+    for part in filter(None, (p.strip() for p in modules.split(","))):
+        name, _, text = part.partition("=")
+        value = sparsity
+        if text:
+            try:
+                value = float(text)
+            except ValueError:
+                raise UsageError(f"--modules {part}: '{text}' is no number; write NAME=S with S in [0, 1]") from None
+            if not 0 <= value <= 1:
+                raise UsageError(f"--modules {part}: sparsity {value:g} is outside [0, 1]")
+            if pattern.implied_sparsity not in (None, value):
+                raise UsageError(f"--modules {part}: pattern {pattern} removes {pattern.implied_sparsity:g}; name the modules without a value")
+        entries.append((name.strip(), value))
+    if not entries:
+        raise UsageError("--modules is empty: write NAME=S,..., for instance attention=0.3,mlp=0.6")
+    return entries
+
+
+def _check_pattern(view: ModelView, rates: Rates, pattern: Pattern) -> None:
+    for index, rate in enumerate(rates):
+        shapes = view.matrix_shapes(index)
+        if pattern.kind == "n:m":
+            for name in rate:
+                if shapes[name][1] % pattern.group:
+                    raise UsageError(f"pattern {pattern}: matrix {name} of block {index} has {shapes[name][1]} inputs, not a multiple of {pattern.group}")
+        if pattern.structured:
+            _check_units(view.family, rate, pattern)
+
+
+def _check_units(family: Family, rate: dict[str, float], pattern: Pattern) -> None:
+    for group, names in (("attention", ATTENTION), ("mlp", MLP)):
+        values = {rate.get(name) for name in names if name in family.matrices}
+        if len(values) > 1:
+            raise UsageError(f"pattern {pattern} removes whole units, which all matrices of {group} share: give one value, {group}=S")
+        if values == {1.0}:
+            raise UsageError(f"pattern {pattern} with {group}=1 would leave nothing of it; use a value below 1, or pattern unstructured to zero it")
