@@ -297,6 +297,11 @@ def _settings(prepared: Prepared, windows: Tensor | None) -> dict[str, Any]:
     }
 
 
+def prepared_facts(prepared: Prepared) -> dict[str, Any]:
+    """What is known of a prune before its text is read."""
+    return {**_settings(prepared, None), "calibration": prepared.calibration}
+
+
 def _identity(checkpoint: Checkpoint) -> str:
     """A fingerprint of the original's files that costs no reading: a resumed run must start from the same ones."""
     files = sorted({file for file, _ in checkpoint.index.values()})

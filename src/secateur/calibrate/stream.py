@@ -167,7 +167,7 @@ class Stream:
             if next(module.parameters()).is_meta:
                 state = {name: t.to(self.device, self.dtype) for name, t in self.view.read_module(path).items()}
                 module.load_state_dict(state, assign=True)
-        _make_rotary_tables(model, self.device)
+        make_computed_tables(model, self.device)
         return model.get_decoder()
 
     def _buffer(self, spill: Path | None) -> Tensor:
@@ -202,7 +202,7 @@ def _layer_index(module: nn.Module) -> int:
     return next(int(m.layer_idx) for m in module.modules() if hasattr(m, "layer_idx"))
 
 
-def _make_rotary_tables(model: PreTrainedModel, device: torch.device) -> None:
+def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
     """Rotary tables are computed, not stored: make those again that the meta device left empty."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

@@ -23,6 +23,11 @@ from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
 
 CALIBRATION = None
+DEMO = [
+    {"sparsities": [0.3, 0.5, 0.6, 0.7]},
+    {"options": {"pattern": "2:4"}, "sparsities": [0.5]},
+    {"options": {"pattern": "rows", "scope": "model"}, "sparsities": [0.25]},
+]
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,6 @@ def bundled_folder() -> Path:
     return Path(__file__).parents[1] / "bundled" / "model"
 
 
-def register_pruned_classes() -> None:
-    """Teach the Auto classes of transformers the pruned models of every family."""
-    runtime.register(t for family in all_families().values() for t in family.model_types)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that holds a model: where each tensor is, and what describes it. A `TensorSource`.
@@ -95,7 +90,6 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
         UsageError: there is no such folder, and the name cannot be one of the hub.
         SecateurError: the folder holds no causal language model that can be pruned; the message says what it holds.
     """
-    register_pruned_classes()
     folder = _locate(model, revision)
     raw = _read_config(folder, model)
     _refuse_other_kinds(raw, model)
@@ -251,3 +245,7 @@ def _common_dtype(index: dict[str, tuple[Path, str]]) -> torch.dtype:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# The Auto classes of transformers know the pruned models from here on.
+runtime.register(t for family in all_families().values() for t in family.model_types)

@@ -1,0 +1,220 @@
+"""What the command line calls, and what Python programs may call: one function a command, and `plan` and `cut` for models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.calibrate.stream import Stream, make_computed_tables
+from secateur.core import records
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
+from secateur.core.timing import Stopwatch
+from secateur.cut import cut_block
+from secateur.driver import Job, pruned_blocks
+from secateur.evaluate.estimate import estimate
+from secateur.evaluate.evaluate import EvalRequest, evaluate
+from secateur.evaluate.size import inspect
+from secateur.methods import find_method
+from secateur.models.family import find_family
+from secateur.models.load import build_skeleton
+from secateur.models.pruned_config import pruned_config, stock_problem
+from secateur.models.runtime import pruned_class
+from secateur.models.view import ModelView
+from secateur.plan.pattern import parse_pattern
+from secateur.plan.plan import Plan, read_plan, read_plan_json
+from secateur.plan.rates import resolve_rates
+from secateur.prune import Request, prepare, prune, read_windows
+
+__all__ = [
+    "EvalRequest",
+    "Plan",
+    "Request",
+    "SecateurError",
+    "UsageError",
+    "cut",
+    "estimate",
+    "evaluate",
+    "inspect",
+    "plan",
+    "prepare",
+    "prune",
+    "read_plan",
+    "read_windows",
+    "sweep",
+    "write_report",
+]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The tensors of a model in memory; a tied head is the embedding and is not listed again. A `TensorSource`."""
+
+    tensors: Mapping[str, Tensor]
+
+    def names(self) -> list[str]:
+        """As in the model's state dict."""
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, not a copy."""
+        return self.tensors[name]
+
+
+def view_model(model: PreTrainedModel) -> ModelView:
+    """A model in memory, seen through its family."""
+    name = model.config.name_or_path or type(model).__name__
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    tensors = {key: tensor.detach() for key, tensor in model.state_dict().items() if key not in tied}
+    return ModelView(name, model.config, find_family(model.config, name), ModelSource(tensors))
+
+
+def plan(
+    model: PreTrainedModel,
+    method: str,
+    windows: Tensor | None = None,
+    *,
+    sparsity: float | None = None,
+    modules: str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Plan:
+    """Make a plan for a model in memory, which stays as it is.
+
+    Args:
+        model: a causal language model of a known family.
+        method: the name of a method; `options` are its own.
+        windows: calibration token ids, int64 [samples, seqlen]; None where the method needs none.
+        sparsity, modules: as on the command line.
+        dtype: of the computation; None is the model's own.
+
+    Raises:
+        UsageError: a wrong option, or no windows where the method calibrates.
+    """
+    chosen = find_method(method)
+    settings = chosen.options(options)
+    pattern = parse_pattern(getattr(settings, "pattern", "unstructured"))
+    view = view_model(model)
+    job = Job(view, chosen, settings, resolve_rates(view, sparsity, modules, pattern))
+    stream = None
+    if job.streams:
+        if windows is None:
+            raise UsageError(f"method '{method}' calibrates: give windows, token ids [samples, seqlen]")
+        stream = Stream(view, windows, device=model.device, dtype=dtype or model.dtype)
+    blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, stream, Stopwatch()))
+    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": str(pattern)}, blocks)
+
+
+def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Apply a plan to a model in memory.
+
+    Returns:
+        A new model of the stock class, or of the runtime's where the widths need it; tensors the plan does not touch are shared with
+        the given one, which stays as it is.
+
+    Raises:
+        SecateurError: the plan is for a model of another depth.
+    """
+    view = view_model(model)
+    if len(plan.blocks) != view.blocks:
+        raise SecateurError(f"the plan is for {len(plan.blocks)} blocks, the model has {view.blocks}")
+    state = {name: view.source.read(name) for name in view.outer_names()}
+    dims = []
+    for block, block_plan in zip(view.iterate(), plan.blocks, strict=True):
+        after = cut_block(block, block_plan)
+        dims.append(after.dims)
+        state |= {view.block_prefix(block.index) + name: tensor for name, tensor in after.tensors.items()}
+    raw = model.config.to_dict()
+    problem = stock_problem(raw, view.family, [view.dims(i) for i in range(view.blocks)], dims)
+    content = pruned_config(raw, view.family, dims, stock=problem is None)
+    config_class = type(model.config) if problem is None else pruned_class(raw["model_type"].removeprefix("secateur_")).config_class
+    return _assemble(config_class.from_dict(content), state, model)
+
+
+def _assemble(config: Any, state: dict[str, Tensor], like: PreTrainedModel) -> PreTrainedModel:
+    pruned = build_skeleton(config)
+    pruned.load_state_dict(state, assign=True, strict=False)
+    pruned.tie_weights()
+    make_computed_tables(pruned, like.device)
+    if empty := [name for name, tensor in pruned.state_dict().items() if tensor.is_meta]:
+        raise AssertionError(f"no weights for {empty}")
+    pruned.generation_config = like.generation_config
+    return pruned.train(like.training)
+
+
+def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pruning report") -> list[Path]:
+    """One self-contained HTML page from records, and its plots beside it; returns the paths written."""
+    from secateur.report import html  # matplotlib takes a second, which the other commands need not wait for
+
+    return html.write_report(found, out, title=title)
+
+
+def sweep(
+    request: Request,
+    sparsities: Sequence[float],
+    out: Path,
+    measure: EvalRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+) -> Iterator[records.Record]:
+    """Prune at several sparsities and measure each, and the dense model first; yields the evaluation records as they come.
+
+    Args:
+        request: the prune, without its sparsity.
+        sparsities: the fractions to remove; 0 is the dense model, which is always measured.
+        out: the folder that receives one checkpoint a sparsity, and `records.jsonl`.
+        measure: the evaluation; its model is replaced.
+        resume: leave what is finished as it is.
+        overwrite: replace checkpoints that are there.
+        records_file: where records go instead.
+    """
+    records_file = records_file or out / "records.jsonl"
+    yield evaluate(replace(measure, model=request.model, revision=request.revision, against=None), records_file=records_file, resume=resume)
+    for sparsity in sparsities:
+        if sparsity == 0:
+            continue
+        target = out / point_name(request, sparsity)
+        once = replace(request, sparsity=sparsity)
+        if resume and _is_done(target, once):
+            say(f"{target}: already there")
+        else:
+            prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file)
+        yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
+
+
+def point_name(request: Request, sparsity: float | None) -> str:
+    """The folder name of one point of a sweep."""
+    pattern = request.pattern or ""
+    parts = [request.method, pattern.replace(":", "of"), "" if sparsity is None else f"{sparsity:g}"]
+    return "-".join(part for part in parts if part)
+
+
+def _is_done(target: Path, request: Request) -> bool:
+    """Whether the folder holds the result of this very request."""
+    made = read_plan_json(target)
+    if made is None:
+        return False
+    asked = {
+        "model": request.model,
+        "method": request.method,
+        "sparsity": request.sparsity,
+        "modules": request.modules,
+        "seed": request.seed,
+        "options": {**made["options"], **request.options, **({"pattern": request.pattern} if request.pattern else {})},
+    }
+    for key, value in asked.items():
+        if made[key] != value:
+            raise UsageError(f"--resume: '{target}' was made with {key} = {made[key]!r}, not {value!r}; use --overwrite, or another --out")
+    return True

@@ -1,0 +1,354 @@
+"""The command line: parses, calls `secateur.api`, prints. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from secateur.core.errors import SecateurError, UsageError
+
+if TYPE_CHECKING:
+    from secateur import api as api_module
+    from secateur.core.records import Record
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    help="Prune Hugging Face causal language models, measure what it cost, and ship the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub name, or 'bundled' for the model in the package.")]
+Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object, the record; all else goes to stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Revision = Annotated[str | None, typer.Option(help="The hub revision.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...: the dtype to compute in.")]
+Calibration = Annotated[str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, alpaca, or a file. Default: that of the method's paper.")]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens of a window. Default: min(2048, the model's maximum).")]
+Seed = Annotated[int, typer.Option(help="The seed of every random choice.")]
+Modules = Annotated[str | None, typer.Option(help="Per-module sparsity, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs.")]
+PatternOption = Annotated[str | None, typer.Option("--pattern", help="unstructured, N:M, rows, columns.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; may be repeated.")]
+Records = Annotated[Path | None, typer.Option(help="Where the record is appended. Default: records.jsonl beside the output.")]
+TextField = Annotated[str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")]
+Text = Annotated[str | None, typer.Option(help="Evaluation text: builtin, wikitext2, c4, or a file.")]
+ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="A named perplexity protocol; an unknown name lists them.")]
+Tasks = Annotated[str, typer.Option(help="Tasks, comma-separated: cloze.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first so many windows and items.")]
+Against = Annotated[str | None, typer.Option(metavar="DENSE", help="Also say how behaviour shifted from this model.")]
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    method: Annotated[str, typer.Option(help="A method; `secateur methods` lists them.")] = "",
+    sparsity: Annotated[float | None, typer.Option(help="The fraction to remove, in [0, 1).")] = None,
+    params_removed: Annotated[float | None, typer.Option(help="Instead of --sparsity: the pruning ratio to reach.")] = None,
+    modules: Modules = None,
+    pattern: PatternOption = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: Set = None,
+    text_field: TextField = "text",
+    spill: Annotated[bool, typer.Option("--spill", help="Keep calibration activations on disk instead of in memory.")] = False,
+    stock_only: Annotated[bool, typer.Option("--stock-only", help="Refuse results that are not a stock architecture.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and what it would take.")] = False,
+    records: Records = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a model and write the result."""
+
+    def run() -> None:
+        _need(method, "--method M (`secateur methods` lists them)")
+        api = _api()
+        request = api.Request(
+            model, method, sparsity, params_removed, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype,
+            _options(options), text_field, spill, stock_only,
+        )  # fmt: skip
+        if dry_run:
+            _print(api.estimate(api.prepare(request)), json)
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
+        _print(api.prune(request, out, resume=resume, overwrite=overwrite, records_file=records), json)
+
+    _guard(run, debug)
+
+
+@app.command(name="eval")
+def eval_(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
+    text: Text = None,
+    protocol: ProtocolOption = None,
+    seqlen: Seqlen = None,
+    tasks: Tasks = "",
+    limit: Limit = None,
+    against: Against = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    text_field: TextField = "text",
+    records: Records = None,
+    resume: Resume = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, tasks, and the shift from a dense model."""
+
+    def run() -> None:
+        api = _api()
+        request = api.EvalRequest(model, text, protocol, seqlen, _names(tasks), limit, against, revision, device, dtype, text_field)
+        _print(api.evaluate(request, records_file=records, resume=resume), json)
+
+    _guard(run, debug)
+
+
+@app.command()
+def sweep(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder for the checkpoints and records.jsonl.")],
+    method: Annotated[str, typer.Option(help="A method.")],
+    sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="The fractions to remove.")],
+    modules: Modules = None,
+    pattern: PatternOption = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: Set = None,
+    text: Text = None,
+    protocol: ProtocolOption = None,
+    tasks: Tasks = "",
+    limit: Limit = None,
+    against: Annotated[bool, typer.Option("--against-dense", help="Also measure the shift from the dense model.")] = False,
+    records: Records = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the dense model, then prune and measure at each sparsity."""
+
+    def run() -> None:
+        api = _api()
+        request = api.Request(
+            model, method, None, None, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
+        )  # fmt: skip
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, model if against else None, None, device, dtype)
+        points = api.sweep(request, _numbers(sparsity, "--sparsity"), out, measure, resume=resume, overwrite=overwrite, records_file=records)
+        found = []
+        for record in points:
+            found.append(record)
+            _tell(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {record['ppl']:.4f}")
+        _print_all(found, json)
+
+    _guard(run, debug)
+
+
+@app.command()
+def inspect(model: Model, revision: Revision = None, json: Json = False, debug: Debug = False) -> None:
+    """Say what was removed, block by block; parameters, bytes, FLOPs."""
+
+    def run() -> None:
+        record = _api().inspect(model, revision)
+        if json:
+            _print(record, json)
+        else:
+            from secateur.terminal import inspect_table
+
+            _show(inspect_table(record))
+
+    _guard(run, debug)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Records files, or folders that hold records.jsonl.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write; the plots go beside it.")] = Path("report.html"),
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page, and plots, from records."""
+
+    def run() -> None:
+        from secateur.core import records
+
+        written = _api().write_report(records.read(runs), out)
+        for path in written:
+            _tell(str(path))
+        if json:
+            _emit({"command": "report", "out": str(out), "files": [str(path) for path in written]})
+
+    _guard(run, debug)
+
+
+@app.command()
+def methods() -> None:
+    """List the pruning methods."""
+    from secateur.methods import find_method, method_names
+
+    for name in method_names():
+        typer.echo(f"{name:12} {find_method(name).summary}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where checkpoints, records and report.html go.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sparsities and less text: to see that it works.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune the bundled model with every method, measure each result, and write a report."""
+
+    def run() -> None:
+        from secateur.demo import run_demo
+
+        _print_all(run_demo(out, quick=quick), json)
+
+    _guard(run, debug)
+
+
+def _api() -> type[api_module] | Any:
+    """Imported late: torch and transformers take seconds, which `--help` need not wait for."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    from secateur import api
+
+    logging.disable_progress_bar()
+    return api
+
+
+def _guard(run: Callable[[], None], debug: bool) -> None:
+    """Run a command and turn failures into one line and an exit status."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command with --resume goes on from here", INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except UsageError as error:
+        if debug:
+            raise
+        _stop(f"error: {error}", USAGE)
+    except SecateurError as error:
+        if debug:
+            raise
+        _stop(f"error: {error}", FAILED)
+    except Exception as error:
+        if debug:
+            raise
+        _stop(_unexpected(error), FAILED)
+
+
+def _unexpected(error: Exception) -> str:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return "error: out of memory on the accelerator; lower --samples or --seqlen, add --spill, or use --device cpu"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "error: out of memory; lower --samples or --seqlen, or add --spill"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"error: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)"
+
+
+def _stop(line: str, status: int) -> NoReturn:
+    _tell(line)
+    raise typer.Exit(status)
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _print(record: Record, as_json: bool) -> None:
+    if as_json:
+        _emit(record)
+        return
+    from secateur.terminal import record_table
+
+    _show(record_table(record))
+
+
+def _print_all(found: list[Record], as_json: bool) -> None:
+    if as_json:
+        _emit({"records": found})
+        return
+    from secateur.terminal import runs_table
+
+    _show(runs_table(found))
+
+
+def _emit(record: Record) -> None:
+    from secateur.core.records import to_json
+
+    sys.stdout.write(to_json(record) + "\n")
+    sys.stdout.flush()
+
+
+def _need(value: str, what: str) -> None:
+    if not value:
+        raise UsageError(f"missing {what}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UsageError(f"{option} {text}: numbers separated by commas are expected, as in 0.1,0.2,0.3") from None
+    if not found:
+        raise UsageError(f"{option} is empty: numbers separated by commas are expected, as in 0.1,0.2,0.3")
+    for value in found:
+        if not 0 <= value < 1:
+            raise UsageError(f"{option}: {value:g} is outside [0, 1)")
+    return found
+
+
+def _options(given: list[str] | None) -> dict[str, str]:
+    options = {}
+    for part in given or []:
+        name, equals, value = part.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {part}: write OPTION=VALUE")
+        options[name.strip()] = value.strip()
+    return options
+
+
+def main() -> None:
+    """The `secateur` command."""
+    app()

@@ -1,0 +1,59 @@
+"""`secateur demo`: the whole flow on the model in the package, with every method there is.
+
+A method takes part because its file is there: it says with `DEMO`, a list of options and sparsities, what to show of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur import api
+from secateur.core import records
+from secateur.core.progress import say
+from secateur.methods import find_method, method_names
+from secateur.models.load import BUNDLED
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of everything: the demo, or a quick look that it works."""
+
+    samples: int
+    seqlen: int
+    windows: int | None
+    tasks: tuple[str, ...]
+    points: int | None
+
+
+FULL = Effort(samples=64, seqlen=256, windows=None, tasks=("cloze",), points=None)
+QUICK = Effort(samples=8, seqlen=128, windows=8, tasks=(), points=2)
+
+
+def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
+    """Prune, evaluate, report; finished points of an earlier run are kept. Returns the evaluation records, the dense model's first."""
+    effort = QUICK if quick else FULL
+    measure = api.EvalRequest(BUNDLED, tasks=effort.tasks, limit=effort.windows)
+    found: list[records.Record] = []
+    for request, sparsities in demo_requests(effort):
+        for record in api.sweep(request, sparsities, out, measure, resume=True):
+            if record["method"] or not found:
+                found.append(record)
+                say(f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
+    page = out / "report.html"
+    api.write_report(records.read([out]), page, title="secateur demo: the bundled model")
+    say(f"report: {page}")
+    return found
+
+
+def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float]]]:
+    """One sweep for each entry of each method's `DEMO`: {"options": {...}, "sparsities": [...]}."""
+    requests = []
+    for name in method_names():
+        for entry in getattr(find_method(name).module, "DEMO", []):
+            options: dict[str, Any] = dict(entry.get("options", {}))
+            pattern = options.pop("pattern", None)
+            request = api.Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
+            requests.append((request, entry["sparsities"][: effort.points]))
+    return requests

@@ -1,0 +1,109 @@
+"""The built-in task: which of four continuations really follows? From the held-out part of the built-in text, so it needs no network.
+
+An item is a piece of a file, the lines that follow it, and three pieces of the same length from elsewhere in the same file. Chance is
+0.25. `acc` takes the continuation of the highest log-probability, `acc_norm` the highest per byte, as lm-eval defines them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.bundled.text import documents
+from secateur.core.errors import SecateurError
+from secateur.core.progress import track
+from secateur.evaluate.perplexity import hidden_states, token_losses
+
+ITEMS = 300
+CHANCE = 0.25
+_CONTEXT, _CONTINUATION = 320, 64  # characters
+_SHORTEST = 8 * (_CONTEXT + _CONTINUATION)
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """A context, four continuations, and which of them is the real one."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def cloze_items(count: int = ITEMS, seed: int = 0) -> list[Item]:
+    """The items, the same for the same seed and the same Python version.
+
+    Raises:
+        SecateurError: this Python's standard library is installed without sources.
+    """
+    texts = [d.text for d in documents("test") if len(d.text) >= _SHORTEST]
+    if not texts:
+        raise SecateurError("the standard library of this Python has no readable sources, so there is no built-in task")
+    draw = np.random.default_rng(seed)
+    sizes = np.array([len(text) for text in texts], dtype=np.float64)
+    return [_item(texts[draw.choice(len(texts), p=sizes / sizes.sum())], draw) for _ in range(count)]
+
+
+def _item(text: str, draw: np.random.Generator) -> Item:
+    while True:
+        starts = [_line_start(text, int(p)) for p in draw.integers(_CONTEXT, len(text) - 2 * _CONTINUATION, size=4)]
+        pieces = [text[s : s + _CONTINUATION] for s in starts]
+        if len({p.strip() for p in pieces}) == 4 and all(len(p.strip()) > _CONTINUATION // 2 for p in pieces) and starts[0] >= _CONTEXT // 2:
+            break
+    order = draw.permutation(4)
+    return Item(text[max(0, starts[0] - _CONTEXT) : starts[0]], tuple(pieces[i] for i in order), int(np.flatnonzero(order == 0)[0]))
+
+
+def _line_start(text: str, position: int) -> int:
+    return text.rfind("\n", 0, position) + 1
+
+
+def items_hash(items: Sequence[Item]) -> str:
+    """SHA-256 of the items: they vary with the Python version."""
+    return hashlib.sha256(repr([(i.context, i.choices, i.answer) for i in items]).encode()).hexdigest()
+
+
+def evaluate_cloze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> tuple[dict[str, Any], list[int]]:
+    """Accuracy with its standard error, and the answers given (by `acc`), to compare with another model's."""
+    rows = [(tokenizer(item.context)["input_ids"], tokenizer(choice, add_special_tokens=False)["input_ids"]) for item in items for choice in item.choices]
+    scores_I4 = torch.tensor(_scores(model, rows)).view(len(items), 4)
+    bytes_I4 = torch.tensor([[len(c.encode()) for c in item.choices] for item in items])
+    truth_I = torch.tensor([item.answer for item in items])
+    answers_I, normed_I = scores_I4.argmax(1), (scores_I4 / bytes_I4).argmax(1)
+    acc, acc_norm = ((found == truth_I).double().mean().item() for found in (answers_I, normed_I))
+    n = len(items)
+    result = {"acc": acc, "acc_norm": acc_norm, "stderr": math.sqrt(acc * (1 - acc) / max(1, n - 1)), "n": n, "sha256": items_hash(items)}
+    return result, answers_I.tolist()
+
+
+@torch.inference_mode()
+def _scores(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+    """Log-probability of each continuation after its context; sequences of like length go together."""
+    longest = model.config.max_position_embeddings
+    rows = [(context[-(longest - len(rest)) :], rest) for context, rest in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
+    scores = [0.0] * len(rows)
+    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+    for batch in track(batches, "cloze: batches"):
+        for i, score in zip(batch, _batch_scores(model, [rows[i] for i in batch]), strict=True):
+            scores[i] = score
+    return scores
+
+
+def _batch_scores(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+    length = max(len(context) + len(rest) for context, rest in rows)
+    # padding on the right needs no mask: causal attention does not look there
+    ids_BT = torch.tensor([context + rest + [0] * (length - len(context) - len(rest)) for context, rest in rows], device=model.device)
+    hidden_BTD = hidden_states(model, ids_BT)
+    wanted: list[Tensor] = [hidden_BTD[b, len(context) - 1 : len(context) + len(rest) - 1] for b, (context, rest) in enumerate(rows)]
+    targets_N = torch.tensor([i for _, rest in rows for i in rest], device=model.device)
+    losses = token_losses(model, torch.cat(wanted), targets_N).double().split([len(rest) for _, rest in rows])
+    return [-float(loss.sum()) for loss in losses]

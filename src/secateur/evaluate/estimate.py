@@ -1,0 +1,72 @@
+"""`--dry-run`: what a prune would remove, and what it would take. Nothing is written and no weights are read."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from secateur.calibrate.stream import TOKENS_A_BATCH
+from secateur.core.records import Record
+from secateur.models.view import ModelView
+from secateur.plan.budget import parameters_left
+from secateur.prune import Prepared, prepared_facts
+
+_OVERHEAD = 1.5  # forwards cost more than their matrix products
+_DISK_BYTES_A_SECOND = 500e6
+
+
+def estimate(prepared: Prepared) -> Record:
+    """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine."""
+    view, job = prepared.job.view, prepared.job
+    before = view.parameters()
+    after = parameters_left(view, job.rates) if prepared.pattern.structured else before
+    zeroed = 0 if prepared.pattern.structured else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    stored = prepared.checkpoint.dtype.itemsize
+    tokens = prepared.request.samples * prepared.seqlen if job.streams else 0
+    work = 2 * 2 * tokens * view.matrix_parameters()
+    seconds = work / _matrix_rate(prepared) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
+    return {
+        "command": "prune",
+        "dry_run": True,
+        **prepared_facts(prepared),
+        "params_before": before,
+        "params_after": after,
+        "nonzero_after": after - zeroed,
+        "pruning_ratio": 1 - after / before,
+        "calibration_tokens": tokens,
+        "memory_bytes": _memory(prepared, tokens),
+        "disk_bytes": 2 * after * stored,
+        "seconds_estimated": round(seconds, 1),
+    }
+
+
+def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[tuple[int, int], float]]:
+    shapes = view.matrix_shapes(index)
+    return [(shapes[name], value) for name, value in rate.items()]
+
+
+def _memory(prepared: Prepared, tokens: int) -> int:
+    """One block as stored and as computed, the largest tensor outside the blocks, the activation buffer, and one batch inside a block."""
+    view, width = prepared.job.view, prepared.dtype.itemsize
+    block = max(sum(o * i for o, i in view.matrix_shapes(index).values()) for index in range(view.blocks))
+    outer = max(torch.Size(view.source.shape(name)).numel() for name in view.outer_names())
+    stored = prepared.checkpoint.dtype.itemsize
+    if not tokens:
+        return 2 * max(block, outer) * stored
+    buffer = tokens * view.config.hidden_size * width
+    batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
+    return max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch
+
+
+def _matrix_rate(prepared: Prepared) -> float:
+    """Floating-point operations a second of a matrix product here, from a tenth of a second of work."""
+    size = 512
+    a: Any = torch.ones(size, size, device=prepared.device, dtype=prepared.dtype)
+    a @ a
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        (a @ a).sum().item()
+        done += 1
+    return done * 2 * size**3 / (time.perf_counter() - started)

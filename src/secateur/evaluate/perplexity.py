@@ -1,0 +1,116 @@
+"""Perplexity: exp of the mean loss per predicted token, summed in float64, without ever holding the logits of a whole window.
+
+Shape letters: B windows, T tokens, D residual, V vocabulary, N positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from secateur.core.errors import SecateurError
+from secateur.core.progress import track
+
+_LOGITS_BYTES = 64 * 2**20
+_TOKENS_A_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was computed from."""
+
+    ppl: float
+    windows: int
+    tokens: int
+
+
+def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: Path | None = None) -> Perplexity:
+    """Perplexity over windows, each predicting all its tokens but the first.
+
+    Args:
+        model: on its device, in evaluation mode.
+        windows: token ids, int64 [T] each.
+        progress: a file that remembers finished windows, so that an interrupted run goes on; removed at the end.
+
+    Raises:
+        SecateurError: a loss is not finite; the window is named.
+    """
+    losses: list[float] = json.loads(progress.read_text()) if progress is not None and progress.is_file() else []
+    batches = list(equal_batches(windows[len(losses) :]))
+    for batch_BT in track(batches, "perplexity: batches"):
+        sums_B = window_losses(model, batch_BT.to(model.device))
+        if not torch.isfinite(sums_B).all():
+            bad = len(losses) + int((~torch.isfinite(sums_B)).nonzero()[0])
+            raise SecateurError(f"the loss of window {bad} is not finite: the model's logits hold NaN or infinity; try --dtype float32")
+        losses += sums_B.tolist()
+        if progress is not None:
+            _remember(progress, losses)
+    if progress is not None:
+        progress.unlink(missing_ok=True)
+    tokens = sum(len(window) - 1 for window in windows)
+    return Perplexity(math.exp(math.fsum(losses) / tokens), len(windows), tokens)
+
+
+@torch.inference_mode()
+def window_losses(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """The summed loss of each window in nats, float64 [B]."""
+    hidden_BTD = hidden_states(model, ids_BT)
+    losses_N = torch.cat([loss for loss, _ in _chunks(model, hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())])
+    return losses_N.double().view(len(ids_BT), -1).sum(1)
+
+
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """What the head reads, [B, T, D]."""
+    out: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return out
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The output projection."""
+    head: nn.Module = model.get_output_embeddings()
+    return head
+
+
+def positions_a_chunk(vocabulary: int) -> int:
+    """How many positions' float32 logits fit the memory set aside for them."""
+    return max(1, _LOGITS_BYTES // (4 * vocabulary))
+
+
+def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Loss [n] and logits [n, V] of a few positions at a time."""
+    head, size = head_of(model), positions_a_chunk(model.config.vocab_size)
+    for hidden_nD, targets_n in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
+        logits_nV = head(hidden_nD)
+        wide_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
+        yield cross_entropy(wide_nV, targets_n, reduction="none"), wide_nV
+
+
+def token_losses(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """The loss of each position in nats, [N]."""
+    return torch.cat([loss for loss, _ in _chunks(model, hidden_ND, targets_N)])
+
+
+def equal_batches(windows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Windows of one length stacked, [B, T], in order."""
+    start = 0
+    while start < len(windows):
+        length = len(windows[start])
+        stop = start
+        while stop < len(windows) and len(windows[stop]) == length and (stop - start) < max(1, _TOKENS_A_BATCH // length):
+            stop += 1
+        yield torch.stack(list(windows[start:stop]))
+        start = stop
+
+
+def _remember(file: Path, losses: list[float]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(losses))
+    temporary.rename(file)

@@ -1,0 +1,128 @@
+"""How perplexity is measured: named protocols, so that numbers can be compared with those of papers, or seen not to be comparable.
+
+Every difference counts: the length of windows, how rows are joined, where BOS stands, whether the incomplete last window counts,
+and how much of the text is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from secateur.calibrate.data import NAMED, Text, read_text
+from secateur.core.errors import SecateurError, UsageError, unknown
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to measure perplexity.
+
+    Attributes:
+        name: its name; `source` says who uses it.
+        spec: the text.
+        seqlen: tokens of a window; None is min(2048, the model's maximum), 0 the model's maximum.
+        join: what stands between rows. A plain file is split into its lines where the protocol joins rows of a data set (`lines`).
+        bos: `start`: the tokenizer's own start once, before the whole text; `each`: before every row.
+        tail: whether the incomplete last window counts.
+        rows, windows, tokens: limits on what is used, from the beginning.
+    """
+
+    name: str
+    source: str
+    spec: str
+    seqlen: int | None = None
+    join: str = "\n\n"
+    lines: bool = True
+    bos: Literal["start", "each"] = "start"
+    tail: Literal["drop", "keep"] = "drop"
+    rows: int | None = None
+    windows: int | None = None
+    tokens: int | None = None
+
+
+PROTOCOLS = {
+    p.name: p
+    for p in (
+        Protocol("builtin", "secateur: held-out files of the standard library", "builtin", bos="each", lines=False, windows=128),
+        Protocol("wikitext2", "WikiText-2 at min(2048, the model's maximum)", "wikitext2"),
+        Protocol("slicegpt", "SliceGPT (arXiv:2401.15024): WikiText-2 at 2048", "wikitext2", 2048),
+        Protocol("sparsegpt", "SparseGPT (arXiv:2301.00774): WikiText-2 at 2048", "wikitext2", 2048),
+        Protocol("wanda", "Wanda (arXiv:2306.11695): WikiText-2 at the model's maximum", "wikitext2", 0),
+        Protocol("llm-surgeon-opt", "LLM Surgeon (arXiv:2312.17244), OPT: WikiText-2 at 2048", "wikitext2", 2048),
+        Protocol("llm-surgeon-llama", "LLM Surgeon (arXiv:2312.17244), LLaMA-2: WikiText-2 at 4096", "wikitext2", 4096),
+        Protocol(
+            "disp-llm", "DISP-LLM's code, LLaMA-2: WikiText-2 at 4096, the first 256 x 2048 tokens, tail kept", "wikitext2", 4096, tail="keep", tokens=256 * 2048
+        ),
+        Protocol("llm-pruner", "LLM-Pruner (arXiv:2305.11627): WikiText-2 at 128", "wikitext2", 128),
+        Protocol("c4", "C4 as SparseGPT and Wanda: 1100 validation documents, 256 windows of 2048", "c4", 2048, join=" ", lines=False, rows=1100, windows=256),
+        Protocol("text", "a file as it is, at min(2048, the model's maximum)", "", lines=False),
+    )
+}
+
+
+def find_protocol(name: str | None, spec: str | None, *, bundled: bool) -> Protocol:
+    """The protocol by its name, or the one that goes with a text; `spec` then replaces the protocol's own text."""
+    if name is not None and name not in PROTOCOLS:
+        raise unknown("protocol", name, PROTOCOLS)
+    if name is None:
+        base = (spec or ("builtin" if bundled else "wikitext2")).partition("@")[0]
+        name = base if base in PROTOCOLS and base in NAMED else "text"
+    protocol = replace(PROTOCOLS[name], spec=spec) if spec else PROTOCOLS[name]
+    if not protocol.spec:
+        raise UsageError("protocol 'text' needs a text: --text FILE")
+    return protocol
+
+
+def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
+    """Tokens of a window.
+
+    Raises:
+        UsageError: the model does not know windows of this length.
+    """
+    length = asked or (min(2048, longest) if protocol.seqlen is None else protocol.seqlen or longest)
+    if not 1 < length <= longest:
+        raise UsageError(f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; give --seqlen")
+    return length
+
+
+def evaluation_windows(protocol: Protocol, seqlen: int, tokenizer: PreTrainedTokenizerBase | None, text_field: str = "text") -> list[Tensor]:
+    """The windows, int64 [T] each; all have the same length except a kept tail.
+
+    Raises:
+        SecateurError: the text is shorter than one window, or needs a tokenizer that is not there.
+    """
+    text = read_text(protocol.spec, "evaluation", text_field=text_field)
+    if text.ids is not None:
+        return list(text.ids.unbind())[: protocol.windows]
+    if tokenizer is None:
+        raise SecateurError(f"{protocol.spec}: the model has no tokenizer; give token ids (.npy or .safetensors)")
+    stream = _stream(protocol, text, tokenizer)[: protocol.tokens]
+    windows = [torch.tensor(stream[start : start + seqlen]) for start in range(0, len(stream), seqlen)]
+    if windows and len(windows[-1]) < seqlen and (protocol.tail == "drop" or len(windows[-1]) < 2):
+        windows.pop()
+    if not windows:
+        raise SecateurError(f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, or a smaller --seqlen")
+    return windows[: protocol.windows]
+
+
+def _stream(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    rows = list(text.rows)
+    if protocol.lines and len(rows) == 1 and Path(text.spec).is_file():
+        rows = wikitext_rows(rows[0])
+    rows = rows[: protocol.rows]
+
+    def ids(string: str) -> list[int]:
+        found: list[int] = tokenizer(string, verbose=False)["input_ids"]
+        return found
+
+    return [i for row in rows for i in ids(row)] if protocol.bos == "each" else ids(protocol.join.join(rows))
+
+
+def wikitext_rows(raw: str) -> list[str]:
+    """The rows of the hub's `wikitext-2-raw-v1` from the raw file: a row is a line with its line break; a line of one space is an empty row."""
+    return ["" if line == " \n" else line for line in raw.splitlines(keepends=True)]

@@ -1,0 +1,92 @@
+"""How the behaviour of a pruned model shifted from the dense one's: what perplexity alone does not say.
+
+KL divergence per token and top-1 agreement on the same windows, repetition in greedy generations, and a sample to read. It is the
+functionality shift that the study of the representation dimension (arXiv:2503.04377) sets out from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.core.errors import SecateurError
+from secateur.core.progress import track
+from secateur.evaluate.perplexity import equal_batches, head_of, hidden_states, positions_a_chunk
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
+_GRAM = 4
+
+
+def functionality_shift(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Compare two models on the same windows.
+
+    Args:
+        dense, pruned: the models, with one vocabulary.
+        windows: token ids, int64 [T] each.
+        tokenizer: to show a sample as text; None leaves the sample out.
+
+    Returns:
+        `kl` (nats per token, KL(dense || pruned)), `top1_agreement`, `repetition` and `repetition_dense` (the share of 4-grams that
+        were there before in the same greedy continuation), `prompt`, `sample`, `sample_dense`.
+
+    Raises:
+        SecateurError: the vocabularies differ.
+    """
+    if dense.config.vocab_size != pruned.config.vocab_size:
+        raise SecateurError(f"--against: vocabularies of {dense.config.vocab_size} and {pruned.config.vocab_size} tokens cannot be compared")
+    kl, agreement, tokens = _compare(dense, pruned, windows)
+    prompts_BT = torch.stack([w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]])
+    ours, theirs = _continue(pruned, prompts_BT), _continue(dense, prompts_BT)
+    shift: dict[str, Any] = {
+        "kl": kl / tokens,
+        "top1_agreement": agreement / tokens,
+        "repetition": repetition_rate(ours),
+        "repetition_dense": repetition_rate(theirs),
+    }
+    if tokenizer is not None:
+        texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompts_BT[0], ours[0], theirs[0]))
+        shift |= dict(zip(("prompt", "sample", "sample_dense"), texts, strict=True))
+    return shift
+
+
+@torch.inference_mode()
+def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor]) -> tuple[float, int, int]:
+    kl, agreement, tokens = [], 0, 0
+    size = positions_a_chunk(dense.config.vocab_size)
+    for batch_BT in track(list(equal_batches(windows)), "shift: batches"):
+        ids_BT = batch_BT.to(dense.device)
+        hidden = [hidden_states(model, ids_BT)[:, :-1].flatten(0, 1).split(size) for model in (dense, pruned)]
+        for dense_nD, pruned_nD in zip(*hidden, strict=True):
+            logp_nV = log_softmax(head_of(dense)(dense_nD).float(), dim=-1)
+            logq_nV = log_softmax(head_of(pruned)(pruned_nD).float(), dim=-1)
+            kl.append(float((logp_nV.exp() * (logp_nV - logq_nV)).sum(dtype=torch.float64)))
+            agreement += int((logp_nV.argmax(-1) == logq_nV.argmax(-1)).sum())
+            tokens += len(logp_nV)
+    return math.fsum(kl), agreement, tokens
+
+
+@torch.inference_mode()
+def _continue(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
+    """Greedy continuations, [B, new]; generation goes on past an end of text, so that all are equally long."""
+    new = min(NEW_TOKENS, model.config.max_position_embeddings - prompts_BT.shape[1])
+    prompts_BT = prompts_BT.to(model.device)
+    out: Tensor = model.generate(  # type: ignore[operator]
+        prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+    return out[:, prompts_BT.shape[1] :].cpu()
+
+
+def repetition_rate(ids_BT: Tensor) -> float:
+    """The share of 4-grams that occurred before in the same row."""
+    repeated = total = 0
+    for row in ids_BT.tolist():
+        grams = [tuple(row[i : i + _GRAM]) for i in range(len(row) - _GRAM + 1)]
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated / total if total else 0.0

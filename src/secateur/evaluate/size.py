@@ -1,0 +1,66 @@
+"""What was removed, block by block; parameters, bytes and FLOPs of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.core.records import Record
+from secateur.models.load import open_checkpoint
+from secateur.models.view import BlockView
+from secateur.plan.plan import read_plan_json
+
+
+def inspect(model: str, revision: str | None = None) -> Record:
+    """Look at a checkpoint, pruned or not, one block at a time.
+
+    Returns:
+        A record with `blocks` (sizes, parameters, zeros of every matrix), totals, `bytes` on disk and `flops_per_token` (two for each
+        weight of a matrix, the head included; attention over the context comes on top).
+    """
+    checkpoint = open_checkpoint(model, revision)
+    view = checkpoint.view()
+    blocks = [_block(block) for block in view.iterate()]
+    outer = {name: int(view.source.read(name).count_nonzero()) for name in view.outer_names()}
+    parameters = view.parameters()
+    plan = read_plan_json(checkpoint.folder)
+    return {
+        "command": "inspect",
+        "model": model,
+        "family": view.family.name,
+        "model_type": view.config.model_type,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "parameters": parameters,
+        "parameters_blocks": view.matrix_parameters(),
+        "nonzero": sum(outer.values()) + sum(block["nonzero"] for block in blocks),
+        "bytes": sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}),
+        "flops_per_token": 2 * (view.matrix_parameters() + view.config.vocab_size * view.config.hidden_size),
+        "blocks": blocks,
+        "pruned": {key: plan[key] for key in ("model", "method", "options", "sparsity", "sparsity_measured", "pruning_ratio")} if plan else None,
+        "out": str(Path(model)),
+    }
+
+
+def _block(block: BlockView) -> dict[str, Any]:
+    matrices = {name: _matrix(block, name) for name in block.names}
+    nonzero = sum(int(tensor.count_nonzero()) for tensor in block.tensors.values())
+    parameters = sum(tensor.numel() for tensor in block.tensors.values())
+    dims = block.dims
+    return {
+        "index": block.index,
+        "heads": dims.heads,
+        "groups": dims.groups,
+        "ffn": dims.ffn,
+        "parameters": parameters,
+        "nonzero": nonzero,
+        "matrices": matrices,
+    }
+
+
+def _matrix(block: BlockView, name: str) -> dict[str, Any]:
+    weight_OI: torch.Tensor = block.matrix(name)
+    zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
+    return {"shape": list(weight_OI.shape), "zeros": zeros, "sparsity": zeros / weight_OI.numel()}
+

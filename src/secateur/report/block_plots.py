@@ -1,0 +1,123 @@
+"""The plot of what each run removed in each block: heat maps for masked matrices, widths for removed units."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from secateur.report import words
+from secateur.report.layers import Layers
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, plain, png
+
+MAXIMUM = 6
+_NUMBERED = 12  # blocks up to which the panels have room for numbers
+
+
+def block_removal(layers: Sequence[Layers], labels: Sequence[str]) -> Picture | None:
+    """One panel a run, at most six; None where there is nothing to draw.
+
+    Args:
+        layers: the plans, the most telling first.
+        labels: what to call them.
+    """
+    layers = layers[:MAXIMUM]
+    if not layers:
+        return None
+    columns = 1 if len(layers) == 1 else 2
+    rows = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(8, min(5.4, 0.9 + 1.9 * rows) if columns == 2 else 3.4), dpi=DPI, layout="constrained", facecolor="white")
+    figure.suptitle(plain(textwrap.fill(_title(layers), 86)), fontsize=11, x=0.01, ha="left", color="#111111")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    scale = _scale(layers)
+    images = [_panel(axes, plan, label, scale) for axes, plan, label in zip(panels, layers, labels, strict=False)]
+    for axes in panels[len(layers) :]:
+        axes.set_visible(False)
+    drawn = [(image, axes) for image, axes in zip(images, panels, strict=False) if image is not None]
+    if drawn:
+        bar = figure.colorbar(drawn[0][0], ax=list(panels), format=PercentFormatter(1.0, decimals=0), shrink=0.9, pad=0.02)
+        bar.set_label("removed", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
+    return Picture("blocks", png(figure), "; ".join(_reading(plan, label) for plan, label in zip(layers, labels, strict=False)), _caption(layers))
+
+
+def _title(layers: Sequence[Layers]) -> str:
+    worst = layers[0]
+    part = max(worst.parts, key=lambda name: _range(worst, name)[1] - _range(worst, name)[0])
+    low, high = _range(worst, part)
+    runs = "the run's blocks differ" if len(layers) == 1 else f"blocks differ in {len(layers)} runs"
+    return f"Removed by block: {runs}, most in {part} ({low:.0%} to {high:.0%} in one run)"
+
+
+def _range(plan: Layers, part: str) -> tuple[float, float]:
+    values = [value or 0.0 for value in plan.removed[part]]
+    return min(values), max(values)
+
+
+def _caption(layers: Sequence[Layers]) -> str:
+    said = []
+    if any(not plan.kept for plan in layers):
+        said.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
+    if any(plan.kept for plan in layers):
+        said.append("Lines are the kept share of feed-forward units (ffn) and of key-value heads with their query heads (groups); numbers are widths.")
+    return " ".join(said)
+
+
+def _scale(layers: Sequence[Layers]) -> Normalize:
+    """One scale for all heat maps, over what occurs in them."""
+    values = [v for plan in layers if not plan.kept for part in plan.parts for v in plan.removed[part] if v is not None] or [0.0, 1.0]
+    return Normalize(math.floor(min(values) * 20) / 20, math.ceil(max(values) * 20) / 20)
+
+
+def _panel(axes: Axes, plan: Layers, label: str, scale: Normalize) -> AxesImage | None:
+    axes.set_title(plain(textwrap.shorten(label, 44, placeholder="…")), fontsize=9, loc="left")
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("block", fontsize=8, labelpad=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
+    if plan.kept:
+        _widths(axes, plan)
+        return None
+    return _heat_map(axes, plan, scale)
+
+
+def _heat_map(axes: Axes, plan: Layers, scale: Normalize) -> AxesImage:
+    cells = [[math.nan if value is None else value for value in plan.removed[part]] for part in plan.parts]
+    colours = colormaps["YlGnBu"].with_extremes(bad="#e4e4e4")
+    image = axes.imshow(cells, aspect="auto", cmap=colours, norm=scale, interpolation="nearest")
+    axes.set_yticks(range(len(plan.parts)), labels=[plain(part) for part in plan.parts])
+    if plan.blocks <= _NUMBERED:
+        for y, row in enumerate(cells):
+            for x, value in enumerate(row):
+                if not math.isnan(value):
+                    dark = scale(value) > 0.55
+                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if dark else "#111111")
+    return image
+
+
+def _widths(axes: Axes, plan: Layers) -> None:
+    for nth, part in enumerate(plan.parts):
+        widths, most = plan.kept[part], max(of for _, of in plan.kept[part])
+        shares = [kept / of for kept, of in widths]
+        axes.plot(shares, color=COLOURS[nth % 6], marker=MARKERS[nth % 8], markersize=4, linewidth=1.4, label=f"{plain(part)}, of {most:,}")
+        if plan.blocks <= _NUMBERED:
+            for x, (kept, of) in enumerate(widths):
+                offset = (0, 4) if nth else (0, -10)
+                axes.annotate(f"{kept}", (x, kept / of), offset, textcoords="offset points", ha="center", fontsize=6.5, color=COLOURS[nth % 6])
+    axes.set_ylim(0, 1.15)
+    axes.set_ylabel("kept", fontsize=8)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="lower left", ncols=len(plan.parts))
+
+
+def _reading(plan: Layers, label: str) -> str:
+    ranges = (f"{part} {words.percent(_range(plan, part)[0])} to {words.percent(_range(plan, part)[1])}" for part in plan.parts)
+    return f"{label}, removed by block: {', '.join(ranges)}"

@@ -1,0 +1,154 @@
+"""The report: records in, one HTML page out that needs nothing else, plus its plots as files.
+
+The page holds no time and no machine's name, so equal records give equal bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from secateur.core.errors import SecateurError
+from secateur.core.records import Record
+from secateur.report import block_plots, plots, tables, words
+from secateur.report.layers import Layers, read_layers
+from secateur.report.plots import Picture
+from secateur.report.rows import Group, Row, collect, group, task_names
+from secateur.report.series import base, compare, series
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the records say, before it is put into words.
+
+    Attributes:
+        rows: every checkpoint.
+        groups: the rows by what may be compared; plots and the headline are about the first.
+        layers: what was removed block by block, of the runs whose folder is still there.
+    """
+
+    rows: list[Row]
+    groups: list[Group]
+    layers: list[Layers]
+
+    @property
+    def main(self) -> Group:
+        """The group that is plotted."""
+        return self.groups[0]
+
+
+def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning report") -> list[Path]:
+    """Write the page to `out`, and its plots beside it in the folder `<stem of out>-plots`.
+
+    Returns:
+        The paths written, the page first.
+
+    Raises:
+        SecateurError: no record is of `prune` or `eval`, or the page cannot be written.
+    """
+    rows = collect(records)
+    findings = Findings(rows, group(rows), read_layers(rows))
+    drawn = {"curves": _curves(findings), "blocks": _blocks(findings)}
+    pictures = [picture for several in drawn.values() for picture in several]
+    page = _render(findings, drawn, title, others=_others(records))
+    folder = out.parent / f"{out.stem}-plots"
+    contents = {out: page.encode(), **{folder / f"{picture.name}.png": picture.png for picture in pictures}}
+    if out.is_dir():
+        raise SecateurError(f"'{out}' is a folder: give the name of a file, such as {out / 'report.html'}")
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    except OSError as error:
+        raise SecateurError(f"cannot write the report to '{out}' ({error.strerror}): give a path in a folder that you can write to") from None
+    return list(contents)
+
+
+def _curves(findings: Findings) -> list[Picture]:
+    """Perplexity and each task against sparsity, of the rows that may be compared."""
+    main = findings.main
+    curves, dense = series(main.rows), main.dense
+    drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.ppl, lambda row: None, lowest=True))]
+    for task in task_names(main.rows):
+        found = compare(curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False)  # type: ignore[misc]
+        drawn.append(plots.accuracy(task, curves, dense, found))
+    return [picture for picture in drawn if picture is not None]
+
+
+def _blocks(findings: Findings) -> list[Picture]:
+    unequal = [plan for plan in findings.layers if not plan.uniform]
+    drawn = block_plots.block_removal(unequal, [_name(plan.row) for plan in unequal])
+    return [drawn] if drawn else []
+
+
+def _name(row: Row) -> str:
+    return f"{base(row)}, {words.percent(row.sparsity) or 'unknown sparsity'}"
+
+
+def _others(records: Sequence[Record]) -> str:
+    """Commands whose records the page does not show."""
+    commands = sorted({str(record.get("command") or "unnamed") for record in records} - {"prune", "eval"})
+    return ", ".join(commands)
+
+
+def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
+    main = findings.main
+    found = compare(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
+    return template.render(
+        title=title,
+        measured=_measured(findings),
+        finding=words.finding(found, main.dense),
+        warnings=tables.warnings(findings.groups),
+        notes=tables.notes(findings.rows, findings.groups, others),
+        pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
+        runs=tables.runs(findings.rows, findings.groups),
+        uniform=uniform,
+        undrawn=max(0, len(findings.layers) - len(uniform) - block_plots.MAXIMUM),
+        samples=[_sample(row) for row in findings.rows if row.part("shift").get("sample") is not None],
+        protocols=tables.protocols(findings.groups),
+        calibrations=tables.calibrations(findings.rows),
+        settings=tables.settings(findings.rows),
+        versions=tables.versions(findings.rows),
+    )
+
+
+def _measured(findings: Findings) -> dict[str, Any]:
+    """The facts of the headline."""
+    pruned = [row for row in findings.rows if not row.dense]
+    return {
+        "models": list(dict.fromkeys(row.model for row in findings.rows)),
+        "runs": words.plural(len(pruned), "pruned checkpoint"),
+        "evaluated": sum(bool(row.measuring) for row in pruned),
+        "methods": sorted({str(row.get("method") or "unknown method") for row in pruned}),
+        "dense": any(row.dense for row in findings.rows),
+    }
+
+
+def _embedded(picture: Picture) -> dict[str, str]:
+    data = base64.b64encode(picture.png).decode("ascii")
+    return {"src": f"data:image/png;base64,{data}", "alt": picture.alt, "caption": picture.caption}
+
+
+def _sample(row: Row) -> dict[str, Any]:
+    """Text of the pruned model beside the dense one's."""
+    shift = row.part("shift")
+    return {
+        "name": _name(row),
+        "prompt": shift.get("prompt"),
+        "dense": shift.get("sample_dense"),
+        "pruned": shift.get("sample"),
+        "against": shift.get("against"),
+        "repetition": {
+            "dense": words.percent(tables.inner(row, "shift", "repetition_dense")),
+            "pruned": words.percent(tables.inner(row, "shift", "repetition")),
+        },
+    }

@@ -1,0 +1,91 @@
+"""What each run removed, block by block, read from the plan of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from secateur.models.family import CANONICAL
+from secateur.plan.plan import read_plan_json
+from secateur.report.rows import Row
+
+_ORDER = (*CANONICAL, "groups", "ffn")
+_UNIFORM = 0.01  # of a part: N:M and whole rows round the removed fraction a little from block to block
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The plan of one run.
+
+    Attributes:
+        row: the run.
+        parts: matrices, and spaces (`groups`, `ffn`) of which whole units were removed.
+        removed: part -> the removed fraction in each block; None where the plan leaves the part of that block alone.
+        kept: space -> (kept, of) in each block, for plans that remove units and mask nothing; else empty.
+    """
+
+    row: Row
+    parts: tuple[str, ...]
+    removed: Mapping[str, tuple[float | None, ...]]
+    kept: Mapping[str, tuple[tuple[int, int], ...]]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model has."""
+        return len(self.removed[self.parts[0]])
+
+    @property
+    def spread(self) -> float:
+        """By how much the removed fraction of a part differs from block to block, at most."""
+        ranges = ([value or 0.0 for value in values] for values in self.removed.values())
+        return max(max(values) - min(values) for values in ranges)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every block loses the same."""
+        return self.spread < _UNIFORM
+
+    def sentence(self) -> str:
+        """The plan of a uniform run in words."""
+        means = [(part, f"{sum(v or 0.0 for v in self.removed[part]) / self.blocks:.1%}") for part in self.parts]
+        said = [f"{share} of {', '.join(part for part, _ in same)}" for share, same in groupby(means, key=lambda item: item[1])]
+        return f"the same in all {self.blocks} blocks: " + "; ".join(said)
+
+
+def read_layers(rows: Sequence[Row]) -> list[Layers]:
+    """The plans of the rows whose folder still has one, the most unequal first."""
+    found = [layers for row in rows if not row.dense and (layers := _read(row)) is not None]
+    return sorted(found, key=lambda layers: -layers.spread)
+
+
+def _read(row: Row) -> Layers | None:
+    try:
+        plan = read_plan_json(Path(str(row.get("out") or "")))
+        return _layers(row, plan) if plan is not None and _same_run(row, plan) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a damaged plan costs its picture, not the report
+
+
+def _same_run(row: Row, plan: Mapping[str, Any]) -> bool:
+    """Whether the folder still holds what the row is about: it may have been pruned anew since."""
+    return all(plan.get(name) == row.get(name) for name in ("method", "sparsity_measured", "pattern") if row.get(name) is not None and name in plan)
+
+
+def _layers(row: Row, plan: Mapping[str, Any]) -> Layers | None:
+    blocks = plan.get("blocks") or []
+    removed: dict[str, list[float | None]] = {}
+    kept: dict[str, list[tuple[int, int]]] = {}
+    for index, block in enumerate(blocks):
+        shares = {name: mask["removed"] / (mask["shape"][0] * mask["shape"][1]) for name, mask in block.get("masks", {}).items()}
+        shares |= {space: 1 - units["kept"] / units["of"] for space, units in block.get("keep", {}).items()}
+        for name, share in shares.items():
+            removed.setdefault(name, [None] * len(blocks))[index] = share
+        for space, units in block.get("keep", {}).items():
+            kept.setdefault(space, []).append((units["kept"], units["of"]))
+    parts = tuple(sorted(removed, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
+    complete = all(name in kept and len(kept[name]) == len(blocks) for name in parts)
+    widths = {name: tuple(several) for name, several in kept.items()} if complete else {}
+    return Layers(row, parts, {name: tuple(removed[name]) for name in parts}, widths) if parts else None

@@ -1,0 +1,173 @@
+"""From records to rows: one row a checkpoint, with the record that pruned it and the one that measured it.
+
+Perplexities are comparable only under one protocol on one model, so rows are also sorted into groups of (model, protocol); what a report
+plots and concludes is about its largest group alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.core.errors import SecateurError
+from secateur.core.records import Record, to_json
+
+PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
+
+# What both records of a folder say about its pruning. Where they disagree, the folder was pruned anew after it was measured.
+_IDENTITY = ("method", "sparsity", "sparsity_measured", "pattern", "modules", "options", "seed")
+
+Protocol = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One checkpoint. Either record may be empty; rows are told apart by identity, since two runs can agree in every field.
+
+    Attributes:
+        pruning: the `prune` record.
+        measuring: the `eval` record.
+    """
+
+    pruning: Record
+    measuring: Record
+
+    def get(self, name: str) -> Any:
+        """The field, of the pruning record where it has it; None where neither does."""
+        value = self.pruning.get(name)
+        return self.measuring.get(name) if value is None else value
+
+    def number(self, name: str) -> float | None:
+        """The field, where it is a number."""
+        return as_number(self.get(name))
+
+    def part(self, name: str) -> Record:
+        """The field, where it is an object; else an empty one."""
+        value = self.get(name)
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def model(self) -> str:
+        """The original model."""
+        return str(self.get("model") or "unknown model")
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is the unpruned model."""
+        return self.get("method") is None and not self.number("sparsity")
+
+    @property
+    def sparsity(self) -> float | None:
+        """The true sparsity; the one asked for where that was not measured."""
+        measured = self.number("sparsity_measured")
+        return self.number("sparsity") if measured is None else measured
+
+    @property
+    def ppl(self) -> float | None:
+        """Perplexity; None where it was not measured or not finite."""
+        return as_number(self.measuring.get("ppl"))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether perplexity was measured and found not finite: JSON has null for that."""
+        return self.ppl is None and "ppl" in self.measuring and self.protocol is not None
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """How perplexity was measured, as something that can be compared; None where it was not."""
+        protocol = self.measuring.get("ppl_protocol")
+        return tuple((name, protocol.get(name)) for name in PROTOCOL) if isinstance(protocol, dict) else None
+
+    def task(self, task: str, metric: str) -> float | None:
+        """A metric of a task; None where it was not measured."""
+        found = self.part("tasks").get(task)
+        return as_number(found.get(metric)) if isinstance(found, dict) else None
+
+    def accuracy(self, task: str) -> float | None:
+        """`acc`, or `acc_norm` where the task has no other."""
+        plain = self.task(task, "acc")
+        return self.task(task, "acc_norm") if plain is None else plain
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows whose numbers may be compared: one model, one protocol (None: perplexity was not measured)."""
+
+    model: str
+    protocol: Protocol | None
+    rows: tuple[Row, ...]
+
+    @property
+    def dense(self) -> Row | None:
+        """The last row of the unpruned model."""
+        return next((row for row in reversed(self.rows) if row.dense), None)
+
+
+def as_number(value: Any) -> float | None:
+    """The value where it is a number (True and False are none)."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def collect(records: Sequence[Record]) -> list[Row]:
+    """The rows of the `prune` and `eval` records, the dense ones first, then by method and sparsity.
+
+    A later record replaces an earlier one of the same command and folder.
+
+    Raises:
+        SecateurError: there is none of either.
+    """
+    if not records:
+        raise SecateurError("no records to report: give a records.jsonl that 'secateur prune', 'eval' or 'sweep' wrote, or its folder")
+    last: dict[str, dict[str, Record]] = {"prune": {}, "eval": {}}
+    for index, record in enumerate(records):
+        if record.get("command") in last:
+            plain: Record = json.loads(to_json(record))  # so that a record fresh from memory reads like one from a file
+            last[record["command"]][str(plain.get("out") or f"#{index}")] = plain
+    if not last["prune"] and not last["eval"]:
+        found = ", ".join(sorted({str(record.get("command") or "unnamed") for record in records}))
+        raise SecateurError(f"nothing to report: of {len(records)} records none is of prune or eval (found: {found}); run 'secateur eval DIR' first")
+    return sorted(_merge(last["prune"], last["eval"]), key=_order)
+
+
+def _merge(pruned: dict[str, Record], measured: dict[str, Record]) -> list[Row]:
+    rows = []
+    for out in dict.fromkeys([*pruned, *measured]):
+        pruning, measuring = pruned.get(out, {}), measured.get(out, {})
+        if pruning and measuring and _disagree(pruning, measuring):
+            rows += [Row(pruning, {}), Row({}, measuring)]
+        else:
+            rows.append(Row(pruning, measuring))
+    return rows
+
+
+def _disagree(a: Record, b: Record) -> bool:
+    return any(a.get(name) is not None and b.get(name) is not None and a[name] != b[name] for name in _IDENTITY)
+
+
+def _order(row: Row) -> tuple[bool, str, float, str, str]:
+    return not row.dense, str(row.get("method") or ""), row.sparsity or 0.0, str(row.get("pattern") or ""), str(row.get("out") or "")
+
+
+def group(rows: Sequence[Row]) -> list[Group]:
+    """The groups, the largest first (of equal ones, that of the first row).
+
+    A row whose perplexity was not measured joins the first group of its model, since nothing in it can disagree.
+    """
+    keys: dict[tuple[str, Protocol | None], list[Row]] = {}
+    for row in rows:
+        if row.protocol is not None:
+            keys.setdefault((row.model, row.protocol), []).append(row)
+    largest = sorted(keys, key=lambda key: -len(keys[key]))
+    for row in rows:
+        if row.protocol is None:
+            home = next((key for key in largest if key[0] == row.model), (row.model, None))
+            keys.setdefault(home, []).append(row)
+    groups = [Group(model, protocol, tuple(sorted(members, key=_order))) for (model, protocol), members in keys.items()]
+    return sorted(groups, key=lambda g: (g.protocol is None, -len([row for row in g.rows if row.protocol == g.protocol])))
+
+
+def task_names(rows: Sequence[Row]) -> list[str]:
+    """The tasks that any row was measured on, by name."""
+    return sorted({task for row in rows for task in row.part("tasks") if row.accuracy(task) is not None})

@@ -1,0 +1,224 @@
+"""The tables, notes and warnings of a report, as plain cells for the template."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.core.records import Record
+from secateur.report import words
+from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, task_names
+
+MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, and the exact value where that is rounded."""
+
+    text: str
+    exact: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; an optional one is left out where no row has a value."""
+
+    head: str
+    cell: Callable[[Row], Cell | None]
+    hint: str = ""
+    optional: bool = False
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Heads (text, hint, whether cells are text) and rows of cells; `marked` counts the dense rows at the top."""
+
+    heads: tuple[tuple[str, str, bool], ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    marked: int = 0
+
+
+def inner(row: Row, name: str, key: str) -> float | None:
+    """A number inside a field that is an object."""
+    return as_number(row.part(name).get(key))
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    """The cells of the rows; a dash where there is no value."""
+    filled = [(column, [column.cell(row) for row in rows]) for column in columns]
+    shown = [(column, cells) for column, cells in filled if not column.optional or any(cells)]
+    body = tuple(tuple(cells[n] or Cell(MISSING) for _, cells in shown) for n in range(len(rows)))
+    return Table(tuple((column.head, column.hint, column.text) for column, _ in shown), body, sum(row.dense for row in rows))
+
+
+def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
+    """One line a checkpoint: what was done, what it weighs, what it costs."""
+    home = {row: g for g in groups for row in g.rows}
+    letters = {row: letter for letter, g in named(groups).items() for row in g.rows}
+    before = {row.model: row.number("params_before") for row in rows if row.get("params_before")}
+
+    def parameters(row: Row) -> float | None:
+        """The dense model's own record may lack them; the runs that started from it know."""
+        after = row.number("params_after")
+        return before.get(row.model) if after is None and row.dense else after
+
+    def times_dense(row: Row) -> float | None:
+        dense = home[row].dense
+        return row.ppl / dense.ppl if row.ppl and dense is not None and dense.ppl and not row.dense else None
+
+    columns = [
+        Column("Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True),
+        Column("Method", lambda row: _text("dense" if row.dense else row.get("method"), _options(row)), text=True),
+        Column("Pattern", lambda row: None if row.dense else _text(row.get("pattern")), text=True),
+        Column("Modules", lambda row: None if row.dense else _text(row.get("modules") or "all"), "per-module sparsity", text=True),
+        Column("Sparsity", lambda row: _number(words.percent, row.sparsity), "measured: the fraction removed of what the method removes from"),
+        Column("Pruning ratio", lambda row: _number(words.percent, row.number("pruning_ratio")), "1 - parameters after / before, over all parameters"),
+        Column("Parameters", lambda row: _number(words.count, parameters(row)), "in the written checkpoint"),
+        Column("Not zero", lambda row: _number(words.count, row.number("nonzero_after")), "parameters that are not zero"),
+        Column("PPL", _perplexity, "perplexity, lower is better"),
+        Column("PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"),
+        Column("Bits / byte", lambda row: _number(words.fixed, row.number("bits_per_byte")), optional=True),
+        *_task_columns(rows),
+        Column("KL", lambda row: _number(words.fixed, inner(row, "shift", "kl")), "per token, from the dense model", optional=True),
+        Column("Top-1 agreement", lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")), "with the dense model", optional=True),
+        Column("Pruning time", lambda row: _number(words.duration, as_number(row.pruning.get("seconds")))),
+        Column("Peak memory", lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))), "resident set of the pruning process"),
+        Column("Loads as", lambda row: _loads(row), "stock: any transformers loads it; runtime: needs trust_remote_code or secateur", text=True),
+    ]
+    return table(columns, rows)
+
+
+def _task_columns(rows: Sequence[Row]) -> list[Column]:
+    columns = []
+    for task in task_names(rows):
+        columns.append(Column(f"{task} acc", lambda row, t=task: _accuracy(row, t, "acc"), "accuracy ± standard error", optional=True))  # type: ignore[misc]
+        columns.append(Column(f"{task} acc_norm", lambda row, t=task: _accuracy(row, t, "acc_norm"), "length-normalised", optional=True))  # type: ignore[misc]
+    return columns
+
+
+def _accuracy(row: Row, task: str, metric: str) -> Cell | None:
+    value, error = row.task(task, metric), row.task(task, "stderr") if metric == "acc" else None
+    if value is None:
+        return None
+    n = row.task(task, "n")
+    return Cell(f"{value:.3f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.3f}" if error is not None else ""), f"n = {n:.0f}" if n is not None else "")
+
+
+def _perplexity(row: Row) -> Cell | None:
+    return Cell("not finite") if row.diverged else _number(words.perplexity, row.ppl)
+
+
+def _loads(row: Row) -> Cell | None:
+    stock = True if row.dense else row.get("stock")
+    return None if stock is None else Cell("stock" if stock else "runtime")
+
+
+def _options(row: Row) -> str:
+    return ", ".join(f"{name}={value}" for name, value in row.part("options").items())
+
+
+def _text(value: Any, exact: str = "") -> Cell | None:
+    return None if value is None else Cell(str(value), exact)
+
+
+def _number(say: Callable[[float | None], str | None], value: float | None) -> Cell | None:
+    said = say(value)
+    return None if said is None or value is None else Cell(said, f"{value:,.0f}" if value == int(value) and value > 999 else f"{value!r}")
+
+
+def named(groups: Sequence[Group]) -> dict[str, Group]:
+    """The groups by letter; empty where there is one alone, which needs no name."""
+    letters = [*string.ascii_uppercase, *(f"A{letter}" for letter in string.ascii_uppercase)]
+    return dict(zip(letters, groups, strict=False)) if len(groups) > 1 else {}
+
+
+def warnings(groups: Sequence[Group]) -> dict[str, Any] | None:
+    """What must not be compared with what; None where all may be."""
+    if len(groups) < 2:
+        return None
+    models, protocols = {g.model for g in groups}, {g.protocol for g in groups}
+    differ = [what for what, mixed in (("models", len(models) > 1), ("perplexity protocols", len(protocols - {None}) > 1)) if mixed]
+    members = [f"{letter}: {g.model}, {_protocol(g.protocol)} ({words.plural(len(g.rows), 'row')})" for letter, g in named(groups).items()]
+    return {"differ": " and ".join(differ), "groups": members}
+
+
+def _protocol(protocol: Protocol | None) -> str:
+    if protocol is None:
+        return "perplexity not measured"
+    said = [f"{name} {str(value)[:12] if name == 'sha256' else value}" for name, value in protocol if value is not None]
+    return ", ".join(said)
+
+
+def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str]:
+    """What is missing, and the next step."""
+    said = []
+    pruned = [row for row in rows if not row.dense]
+    unmeasured, diverged = [row for row in pruned if row.protocol is None], [row for row in rows if row.diverged]
+    if unmeasured:
+        folders = ", ".join(str(row.get("out") or "unnamed") for row in unmeasured[:3]) + (", …" if len(unmeasured) > 3 else "")
+        said.append(f"{words.plural(len(unmeasured), 'checkpoint')} without a perplexity ({folders}): run 'secateur eval DIR'.")
+    if diverged:
+        said.append(f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, not in the plot.")
+    if groups[0].dense is None:
+        said.append(f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'.")
+    for task in task_names(groups[0].rows):
+        counts = {n for row in groups[0].rows if (n := row.task(task, "n")) is not None}
+        if len(counts) > 1:
+            said.append(f"{task} was measured on {' and '.join(f'{n:.0f}' for n in sorted(counts))} items: accuracies on different items differ by that alone.")
+    return [*said, f"Records of other commands are not shown: {others}."] if others else said
+
+
+def protocols(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each protocol in use, field by field."""
+    letters = {id(g): letter for letter, g in named(groups).items()}
+    return [
+        (letters.get(id(g), ""), [(name, MISSING if (value := dict(g.protocol)[name]) is None else str(value)) for name in PROTOCOL])
+        for g in groups
+        if g.protocol is not None
+    ]
+
+
+def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Each calibration set in use, and how many runs used it."""
+    used: dict[str, int] = {}
+    for row in rows:
+        if found := row.part("calibration"):
+            text = f"{found.get('spec', MISSING)}, {found.get('samples', MISSING)} \N{MULTIPLICATION SIGN} {found.get('seqlen', MISSING)} tokens, SHA-256 {found.get('sha256', MISSING)}"
+            used[text] = used.get(text, 0) + 1
+    return [(text, words.plural(users, "run")) for text, users in used.items()]
+
+
+def settings(rows: Sequence[Row]) -> Table:
+    """Where each run is and what else decided it."""
+    columns = [
+        Column("Run", lambda row: _text("dense" if row.dense else row.get("method")), text=True),
+        Column("Sparsity asked", lambda row: _number(words.percent, row.number("sparsity"))),
+        Column("Folder", lambda row: _text(row.get("out")), text=True),
+        Column("Model", lambda row: _text(row.model), text=True),
+        Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
+        Column("Seed", lambda row: _text(row.get("seed"))),
+        Column("Pruned on", lambda row: _where(row.pruning), "device, dtype", text=True, optional=True),
+        Column("Measured on", lambda row: _where(row.measuring), "device, dtype", text=True, optional=True),
+        Column("Measuring time", lambda row: _number(words.duration, as_number(row.measuring.get("seconds"))), optional=True),
+    ]
+    return table(columns, rows)
+
+
+def _where(record: Record) -> Cell | None:
+    found = [str(record[name]) for name in ("device", "dtype") if record.get(name) is not None]
+    return Cell(", ".join(found)) if found else None
+
+
+def versions(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """secateur and the libraries, each with every version that took part."""
+    records = [record for row in rows for record in (row.pruning, row.measuring)]
+    found: dict[str, set[str]] = {"secateur": {str(r["version"]) for r in records if r.get("version") is not None}}
+    for record in records:
+        libraries = record.get("versions")
+        for name, version in (libraries if isinstance(libraries, dict) else {}).items():
+            found[name] = found.get(name, set()) | {str(version)}
+    return [(name, " and ".join(sorted(several))) for name, several in found.items() if several]

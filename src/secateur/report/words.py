@@ -1,0 +1,105 @@
+"""Numbers and findings in words: what the page and the titles of its plots say."""
+
+from __future__ import annotations
+
+from secateur.report.rows import Row
+from secateur.report.series import Comparison, Entry
+
+Words = str | None
+
+
+def percent(value: float | None) -> Words:
+    """A fraction as a percentage."""
+    return None if value is None else f"{100 * value:.1f}%"
+
+
+def perplexity(value: float | None) -> Words:
+    """Two decimals as long as they mean something."""
+    if value is None:
+        return None
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+
+
+def ratio(value: float | None) -> Words:
+    """How many times as much, with a multiplication sign."""
+    return None if value is None else f"{perplexity(value)}\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}"
+
+
+def fixed(value: float | None) -> Words:
+    """Four decimals."""
+    return None if value is None else f"{value:.4f}"
+
+
+def count(value: float | None) -> Words:
+    """A number of parameters, to three digits."""
+    if value is None:
+        return None
+    unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u), (1, ""))
+    return f"{value / unit:.3g}\N{NO-BREAK SPACE}{name}".rstrip() if value < 999.5e9 else f"{value / 1e9:,.0f}\N{NO-BREAK SPACE}B"
+
+
+def size(value: float | None) -> Words:
+    """Bytes."""
+    if value is None:
+        return None
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= u), (1, "B"))
+    return f"{value / unit:,.1f}\N{NO-BREAK SPACE}{name}"
+
+
+def duration(value: float | None) -> Words:
+    """Seconds."""
+    if value is None:
+        return None
+    if value < 60:
+        return f"{value:.1f}\N{NO-BREAK SPACE}s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours}\N{NO-BREAK SPACE}h\N{NO-BREAK SPACE}{minutes:02}\N{NO-BREAK SPACE}min"
+        if hours
+        else f"{minutes}\N{NO-BREAK SPACE}min\N{NO-BREAK SPACE}{seconds:02}\N{NO-BREAK SPACE}s"
+    )
+
+
+def plural(number: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def perplexity_title(found: Comparison | None, dense: Row | None) -> str:
+    """What the plot of perplexity shows, in its title."""
+    if found is None:
+        return "Perplexity against measured sparsity"
+    best = found.entries[0]
+    said = f"perplexity {perplexity(best.value)}" + (f" (dense {perplexity(dense.ppl)})" if dense and dense.ppl else "")
+    lead = f"{best.label} loses least" if len(found.entries) > 1 else best.label
+    return f"At {found.where} {lead}: {said}"
+
+
+def accuracy_title(task: str, found: Comparison | None, dense: float | None) -> str:
+    """What the plot of a task's accuracy shows, in its title."""
+    if found is None:
+        return f"{task}: accuracy against measured sparsity"
+    best = found.entries[0]
+    compared = f" (dense {dense:.3f})" if dense is not None else ""
+    if len(found.entries) == 1:
+        return f"{task}: {best.label} has accuracy {best.value:.3f} at {found.where}{compared}"
+    if not found.clear:
+        return f"{task}: at {found.where} no run is clearly ahead; {best.label} has {best.value:.3f}{compared}"
+    return f"{task}: at {found.where} {best.label} keeps most accuracy, {best.value:.3f}{compared}"
+
+
+def finding(found: Comparison | None, dense: Row | None) -> str:
+    """The best result in one sentence that claims no more than was measured."""
+    if found is None:
+        return "No perplexities to compare yet: run 'secateur eval DIR' on the pruned folders and report again."
+    best, rest = found.entries[0], found.entries[1:]
+    times = f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
+    if not rest:
+        return f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; nothing else was measured at that level to compare it with."
+    nearest = "; ".join(f"{entry.label} has {_value(entry)}" for entry in rest)
+    return f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: {_value(best)}{times}; {nearest}."
+
+
+def _value(entry: Entry) -> str:
+    return f"{perplexity(entry.value)}" + (f" (mean of {entry.runs} runs)" if entry.runs > 1 else "")

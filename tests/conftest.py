@@ -1,0 +1,64 @@
+"""Fixtures: tiny random models of every family, made on the fly. The network is off."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny import VOCABULARY, tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("tests have no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    """Calibration token ids [6, 20]."""
+    return torch.randint(0, VOCABULARY, (6, 20), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def ids_file(tmp_path: Path, windows: torch.Tensor) -> str:
+    file = tmp_path / "ids.npy"
+    np.save(file, windows.numpy())
+    return str(file)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model and gives its folder: `saved("opt", tied=True)`."""
+
+    def save(model_type: str, **how: Any) -> Path:
+        folder = tmp_path / f"dense-{model_type}"
+        tiny_model(model_type, **how).save_pretrained(folder)
+        return folder
+
+    return save

@@ -1,0 +1,158 @@
+"""What must hold for every method on every family. Methods and families are found, not listed."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from secateur import api
+from secateur.methods import find_method, method_names
+from secateur.models.family import all_families
+from secateur.plan.pattern import parse_pattern
+from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
+
+PATTERNS = ("unstructured", "2:4", "rows", "columns")
+
+
+def _takes(method: str, pattern: str) -> bool:
+    return "pattern" in find_method(method).options_class.__dataclass_fields__ or pattern == "unstructured"
+
+
+CASES = [(m, p) for m in method_names() for p in PATTERNS if _takes(m, p)]
+WIDE = [case for case in CASES if parse_pattern(case[1]).structured]
+
+
+def _sparsity(pattern: str) -> float | None:
+    return None if ":" in pattern else 0.5
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_planning_leaves_the_model_as_it_is(method: str, pattern: str, model_type: str, windows: torch.Tensor) -> None:
+    model = tiny_model(model_type)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = api.plan(model, method, windows, sparsity=_sparsity(pattern), pattern=pattern)
+    pruned = api.cut(model, plan)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not torch.equal(pruned(some_ids()).logits, model(some_ids()).logits)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("method", method_names())
+def test_sparsity_zero_is_the_identity(method: str, model_type: str, windows: torch.Tensor) -> None:
+    model = tiny_model(model_type)
+    pruned = api.cut(model, api.plan(model, method, windows, sparsity=0.0))
+    assert torch.equal(pruned(some_ids()).logits, model(some_ids()).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_the_same_seed_gives_the_same_plan(method: str, pattern: str, model_type: str, windows: torch.Tensor) -> None:
+    model = tiny_model(model_type)
+    first, second = (api.plan(model, method, windows, sparsity=_sparsity(pattern), pattern=pattern) for _ in range(2))
+    assert first == second
+    other = api.plan(tiny_model(model_type, seed=9), method, windows, sparsity=_sparsity(pattern), pattern=pattern)
+    assert first.blocks != other.blocks
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_plans_round_trip(method: str, pattern: str, model_type: str, windows: torch.Tensor, tmp_path: Path) -> None:
+    plan = api.plan(tiny_model(model_type), method, windows, sparsity=_sparsity(pattern), pattern=pattern)
+    plan.save(tmp_path)
+    assert api.read_plan(tmp_path) == plan
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("method", "pattern"), WIDE)
+def test_cutting_equals_masking(method: str, pattern: str, model_type: str, windows: torch.Tensor) -> None:
+    """Removed units and units whose output is zeroed give the same logits."""
+    model = tiny_model(model_type, dtype=torch.float64)
+    plan = api.plan(model, method, windows, sparsity=0.5, pattern=pattern)
+    narrow = api.cut(model, plan)
+    view = api.view_model(model)  # shares the model's memory
+    for block, block_plan in zip(view.iterate(), plan.blocks, strict=True):
+        width = block.dims.head_width * block.dims.queries
+        for reader, space, each in (("down", "ffn", 1), ("o", "groups", width)):
+            gone = torch.ones(block.dims.shape(reader)[1], dtype=torch.bool)
+            for unit in block_plan.keep[space].tolist():
+                gone[unit * each : (unit + 1) * each] = False
+            assert gone.any()
+            block.matrix(reader)[:, gone] = 0
+    torch.testing.assert_close(narrow(some_ids()).logits, model(some_ids()).logits, rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in narrow.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
+    method: str, pattern: str, model_type: str, dtype: torch.dtype, saved: Callable[..., Path], ids_file: str, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    dense = saved(model_type, dtype=dtype)
+    request = api.Request(str(dense), method, sparsity=_sparsity(pattern), pattern=pattern, calibration=ids_file)
+    record = api.prune(request, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
+    expected = api.cut(model, api.plan(model, method, windows, sparsity=_sparsity(pattern), pattern=pattern, dtype=torch.float32)).state_dict()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert reloaded.dtype == dtype
+    assert expected.keys() == reloaded.state_dict().keys()
+    for name, tensor in reloaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.is_contiguous()
+    assert record["params_after"] == sum(p.numel() for p in reloaded.parameters())
+    assert record["nonzero_after"] == sum(int(p.count_nonzero()) for p in reloaded.parameters())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert torch.equal(again(some_ids()).logits, reloaded(some_ids()).logits)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize(("method", "pattern"), CASES)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    method: str, pattern: str, model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from secateur.models.save import CheckpointWriter
+
+    request = api.Request(str(saved(model_type)), method, sparsity=_sparsity(pattern), pattern=pattern, calibration=ids_file)
+    api.prune(request, tmp_path / "whole")
+    write = CheckpointWriter.write
+
+    def interrupted(self: Any, name: str, *args: Any) -> None:
+        if name == "block-00001":
+            raise KeyboardInterrupt
+        write(self, name, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            api.prune(request, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    with pytest.raises(api.UsageError, match="--resume"):
+        api.prune(request, tmp_path / "resumed")
+    api.prune(request, tmp_path / "resumed", resume=True)
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "resumed").iterdir())
+    equal, different, errors = filecmp.cmpfiles(tmp_path / "whole", tmp_path / "resumed", names, shallow=False)
+    assert (different, errors) == ([], [])
+    assert "model.safetensors" in equal
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_says_where_it_comes_from(method: str) -> None:
+    found = find_method(method)
+    text = found.module.__doc__ or ""
+    assert "arXiv" in text
+    assert len(text.splitlines()) > 3
+    for option in found.options_class.__dataclass_fields__:
+        assert f"{option}:" in (found.options_class.__doc__ or ""), f"option {option} is not described"
+
+
+def test_every_family_is_tested() -> None:
+    assert set(FAMILY_TYPES) == {family.model_types[0] for family in all_families().values()}
+    assert len(FAMILY_TYPES) >= 4
