@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibrate.data import Text, calibration_windows, check_ids, ids_hash, read_text
+from secateur.calibrate.data import calibration_windows, check_ids, check_spec, holds_ids, ids_hash, read_text
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import track
 from secateur.core.timing import Stopwatch
 from secateur.cut import dims_after
@@ -122,6 +122,8 @@ def prepare(request: Request) -> Prepared:
     seqlen = request.seqlen or min(2048, checkpoint.max_length())
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
+    if request.calibration is not None:
+        check_spec(request.calibration)
     return Prepared(request, checkpoint, job, pattern, sparsity, device, resolve_dtype(request.dtype, checkpoint.dtype, device), seqlen)
 
 
@@ -137,12 +139,18 @@ def read_windows(prepared: Prepared) -> Tensor:
     """The calibration windows [S, T]."""
     request, checkpoint, spec = prepared.request, prepared.checkpoint, prepared.calibration
     assert spec is not None
-    text: Text = read_text(spec, "calibration", text_field=request.text_field)
-    tokenize = None if text.ids is not None else checkpoint.tokenizer()
-    windows = calibration_windows(
-        text, lambda t: tokenize(t, verbose=False)["input_ids"], samples=request.samples, seqlen=prepared.seqlen, seed=request.seed  # type: ignore[misc]
-    )
+    tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
+    text = read_text(spec, "calibration", text_field=request.text_field)
+
+    def tokenize(row: str) -> list[int]:
+        assert tokenizer is not None
+        found: list[int] = tokenizer(row, verbose=False)["input_ids"]
+        return found
+
+    windows = calibration_windows(text, tokenize, samples=request.samples, seqlen=prepared.seqlen, seed=request.seed)
     check_ids(windows, checkpoint.config.vocab_size, spec)
+    if windows.shape[1] > checkpoint.max_length():
+        raise SecateurError(f"{spec}: windows of {windows.shape[1]} tokens, but this model knows at most {checkpoint.max_length()}; cut them shorter")
     return windows
 
 

@@ -242,6 +242,23 @@ def test_later_records_win_and_a_stale_evaluation_stays_apart() -> None:
     assert [(row.sparsity, row.ppl) for row in rows] == [(0.3, 7.0), (0.5, None)]
 
 
+def test_one_folder_under_two_spellings_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pruned = prune_record("wanda", 0.5, "runs/x", model="./tiny/")
+    rows = collect([pruned, eval_record(9.0, tmp_path / "runs" / "x", pruned), eval_record(8.0, "./tiny/")])
+    assert [(row.dense, row.ppl) for row in rows] == [(True, 8.0), (False, 9.0)]
+    assert len(group(rows)) == 1
+
+
+def test_tasks_on_different_items_are_noted(study: list[dict[str, Any]], tmp_path: Path) -> None:
+    note = "cloze was not measured on the same items in every run"
+    assert note not in text_of(write_report(study, tmp_path / "report.html")[0])
+    study[2]["tasks"]["cloze"] |= {"n": 50, "flipped": 0.123}
+    seen = text_of(write_report(study, tmp_path / "report.html")[0])
+    assert note in seen
+    assert " 12.3% " in seen
+
+
 def test_blocks_uniform_in_words_unequal_drawn(study: list[dict[str, Any]], tmp_path: Path) -> None:
     rows = collect(study)
     plans = read_layers(rows)

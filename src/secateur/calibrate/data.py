@@ -55,6 +55,7 @@ HUB_TEXTS = {
     "alpaca": HubText("tatsu-lab/alpaca", None, {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt),
 }
 NAMED = ("builtin", *HUB_TEXTS)
+_ID_FILES = (".npy", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class Text:
     spec: str
     rows: tuple[str, ...] = ()
     ids: Tensor | None = None
+
+
+def holds_ids(spec: str) -> bool:
+    """Whether a SPEC is a file of token ids, which needs no tokenizer."""
+    return Path(spec).suffix in _ID_FILES
+
+
+def check_spec(spec: str) -> None:
+    """Raises UsageError where a SPEC is neither a name nor a file."""
+    if spec.partition("@")[0] not in NAMED and not Path(spec).expanduser().is_file():
+        raise UsageError(f"no text '{spec}': give one of {', '.join(NAMED)}, or the path of a file")
 
 
 def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
@@ -83,10 +95,9 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
         return Text(spec, tuple(d.text for d in documents("train" if role == "calibration" else "test")))
     if name in HUB_TEXTS:
         return Text(spec, _from_hub(name, role, revision or None))
+    check_spec(spec)
     path = Path(spec).expanduser()
-    if not path.is_file():
-        raise UsageError(f"no text '{spec}': give one of {', '.join(NAMED)}, or the path of a file")
-    if path.suffix in (".npy", ".safetensors"):
+    if holds_ids(spec):
         return Text(spec, ids=_token_ids(path))
     rows = tuple(_rows(path, text_field))
     if not any(row.strip() for row in rows):

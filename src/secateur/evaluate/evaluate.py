@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibrate.data import check_ids, ids_hash
+from secateur.calibrate.data import check_ids, holds_ids, ids_hash
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, unknown
@@ -83,7 +83,7 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     bundled = request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
-    tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks))
+    tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
     windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
     check_ids(torch.cat(list(windows)), checkpoint.config.vocab_size, protocol.spec)
     _warn_of_overlap(plan, protocol)

@@ -91,16 +91,15 @@ def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
 
 
 def evaluation_windows(protocol: Protocol, seqlen: int, tokenizer: PreTrainedTokenizerBase | None, text_field: str = "text") -> list[Tensor]:
-    """The windows, int64 [T] each; all have the same length except a kept tail.
+    """The windows, int64 [T] each; all have the same length except a kept tail. Token ids need no tokenizer.
 
     Raises:
-        SecateurError: the text is shorter than one window, or needs a tokenizer that is not there.
+        SecateurError: the text is shorter than one window.
     """
     text = read_text(protocol.spec, "evaluation", text_field=text_field)
     if text.ids is not None:
         return list(text.ids.unbind())[: protocol.windows]
-    if tokenizer is None:
-        raise SecateurError(f"{protocol.spec}: the model has no tokenizer; give token ids (.npy or .safetensors)")
+    assert tokenizer is not None, "text needs a tokenizer; only token ids do without"
     stream = _stream(protocol, text, tokenizer)[: protocol.tokens]
     windows = [torch.tensor(stream[start : start + seqlen]) for start in range(0, len(stream), seqlen)]
     if windows and len(windows[-1]) < seqlen and (protocol.tail == "drop" or len(windows[-1]) < 2):

@@ -52,8 +52,9 @@ def _title(layers: Sequence[Layers]) -> str:
     worst = layers[0]
     part = max(worst.parts, key=lambda name: _range(worst, name)[1] - _range(worst, name)[0])
     low, high = _range(worst, part)
-    runs = "the run's blocks differ" if len(layers) == 1 else f"blocks differ in {len(layers)} runs"
-    return f"Removed by block: {runs}, most in {part} ({low:.0%} to {high:.0%} in one run)"
+    if len(layers) == 1:
+        return f"Removed by block: from {low:.0%} to {high:.0%} of {part}"
+    return f"Removed by block: {len(layers)} runs with unequal blocks; the widest range is {low:.0%} to {high:.0%} of {part}"
 
 
 def _range(plan: Layers, part: str) -> tuple[float, float]:
@@ -102,20 +103,27 @@ def _heat_map(axes: Axes, plan: Layers, scale: Normalize) -> AxesImage:
 
 
 def _widths(axes: Axes, plan: Layers) -> None:
-    for nth, part in enumerate(plan.parts):
-        widths, most = plan.kept[part], max(of for _, of in plan.kept[part])
-        shares = [kept / of for kept, of in widths]
-        axes.plot(shares, color=COLOURS[nth % 6], marker=MARKERS[nth % 8], markersize=4, linewidth=1.4, label=f"{plain(part)}, of {most:,}")
-        if plan.blocks <= _NUMBERED:
-            for x, (kept, of) in enumerate(widths):
-                offset = (0, 4) if nth else (0, -10)
-                axes.annotate(f"{kept}", (x, kept / of), offset, textcoords="offset points", ha="center", fontsize=6.5, color=COLOURS[nth % 6])
-    axes.set_ylim(0, 1.15)
+    for part, colour, marker in zip(plan.parts, COLOURS, MARKERS, strict=False):
+        shares, most = [kept / of for kept, of in plan.kept[part]], max(of for _, of in plan.kept[part])
+        axes.plot(shares, color=colour, marker=marker, markersize=4, linewidth=1.4, label=f"{plain(part)}, of {most:,}")
+    if plan.blocks <= _NUMBERED:
+        _number_widths(axes, plan)
+    axes.set_ylim(0, 1.18)
     axes.set_ylabel("kept", fontsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="lower left", ncols=len(plan.parts))
+
+
+def _number_widths(axes: Axes, plan: Layers) -> None:
+    """Write each width at its point: the highest of a block above it, the others below, so that they keep clear of one another."""
+    for x in range(plan.blocks):
+        points = [(plan.kept[part][x][0] / plan.kept[part][x][1], plan.kept[part][x][0], colour) for part, colour in zip(plan.parts, COLOURS, strict=False)]
+        highest = max(points, key=lambda point: point[0])
+        for share, kept, colour in points:
+            offset = (0, 5) if (share, kept, colour) == highest else (0, -11)
+            axes.annotate(f"{kept}", (x, share), offset, textcoords="offset points", ha="center", fontsize=7, color=colour)
 
 
 def _reading(plan: Layers, label: str) -> str:

@@ -88,7 +88,8 @@ def _blocks(findings: Findings) -> list[Picture]:
 
 
 def _name(row: Row) -> str:
-    return f"{base(row)}, {words.percent(row.sparsity) or 'unknown sparsity'}"
+    name = "dense" if row.dense else f"{base(row)} ({row.get('modules')})" if row.get("modules") else base(row)
+    return f"{name}, {words.percent(row.sparsity) or 'unknown sparsity'}"
 
 
 def _others(records: Sequence[Record]) -> str:
@@ -127,10 +128,14 @@ def _measured(findings: Findings) -> dict[str, Any]:
     return {
         "models": list(dict.fromkeys(row.model for row in findings.rows)),
         "runs": words.plural(len(pruned), "pruned checkpoint"),
-        "evaluated": sum(bool(row.measuring) for row in pruned),
+        "share": _share(sum(bool(row.measuring) for row in pruned), len(pruned)),
         "methods": sorted({str(row.get("method") or "unknown method") for row in pruned}),
         "dense": any(row.dense for row in findings.rows),
     }
+
+
+def _share(part: int, whole: int) -> str:
+    return "all measured" if part == whole else f"{part} of them measured" if part else "none measured"
 
 
 def _embedded(picture: Picture) -> dict[str, str]:

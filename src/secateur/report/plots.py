@@ -7,10 +7,12 @@ told apart with any colour vision; shape of marker and dash of line say the same
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -87,9 +89,9 @@ def _drawable(curves: Sequence[Series], value: Callable[[Row], float | None]) ->
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    axes.set_title(plain(textwrap.fill(title, 86)), fontsize=11, loc="left", color="#111111")
+    axes.set_title(plain(textwrap.fill(title, 76)), fontsize=11, loc="left", color="#111111")
     axes.set_xlabel("sparsity, measured")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(color=GRID, linewidth=0.6)
@@ -104,22 +106,24 @@ def _draw_curves(
     """Draw the points of each curve and a line through their means; returns the least and the largest value."""
     drawn: list[float] = []
     methods = list(dict.fromkeys(curve.method for curve in curves))
-    seen: dict[str, int] = {}
-    for curve in curves:
+    lines: dict[str, int] = {}
+    for curve, marker in zip(curves, itertools.cycle(MARKERS)):
         points = [(row.sparsity, y, error(row) if error else None) for row in curve.rows if row.sparsity is not None and (y := value(row)) is not None]
-        nth = seen[curve.method] = seen.get(curve.method, -1) + 1
         if not points:
             continue
-        colour, marker = COLOURS[methods.index(curve.method) % len(COLOURS)], MARKERS[nth % len(MARKERS)]
-        line = _DASHES[nth % len(_DASHES)] if curve.joined and len({round(x, 3) for x, _, _ in points}) > 1 else "none"
-        if line != "none":
+        colour, line = COLOURS[methods.index(curve.method) % len(COLOURS)], "none"
+        if curve.joined and len({round(x, 3) for x, _, _ in points}) > 1:
+            nth = lines[curve.method] = lines.get(curve.method, -1) + 1
+            line = _DASHES[nth % len(_DASHES)]
             axes.plot(*_means([(x, y) for x, y, _ in points]), color=colour, linestyle=line, linewidth=1.8)
         xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
         if error:
             axes.errorbar(xs, ys, yerr=[e or 0.0 for _, _, e in points], fmt="none", ecolor=colour, elinewidth=1.0, capsize=3)
-        axes.plot(xs, ys, color=colour, marker=marker, markersize=8 if line == "none" else 6, linestyle="none", markeredgecolor="white", markeredgewidth=0.7)
-        # The legend shows line and marker as one, which the two calls above drew apart.
-        axes.plot([], [], color=colour, marker=marker, markersize=7, linestyle=line, linewidth=1.8, label=plain(curve.label))
+        # Points without a line are hollow, so that several at one sparsity can be seen through one another.
+        look: dict[str, Any] = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8} if line == "none" else {"markersize": 6}
+        axes.plot(xs, ys, color=colour, marker=marker, linestyle="none", **look)
+        # The legend shows line and marker as one, which the calls above drew apart.
+        axes.plot([], [], color=colour, marker=marker, linestyle=line, linewidth=1.8, label=plain(curve.label), **look)
         drawn += ys
     return min(drawn), max(drawn)
 

@@ -7,8 +7,10 @@ plots and concludes is about its largest group alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import SecateurError
@@ -50,8 +52,8 @@ class Row:
 
     @property
     def model(self) -> str:
-        """The original model."""
-        return str(self.get("model") or "unknown model")
+        """The original model, so that `./m/` and `m` are one; the name of a hub model stays as it is."""
+        return os.path.normpath(str(self.get("model") or "unknown model"))
 
     @property
     def dense(self) -> bool:
@@ -124,7 +126,7 @@ def collect(records: Sequence[Record]) -> list[Row]:
     for index, record in enumerate(records):
         if record.get("command") in last:
             plain: Record = json.loads(to_json(record))  # so that a record fresh from memory reads like one from a file
-            last[record["command"]][str(plain.get("out") or f"#{index}")] = plain
+            last[record["command"]][str(Path(str(plain["out"])).resolve()) if plain.get("out") else f"#{index}"] = plain
     if not last["prune"] and not last["eval"]:
         found = ", ".join(sorted({str(record.get("command") or "unnamed") for record in records}))
         raise SecateurError(f"nothing to report: of {len(records)} records none is of prune or eval (found: {found}); run 'secateur eval DIR' first")

@@ -67,14 +67,15 @@ class Comparison:
 
 
 def series(rows: Sequence[Row]) -> list[Series]:
-    """The curves of the pruned rows, in the order of the rows."""
+    """The curves of the pruned rows, by method and label."""
     found: dict[str, list[Row]] = {}
     pruned = [row for row in rows if not row.dense]
     varied = {base(row): _varied([other for other in pruned if base(other) == base(row)]) for row in pruned}
     for row in pruned:
         extra = [f"{name}={value}" for name, value in _variant(row).items() if name in varied[base(row)]]
         found.setdefault(", ".join([base(row), *extra]), []).append(row)
-    return [Series(label, str(members[0].get("method")), not members[0].get("modules"), tuple(members)) for label, members in found.items()]
+    curves = [Series(label, str(members[0].get("method")), not members[0].get("modules"), tuple(members)) for label, members in found.items()]
+    return sorted(curves, key=lambda curve: (curve.method, curve.label))
 
 
 def base(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,10 +72,10 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
         return row.ppl / dense.ppl if row.ppl and dense is not None and dense.ppl and not row.dense else None
 
     columns = [
-        Column("Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True),
         Column("Method", lambda row: _text("dense" if row.dense else row.get("method"), _options(row)), text=True),
+        Column("Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True),
         Column("Pattern", lambda row: None if row.dense else _text(row.get("pattern")), text=True),
-        Column("Modules", lambda row: None if row.dense else _text(row.get("modules") or "all"), "per-module sparsity", text=True),
+        Column("Modules", lambda row: None if row.dense else _text(str(row.get("modules") or "all").replace(",", ", ")), "per-module sparsity", text=True),
         Column("Sparsity", lambda row: _number(words.percent, row.sparsity), "measured: the fraction removed of what the method removes from"),
         Column("Pruning ratio", lambda row: _number(words.percent, row.number("pruning_ratio")), "1 - parameters after / before, over all parameters"),
         Column("Parameters", lambda row: _number(words.count, parameters(row)), "in the written checkpoint"),
@@ -83,7 +84,7 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
         Column("PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"),
         Column("Bits / byte", lambda row: _number(words.fixed, row.number("bits_per_byte")), optional=True),
         *_task_columns(rows),
-        Column("KL", lambda row: _number(words.fixed, inner(row, "shift", "kl")), "per token, from the dense model", optional=True),
+        Column("KL", lambda row: _number(words.fixed, inner(row, "shift", "kl")), "nats per token, from the dense model", optional=True),
         Column("Top-1 agreement", lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")), "with the dense model", optional=True),
         Column("Pruning time", lambda row: _number(words.duration, as_number(row.pruning.get("seconds")))),
         Column("Peak memory", lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))), "resident set of the pruning process"),
@@ -97,6 +98,7 @@ def _task_columns(rows: Sequence[Row]) -> list[Column]:
     for task in task_names(rows):
         columns.append(Column(f"{task} acc", lambda row, t=task: _accuracy(row, t, "acc"), "accuracy ± standard error", optional=True))  # type: ignore[misc]
         columns.append(Column(f"{task} acc_norm", lambda row, t=task: _accuracy(row, t, "acc_norm"), "length-normalised", optional=True))  # type: ignore[misc]
+        columns.append(Column(f"{task} flipped", lambda row, t=task: _number(words.percent, row.task(t, "flipped")), "answers that differ", optional=True))  # type: ignore[misc]
     return columns
 
 
@@ -142,15 +144,23 @@ def warnings(groups: Sequence[Group]) -> dict[str, Any] | None:
         return None
     models, protocols = {g.model for g in groups}, {g.protocol for g in groups}
     differ = [what for what, mixed in (("models", len(models) > 1), ("perplexity protocols", len(protocols - {None}) > 1)) if mixed]
-    members = [f"{letter}: {g.model}, {_protocol(g.protocol)} ({words.plural(len(g.rows), 'row')})" for letter, g in named(groups).items()]
+    known = [dict(g.protocol) for g in groups if g.protocol is not None]
+    telling = [name for name in PROTOCOL if name in ("spec", "seqlen", "sha256") or any(other[name] != known[0][name] for other in known)]
+    members = [f"{letter}: {g.model}, {_protocol(g.protocol, telling)} ({words.plural(len(g.rows), 'row')})" for letter, g in named(groups).items()]
     return {"differ": " and ".join(differ), "groups": members}
 
 
-def _protocol(protocol: Protocol | None) -> str:
+def _protocol(protocol: Protocol | None, telling: Sequence[str]) -> str:
     if protocol is None:
         return "perplexity not measured"
-    said = [f"{name} {str(value)[:12] if name == 'sha256' else value}" for name, value in protocol if value is not None]
-    return ", ".join(said)
+    return ", ".join(f"{name} {_said(value)[:12]}" for name, value in protocol if name in telling and value is not None)
+
+
+def _said(value: Any) -> str:
+    """A setting as text: strings whose white space would not be seen are quoted."""
+    if value is None or isinstance(value, bool):
+        return {None: MISSING, True: "yes", False: "no"}[value]
+    return json.dumps(value) if isinstance(value, str) and value.strip() != value else str(value)
 
 
 def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str]:
@@ -166,20 +176,16 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
     if groups[0].dense is None:
         said.append(f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'.")
     for task in task_names(groups[0].rows):
-        counts = {n for row in groups[0].rows if (n := row.task(task, "n")) is not None}
-        if len(counts) > 1:
-            said.append(f"{task} was measured on {' and '.join(f'{n:.0f}' for n in sorted(counts))} items: accuracies on different items differ by that alone.")
+        items = {(row.task(task, "n"), row.part("tasks")[task].get("sha256")) for row in groups[0].rows if row.accuracy(task) is not None}
+        if len(items) > 1:
+            said.append(f"{task} was not measured on the same items in every run: accuracies may differ by that alone.")
     return [*said, f"Records of other commands are not shown: {others}."] if others else said
 
 
 def protocols(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each protocol in use, field by field."""
     letters = {id(g): letter for letter, g in named(groups).items()}
-    return [
-        (letters.get(id(g), ""), [(name, MISSING if (value := dict(g.protocol)[name]) is None else str(value)) for name in PROTOCOL])
-        for g in groups
-        if g.protocol is not None
-    ]
+    return [(letters.get(id(g), ""), [(name, _said(value)) for name, value in g.protocol]) for g in groups if g.protocol is not None]
 
 
 def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -187,7 +193,8 @@ def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     used: dict[str, int] = {}
     for row in rows:
         if found := row.part("calibration"):
-            text = f"{found.get('spec', MISSING)}, {found.get('samples', MISSING)} \N{MULTIPLICATION SIGN} {found.get('seqlen', MISSING)} tokens, SHA-256 {found.get('sha256', MISSING)}"
+            spec, samples, seqlen, sha256 = (found.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256"))
+            text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens, SHA-256 {sha256}"
             used[text] = used.get(text, 0) + 1
     return [(text, words.plural(users, "run")) for text, users in used.items()]
 

@@ -35,7 +35,9 @@ def count(value: float | None) -> Words:
     if value is None:
         return None
     unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u), (1, ""))
-    return f"{value / unit:.3g}\N{NO-BREAK SPACE}{name}".rstrip() if value < 999.5e9 else f"{value / 1e9:,.0f}\N{NO-BREAK SPACE}B"
+    scaled = value / unit
+    digits = 0 if scaled >= 100 or unit == 1 else 1 if scaled >= 10 else 2
+    return f"{scaled:,.{digits}f}\N{NO-BREAK SPACE}{name}".rstrip()
 
 
 def size(value: float | None) -> Words:
@@ -85,7 +87,7 @@ def accuracy_title(task: str, found: Comparison | None, dense: float | None) -> 
     if len(found.entries) == 1:
         return f"{task}: {best.label} has accuracy {best.value:.3f} at {found.where}{compared}"
     if not found.clear:
-        return f"{task}: at {found.where} no run is clearly ahead; {best.label} has {best.value:.3f}{compared}"
+        return f"{task}: at {found.where} no run is clearly ahead, {best.value:.3f} at best{compared}"
     return f"{task}: at {found.where} {best.label} keeps most accuracy, {best.value:.3f}{compared}"
 
 

@@ -1,0 +1,59 @@
+"""The model in the package, end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from secateur import api
+from secateur.bundled.text import documents
+from secateur.models.load import bundled_folder
+
+
+def test_it_is_small_enough_and_says_what_it_is() -> None:
+    size = sum(file.stat().st_size for file in bundled_folder().iterdir())
+    assert size < 12e6
+    card = (bundled_folder() / "README.md").read_text()
+    for word in ("held-out perplexity", "bits per byte", "seed", "steps", "command", "training data"):
+        assert word in card
+
+
+def test_text_round_trips_through_its_tokenizer() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder())
+    text = "def f(x):\n    return 'naïve 🙂'\n\n\tdone  "
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_documents_are_split_by_name_alone() -> None:
+    train, test = ({d.name for d in documents(part)} for part in ("train", "test"))
+    assert not train & test
+    assert 0.05 < len(test) / (len(train) + len(test)) < 0.2
+    assert not any("/test/" in name or name.startswith("test/") for name in train | test)
+    assert {d.name for d in documents("train", with_tests=True)} > train
+
+
+@pytest.mark.slow
+def test_pruning_destroys_something_and_wanda_less_than_magnitude(tmp_path: Path) -> None:
+    measure = api.EvalRequest("", limit=24)
+    ppl = {}
+    for method, pattern in (("magnitude", None), ("wanda", None), ("wanda", "2:4")):
+        request = api.Request("bundled", method, pattern=pattern, samples=32, seqlen=256)
+        found = list(api.sweep(request, [0.5], tmp_path, measure, resume=True))
+        ppl[method, pattern] = found[-1]["ppl"]
+        dense = found[0]["ppl"]
+    assert dense < ppl["wanda", None] < ppl["magnitude", None]
+    assert ppl["wanda", None] < ppl["wanda", "2:4"]
+
+
+def test_it_generates_python() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder())
+    model = AutoModelForCausalLM.from_pretrained(bundled_folder(), dtype=torch.float32)
+    ids = tokenizer("import os\n\n\ndef ", return_tensors="pt")["input_ids"]
+    out = tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0])
+    assert "(" in out
+    assert ":" in out

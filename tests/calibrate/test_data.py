@@ -1,0 +1,108 @@
+"""Text SPECs and windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from secateur.calibrate.data import HUB_TEXTS, Text, calibration_windows, ids_hash, read_text
+from secateur.core.errors import SecateurError
+
+
+def letters(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert read_text(str(tmp_path / "a.jsonl"), "calibration").rows == ("one", "two")
+    (tmp_path / "b.jsonl").write_text('{"body": "one"}\n')
+    assert read_text(str(tmp_path / "b.jsonl"), "calibration", text_field="body").rows == ("one",)
+    (tmp_path / "c.json").write_text(json.dumps([{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "output": "Ho"}]))
+    first, second = read_text(str(tmp_path / "c.json"), "calibration").rows
+    assert first == "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n3"
+    assert "Input" not in second
+    parquet.write_table(pa.table({"text": ["x", "y"]}), tmp_path / "d.parquet")
+    assert read_text(str(tmp_path / "d.parquet"), "calibration").rows == ("x", "y")
+    (tmp_path / "e.raw").write_text("as it\n is \n")
+    assert read_text(str(tmp_path / "e.raw"), "calibration").rows == ("as it\n is \n",)
+    ids = torch.arange(12).view(3, 4)
+    np.save(tmp_path / "f.npy", ids.numpy().astype(np.uint16))
+    save_file({"ids": ids.to(torch.int32)}, tmp_path / "g.safetensors")
+    for name in ("f.npy", "g.safetensors"):
+        given = read_text(str(tmp_path / name), "calibration")
+        assert torch.equal(calibration_windows(given, letters, samples=99, seqlen=99, seed=7), ids), "used as given, in order"
+
+
+def test_hub_texts_are_asked_for_by_role_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+
+    def load(path: str, config: str | None, *, data_files: Any, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append((path, config, data_files, split, revision))
+        return [{"text": "row", "instruction": "Say", "output": "row"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_text("wikitext2@abc", "evaluation").rows == ("row",)
+    assert read_text("c4", "calibration").rows == ("row",)
+    assert "### Response:\nrow" in read_text("alpaca", "calibration").rows[0]
+    assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", "abc")
+    assert asked[1] == ("allenai/c4", None, {"train": "en/c4-train.00000-of-01024.json.gz"}, "train", None)
+    assert asked[2][3] == "train"
+
+
+@pytest.mark.parametrize("name", sorted(HUB_TEXTS))
+def test_a_hub_text_without_a_network_says_so(name: str) -> None:
+    with pytest.raises(SecateurError, match=f"text '{name}': the hub did not give"):
+        read_text(name, "calibration")
+
+
+def test_windows_do_not_overlap_and_follow_the_seed() -> None:
+    text = Text("t", ("".join(chr(i) for i in range(1000)),))
+    windows = calibration_windows(text, letters, samples=10, seqlen=20, seed=0)
+    assert windows.shape == (10, 20)
+    assert len(windows.unique()) == 200
+    assert torch.equal(windows, calibration_windows(text, letters, samples=10, seqlen=20, seed=0))
+    assert not torch.equal(windows, calibration_windows(text, letters, samples=10, seqlen=20, seed=1))
+    everything = calibration_windows(text, letters, samples=50, seqlen=20, seed=3)
+    assert torch.equal(everything.flatten(), torch.arange(1000))
+
+
+def test_rows_are_shuffled_and_no_more_are_read_than_needed() -> None:
+    text = Text("t", tuple(chr(i) * 10 for i in range(100)))
+    read: list[str] = []
+
+    def tokenize(row: str) -> list[int]:
+        read.append(row)
+        return letters(row)
+
+    calibration_windows(text, tokenize, samples=2, seqlen=10, seed=0)
+    assert len(read) == 8
+    assert read != sorted(read)
+
+
+def test_too_short_a_text_says_how_long_it_is() -> None:
+    with pytest.raises(SecateurError, match="has 30 tokens, 3 windows of 10, but 4 are asked for; lower --samples or --seqlen"):
+        calibration_windows(Text("t", ("x" * 30,)), letters, samples=4, seqlen=10, seed=0)
+
+
+def test_the_hash_is_of_the_ids_alone() -> None:
+    ids = torch.tensor([[1, 2], [3, 4]])
+    assert ids_hash(ids) == ids_hash(ids.to(torch.int32)) == ids_hash(ids.flatten())
+    assert ids_hash(ids) != ids_hash(ids.flip(0))
+
+
+def test_builtin_parts_share_no_document() -> None:
+    train, test = (set(read_text("builtin", role).rows) for role in ("calibration", "evaluation"))
+    assert len(train) > 100
+    assert len(test) > 10
+    assert not train & test

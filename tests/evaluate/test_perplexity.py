@@ -1,0 +1,197 @@
+"""Perplexity, protocols, the cloze task and the shift, against direct computation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from secateur import api
+from secateur.core.errors import SecateurError, UsageError
+from secateur.evaluate import perplexity as module
+from secateur.evaluate.cloze import CHANCE, cloze_items, items_hash
+from secateur.evaluate.perplexity import perplexity
+from secateur.evaluate.protocols import PROTOCOLS, evaluation_windows, find_protocol, wikitext_rows, window_length
+from secateur.evaluate.shift import functionality_shift, repetition_rate
+from tests.tiny import MODEL_TYPES, some_ids, tiny_model
+
+
+class Letters:
+    """A tokenizer: one token a byte, BOS (1) before every text."""
+
+    def __call__(self, text: str, verbose: bool = True, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": ([1] if add_special_tokens else []) + list(text.encode())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_equals_the_mean_loss_of_whole_logits(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
+    monkeypatch.setattr(module, "_TOKENS_A_BATCH", 48)
+    model = tiny_model(model_type, dtype=dtype)
+    windows = [*some_ids(7, 16), some_ids(1, 5)[0]]
+    losses = [cross_entropy(model(w[None]).logits[0, :-1].float(), w[1:], reduction="sum").item() for w in windows]
+    tokens = 7 * 15 + 4
+    measured = perplexity(model, windows)
+    assert measured.ppl == pytest.approx(math.exp(sum(losses) / tokens), rel=1e-5 if dtype == torch.float32 else 3e-2)
+    assert (measured.windows, measured.tokens) == (8, tokens)
+
+
+def test_a_loss_that_is_not_finite_names_the_window() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[60] = torch.nan
+    windows = [torch.full((8,), 5), torch.full((8,), 5), torch.full((8,), 60)]
+    with pytest.raises(SecateurError, match="loss of window 2 is not finite"):
+        perplexity(model, windows)
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TOKENS_A_BATCH", 16)
+    model, windows, file = tiny_model("llama"), list(some_ids(6, 16)), tmp_path / "progress.json"
+    whole = perplexity(model, windows)
+    real, calls = module.window_losses, []
+
+    def stop(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "window_losses", stop)
+        with pytest.raises(KeyboardInterrupt):
+            perplexity(model, windows, progress=file)
+    assert len(json.loads(file.read_text())) == 3
+    calls.clear()
+    monkeypatch.setattr(module, "window_losses", lambda *args: (calls.append(1), real(*args))[1])
+    assert perplexity(model, windows, progress=file) == whole
+    assert len(calls) == 3
+    assert not file.exists()
+
+
+def test_protocols_join_cut_and_limit(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": t}) for t in ("aaaa", "bbbb", "cccc")))
+
+    def windows(**how: Any) -> list[list[int]]:
+        protocol = replace(PROTOCOLS["text"], spec=str(file), **how)
+        return [w.tolist() for w in evaluation_windows(protocol, 5, Letters())]  # type: ignore[arg-type]
+
+    a, b, c, n = 97, 98, 99, 10
+    assert windows() == [[1, a, a, a, a], [n, n, b, b, b], [b, n, n, c, c]]
+    assert windows(tail="keep")[-1] == [c, c]
+    assert windows(join=" ", tail="keep")[1] == [32, b, b, b, b]
+    assert windows(bos="each") == [[1, a, a, a, a], [1, b, b, b, b], [1, c, c, c, c]]
+    assert windows(rows=2, bos="each") == [[1, a, a, a, a], [1, b, b, b, b]]
+    assert windows(windows=1) == [[1, a, a, a, a]]
+    assert windows(tokens=11) == [[1, a, a, a, a], [n, n, b, b, b]]
+
+
+def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
+    raw = " \n = Title = \n \n Words .\n"
+    assert wikitext_rows(raw) == ["", " = Title = \n", "", " Words .\n"]
+    (tmp_path / "wiki.raw").write_text(raw)
+    protocol = find_protocol("slicegpt", str(tmp_path / "wiki.raw"), bundled=False)
+    ids = torch.cat(evaluation_windows(replace(protocol, tail="keep"), 7, Letters())).tolist()  # type: ignore[arg-type]
+    assert bytes(ids[1:]).decode() == "\n\n = Title = \n\n\n\n\n Words .\n"
+
+
+def test_the_wikitext2_test_split_when_it_is_there() -> None:
+    file = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+    if not file.is_file():
+        pytest.skip("the development data is not on this machine")
+    rows = wikitext_rows(file.read_text("utf-8"))
+    assert len(rows) == 4358
+    assert rows[0] == ""
+    assert rows[1] == " = Robert Boulter = \n"
+
+
+def test_named_protocols_say_how_long_windows_are() -> None:
+    assert window_length(PROTOCOLS["slicegpt"], None, 4096) == 2048
+    assert window_length(PROTOCOLS["wanda"], None, 4096) == 4096
+    assert window_length(PROTOCOLS["wikitext2"], None, 131072) == 2048
+    assert window_length(PROTOCOLS["wikitext2"], None, 512) == 512
+    assert window_length(PROTOCOLS["llm-pruner"], None, 4096) == 128
+    assert window_length(PROTOCOLS["slicegpt"], 256, 512) == 256
+    with pytest.raises(UsageError, match="windows of 4096 tokens .protocol disp-llm. are outside"):
+        window_length(PROTOCOLS["disp-llm"], None, 2048)
+    assert find_protocol(None, None, bundled=True).name == "builtin"
+    assert find_protocol(None, None, bundled=False).name == "wikitext2"
+    assert find_protocol(None, "c4", bundled=False).rows == 1100
+    with pytest.raises(UsageError, match="needs a text"):
+        find_protocol("text", None, bundled=False)
+
+
+def test_too_short_a_text() -> None:
+    with pytest.raises(SecateurError, match="fewer than one window of 100000000"):
+        evaluation_windows(PROTOCOLS["builtin"], 100_000_000, Letters())  # type: ignore[arg-type]
+
+
+def test_the_shift_against_direct_computation() -> None:
+    dense, pruned = tiny_model("llama"), tiny_model("llama", seed=4)
+    windows = list(some_ids(5, 40))
+    shift = functionality_shift(dense, pruned, windows, None)
+    p, q = (log_softmax(torch.cat([m(w[None]).logits[0, :-1] for w in windows]), -1) for m in (dense, pruned))
+    assert shift["kl"] == pytest.approx(kl_div(q, p, log_target=True, reduction="sum").item() / len(p), rel=1e-4)
+    assert shift["top1_agreement"] == pytest.approx((p.argmax(-1) == q.argmax(-1)).float().mean().item())
+    same = functionality_shift(dense, dense, windows, None)
+    assert same["kl"] == pytest.approx(0, abs=1e-9)
+    assert (same["top1_agreement"], same["repetition"]) == (1.0, same["repetition_dense"])
+    with pytest.raises(SecateurError, match="vocabularies of 64 and 32"):
+        functionality_shift(dense, tiny_model("llama", vocab_size=32), windows, None)
+
+
+def test_repetition_counts_four_grams_seen_before() -> None:
+    assert repetition_rate(torch.arange(20)[None]) == 0
+    assert repetition_rate(torch.zeros(1, 20)) == pytest.approx(16 / 17)
+    assert repetition_rate(torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4]])) == pytest.approx(1 / 5)
+
+
+def test_cloze_items_are_fair_and_fixed() -> None:
+    items = cloze_items(200)
+    assert items == cloze_items(200)
+    assert items_hash(items) != items_hash(cloze_items(200, seed=1))
+    for item in items:
+        assert len(set(item.choices)) == 4
+        assert item.context.endswith("\n")
+    positions = [item.answer for item in items]
+    assert all(30 <= positions.count(i) <= 75 for i in range(4)), "the right answer is anywhere"
+
+
+def test_cloze_scores_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores against log-probabilities from whole logits; a random model is at chance."""
+    from secateur.evaluate.cloze import _scores, evaluate_cloze
+
+    model = tiny_model("llama", vocab_size=128)
+    rows = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12, 13]), (list(range(3, 80)), [4, 5])]
+    expected = []
+    for context, rest in rows:
+        kept = context[-(64 - len(rest)) :]
+        logits = log_softmax(model(torch.tensor([kept + rest])).logits[0], -1)
+        expected.append(sum(logits[len(kept) - 1 + i, token].item() for i, token in enumerate(rest)))
+    assert _scores(model, rows) == pytest.approx(expected, rel=1e-5)
+
+    class Ascii(Letters):
+        def __call__(self, text: str, verbose: bool = True, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [b % 128 for b in super().__call__(text, verbose, add_special_tokens)["input_ids"]]}
+
+    result, answers = evaluate_cloze(model, Ascii(), cloze_items(100))  # type: ignore[arg-type]
+    assert abs(result["acc"] - CHANCE) < 4 * result["stderr"]
+    assert (result["n"], len(answers)) == (100, 100)
+
+
+def test_evaluating_on_the_calibration_file_warns(saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    api.prune(api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
+    record = api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
+    assert "warning: the model was calibrated on" in capsys.readouterr().err
+    assert (record["method"], record["sparsity"]) == ("wanda", 0.5)
+    assert record["ppl_protocol"]["tokens"] == 6 * 19
+    assert "perplexity" in (tmp_path / "out" / "README.md").read_text()

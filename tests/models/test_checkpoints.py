@@ -1,0 +1,113 @@
+"""Reading and writing checkpoints: lazily, with old names, whole or not at all, stock where possible."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from secateur import api
+from secateur.models import save
+from secateur.models.load import open_checkpoint
+from tests.tiny import MODEL_TYPES, some_ids, tiny_model
+
+
+def test_names_without_the_prefix_of_the_base_model_are_found(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """The OPT checkpoints of the hub were saved from the base model."""
+    folder = saved("opt", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
+
+
+def test_a_tied_head_that_was_stored_anyway_is_left_out(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("llama", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    record = api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert record["params_after"] == sum(p.numel() for p in tiny_model("llama", tied=True).parameters())
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_one_file_or_shards_hold_the_same(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_file: bool) -> None:
+    if not one_file:
+        monkeypatch.setattr(save, "ONE_FILE_UP_TO", 1000)
+    folder = saved("phi", dtype=torch.bfloat16)
+    api.prune(api.Request(str(folder), "magnitude", modules="q=0.5"), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists() is one_file
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() is not one_file
+    model, dense = (AutoModelForCausalLM.from_pretrained(f, dtype="auto") for f in (tmp_path / "out", folder))
+    for (name, a), b in zip(model.state_dict().items(), dense.state_dict().values(), strict=True):
+        assert torch.equal(a, b) is not name.endswith("q_proj.weight"), name
+    again = api.prune(api.Request(str(tmp_path / "out"), "magnitude", modules="v=0.5"), tmp_path / "again")
+    assert again["params_after"] == again["params_before"]
+
+
+def test_tensors_that_would_be_misaligned_stay_in_shards(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
+    save_file({"b": torch.ones(2, dtype=torch.float32)}, tmp_path / "b.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    save._gather([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"].values()) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert index["metadata"]["total_size"] == 14
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_uniform_feed_forward_widths_are_a_stock_model(saved: Callable[..., Path], model_type: str, tmp_path: Path) -> None:
+    record = api.prune(api.Request(str(saved(model_type)), "magnitude", modules="mlp=0.5", pattern="rows", stock_only=True), tmp_path / "out")
+    assert record["stock"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == model_type
+    assert 24 in (config.get("intermediate_size"), config.get("ffn_dim"))
+    assert not (tmp_path / "out" / "modeling_secateur.py").exists()
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is type(tiny_model(model_type))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_fewer_heads_in_every_block_are_stock_where_the_configuration_can_say_so(saved: Callable[..., Path], model_type: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved(model_type)), "magnitude", modules="attention=0.5", pattern="rows")
+    record = api.prune(request, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert record["stock"] is (type(model) is type(tiny_model(model_type))) is (model_type != "opt")
+    in_memory = api.cut(tiny_model(model_type), api.read_plan(tmp_path / "out"))
+    assert torch.equal(model(some_ids()).logits, in_memory(some_ids()).logits)
+    if model_type == "opt":
+        with pytest.raises(api.UsageError, match="--stock-only: stock opt models take the width of a head from the hidden size"):
+            api.prune(api.Request(request.model, "magnitude", modules="attention=0.5", pattern="rows", stock_only=True), tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+        assert not (tmp_path / "no.partial").exists()
+
+
+def test_the_card_says_what_was_done_and_carries_the_licence(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    folder = saved("llama")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nhello")
+    (folder / "LICENSE").write_text("the licence")
+    api.prune(api.Request(str(folder), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in text.split("---")[1]
+    assert "base_model: dense-llama" in text.split("---")[1]
+    assert "0.5000 of the targeted matrices" in text
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
+    for _ in range(2):
+        api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file), append=True)
+    assert (tmp_path / "out" / "README.md").read_text().count("perplexity") == 1
+
+
+def test_weights_are_not_read_when_a_checkpoint_is_opened(saved: Callable[..., Path]) -> None:
+    folder = saved("llama")
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as handle:  # damage the data, not the header
+        handle.seek(size - 64)
+        handle.write(b"\xff" * 64)
+    assert open_checkpoint(str(folder)).view().blocks == 3

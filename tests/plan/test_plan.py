@@ -1,0 +1,62 @@
+"""Plans as data: packing, merging, reading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur import api
+from secateur.plan.plan import BlockPlan, Mask, Plan, read_plan
+from tests.tiny import some_ids, tiny_model
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (7, 9)])
+def test_masks_take_a_bit_an_entry(shape: tuple[int, int]) -> None:
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask = Mask.pack(keep)
+    assert torch.equal(mask.unpack(), keep)
+    assert mask.removed == int((~keep).sum())
+    assert mask.bits.numel() == -(-shape[0] * shape[1] // 8)
+
+
+def test_merging_keeps_what_both_keep(windows: torch.Tensor) -> None:
+    model = tiny_model("llama")
+    attention = api.plan(model, "magnitude", modules="attention=0.5")
+    units = api.plan(model, "magnitude", modules="mlp=0.5", pattern="rows")
+    other = api.plan(model, "magnitude", modules="mlp=0.25", pattern="columns")
+    both = attention.merge(units).merge(other)
+    for a, b, c, merged in zip(attention.blocks, units.blocks, other.blocks, both.blocks, strict=True):
+        assert merged.masks == a.masks
+        assert set(merged.keep["ffn"].tolist()) == set(b.keep["ffn"].tolist()) & set(c.keep["ffn"].tolist())
+    assert torch.isfinite(api.cut(model, both)(some_ids()).logits).all()
+    masks = attention.merge(api.plan(model, "magnitude", modules="q=0.7"))
+    assert masks.blocks[0].masks["q"].removed == int(32 * 32 * 0.7)
+
+
+def test_plans_for_other_depths_do_not_fit() -> None:
+    plan = Plan({}, (BlockPlan(0),))
+    with pytest.raises(api.SecateurError, match="plan is for 1 blocks, the model has 3"):
+        api.cut(tiny_model("llama"), plan)
+    with pytest.raises(api.SecateurError, match="1 and 2 blocks"):
+        plan.merge(Plan({}, (BlockPlan(0), BlockPlan(1))))
+
+
+def test_a_later_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(api.SecateurError, match=r"has no plan\.json"):
+        read_plan(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"format": 99, "blocks": []}))
+    with pytest.raises(api.SecateurError, match="has format 99"):
+        read_plan(tmp_path)
+
+
+def test_plans_differ_in_their_tensors_alone() -> None:
+    keep = torch.ones(2, 8, dtype=torch.bool)
+    one, two = keep.clone(), keep.clone()
+    one[0, 0] = two[1, 1] = False
+    a, b = (BlockPlan(0, {"q": Mask.pack(m)}) for m in (one, two))
+    assert a.summary() == b.summary()
+    assert a != b
+    assert a == BlockPlan(0, {"q": Mask.pack(one)})

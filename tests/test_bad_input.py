@@ -1,0 +1,351 @@
+"""Every bad input of the design, through the command line: the status, the words, and that nothing is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from secateur.cli import app
+from tests.tiny import LENGTH, VOCABULARY
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs the command line; whatever fails must leave no output and no half-written folder."""
+
+    def call(*args: str, writes: bool = False) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [str(a) for a in args])
+        assert "Traceback" not in result.output
+        if not writes:
+            assert not (tmp_path / "out").exists()
+            assert not (tmp_path / "out.partial").exists()
+            assert not (tmp_path / "records.jsonl").exists()
+        return result.exit_code, result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ""
+
+    return call
+
+
+@pytest.fixture
+def dense(saved: Callable[..., Path]) -> Path:
+    return saved("llama")
+
+
+def prune(model: Any, tmp_path: Path, ids: str, *more: str) -> list[str]:
+    return ["prune", str(model), "--method", "wanda", "--calibration", ids, "--out", str(tmp_path / "out"), *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--sparsity", "1.0"], "sparsity 1 is outside [0, 1)"),
+        (["--sparsity", "-0.1"], "sparsity -0.1 is outside [0, 1)"),
+        (["--sparsity", "50"], "sparsity 50 is outside [0, 1)"),
+        ([], "give --sparsity S"),
+        (["--sparsity", "0.5", "--method", "wando"], "unknown method 'wando'; did you mean wanda?"),
+        (["--sparsity", "0.5", "--set", "scpe=row"], "unknown option of wanda 'scpe'; did you mean scope?"),
+        (["--sparsity", "0.5", "--set", "scope"], "write OPTION=VALUE"),
+        (["--sparsity", "0.5", "--set", "scope=column"], "unknown scope 'column' (allowed: row, matrix)"),
+        (["--sparsity", "0.5", "--modules", "atention"], "module 'atention' matches nothing in family llama (known: q, k, v, o, gate, up, down, attention, mlp"),
+        (["--modules", "*.fc1=0.5"], "module '*.fc1' matches nothing in family llama"),
+        (["--modules", "mlp=1.5"], "sparsity 1.5 is outside [0, 1]"),
+        (["--modules", "mlp=half"], "'half' is no number"),
+        (["--pattern", "2:4", "--sparsity", "0.3"], "pattern 2:4 removes 0.5, but --sparsity says 0.3"),
+        (["--pattern", "2:4", "--modules", "mlp=0.3"], "pattern 2:4 removes 0.5"),
+        (["--pattern", "3:7"], "matrix q of block 0 has 32 inputs, not a multiple of 7"),
+        (["--pattern", "4:2"], "0 < N < M is needed"),
+        (["--pattern", "diagonal"], "unknown pattern 'diagonal'"),
+        (["--pattern", "rows", "--modules", "mlp=1"], "would leave nothing"),
+        (["--pattern", "rows", "--modules", "q=0.5"], "give one value, attention=S"),
+        (["--params-removed", "0.3"], "zeroes weights and removes no parameters"),
+        (["--params-removed", "0.3", "--sparsity", "0.5"], "not both"),
+        (["--params-removed", "0.99", "--pattern", "rows"], "can remove at most"),
+        (["--params-removed", "2", "--pattern", "rows"], "outside [0, 1)"),
+        (["--sparsity", "0.5", "--seqlen", "100000"], f"--seqlen 100000 is outside [2, {LENGTH}]"),
+        (["--sparsity", "0.5", "--samples", "0"], "at least one window"),
+        (["--sparsity", "0.5", "--device", "tpu9"], "unknown device 'tpu9'"),
+        (["--sparsity", "0.5", "--dtype", "int4"], "unknown dtype 'int4'"),
+        (["--sparsity", "0.5", "--calibration", "wikitxt2"], "no text 'wikitxt2': give one of builtin, wikitext2, c4, alpaca"),
+    ],
+)
+def test_wrong_usage(run: Run, dense: Path, tmp_path: Path, ids_file: str, more: list[str], words: str) -> None:
+    status, line = run(*prune(dense, tmp_path, ids_file, *more))
+    assert status == 2
+    assert words in line
+
+
+def test_scope_model_is_not_stock_and_has_no_ratio(run: Run, dense: Path, tmp_path: Path) -> None:
+    base = ["prune", str(dense), "--method", "magnitude", "--pattern", "rows", "--set", "scope=model", "--out", str(tmp_path / "out")]
+    status, line = run(*base, "--sparsity", "0.5", "--stock-only")
+    assert (status, "use scope=block" in line) == (2, True)
+    status, line = run(*base, "--params-removed", "0.3")
+    assert (status, "scope=block" in line) == (2, True)
+    status, line = run("prune", str(dense), "--method", "magnitude", "--modules", "*.0.mlp.*=0.5", "--pattern", "rows", "--stock-only", "--out", str(tmp_path / "out"))
+    assert (status, "the widths differ from block to block; nothing was written" in line) == (2, True)
+
+
+def test_missing_folders_and_files_that_are_no_folder(run: Run, tmp_path: Path, ids_file: str) -> None:
+    status, line = run(*prune(tmp_path / "absent", tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "no folder" in line) == (2, True)
+    status, line = run(*prune(ids_file, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "is a file: give the folder" in line) == (2, True)
+
+
+def test_a_hub_name_without_a_network(run: Run, tmp_path: Path, ids_file: str) -> None:
+    status, line = run(*prune("some-org/some-model", tmp_path, ids_file, "--sparsity", "0.5"))
+    assert status == 1
+    assert "the hub did not give it" in line
+    assert "check the name and the network" in line
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised (gptq)"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
+        ({"model_type": "llava", "vision_config": {}}, "'llava' is multimodal"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is an encoder or a classifier"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "no family describes model type 'gpt2' (known: llama, mistral, opt"),
+        ({"model_type": "no-such-type"}, "transformers cannot read its config.json"),
+        ({"hidden_size": 64}, "config.json and weights do not belong together"),
+        ({"num_hidden_layers": 4}, "the files lack 9 tensors"),
+    ],
+)
+def test_models_of_another_kind(run: Run, dense: Path, tmp_path: Path, ids_file: str, fields: dict[str, Any], words: str) -> None:
+    edit_config(dense, **fields)
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert status == 1
+    assert words in line
+
+
+@pytest.mark.parametrize(("fields", "words"), [({"do_layer_norm_before": False}, "OPT-350m"), ({"word_embed_proj_dim": 16}, "projected embeddings")])
+def test_opt_350m_is_refused_by_name(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str, fields: dict[str, Any], words: str) -> None:
+    folder = saved("opt")
+    edit_config(folder, **fields)
+    status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, words in line) == (1, True)
+
+
+def test_phi_with_qk_layernorm_is_refused(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+    folder = saved("phi")
+    edit_config(folder, qk_layernorm=True)
+    status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "qk_layernorm" in line) == (1, True)
+
+
+def test_folders_that_are_no_model(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    call = prune(dense, tmp_path, ids_file, "--sparsity", "0.5")
+    (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
+    status, line = run(*call)
+    assert (status, "has pickled weights only, which are never read" in line) == (1, True)
+    (dense / "pytorch_model.bin").unlink()
+    status, line = run(*call)
+    assert (status, "the folder has no safetensors file" in line) == (1, True)
+    (dense / "config.json").write_text("{broken")
+    status, line = run(*call)
+    assert (status, "not JSON" in line) == (1, True)
+    (dense / "config.json").unlink()
+    status, line = run(*call)
+    assert (status, "is no model: the folder has no config.json" in line) == (1, True)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -100])
+def test_truncated_weights(run: Run, dense: Path, tmp_path: Path, ids_file: str, keep: int) -> None:
+    file = dense / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert status == 1
+    assert "truncated or corrupt" in line
+    assert str(file) in line
+
+
+def test_a_shard_that_is_named_but_missing(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    names = load_file(dense / "model.safetensors")
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}))
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "model-00001-of-00002.safetensors is named in" in line) == (1, True)
+
+
+@pytest.mark.parametrize(("value", "matrix"), [(float("nan"), "matrix v"), (float("inf"), "matrix v")])
+def test_weights_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path, tmp_path: Path, ids_file: str, value: float, matrix: str) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 4] = value
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert status == 1
+    assert f"block 1: {matrix} has weights that are not finite" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_activations_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert status == 1
+    assert "block 1: the input of matrix" in line
+    assert "not finite" in line
+
+
+def test_token_ids(run: Run, dense: Path, tmp_path: Path) -> None:
+    def attempt(array: np.ndarray) -> str:
+        np.save(tmp_path / "bad.npy", array)
+        status, line = run(*prune(dense, tmp_path, str(tmp_path / "bad.npy"), "--sparsity", "0.5"))
+        assert status == 1
+        return line
+
+    assert f"token id {VOCABULARY} is outside the vocabulary of the model (0 to {VOCABULARY - 1})" in attempt(np.full((2, 8), VOCABULARY))
+    assert "token id -1 is outside" in attempt(np.full((2, 8), -1))
+    assert "an int array [samples, seqlen]" in attempt(np.zeros((2, 8)))
+    assert "an int array [samples, seqlen]" in attempt(np.zeros((0, 8), dtype=np.int64))
+    assert "an int array [samples, seqlen]" in attempt(np.zeros(8, dtype=np.int64))
+
+
+def test_token_ids_longer_than_the_model_knows(run: Run, dense: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.ones((1, LENGTH + 1), dtype=np.int64))
+    status, line = run(*prune(dense, tmp_path, str(tmp_path / "long.npy"), "--sparsity", "0.5"))
+    assert (status, f"windows of {LENGTH + 1} tokens" in line) == (1, True)
+
+
+def test_text_for_a_model_without_a_tokenizer(run: Run, dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 100)
+    status, line = run(*prune(dense, tmp_path, str(tmp_path / "a.txt"), "--sparsity", "0.5"))
+    assert (status, "give token ids (.npy or .safetensors)" in line) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", "", "holds no text"),
+        ("a.txt", "too short", "lower --samples or --seqlen"),
+        ("a.jsonl", '{"text": "x"}\n{broken', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", '{"body": "x"}', "a row has no field 'text' (it has body); name it with --text-field"),
+        ("a.json", '{"text": "x"}', "read in Alpaca form"),
+        ("a.parquet", "no parquet", "not a parquet file"),
+        ("a.npy", "no array", "cannot be read as token ids"),
+    ],
+)
+def test_calibration_text(run: Run, tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content)
+    status, line = run("prune", "bundled", "--method", "wanda", "--sparsity", "0.5", "--calibration", str(tmp_path / name), "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert words in line
+
+
+def test_bytes_that_are_no_text(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine \xff\xfe")
+    status, line = run("prune", "bundled", "--method", "wanda", "--sparsity", "0.5", "--calibration", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"))
+    assert (status, "not UTF-8 text (byte 5)" in line) == (1, True)
+
+
+def test_an_output_that_exists_is_not_touched(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert (status, "exists and is not empty" in line) == (2, True)
+    assert (out / "precious.txt").read_text() == "mine"
+    status, _ = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5", "--overwrite"), writes=True)
+    assert status == 0
+    assert not (out / "precious.txt").exists()
+    shutil.rmtree(out)
+    out.write_text("a file")
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert (status, "is a file; give a new folder" in line) == (2, True)
+
+
+def test_a_full_disk_is_seen_before_the_work(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "no space: the result needs about" in line) == (1, True)
+
+
+def test_a_disk_that_fills_up_keeps_what_is_done(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.models import save
+
+    real, calls = save.save_file, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "save_file", full)
+        status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert (status, "no space left on the disk" in line, "--resume" in line) == (1, True, True)
+    assert not (tmp_path / "out").exists()
+    status, _ = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5", "--resume"), writes=True)
+    assert status == 0
+
+
+def test_resuming_with_other_settings_names_the_difference(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.models.save import CheckpointWriter
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", stop)
+        status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert (status, "--resume goes on from here" in line) == (130, True)
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.6", "--resume"), writes=True)
+    assert (status, "had sparsity = 0.5, this one has 0.6" in line) == (2, True)
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert (status, "an interrupted run lies in" in line) == (2, True)
+
+
+def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.calibrate.stream import Stream
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Stream, "observe", fail)
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    assert (status, "lower --samples or --seqlen" in line) == (1, True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (["--protocol", "slicgpt"], 2, "unknown protocol 'slicgpt'; did you mean slicegpt"),
+        (["--tasks", "close"], 2, "unknown task 'close'; did you mean cloze"),
+        (["--protocol", "slicegpt", "--text", "IDS"], 2, "windows of 2048 tokens (protocol slicegpt) are outside [2, 64]"),
+        (["--text", "wikitext2"], 1, "no tokenizer"),
+        (["--text", "IDS", "--tasks", "cloze"], 1, "no tokenizer"),
+    ],
+)
+def test_eval(run: Run, dense: Path, ids_file: str, args: list[str], status: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    got, line = run("eval", str(dense), *(ids_file if a == "IDS" else a for a in args))
+    assert (got, words in line) == (status, True), line
+
+
+def test_reports_need_records(run: Run, tmp_path: Path) -> None:
+    status, line = run("report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "r.html"))
+    assert (status, "no records at" in line) == (1, True)
+    (tmp_path / "bad.jsonl").write_text('{"command": "eval"}\n{oops\n')
+    status, line = run("report", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "r.html"))
+    assert (status, "bad.jsonl, line 2: not JSON" in line) == (1, True)
+    assert not (tmp_path / "r.html").exists()

@@ -1,0 +1,176 @@
+"""The command line end to end on tiny models: outputs, statuses, records, resuming after a kill."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur import api
+from secateur.cli import app
+from secateur.core import records
+
+CONTRACT = {
+    "command", "version", "model", "method", "options", "seed", "sparsity", "modules", "pattern", "pruning_ratio", "pruning_ratio_blocks",
+    "params_before", "params_after", "nonzero_after", "calibration", "seconds", "peak_rss_bytes", "device", "dtype", "out", "sparsity_measured",
+    "model_revision", "versions",
+}  # fmt: skip
+
+
+def run(*args: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def dense(saved: Callable[..., Path]) -> Path:
+    return saved("llama")
+
+
+def test_prune_and_eval_give_one_json_line_and_append_it(dense: Path, ids_file: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, stdout, _ = run("prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--out", out, "--json")
+    assert status == 0
+    record = json.loads(stdout)
+    assert record.keys() >= CONTRACT
+    assert record["calibration"] == {"spec": ids_file, "samples": 6, "seqlen": 20, "sha256": record["calibration"]["sha256"]}
+    status, stdout, _ = run("eval", out, "--text", ids_file, "--against", dense, "--json")
+    assert status == 0
+    measured = json.loads(stdout)
+    assert measured.keys() >= (CONTRACT - {"pruning_ratio_blocks"}) | {"ppl", "ppl_protocol", "tasks", "shift"}
+    assert measured["ppl_protocol"].keys() >= {"spec", "seqlen", "windows", "tokens", "bos", "tail", "sha256"}
+    assert 0 < measured["shift"]["top1_agreement"] < 1
+    assert [r["command"] for r in records.read([tmp_path])] == ["prune", "eval"]
+
+
+def test_dry_run_writes_nothing_and_tells_the_truth(dense: Path, ids_file: str, tmp_path: Path) -> None:
+    args = ["prune", dense, "--method", "magnitude", "--sparsity", 0.5, "--pattern", "rows", "--out", tmp_path / "out"]
+    status, stdout, _ = run(*args, "--dry-run", "--json")
+    assert status == 0
+    said = json.loads(stdout)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "records.jsonl").exists()
+    assert {"memory_bytes", "disk_bytes", "seconds_estimated"} <= said.keys()
+    _, stdout, _ = run(*args, "--json")
+    done = json.loads(stdout)
+    assert said["params_after"] == done["params_after"] < done["params_before"]
+    _, stdout, _ = run("prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--json")
+    masks = json.loads(stdout)
+    assert masks["nonzero_after"] < masks["params_after"] == masks["params_before"]
+
+
+def test_params_removed_reaches_the_ratio(dense: Path, tmp_path: Path) -> None:
+    _, stdout, _ = run("prune", dense, "--method", "magnitude", "--pattern", "columns", "--params-removed", 0.2, "--out", tmp_path / "out", "--json")
+    record = json.loads(stdout)
+    assert 0.2 <= record["pruning_ratio"] < 0.25
+
+
+def test_sweep_measures_the_dense_model_and_resumes(dense: Path, ids_file: str, tmp_path: Path) -> None:
+    args = ["sweep", dense, "--method", "wanda", "--sparsity", "0.3,0.6", "--calibration", ids_file, "--text", ids_file, "--out", tmp_path / "s", "--json"]
+    status, stdout, _ = run(*args)
+    assert status == 0
+    found = json.loads(stdout)["records"]
+    assert [r["sparsity"] for r in found] == [0, 0.3, 0.6]
+    lines = (tmp_path / "s" / "records.jsonl").read_text()
+    status, stdout, stderr = run(*args, "--resume")
+    assert status == 0
+    assert [r["ppl"] for r in json.loads(stdout)["records"]] == [r["ppl"] for r in found]
+    assert (tmp_path / "s" / "records.jsonl").read_text() == lines, "nothing is measured twice"
+    assert "already there" in stderr
+    status, _, stderr = run(*args)
+    assert (status, "exists and is not empty" in stderr) == (2, True)
+    status, _, stderr = run(*args, "--resume", "--seed", 5)
+    assert (status, "was made with seed = 0, not 5" in stderr) == (2, True)
+
+
+def test_inspect_counts_zeros_and_widths(dense: Path, tmp_path: Path) -> None:
+    run("prune", dense, "--method", "magnitude", "--modules", "q=0.25,mlp=0.5", "--out", tmp_path / "out")
+    status, stdout, _ = run("inspect", tmp_path / "out", "--json")
+    assert status == 0
+    record = json.loads(stdout)
+    block = record["blocks"][2]
+    assert block["matrices"]["q"] == {"shape": [32, 32], "zeros": 256, "sparsity": 0.25}
+    assert block["matrices"]["k"]["zeros"] == 0
+    assert record["pruned"]["method"] == "magnitude"
+    assert record["parameters_blocks"] == 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+    status, stdout, _ = run("inspect", tmp_path / "out")
+    assert status == 0
+    assert "25%" in stdout
+
+
+def test_report_from_a_folder(dense: Path, ids_file: str, tmp_path: Path) -> None:
+    run("sweep", dense, "--method", "wanda", "--sparsity", "0.5", "--calibration", ids_file, "--text", ids_file, "--out", tmp_path / "s")
+    status, _, _ = run("report", tmp_path / "s", "--out", tmp_path / "r.html")
+    assert status == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "wanda" in page
+    assert "data:image/png;base64," in page
+
+
+def test_help_and_methods_need_no_torch() -> None:
+    program = "import sys; from secateur.cli import app; from typer.testing import CliRunner; r = CliRunner().invoke(app, ['--help']); print(r.output); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prune" in done.stdout
+    status, stdout, _ = run("methods")
+    assert status == 0
+    assert {"magnitude", "wanda"} <= {line.split()[0] for line in stdout.splitlines()}
+
+
+def test_importing_secateur_registers_the_pruned_classes_before_or_after_transformers() -> None:
+    for first, second in (("import secateur", "import transformers"), ("import transformers; transformers.AutoModelForCausalLM", "import secateur")):
+        program = f"{first}\n{second}\nfrom transformers import AutoConfig, AutoModelForCausalLM\nprint(AutoConfig.for_model('secateur_llama').model_type)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.stdout.strip() == "secateur_llama", done.stderr[-500:]
+
+
+def test_interruption_says_how_to_go_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "evaluate", stop)
+    status, _, stderr = run("eval", dense, "--text", ids_file)
+    assert (status, "--resume" in stderr) == (130, True)
+
+
+def test_python_from_the_outside_of_the_package() -> None:
+    import secateur
+
+    assert issubclass(secateur.UsageError, ValueError)
+
+
+KILLED = ["--method", "wanda", "--sparsity", "0.5", "--calibration", "builtin", "--samples", "64", "--seqlen", "256", "--seed", "1"]
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_in_the_middle_then_resume_gives_the_same_bytes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", "bundled", *KILLED]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    partial = tmp_path / "killed.partial"
+    while not (partial / "part-block-00001.safetensors").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)  # polling another process, not timing
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    assert not (partial / "config.json").exists(), "nothing half-written looks like a result"
+    finished = {p.name for p in partial.glob("part-block-*.safetensors")}
+    assert 2 <= len(finished) < 6
+    again = subprocess.run([*command, "--out", str(tmp_path / "killed")], capture_output=True, text=True, env=environment)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True, env=environment)
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == names
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "killed", names, shallow=False)[1:] == ([], [])
