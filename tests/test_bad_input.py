@@ -58,7 +58,10 @@ def prune(model: Any, tmp_path: Path, ids: str, *more: str) -> list[str]:
         (["--sparsity", "0.5", "--set", "scpe=row"], "unknown option of wanda 'scpe'; did you mean scope?"),
         (["--sparsity", "0.5", "--set", "scope"], "write OPTION=VALUE"),
         (["--sparsity", "0.5", "--set", "scope=column"], "unknown scope 'column' (allowed: row, matrix)"),
-        (["--sparsity", "0.5", "--modules", "atention"], "module 'atention' matches nothing in family llama (known: q, k, v, o, gate, up, down, attention, mlp"),
+        (
+            ["--sparsity", "0.5", "--modules", "atention"],
+            "module 'atention' matches nothing in family llama (known: q, k, v, o, gate, up, down, attention, mlp",
+        ),
         (["--modules", "*.fc1=0.5"], "module '*.fc1' matches nothing in family llama"),
         (["--modules", "mlp=1.5"], "sparsity 1.5 is outside [0, 1]"),
         (["--modules", "mlp=half"], "'half' is no number"),
@@ -92,7 +95,9 @@ def test_scope_model_is_not_stock_and_has_no_ratio(run: Run, dense: Path, tmp_pa
     assert (status, "use scope=block" in line) == (2, True)
     status, line = run(*base, "--params-removed", "0.3")
     assert (status, "scope=block" in line) == (2, True)
-    status, line = run("prune", str(dense), "--method", "magnitude", "--modules", "*.0.mlp.*=0.5", "--pattern", "rows", "--stock-only", "--out", str(tmp_path / "out"))
+    status, line = run(
+        "prune", str(dense), "--method", "magnitude", "--modules", "*.0.mlp.*=0.5", "--pattern", "rows", "--stock-only", "--out", str(tmp_path / "out")
+    )
     assert (status, "the widths differ from block to block; nothing was written" in line) == (2, True)
 
 

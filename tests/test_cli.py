@@ -117,7 +117,13 @@ def test_report_from_a_folder(dense: Path, ids_file: str, tmp_path: Path) -> Non
 
 
 def test_help_and_methods_need_no_torch() -> None:
-    program = "import sys; from secateur.cli import app; from typer.testing import CliRunner; r = CliRunner().invoke(app, ['--help']); print(r.output); sys.exit('torch' in sys.modules)"
+    program = """
+import sys
+from typer.testing import CliRunner
+from secateur.cli import app
+print(CliRunner().invoke(app, ['--help']).output)
+sys.exit('torch' in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "prune" in done.stdout

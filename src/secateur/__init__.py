@@ -16,4 +16,3 @@ from secateur.models.register import register_when_loaded
 __all__ = ["SecateurError", "UsageError"]
 
 register_when_loaded()
-

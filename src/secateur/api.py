@@ -149,7 +149,8 @@ def _assemble(config: Any, state: dict[str, Tensor], like: PreTrainedModel) -> P
     if empty := [name for name, tensor in pruned.state_dict().items() if tensor.is_meta]:
         raise AssertionError(f"no weights for {empty}")
     pruned.generation_config = like.generation_config
-    return pruned.train(like.training)
+    pruned.train(like.training)
+    return pruned
 
 
 def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pruning report") -> list[Path]:

@@ -13,7 +13,6 @@ import typer
 from secateur.core.errors import SecateurError, UsageError
 
 if TYPE_CHECKING:
-    from secateur import api as api_module
     from secateur.core.records import Record
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -232,7 +231,7 @@ def demo(
     _guard(run, debug)
 
 
-def _api() -> type[api_module] | Any:
+def _api() -> Any:
     """Imported late: torch and transformers take seconds, which `--help` need not wait for."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -74,9 +74,7 @@ def pruned_blocks(job: Job, stream: Stream | None, watch: Stopwatch, finished: F
                 done = cut_block(block, plan), plan
         if stream is not None and index < job.last:
             with watch("forward"):
-                stream.advance(stream.block_module(done[0]))
-        if stream is not None:
-            stream.release(done[0])
+                stream.advance(done[0])
         yield done
 
 
@@ -112,7 +110,7 @@ def _collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> St
         return listen
 
     with watch("forward"):
-        stream.observe(stream.block_module(block), {family.matrices[name]: listener(name) for name in inputs})
+        stream.observe(block, {family.matrices[name]: listener(name) for name in inputs})
     statistics = Statistics(family, collected)
     statistics.check_finite(block.index)
     return statistics

@@ -227,7 +227,9 @@ class _Counts:
         self.matrices += note.get("matrices", 0)
 
 
-def _write_blocks(prepared: Prepared, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch, counts: _Counts) -> tuple[list[BlockPlan], list[BlockDims]]:
+def _write_blocks(
+    prepared: Prepared, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch, counts: _Counts
+) -> tuple[list[BlockPlan], list[BlockDims]]:
     view = prepared.job.view
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
@@ -342,4 +344,3 @@ def _measured_sparsity(prepared: Prepared, plans: list[BlockPlan]) -> float:
             removed += rows * columns - rows_after * columns_after
             removed += plan.masks[name].removed if name in plan.masks else 0
     return removed / targeted if targeted else 0.0
-

@@ -28,8 +28,7 @@ def test_the_residual_stream_equals_the_whole_model(
     hidden = model(windows, output_hidden_states=True).hidden_states
     assert torch.allclose(stream.hidden_STD, hidden[0], atol=1e-6)
     for block in view.iterate():
-        stream.advance(stream.block_module(block))
-        stream.release(block)
+        stream.advance(block)
         if block.index + 1 < view.blocks:  # the last entry of hidden_states is behind the final norm
             torch.testing.assert_close(stream.hidden_STD, hidden[block.index + 1].detach(), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "spill.bin").exists() is spill
@@ -51,7 +50,7 @@ def test_listeners_hear_every_token_once_and_nothing_moves(model_type: str, wind
 
         return listen
 
-    stream.observe(stream.block_module(block), {path: listener(path) for path in paths})
+    stream.observe(block, {path: listener(path) for path in paths})
     assert set(heard.values()) == {windows.numel()}
     assert torch.equal(stream.hidden_STD, before)
 
@@ -60,8 +59,7 @@ def test_only_one_block_has_weights(windows: torch.Tensor) -> None:
     view = api.view_model(tiny_model("llama"))
     stream = Stream(view, windows, device=CPU, dtype=torch.float32)
     for block in view.iterate():
-        stream.advance(stream.block_module(block))
-        stream.release(block)
+        stream.advance(block)
         assert all(p.is_meta for p in stream._blocks.parameters())
 
 

@@ -73,5 +73,5 @@ def test_inputs_that_are_said_to_be_shared_are_the_same_tensor(model_type: str) 
 def test_an_unknown_model_type_is_refused_with_the_known_ones() -> None:
     config = tiny_config("llama")
     config.model_type = "mamba"
-    with pytest.raises(api.SecateurError, match="no family describes model type 'mamba' .known: llama"):
+    with pytest.raises(api.SecateurError, match=r"no family describes model type 'mamba' \(known: llama"):
         find_family(config, "x")

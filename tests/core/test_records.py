@@ -16,7 +16,13 @@ from secateur.core.timing import Stopwatch
 
 def test_lines_from_several_processes_do_not_mix(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "records.jsonl"
-    program = "import sys; from pathlib import Path; from secateur.core import records\nfor i in range(50): records.append(Path(sys.argv[1]), {'who': sys.argv[2], 'pad': 'x' * 9000, 'i': i})"
+    program = """
+import sys
+from pathlib import Path
+from secateur.core import records
+for i in range(50):
+    records.append(Path(sys.argv[1]), {'who': sys.argv[2], 'pad': 'x' * 9000, 'i': i})
+"""
     processes = [subprocess.Popen([sys.executable, "-c", program, str(file), str(n)]) for n in range(3)]
     assert [p.wait() for p in processes] == [0, 0, 0]
     found = records.read([file])

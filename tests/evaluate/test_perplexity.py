@@ -121,7 +121,7 @@ def test_named_protocols_say_how_long_windows_are() -> None:
     assert window_length(PROTOCOLS["wikitext2"], None, 512) == 512
     assert window_length(PROTOCOLS["llm-pruner"], None, 4096) == 128
     assert window_length(PROTOCOLS["slicegpt"], 256, 512) == 256
-    with pytest.raises(UsageError, match="windows of 4096 tokens .protocol disp-llm. are outside"):
+    with pytest.raises(UsageError, match=r"windows of 4096 tokens \(protocol disp-llm\) are outside"):
         window_length(PROTOCOLS["disp-llm"], None, 2048)
     assert find_protocol(None, None, bundled=True).name == "builtin"
     assert find_protocol(None, None, bundled=False).name == "wikitext2"

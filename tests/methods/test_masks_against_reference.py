@@ -64,7 +64,7 @@ def reference_masks(model_type: str, windows: torch.Tensor, method: str, pattern
         hooks = []
         for name, (path, _) in LAYOUTS[model_type].items():
 
-            def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+            def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name, squares: dict[str, torch.Tensor] = squares) -> None:
                 x = inputs[0].reshape(-1, inputs[0].shape[-1])
                 squares[name] = squares.get(name, torch.zeros(x.shape[1], dtype=torch.float64)) + sum(row * row for row in x)
 

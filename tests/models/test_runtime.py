@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur import api
+from secateur.models import runtime
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
-
 
 
 def unequal_modules(model_type: str) -> str:
@@ -184,12 +184,8 @@ def test_a_pruned_model_can_be_pruned_again(pruned: Callable[..., Path], model_t
 
 
 def test_configurations_without_widths_are_refused() -> None:
-    from secateur.models.runtime import pruned_class
-
-    model_class = pruned_class("llama")
+    model_class = runtime.pruned_class("llama")
     with pytest.raises(ValueError, match="lacks 'pruned_widths'"):
         model_class(model_class.config_class(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=8, intermediate_size=8))
     with pytest.raises(AttributeError, match="SecateurNothing"):
-        from secateur.models import runtime
-
         _ = runtime.SecateurNothing

@@ -21,8 +21,10 @@ HELD_OUT_ONE_IN = 10
 # Left out: what some distributions do not install (tests, Tk, IDLE, packaging tools), what left the library during Python 3.12,
 # and tables of numbers that are no text (the character maps).
 _SKIPPED_FOLDERS = frozenset(
-    "__pycache__ __phello__ site-packages dist-packages test tests idlelib tkinter turtledemo "
-    "ensurepip venv distutils lib2to3 encodings pydoc_data config msilib".split()
+    (
+        *("__pycache__", "__phello__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo"),
+        *("ensurepip", "venv", "distutils", "lib2to3", "encodings", "pydoc_data", "msilib"),
+    )
 )
 _TEST_FOLDERS = frozenset(("test", "tests"))
 
@@ -36,6 +38,7 @@ class Document:
 
     @property
     def part(self) -> Part:
+        """`test` for one name in ten, by its hash."""
         return "test" if _digest(self.name)[0] % HELD_OUT_ONE_IN == 0 else "train"
 
 

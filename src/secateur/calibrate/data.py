@@ -127,8 +127,7 @@ def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, sam
     there = len(stream) // seqlen
     if there < samples:
         raise SecateurError(
-            f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; "
-            f"lower --samples or --seqlen, or give more text"
+            f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; lower --samples or --seqlen, or give more text"
         )
     windows = torch.tensor(stream[: there * seqlen], dtype=torch.int64).view(there, seqlen)
     return windows[torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))]
@@ -163,7 +162,9 @@ def _rows(path: Path, field: str) -> Sequence[str]:
     if path.suffix == ".json":
         rows = _json(_plain(path), str(path))
         if not isinstance(rows, list) or not all(isinstance(r, dict) and {"instruction", "output"} <= r.keys() for r in rows):
-            raise SecateurError(f"{path}: .json is read in Alpaca form, a list of objects with 'instruction', 'output' and perhaps 'input'; use .jsonl for other text")
+            raise SecateurError(
+                f"{path}: .json is read in Alpaca form, a list of objects with 'instruction', 'output' and perhaps 'input'; use .jsonl for other text"
+            )
         return [alpaca_prompt(row) for row in rows]
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet

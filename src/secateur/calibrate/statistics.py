@@ -19,9 +19,11 @@ from secateur.models.family import Family
 class Statistic(Protocol):
     """A sum over tokens. `update` adds a batch x_NI; `finite` says whether everything in it is a number."""
 
-    def update(self, x_NI: Tensor) -> None: ...
+    def update(self, x_NI: Tensor) -> None:
+        """Add a batch of tokens."""
 
-    def finite(self) -> bool: ...
+    def finite(self) -> bool:
+        """Whether no NaN or infinity has been added."""
 
 
 class InputNorm:
@@ -35,11 +37,13 @@ class InputNorm:
         self.tokens = 0
 
     def update(self, x_NI: Tensor) -> None:
+        """Add a batch of tokens."""
         x_NI = x_NI if x_NI.dtype == torch.float64 else x_NI.float()
         self.square_I += torch.linalg.vector_norm(x_NI, dim=0).double().square()
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:
+        """Whether no NaN or infinity has been added."""
         return bool(torch.isfinite(self.square_I).all())
 
     @property

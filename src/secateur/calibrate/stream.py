@@ -10,6 +10,7 @@ Shape letters: S windows, B windows of a batch, T tokens, D residual.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,12 @@ class Stream:
 
     @property
     def buffer_bytes(self) -> int:
+        """The size of the activation buffer."""
         return self.hidden_STD.numel() * self.hidden_STD.element_size()
 
-    def block_module(self, block: BlockView) -> nn.Module:
-        """A block that can run, from tensors of any dtype; on CPU float32 weights are not copied."""
+    @contextmanager
+    def _loaded(self, block: BlockView) -> Iterator[nn.Module]:
+        """The block as a module that can run, for as long as it is needed; float32 weights are not copied on a CPU."""
         skeleton = self._blocks[block.index]
         if block.dims != self.view.dims(block.index):
             with torch.device("meta"):
@@ -79,46 +82,39 @@ class Stream:
         module = skeleton.eval()
         state = {name: tensor.to(self.device, self.dtype) for name, tensor in block.tensors.items()}
         module.load_state_dict(state, assign=True)
-        return module
+        yield module
+        module.to("meta")
 
     @torch.inference_mode()
-    def observe(self, module: nn.Module, listeners: Mapping[str, Listener]) -> None:
+    def observe(self, block: BlockView, listeners: Mapping[str, Listener]) -> None:
         """Show the inputs of some matrices to listeners, [B·T, I] a batch; the residual stream stays where it is.
 
         Args:
-            module: from `block_module`.
+            block: the block to run.
             listeners: path of a linear module in the block -> what to call with its input. A forward ends when all have heard.
         """
         heard: set[str] = set()
-        hooks = [module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners))) for path, call in listeners.items()]
-        try:
-            for rows, arguments in self._batches(module):
+        with self._loaded(block) as module:
+            hooks = [module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners))) for path, call in listeners.items()]
+            for rows, arguments in self._batches(block.index):
                 heard.clear()
-                try:
+                with suppress(_Stop):
                     module(self.hidden_STD[rows].to(self.device), **arguments)
-                except _Stop:
-                    continue
-        finally:
             for hook in hooks:
                 hook.remove()
 
     @torch.inference_mode()
-    def advance(self, module: nn.Module) -> None:
+    def advance(self, block: BlockView) -> None:
         """Carry the residual stream through the block, in place."""
-        for rows, arguments in self._batches(module):
-            out = module(self.hidden_STD[rows].to(self.device), **arguments)
-            self.hidden_STD[rows] = out[0] if isinstance(out, tuple) else out
-
-    def release(self, block: BlockView) -> None:
-        """Let the weights of a block go."""
-        self._blocks[block.index].to("meta")
+        with self._loaded(block) as module:
+            for rows, arguments in self._batches(block.index):
+                self.hidden_STD[rows] = module(self.hidden_STD[rows].to(self.device), **arguments)
 
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self._windows), self._batch):
             yield slice(start, min(start + self._batch, len(self._windows)))
 
-    def _batches(self, module: nn.Module) -> Iterator[tuple[slice, dict[str, Any]]]:
-        index = _layer_index(module)
+    def _batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
         for rows in self._slices():
             yield rows, self._arguments[rows.stop - rows.start][index]
 
@@ -131,13 +127,10 @@ class Stream:
         for i, recorder in enumerate(recorders):
             self._blocks[i] = recorder
         inputs = torch.zeros(batch, self._windows.shape[1], self.view.config.hidden_size, dtype=self.dtype, device=self.device)
-        try:
+        with suppress(_Stop):
             decoder(inputs_embeds=inputs, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            for i, block in enumerate(kept):
-                self._blocks[i] = block
+        for i, block in enumerate(kept):
+            self._blocks[i] = block
         return [recorder.arguments for recorder in recorders]
 
     @torch.inference_mode()
@@ -149,15 +142,12 @@ class Stream:
         first = self._blocks[0]
         recorder = _Entry()
         self._blocks[0] = recorder
-        try:
-            for rows in self._slices():
-                embedded = embedding(self._windows[rows], table_VD).to(self.device, self.dtype)
-                try:
-                    decoder(inputs_embeds=embedded, use_cache=False)
-                except _Stop:
-                    self.hidden_STD[rows] = recorder.hidden
-        finally:
-            self._blocks[0] = first
+        for rows in self._slices():
+            embedded = embedding(self._windows[rows], table_VD).to(self.device, self.dtype)
+            with suppress(_Stop):
+                decoder(inputs_embeds=embedded, use_cache=False)
+            self.hidden_STD[rows] = recorder.hidden
+        self._blocks[0] = first
 
     def _decoder(self) -> nn.Module:
         """The base model with everything before the first block ready to run."""
@@ -168,7 +158,8 @@ class Stream:
                 state = {name: t.to(self.device, self.dtype) for name, t in self.view.read_module(path).items()}
                 module.load_state_dict(state, assign=True)
         make_computed_tables(model, self.device)
-        return model.get_decoder()
+        decoder: nn.Module = model.get_decoder()
+        return decoder
 
     def _buffer(self, spill: Path | None) -> Tensor:
         samples, seqlen = self._windows.shape
@@ -196,10 +187,6 @@ def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[
             raise _Stop  # what follows in the block would be thrown away
 
     return listen
-
-
-def _layer_index(module: nn.Module) -> int:
-    return next(int(m.layer_idx) for m in module.modules() if hasattr(m, "layer_idx"))
 
 
 def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:

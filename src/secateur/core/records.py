@@ -21,6 +21,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
 
 
 def version() -> str:
+    """The version of secateur."""
     return metadata.version("secateur")
 
 

@@ -17,6 +17,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Measure what happens inside, under a name."""
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -27,4 +28,5 @@ class Stopwatch:
             self._inner[-1] += spent
 
     def rounded(self) -> dict[str, float]:
+        """The seconds, to the millisecond."""
         return {name: round(value, 3) for name, value in self.seconds.items()}

@@ -57,7 +57,7 @@ def _memory(prepared: Prepared, tokens: int) -> int:
         return 2 * max(block, outer) * stored
     buffer = tokens * view.config.hidden_size * width
     batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
-    return max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch
+    return int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
 
 
 def _matrix_rate(prepared: Prepared) -> float:

@@ -88,7 +88,12 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     check_ids(torch.cat(list(windows)), checkpoint.config.vocab_size, protocol.spec)
     _warn_of_overlap(plan, protocol)
     records_file = records_file or (Path(request.model).resolve().parent if Path(request.model).is_dir() else Path.cwd()) / "records.jsonl"
-    facts = {"ppl_protocol": _protocol_facts(protocol, windows), "weights": _fingerprint(checkpoint), "against": request.against, "tasks_asked": list(request.tasks)}
+    facts = {
+        "ppl_protocol": _protocol_facts(protocol, windows),
+        "weights": _fingerprint(checkpoint),
+        "against": request.against,
+        "tasks_asked": list(request.tasks),
+    }
     if resume and (found := _in_records(records_file, facts, request)):
         say(f"{request.model}: already in {records_file}")
         return found

@@ -56,7 +56,12 @@ PROTOCOLS = {
         Protocol("llm-surgeon-opt", "LLM Surgeon (arXiv:2312.17244), OPT: WikiText-2 at 2048", "wikitext2", 2048),
         Protocol("llm-surgeon-llama", "LLM Surgeon (arXiv:2312.17244), LLaMA-2: WikiText-2 at 4096", "wikitext2", 4096),
         Protocol(
-            "disp-llm", "DISP-LLM's code, LLaMA-2: WikiText-2 at 4096, the first 256 x 2048 tokens, tail kept", "wikitext2", 4096, tail="keep", tokens=256 * 2048
+            "disp-llm",
+            "DISP-LLM's code, LLaMA-2: WikiText-2 at 4096, the first 256 x 2048 tokens, tail kept",
+            "wikitext2",
+            4096,
+            tail="keep",
+            tokens=256 * 2048,
         ),
         Protocol("llm-pruner", "LLM-Pruner (arXiv:2305.11627): WikiText-2 at 128", "wikitext2", 128),
         Protocol("c4", "C4 as SparseGPT and Wanda: 1100 validation documents, 256 windows of 2048", "c4", 2048, join=" ", lines=False, rows=1100, windows=256),

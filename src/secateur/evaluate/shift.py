@@ -23,7 +23,9 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
 _GRAM = 4
 
 
-def functionality_shift(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+def functionality_shift(
+    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
     """Compare two models on the same windows.
 
     Args:

@@ -63,4 +63,3 @@ def _matrix(block: BlockView, name: str) -> dict[str, Any]:
     weight_OI: torch.Tensor = block.matrix(name)
     zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
     return {"shape": list(weight_OI.shape), "zeros": zeros, "sparsity": zeros / weight_OI.numel()}
-

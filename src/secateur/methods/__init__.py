@@ -34,14 +34,17 @@ class Method:
 
     @property
     def statistics(self) -> NewStatistic | None:
+        """What to collect for each distinct input, None for a method that needs no tokens."""
         return getattr(self.module, "STATISTICS", None)
 
     @property
     def plan_block(self) -> Callable[..., Any] | None:
+        """The function that plans one block."""
         return getattr(self.module, "plan_block", None)
 
     @property
     def plan_model(self) -> Callable[..., Any] | None:
+        """The function that plans the whole model at once."""
         return getattr(self.module, "plan_model", None)
 
     def options(self, given: Mapping[str, Any]) -> Any:
@@ -60,6 +63,7 @@ class Method:
 
     @property
     def summary(self) -> str:
+        """The first line of the docstring of its file."""
         return (self.module.__doc__ or "").strip().splitlines()[0]
 
 

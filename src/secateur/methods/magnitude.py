@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,13 +52,14 @@ class Magnitude:
 
     @property
     def whole_model(self) -> bool:
+        """Whether all blocks are ranked together."""
         return self.scope == "model"
 
 
 def plan_block(block: BlockView, statistics: Any, options: Magnitude) -> BlockPlan:
     """The plan of one block; `statistics` is not used."""
-    scope = "row" if options.scope == "row" else "matrix"
-    return plan_masks_or_units(block, lambda name: _absolute(block, name), parse_pattern(options.pattern), scope)
+    score = partial(_absolute, block)
+    return plan_masks_or_units(block, score, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")
 
 
 def plan_model(blocks: Iterable[BlockView], data: Any, options: Magnitude) -> tuple[BlockPlan, ...]:
@@ -66,7 +68,7 @@ def plan_model(blocks: Iterable[BlockView], data: Any, options: Magnitude) -> tu
     scored: list[tuple[int, dict[str, torch.Tensor], dict[str, float]]] = []
     for block in blocks:
         rates = {space: block.rates[m.reader] for space, m in MEMBERS.items() if m.reader in block.rates}
-        scored.append((block.index, unit_scores(block, lambda name, b=block: _absolute(b, name), pattern), rates))
+        scored.append((block.index, unit_scores(block, partial(_absolute, block), pattern), rates))
     keep: list[dict[str, torch.Tensor]] = [{} for _ in scored]
     for space in MEMBERS:
         members = [n for n, (_, scores, _) in enumerate(scored) if space in scores]
@@ -85,8 +87,7 @@ def plan_model(blocks: Iterable[BlockView], data: Any, options: Magnitude) -> tu
             keep[n][space] = here.to(torch.int32)
             start += len(score_U)
     return tuple(
-        BlockPlan(index, keep=kept, of={space: len(score) for space, score in scores.items()})
-        for (index, scores, _), kept in zip(scored, keep, strict=True)
+        BlockPlan(index, keep=kept, of={space: len(score) for space, score in scores.items()}) for (index, scores, _), kept in zip(scored, keep, strict=True)
     )
 
 

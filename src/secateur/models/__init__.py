@@ -1,0 +1,1 @@
+"""Model families, checkpoints, and the classes that pruned models run with."""

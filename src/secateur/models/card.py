@@ -22,8 +22,11 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
         "method": f"{settings['method']} ({', '.join(f'{k}={v}' for k, v in settings['options'].items())})",
         "sparsity asked, measured": f"{settings['sparsity']}, {facts['sparsity_measured']:.4f} of the targeted matrices",
         "modules": settings["modules"] or "all matrices of the blocks",
-        "parameters": f"{facts['params_after']:,} of {facts['params_before']:,} (pruning ratio {facts['pruning_ratio']:.4f}), {facts['nonzero_after']:,} not zero",
-        "calibration": f"{calibration['spec']}, {calibration['samples']} x {calibration['seqlen']} tokens, seed {settings['seed']}" if calibration else "none needed",
+        "parameters": f"{facts['params_after']:,} of {facts['params_before']:,} (pruning ratio {facts['pruning_ratio']:.4f})",
+        "not zero": f"{facts['nonzero_after']:,}",
+        "calibration": f"{calibration['spec']}, {calibration['samples']} x {calibration['seqlen']} tokens, seed {settings['seed']}"
+        if calibration
+        else "none needed",
     }
     loading = (
         f"The blocks are not those of a stock architecture ({not_stock}): load with `trust_remote_code=True`, or `import secateur` first."
@@ -32,8 +35,9 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
     )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     licence = _licence(checkpoint.folder)
-    front = f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n" + (f"license: {licence}\n" if licence else "") + "---\n"
-    return f"{front}# {name}, pruned with {settings['method']}\n\nMade by secateur {records.version()}.\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"
+    front = [f"base_model: {name}", "library_name: transformers", "pipeline_tag: text-generation", *([f"license: {licence}"] if licence else [])]
+    head = "\n".join(["---", *front, "---", f"# {name}, pruned with {settings['method']}", "", f"Made by secateur {records.version()}."])
+    return f"{head}\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"
 
 
 def note_measurement(folder: Path, record: Mapping[str, Any]) -> None:
@@ -52,7 +56,6 @@ def note_measurement(folder: Path, record: Mapping[str, Any]) -> None:
 
 def _licence(folder: Path) -> str | None:
     card = folder / "README.md"
-    if card.is_file() and (front := re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL)):
-        if licence := re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE):
-            return licence[1]
-    return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.DOTALL) if card.is_file() else None
+    licence = re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE) if front else None
+    return licence[1] if licence else None

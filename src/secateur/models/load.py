@@ -20,6 +20,7 @@ from secateur.models.family import all_families, find_family
 from secateur.models.view import ModelView
 
 BUNDLED = "bundled"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 
@@ -52,18 +53,22 @@ class Checkpoint:
     _skeleton: list[PreTrainedModel] = field(default_factory=list, compare=False, repr=False)
 
     def names(self) -> list[str]:
+        """The tensors of the model, in its order; a tied head is not listed again."""
         return list(self.index)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
         return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
         """One tensor, its own memory (nothing of the file stays mapped)."""
         file, stored = self.index[name]
         with _opened(file) as handle:
-            return handle.get_tensor(stored).clone()
+            tensor: Tensor = handle.get_tensor(stored)
+            return tensor.clone()
 
     def view(self) -> ModelView:
+        """The model, seen through its family."""
         return ModelView(self.name, self.config, find_family(self.config, self.name), self)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -76,6 +81,7 @@ class Checkpoint:
             ) from error
 
     def max_length(self) -> int:
+        """The most tokens the model knows positions for."""
         return int(self.config.max_position_embeddings)
 
 
@@ -110,17 +116,19 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights (on the meta device)."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model in memory, for evaluation."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (SafetensorError, OSError) as error:
         raise SecateurError(f"{checkpoint.name}: its weights cannot be loaded ({_first_line(error)})") from error
-    moved: nn.Module = model.to(device)
-    return moved.eval()  # type: ignore[return-value]
+    nn.Module.to(model, device)
+    model.eval()
+    return model
 
 
 def _locate(model: str, revision: str | None) -> Path:
@@ -239,7 +247,7 @@ def _common_dtype(index: dict[str, tuple[Path, str]]) -> torch.dtype:
     for name, (file, stored) in index.items():
         if name.endswith("q_proj.weight") or name.endswith("qkv_proj.weight"):
             with _opened(file) as handle:
-                return getattr(torch, {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[handle.get_slice(stored).get_dtype()])
+                return _DTYPES[handle.get_slice(stored).get_dtype()]
     return torch.float32
 
 

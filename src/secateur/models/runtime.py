@@ -88,14 +88,14 @@ def auto_map(model_class: type[Any]) -> dict[str, str]:
 @cache
 def pruned_class(stock_type: str) -> Any:
     """The pruned class of a stock model type: `llama` gives `SecateurLlamaForCausalLM`, whose type is `secateur_llama`."""
-    stock_config = CONFIG_MAPPING[stock_type]
-    stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    stock_config: Any = CONFIG_MAPPING[stock_type]
+    stock_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
 
-    class Config(stock_config):  # type: ignore[valid-type, misc]  # a class known only at run time
+    class Config(stock_config):  # type: ignore[misc]  # a class known only at run time
         model_type = PREFIX + stock_type
         pruned_widths: list[dict[str, int]] | None = None
 
-    class Model(PrunedModel, stock_model):  # type: ignore[valid-type, misc]
+    class Model(PrunedModel, stock_model):  # type: ignore[misc]
         config_class = Config
 
     for made, stock in ((Config, stock_config), (Model, stock_model)):

@@ -25,7 +25,18 @@ from secateur.core.errors import SecateurError, UsageError
 JOURNAL = "journal.json"
 ONE_FILE_UP_TO = 5 * 2**30
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
-_COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model", "*.tiktoken", "generation_config.json", "LICENSE*")
+_COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "LICENSE*",
+)
 
 
 class CheckpointWriter:
@@ -156,12 +167,13 @@ def _gather(parts: list[Path], folder: Path) -> None:
     if joined is not None and sum(part.stat().st_size for part in parts) <= ONE_FILE_UP_TO:
         _concatenate(parts, [begin for _, begin in headers], joined, folder / "model.safetensors")
         return
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, (part, (header, begin)) in enumerate(zip(parts, headers, strict=True), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         total += part.stat().st_size - begin
         shutil.copyfile(part, folder / name)
-        weight_map |= {tensor: name for tensor in header}
+        weight_map |= dict.fromkeys(header, name)
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -20,11 +20,14 @@ from secateur.models.family import CANONICAL, Family
 class TensorSource(Protocol):
     """Where weights come from: files read lazily, or a model in memory. Names are those of the stock model's state dict."""
 
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Every tensor once, in the order of the model."""
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without reading it."""
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """One tensor, in the dtype it is stored in."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,15 @@ class ModelView:
 
     @property
     def blocks(self) -> int:
+        """The number of blocks."""
         return int(self.config.num_hidden_layers)
 
     def dims(self, index: int) -> BlockDims:
+        """The sizes of a block."""
         return dims_of(self.family, self.config, index)
 
     def block_prefix(self, index: int) -> str:
+        """What the names of a block's tensors begin with."""
         return f"{self.family.blocks}.{index}."
 
     def block(self, index: int, rates: Mapping[str, float] | None = None) -> BlockView:
@@ -154,6 +160,7 @@ class ModelView:
         return sum(o * i for index in range(self.blocks) for o, i in self.matrix_shapes(index).values())
 
     def matrix_shapes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Canonical name -> (O, I) for the matrices of a block."""
         dims = self.dims(index)
         return {name: dims.shape(name) for name in CANONICAL if name in self.family.matrices}
 

@@ -1,0 +1,1 @@
+"""Plans: what to keep, chosen from scores, rates and patterns."""

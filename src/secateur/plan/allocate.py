@@ -84,4 +84,3 @@ def _unit_score(block: BlockView, score: Score, pattern: Pattern, space: str) ->
             along = square_OI.sum(1 if pattern.kind == "rows" else 0, dtype=torch.float64)
             total_U += along.view(units, -1).sum(1).cpu()
     return total_U.sqrt()
-

@@ -29,6 +29,7 @@ class Pattern:
 
     @property
     def structured(self) -> bool:
+        """Whether whole units are removed."""
         return self.kind in ("rows", "columns")
 
     @property

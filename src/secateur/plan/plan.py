@@ -31,6 +31,7 @@ class Mask:
 
     @staticmethod
     def pack(keep_OI: Tensor) -> Mask:
+        """From a boolean mask, True where kept."""
         packed = np.packbits(keep_OI.cpu().numpy().reshape(-1))
         return Mask((keep_OI.shape[0], keep_OI.shape[1]), torch.from_numpy(packed))
 
@@ -42,6 +43,7 @@ class Mask:
 
     @property
     def removed(self) -> int:
+        """The number of removed weights."""
         return self.shape[0] * self.shape[1] - int(np.bitwise_count(self.bits.numpy()).sum())
 
     def __eq__(self, other: object) -> bool:
@@ -67,11 +69,13 @@ class BlockPlan:
     of: Mapping[str, int] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
+        """What goes into plan.safetensors."""
         prefix = f"blocks.{self.index}."
         masks = {f"{prefix}{name}.mask": mask.bits for name, mask in self.masks.items()}
         return masks | {f"{prefix}{space}.keep": indices for space, indices in self.keep.items()}
 
     def summary(self) -> dict[str, Any]:
+        """What goes into plan.json."""
         masks = {name: {"shape": list(mask.shape), "removed": mask.removed} for name, mask in self.masks.items()}
         keep = {space: {"kept": len(indices), "of": self.of[space]} for space, indices in self.keep.items()}
         return {"index": self.index, "masks": masks, "keep": keep}

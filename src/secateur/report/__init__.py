@@ -1,0 +1,1 @@
+"""Records turned into one HTML page and its plots."""

@@ -1,0 +1,75 @@
+"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the table of protocols."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+from typer.main import get_command
+
+from secateur.cli import app
+from secateur.evaluate.protocols import PROTOCOLS
+from secateur.methods import Method, find_method, method_names
+
+
+def method_page(method: Method) -> str:
+    """A method's docstring, its options with their defaults, and where the code is."""
+    title, _, body = inspect.cleandoc(method.module.__doc__ or "").partition("\n")
+    fields = dataclasses.fields(method.options_class)
+    told = dict(re.findall(r"^\s+(\w+): (.+?)(?=^\s+\w+: |\Z)", inspect.cleandoc(method.options_class.__doc__ or ""), re.MULTILINE | re.DOTALL))
+    rows = "\n".join(f"| `{f.name}` | `{f.default!r}` | {' '.join(told.get(f.name, '').split())} |" for f in fields)
+    return (
+        f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` also as `--pattern`).\n\n"
+        f"| option | default | |\n|---|---|---|\n{rows}\n\n## Use\n\n```sh\nsecateur prune MODEL --method {method.name} --sparsity 0.5 --out DIR\n```\n\n"
+        f"The code is `src/secateur/methods/{method.name}.py`.\n"
+    )
+
+
+def _text(text: str) -> str:
+    """Docstrings hold formulas in plain characters, some of which Markdown would take for markup."""
+    return "`".join(part if n % 2 else re.sub(r"([*_|])", r"\\\1", part) for n, part in enumerate(text.split("`")))
+
+
+def methods_index(names: list[str]) -> str:
+    """The table of methods."""
+    rows = "\n".join(f"| [{name}]({name}.md) | {_text(find_method(name).summary)} |" for name in names)
+    toc = "```{toctree}\n:hidden:\n" + "\n".join(names) + "\n```\n"
+    return f"# Methods\n\n| method | |\n|---|---|\n{rows}\n\n{toc}"
+
+
+def cli_page() -> str:
+    """Every command with its arguments and options."""
+    parts = ["# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.\n"]
+    for name, command in sorted(get_command(app).commands.items()):  # type: ignore[attr-defined]
+        rows = []
+        for parameter in command.params:
+            flags = ", ".join(f"`{flag}`" for flag in parameter.opts if flag.startswith("-")) or f"`{parameter.metavar or parameter.name}`"
+            shown = parameter.default not in (None, False, "", ()) and not parameter.required
+            rows.append(f"| {flags} | {(getattr(parameter, 'help', '') or '').strip()}{f' Default: `{parameter.default}`.' if shown else ''} |")
+        parts.append(f"## secateur {name}\n\n{inspect.cleandoc(command.help or '')}\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def protocols_table() -> str:
+    """The named protocols."""
+    rows = []
+    for p in PROTOCOLS.values():
+        length = "min(2048, maximum)" if p.seqlen is None else p.seqlen or "the model's maximum"
+        limits = ", ".join(f"{value:,} {name}" for name, value in (("rows", p.rows), ("windows", p.windows), ("tokens", p.tokens)) if value)
+        rows.append(f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` | {p.bos} | {p.tail} | {limits or 'none'} |")
+    heading = "| name | who | text | window | join | BOS | tail | limit |\n|---|---|---|---|---|---|---|---|\n"
+    return heading + "\n".join(rows) + "\n"
+
+
+def write_pages(folder: Path) -> None:
+    """All of them, into a folder that is not in the repository."""
+    (folder / "methods").mkdir(parents=True, exist_ok=True)
+    names = method_names()
+    pages = {"methods/index.md": methods_index(names), "cli.md": cli_page(), "protocols.md": protocols_table()}
+    pages |= {f"methods/{name}.md": method_page(find_method(name)) for name in names}
+    for path, text in pages.items():
+        file = folder / path
+        if not file.is_file() or file.read_text("utf-8") != text:
+            file.write_text(text, "utf-8")
