@@ -224,6 +224,7 @@ def demo(
     """Prune the bundled model with every method, measure each result, and write a report."""
 
     def run() -> None:
+        _api()
         from secateur.demo import run_demo
 
         _print_all(run_demo(out, quick=quick), json)

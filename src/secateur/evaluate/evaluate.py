@@ -106,7 +106,7 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
-        **_identity(request, checkpoint, plan),
+        **_identity(request, checkpoint, plan, model),
         "ppl": measured.ppl,
         **facts,
         "tasks": _tasks(request, model, tokenizer, dense),
@@ -146,12 +146,20 @@ def _tasks(request: EvalRequest, model: PreTrainedModel, tokenizer: PreTrainedTo
     return {"cloze": result}
 
 
-def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None) -> dict[str, Any]:
+def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any]:
     if plan is not None:
         return {key: plan.get(key) for key in _FROM_PLAN}
-    parameters = checkpoint.view().parameters()
+    parameters = sum(p.numel() for p in model.parameters())
+    nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     dense = {"method": None, "sparsity": 0.0, "sparsity_measured": 0.0, "pruning_ratio": 0.0, "pruning_ratio_blocks": 0.0}
-    return {"model": request.model, "model_revision": checkpoint.revision, **dense, "params_before": parameters, "params_after": parameters}
+    return {
+        "model": request.model,
+        "model_revision": checkpoint.revision,
+        **dense,
+        "params_before": parameters,
+        "params_after": parameters,
+        "nonzero_after": nonzero,
+    }
 
 
 def _protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:

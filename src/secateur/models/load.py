@@ -61,11 +61,11 @@ class Checkpoint:
         return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, its own memory (nothing of the file stays mapped)."""
+        """One tensor, mapped from the file for as long as it lives and not to be written to: only what is used is read."""
         file, stored = self.index[name]
         with _opened(file) as handle:
             tensor: Tensor = handle.get_tensor(stored)
-            return tensor.clone()
+            return tensor
 
     def view(self) -> ModelView:
         """The model, seen through its family."""

@@ -1,0 +1,31 @@
+"""On an accelerator: the same plans as on the CPU, and streaming that holds one block. Skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from secateur import api
+from tests.tiny import FAMILY_TYPES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "rows"])
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_plans_equal_those_of_the_cpu(model_type: str, pattern: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = saved(model_type, dtype=torch.float64)
+    sparsity = None if ":" in pattern else 0.5
+    for device in ("cpu", "cuda"):
+        api.prune(api.Request(str(dense), "wanda", sparsity=sparsity, pattern=pattern, calibration=ids_file, device=device), tmp_path / device)
+    assert api.read_plan(tmp_path / "cpu").blocks == api.read_plan(tmp_path / "cuda").blocks
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_perplexity_agrees_with_the_cpu(model_type: str, saved: Callable[..., Path], ids_file: str) -> None:
+    dense = saved(model_type)
+    cpu, gpu = (api.evaluate(api.EvalRequest(str(dense), text=ids_file, device=d, dtype="float32"), append=False)["ppl"] for d in ("cpu", "cuda"))
+    assert gpu == pytest.approx(cpu, rel=1e-4)
