@@ -10,6 +10,7 @@ safetensors, tokenizer and model card with the held-out perplexity, the bits per
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -106,6 +107,10 @@ A sample, temperature 0.8, after `def read_`:
 """
 
 
+def _changes(schedule: list[tuple[int, int]]) -> str:
+    return "".join(f" (--steps was {before} up to step {step})" for (_, before), (step, _) in itertools.pairwise(schedule))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -134,11 +139,15 @@ def main() -> None:
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=args.peak, betas=(0.9, 0.95), fused=True
     )
     first, spent = 0, 0.0
+    schedule = [(0, args.steps)]  # (from this step on, the cosine ends at that step): a run may be continued with another --steps
     if args.state.exists():
         state = torch.load(args.state, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["seconds"]
+        schedule = state.get("schedule", [(0, args.steps)])
+        if schedule[-1][1] != args.steps:
+            schedule.append((first, args.steps))
         print(f"continuing after step {first}", flush=True)
 
     started = time.perf_counter() - spent
@@ -165,7 +174,7 @@ def main() -> None:
             held_out, _ = held_out_loss(model, test_stream, limit=64)
             print(json.dumps({"step": done, "held_out_ppl": round(math.exp(held_out), 3)}), flush=True)
             args.state.parent.mkdir(parents=True, exist_ok=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "seconds": seconds}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "seconds": seconds, "schedule": schedule}
             torch.save(state, args.state.with_suffix(".tmp"))
             args.state.with_suffix(".tmp").rename(args.state)
 
@@ -176,8 +185,9 @@ def main() -> None:
     loss_nats, predicted = held_out_loss(model, test_stream)
     facts = {
         "parameters": f"{parameters:,} (bf16)",
-        "training data": f"standard library of Python {platform.python_version()}, train part, tests included: {len(train_stream):,} tokens",
-        "steps": f"{args.steps} of {args.batch} x {SEQLEN} tokens, AdamW, peak {args.peak:g}, warm-up {args.warmup}, cosine, weight decay 0.1",
+        "training data": f"standard library of Python {platform.python_version()}, train part, with tests: {len(train_stream):,} tokens",
+        "steps": f"{args.steps}{_changes(schedule)} of {args.batch} x {SEQLEN} tokens",
+        "optimiser": f"AdamW, peak {args.peak:g}, warm-up {args.warmup}, cosine, weight decay 0.1",
         "seed": args.seed,
         "command": f"`python tools/train_bundled.py --out {args.out} --steps {args.steps} --batch {args.batch}`",
         "training time": f"{(time.perf_counter() - started) / 60:.0f} minutes on 2 CPU cores",
