@@ -163,7 +163,7 @@ def test_folders_that_are_no_model(run: Run, dense: Path, tmp_path: Path, ids_fi
     assert (status, "has pickled weights only, which are never read" in line) == (1, True)
     (dense / "pytorch_model.bin").unlink()
     status, line = run(*call)
-    assert (status, "the folder has no safetensors file" in line) == (1, True)
+    assert (status, "the folder has neither model.safetensors nor its index" in line) == (1, True)
     (dense / "config.json").write_text("{broken")
     status, line = run(*call)
     assert (status, "not JSON" in line) == (1, True)
@@ -184,6 +184,7 @@ def test_truncated_weights(run: Run, dense: Path, tmp_path: Path, ids_file: str,
 
 def test_a_shard_that_is_named_but_missing(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
     names = load_file(dense / "model.safetensors")
+    (dense / "model.safetensors").unlink()
     (dense / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}))
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert (status, "model-00001-of-00002.safetensors is named in" in line) == (1, True)
@@ -194,7 +195,7 @@ def test_weights_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 4] = value
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert status == 1
     assert f"block 1: {matrix} has weights that are not finite" in line
     assert not (tmp_path / "out").exists()
@@ -204,7 +205,7 @@ def test_activations_that_are_not_finite_name_block_and_matrix(run: Run, dense: 
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][0] = float("nan")
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert status == 1
     assert "block 1: the input of matrix" in line
     assert "not finite" in line
@@ -277,6 +278,55 @@ def test_an_output_that_exists_is_not_touched(run: Run, dense: Path, tmp_path: P
     assert (status, "is a file; give a new folder" in line) == (2, True)
 
 
+def test_a_damaged_index(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    (dense / "model.safetensors").unlink()
+    (dense / "model.safetensors.index.json").write_text('{"weight_map": {"a"')
+    status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "not an index of weights" in line) == (1, True)
+
+
+def test_a_tied_head_that_differs_is_refused(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+    folder = saved("llama", tied=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "set tie_word_embeddings to false" in line) == (1, True)
+
+
+@pytest.mark.parametrize("where", ["dense", "dense/..", "dense/deeper"])
+def test_an_output_that_holds_the_model_is_refused_even_with_overwrite(run: Run, dense: Path, tmp_path: Path, ids_file: str, where: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    dense.rename(home / "dense")
+    before = (home / "dense" / "model.safetensors").read_bytes()
+    args = ["prune", str(home / "dense"), "--method", "wanda", "--calibration", ids_file, "--sparsity", "0.5", "--overwrite"]
+    status, line = run(*args, "--out", str((home / where).resolve()), "--records", str(tmp_path / "r.jsonl"))
+    assert (home / "dense" / "model.safetensors").read_bytes() == before
+    assert (status, "which replacing it would remove" in line) == ((0, False) if where.endswith("deeper") else (2, True))
+
+
+def test_an_overwrite_that_fails_keeps_the_old_folder(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    (tmp_path / "out.replaced").mkdir()
+    real = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise OSError(errno.EIO, "the disk went away")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        status, _ = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5", "--overwrite"), writes=True)
+    assert status == 1
+    assert (out / "precious.txt").read_text() == "mine"
+    assert not list(tmp_path.glob(".out.old-*/out"))
+    assert (tmp_path / "out.replaced").is_dir(), "a neighbour's folder"
+
+
 def test_a_full_disk_is_seen_before_the_work(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
@@ -328,7 +378,7 @@ def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, 
 
     monkeypatch.setattr(Stream, "observe", fail)
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
-    assert (status, "lower --samples or --seqlen" in line) == (1, True)
+    assert (status, "--spill" in line) == (1, True)
     assert not (tmp_path / "out").exists()
 
 
@@ -340,11 +390,42 @@ def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, 
         (["--protocol", "slicegpt", "--text", "IDS"], 2, "windows of 2048 tokens (protocol slicegpt) are outside [2, 64]"),
         (["--text", "wikitext2"], 1, "no tokenizer"),
         (["--text", "IDS", "--tasks", "cloze"], 1, "no tokenizer"),
+        (["--text", "IDS", "--limit", "0"], 2, "at least one window"),
+        (["--text", "IDS", "--seqlen", "0"], 2, "windows of 0 tokens"),
     ],
 )
 def test_eval(run: Run, dense: Path, ids_file: str, args: list[str], status: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     got, line = run("eval", str(dense), *(ids_file if a == "IDS" else a for a in args))
     assert (got, words in line) == (status, True), line
+
+
+def test_windows_longer_than_the_model_knows_are_not_evaluated(run: Run, dense: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.ones((1, LENGTH + 1), dtype=np.int64))
+    status, line = run("eval", dense, "--text", tmp_path / "long.npy")
+    assert (status, f"windows of {LENGTH + 1} tokens" in line) == (1, True)
+
+
+def test_records_that_cannot_be_written_are_seen_before_the_work(run: Run, dense: Path, ids_file: str, tmp_path: Path) -> None:
+    status, line = run("eval", dense, "--text", ids_file, "--records", tmp_path)
+    assert (status, "records cannot be written" in line) == (1, True)
+
+
+@pytest.mark.parametrize("wrong", [["--method", "wando"], ["--pattern", "3:7"], ["--set", "scope=x"]])
+def test_a_sweep_checks_everything_before_the_work(run: Run, dense: Path, ids_file: str, tmp_path: Path, wrong: list[str]) -> None:
+    args = ["sweep", dense, "--method", "wanda", "--sparsity", "0.5", "--calibration", ids_file, "--text", ids_file, "--out", tmp_path / "s"]
+    status, _ = run(*args, *wrong)
+    assert status == 2
+    assert not (tmp_path / "s").exists()
+
+
+def test_stock_only_is_refused_before_the_work(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.calibrate.stream import Stream
+
+    monkeypatch.setattr(Stream, "observe", lambda *_: pytest.fail("work was done"))
+    folder = saved("opt")
+    args = ["--pattern", "rows", "--modules", "attention=0.5", "--stock-only"]
+    status, line = run("prune", folder, "--method", "wanda", "--calibration", ids_file, "--out", tmp_path / "out", *args)
+    assert (status, "cannot have fewer heads" in line) == (2, True)
 
 
 def test_reports_need_records(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -46,7 +47,7 @@ def test_prune_and_eval_give_one_json_line_and_append_it(dense: Path, ids_file: 
     status, stdout, _ = run("eval", out, "--text", ids_file, "--against", dense, "--json")
     assert status == 0
     measured = json.loads(stdout)
-    assert measured.keys() >= (CONTRACT - {"pruning_ratio_blocks"}) | {"ppl", "ppl_protocol", "tasks", "shift"}
+    assert measured.keys() >= CONTRACT | {"ppl", "ppl_protocol", "tasks", "shift"}
     assert measured["ppl_protocol"].keys() >= {"spec", "seqlen", "windows", "tokens", "bos", "tail", "sha256"}
     assert 0 < measured["shift"]["top1_agreement"] < 1
     assert [r["command"] for r in records.read([tmp_path])] == ["prune", "eval"]
@@ -88,8 +89,26 @@ def test_sweep_measures_the_dense_model_and_resumes(dense: Path, ids_file: str, 
     assert "already there" in stderr
     status, _, stderr = run(*args)
     assert (status, "exists and is not empty" in stderr) == (2, True)
-    status, _, stderr = run(*args, "--resume", "--seed", 5)
-    assert (status, "was made with seed = 0, not 5" in stderr) == (2, True)
+    for more, words in ((["--seed", 5], "had seed = 0, this one has 5"), (["--set", "scope=matrix"], None), (["--dtype", "bfloat16"], "had dtype")):
+        status, _, stderr = run(*args, "--resume", *more)
+        assert (status, words is None or words in stderr) == (0 if words is None else 2, True), stderr
+    other = tmp_path / "other.npy"
+    np.save(other, np.ones((2, 8), dtype=np.int64))
+    again = [other if a == ids_file else a for a in args]
+    status, _, stderr = run(*again, "--resume")
+    assert (status, "had calibration =" in stderr) == (2, True)
+
+
+def test_eval_resumes_only_what_is_the_same(dense: Path, ids_file: str, tmp_path: Path) -> None:
+    args = ["eval", dense, "--text", ids_file, "--json", "--resume"]
+    first = json.loads(run(*args)[1])
+    assert first.keys() >= CONTRACT
+    assert json.loads(run(*args)[1])["key"] == first["key"]
+    assert (first["model"], first["method"], first["sparsity"]) == (str(dense), None, 0)
+    for more in (["--dtype", "bfloat16"], ["--limit", 3], ["--against", dense]):
+        other = json.loads(run(*args, *more)[1])
+        assert other["key"] != first["key"]
+    assert len(records.read([tmp_path])) == 4
 
 
 def test_inspect_counts_zeros_and_widths(dense: Path, tmp_path: Path) -> None:

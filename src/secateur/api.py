@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from secateur.calibrate.stream import Stream, make_computed_tables
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
-from secateur.core.progress import say
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.driver import Job, pruned_blocks
@@ -22,13 +21,14 @@ from secateur.evaluate.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.size import inspect
 from secateur.methods import find_method
-from secateur.models.family import find_family
+from secateur.models.family import PRUNED_PREFIX, find_family
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import pruned_config, stock_problem
 from secateur.models.runtime import pruned_class
+from secateur.models.save import refuse_existing
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
-from secateur.plan.plan import Plan, read_plan, read_plan_json
+from secateur.plan.plan import Plan, read_plan
 from secateur.plan.rates import resolve_rates
 from secateur.prune import Request, prepare, prune, read_windows
 
@@ -111,7 +111,7 @@ def plan(
         if windows is None:
             raise UsageError(f"method '{method}' calibrates: give windows, token ids [samples, seqlen]")
         stream = Stream(view, windows, device=model.device, dtype=dtype or model.dtype)
-    blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, stream, Stopwatch()))
+    blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, windows, stream, Stopwatch()))
     return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": str(pattern)}, blocks)
 
 
@@ -135,9 +135,9 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         dims.append(after.dims)
         state |= {view.block_prefix(block.index) + name: tensor for name, tensor in after.tensors.items()}
     raw = model.config.to_dict()
-    problem = stock_problem(raw, view.family, [view.dims(i) for i in range(view.blocks)], dims)
+    problem = stock_problem(raw, view.family, dims)
     content = pruned_config(raw, view.family, dims, stock=problem is None)
-    config_class = type(model.config) if problem is None else pruned_class(raw["model_type"].removeprefix("secateur_")).config_class
+    config_class = type(model.config) if problem is None else pruned_class(raw["model_type"].removeprefix(PRUNED_PREFIX)).config_class
     return _assemble(config_class.from_dict(content), state, model)
 
 
@@ -177,45 +177,24 @@ def sweep(
         sparsities: the fractions to remove; 0 is the dense model, which is always measured.
         out: the folder that receives one checkpoint a sparsity, and `records.jsonl`.
         measure: the evaluation; its model is replaced.
-        resume: leave what is finished as it is.
+        resume: leave what is finished as it is; with `overwrite`, do again what was made with other settings.
         overwrite: replace checkpoints that are there.
         records_file: where records go instead.
     """
+    out = out.absolute()
     records_file = records_file or out / "records.jsonl"
+    points = [(replace(request, sparsity=s), out / point_name(request, s)) for s in sparsities if s != 0]
+    for once, target in points:  # what is wrong with any of them shows before the work
+        prepare(once)
+        if not (resume and (target / "plan.json").is_file()):
+            refuse_existing(target, overwrite)
     yield evaluate(replace(measure, model=request.model, revision=request.revision, against=None), records_file=records_file, resume=resume)
-    for sparsity in sparsities:
-        if sparsity == 0:
-            continue
-        target = out / point_name(request, sparsity)
-        once = replace(request, sparsity=sparsity)
-        if resume and _is_done(target, once):
-            say(f"{target}: already there")
-        else:
-            prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file)
+    for once, target in points:
+        prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file)
         yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
 
 
-def point_name(request: Request, sparsity: float | None) -> str:
+def point_name(request: Request, sparsity: float) -> str:
     """The folder name of one point of a sweep."""
-    pattern = request.pattern or ""
-    parts = [request.method, pattern.replace(":", "of"), "" if sparsity is None else f"{sparsity:g}"]
+    parts = [request.method, (request.pattern or "").replace(":", "of"), *(f"{k}={v}" for k, v in sorted(request.options.items())), f"{sparsity:g}"]
     return "-".join(part for part in parts if part)
-
-
-def _is_done(target: Path, request: Request) -> bool:
-    """Whether the folder holds the result of this very request."""
-    made = read_plan_json(target)
-    if made is None:
-        return False
-    asked = {
-        "model": request.model,
-        "method": request.method,
-        "sparsity": request.sparsity,
-        "modules": request.modules,
-        "seed": request.seed,
-        "options": {**made["options"], **request.options, **({"pattern": request.pattern} if request.pattern else {})},
-    }
-    for key, value in asked.items():
-        if made[key] != value:
-            raise UsageError(f"--resume: '{target}' was made with {key} = {made[key]!r}, not {value!r}; use --overwrite, or another --out")
-    return True

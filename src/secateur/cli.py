@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,6 +16,7 @@ from secateur.core.errors import SecateurError, UsageError
 if TYPE_CHECKING:
     from secateur.core.records import Record
 
+RESUME = "the same command with --resume goes on from here"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
@@ -92,7 +94,7 @@ def prune(
             raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
         _print(api.prune(request, out, resume=resume, overwrite=overwrite, records_file=records), json)
 
-    _guard(run, debug)
+    _guard(run, debug, resume=RESUME)
 
 
 @app.command(name="eval")
@@ -117,10 +119,10 @@ def eval_(
 
     def run() -> None:
         api = _api()
-        request = api.EvalRequest(model, text, protocol, seqlen, _names(tasks), limit, against, revision, device, dtype, text_field)
+        request = api.EvalRequest(model, text, protocol, seqlen, _names(tasks), limit, against, None, revision, device, dtype, text_field)
         _print(api.evaluate(request, records_file=records, resume=resume), json)
 
-    _guard(run, debug)
+    _guard(run, debug, resume=RESUME)
 
 
 @app.command()
@@ -157,7 +159,7 @@ def sweep(
         request = api.Request(
             model, method, None, None, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
         )  # fmt: skip
-        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, model if against else None, None, device, dtype)
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype)
         points = api.sweep(request, _numbers(sparsity, "--sparsity"), out, measure, resume=resume, overwrite=overwrite, records_file=records)
         found = []
         for record in points:
@@ -165,7 +167,7 @@ def sweep(
             _tell(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {record['ppl']:.4f}")
         _print_all(found, json)
 
-    _guard(run, debug)
+    _guard(run, debug, resume=RESUME)
 
 
 @app.command()
@@ -206,12 +208,16 @@ def report(
 
 
 @app.command()
-def methods() -> None:
+def methods(json: Json = False) -> None:
     """List the pruning methods."""
     from secateur.methods import find_method, method_names
 
-    for name in method_names():
-        typer.echo(f"{name:12} {find_method(name).summary}")
+    found = {name: find_method(name).summary for name in method_names()}
+    if json:
+        _emit({"command": "methods", "methods": found})
+        return
+    for name, summary in found.items():
+        typer.echo(f"{name:12} {summary}")
 
 
 @app.command()
@@ -229,7 +235,7 @@ def demo(
 
         _print_all(run_demo(out, quick=quick), json)
 
-    _guard(run, debug)
+    _guard(run, debug, resume="the same command goes on from here")
 
 
 def _api() -> Any:
@@ -244,35 +250,27 @@ def _api() -> Any:
     return api
 
 
-def _guard(run: Callable[[], None], debug: bool) -> None:
+def _guard(run: Callable[[], None], debug: bool, *, resume: str = "nothing was written") -> None:
     """Run a command and turn failures into one line and an exit status."""
     try:
         run()
     except KeyboardInterrupt:
-        _stop("interrupted; the same command with --resume goes on from here", INTERRUPTED)
-    except BrokenPipeError:
-        raise
-    except UsageError as error:
-        if debug:
-            raise
-        _stop(f"error: {error}", USAGE)
-    except SecateurError as error:
-        if debug:
-            raise
-        _stop(f"error: {error}", FAILED)
+        _stop(f"interrupted; {resume}", INTERRUPTED)
     except Exception as error:
         if debug:
-            raise
-        _stop(_unexpected(error), FAILED)
+            traceback.print_exc()
+        _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
 
 
-def _unexpected(error: Exception) -> str:
+def _words(error: Exception) -> str:
+    if isinstance(error, SecateurError):
+        return f"error: {error}"
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
-        return "error: out of memory on the accelerator; lower --samples or --seqlen, add --spill, or use --device cpu"
+        return "error: out of memory on the accelerator; use shorter windows (--seqlen), fewer --samples or --spill where a model is pruned, or --device cpu"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "error: out of memory; lower --samples or --seqlen, or add --spill"
+        return "error: out of memory; use shorter windows (--seqlen), and fewer --samples or --spill where a model is pruned"
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"error: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)"
 

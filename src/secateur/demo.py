@@ -37,7 +37,7 @@ def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
     measure = api.EvalRequest(BUNDLED, tasks=effort.tasks, limit=effort.windows)
     found: list[records.Record] = []
     for request, sparsities in demo_requests(effort):
-        for record in api.sweep(request, sparsities, out, measure, resume=True):
+        for record in api.sweep(request, sparsities, out, measure, resume=True, overwrite=True):
             if record["method"] or not found:
                 found.append(record)
                 say(f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")

@@ -6,7 +6,7 @@ What happens to the results is the caller's: `prune` writes them, `make_plan` ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.calibrate.statistics import Statistics
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import SecateurError
+from secateur.core.errors import NotFiniteError
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.methods import Method
@@ -50,19 +50,22 @@ class Job:
         return max((index for index, rates in enumerate(self.rates) if rates), default=-1)
 
 
-def pruned_blocks(job: Job, stream: Stream | None, watch: Stopwatch, finished: Finished = lambda _: None) -> Iterator[tuple[BlockView, BlockPlan]]:
+def pruned_blocks(
+    job: Job, windows: Tensor | None, stream: Stream | None, watch: Stopwatch, finished: Finished = lambda _: None
+) -> Iterator[tuple[BlockView, BlockPlan]]:
     """Every block after its cut, with its plan, in order.
 
     Args:
         job: what to do.
-        stream: the calibration windows; None where `job.streams` is false.
+        windows: the calibration token ids [S, T]; None where the method needs none.
+        stream: the same on their way through the blocks; None where `job.streams` is false.
         watch: receives the seconds of `files`, `forward`, `statistics` and `selection`.
         finished: gives blocks that an interrupted run has already done: they are run, not pruned again.
 
     Raises:
-        SecateurError: a weight or an input is not finite; the block and the matrix are named.
+        NotFiniteError: a weight or an input is not finite; the block and the matrix are named.
     """
-    plans = _whole_model_plan(job, watch) if job.whole_model else None
+    plans = _whole_model_plan(job, windows, watch) if job.whole_model else None
     for index in range(job.view.blocks):
         done = finished(index)
         if done is None:
@@ -78,11 +81,10 @@ def pruned_blocks(job: Job, stream: Stream | None, watch: Stopwatch, finished: F
         yield done
 
 
-def _whole_model_plan(job: Job, watch: Stopwatch) -> Sequence[BlockPlan]:
+def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     assert job.method.plan_model is not None
     with watch("selection"):
-        blocks = (job.view.block(index, job.rates[index]) for index in range(job.view.blocks))
-        plans: Sequence[BlockPlan] = job.method.plan_model(blocks, None, job.options)
+        plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options)
     return plans
 
 
@@ -121,4 +123,4 @@ def _check_weights(block: BlockView) -> None:
         # a sum is one cheap pass and is not finite where an entry is not; it may also overflow, so the entries decide
         weight_OI = block.matrix(name)
         if not torch.isfinite(weight_OI.sum(dtype=torch.float32)) and not torch.isfinite(weight_OI).all():
-            raise SecateurError(f"block {block.index}: matrix {name} has weights that are not finite (NaN or infinity); the checkpoint is damaged")
+            raise NotFiniteError(f"block {block.index}: matrix {name} has weights that are not finite (NaN or infinity); the checkpoint is damaged")

@@ -17,20 +17,21 @@ from secateur.calibrate.data import calibration_windows, check_ids, check_spec, 
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import SecateurError, UsageError
-from secateur.core.progress import track
+from secateur.core.errors import NotFiniteError, UsageError
+from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import dims_after
 from secateur.driver import Job, pruned_blocks
-from secateur.methods import Method, find_method
+from secateur.methods import find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
 from secateur.models.pruned_config import pruned_config, stock_problem
-from secateur.models.save import CheckpointWriter, refuse_existing
-from secateur.models.view import BlockDims, BlockView
+from secateur.models.save import CheckpointWriter, clean, differing, refuse_existing, refuse_inside
+from secateur.models.view import BlockDims, BlockView, ModelView
+from secateur.plan.allocate import units_left
 from secateur.plan.budget import find_sparsity
 from secateur.plan.pattern import Pattern, parse_pattern
-from secateur.plan.plan import BlockPlan, Plan
+from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 from secateur.plan.rates import resolve_rates
 
 
@@ -89,7 +90,7 @@ class Prepared:
     @property
     def calibration(self) -> str | None:
         """The text SPEC, None where the method needs no calibration."""
-        if not self.job.streams:
+        if self.job.method.module.CALIBRATION is None or not any(self.job.rates):
             return None
         default = "builtin" if self.request.model == BUNDLED else self.job.method.module.CALIBRATION
         return self.request.calibration or default
@@ -99,46 +100,61 @@ def prepare(request: Request) -> Prepared:
     """Check everything that can be checked without reading weights or text.
 
     Raises:
-        UsageError, SecateurError: see design of errors in docs; the message says what to change.
+        UsageError: the request is wrong in itself, or does not go with the model.
+        SecateurError: the model cannot be pruned.
     """
     method = find_method(request.method)
-    options = method.options(_options(method, request))
+    options = method.options(_options(request))
+    pattern = parse_pattern(getattr(options, "pattern", "unstructured"))
     if request.samples < 1:
         raise UsageError(f"--samples {request.samples}: at least one window is needed")
-    checkpoint = open_checkpoint(request.model, request.revision)
-    view = checkpoint.view()
-    pattern = parse_pattern(getattr(options, "pattern", "unstructured"))
-    sparsity = request.sparsity
-    if request.params_removed is not None:
-        if sparsity is not None:
-            raise UsageError("give --sparsity or --params-removed, not both")
-        if getattr(options, "whole_model", False):
-            raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
-        sparsity = find_sparsity(view, pattern, request.modules, request.params_removed)
-    if sparsity is None and pattern.implied_sparsity is not None:
-        sparsity = pattern.implied_sparsity
-    job = Job(view, method, options, resolve_rates(view, sparsity, request.modules, pattern))
-    device = resolve_device(request.device)
-    seqlen = request.seqlen or min(2048, checkpoint.max_length())
-    if not 1 < seqlen <= checkpoint.max_length():
-        raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     if request.calibration is not None:
         check_spec(request.calibration)
-    return Prepared(request, checkpoint, job, pattern, sparsity, device, resolve_dtype(request.dtype, checkpoint.dtype, device), seqlen)
+    checkpoint = open_checkpoint(request.model, request.revision)
+    view = checkpoint.view()
+    sparsity = _sparsity(request, view, pattern, options)
+    job = Job(view, method, options, resolve_rates(view, sparsity, request.modules, pattern))
+    device = resolve_device(request.device)
+    seqlen = min(2048, checkpoint.max_length()) if request.seqlen is None else request.seqlen
+    if not 1 < seqlen <= checkpoint.max_length():
+        raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
+    prepared = Prepared(request, checkpoint, job, pattern, sparsity, device, resolve_dtype(request.dtype, checkpoint.dtype, device), seqlen)
+    if request.stock_only:
+        _check_stock(prepared)
+    return prepared
 
 
-def _options(method: Method, request: Request) -> dict[str, Any]:
-    given = dict(request.options)
-    if request.pattern is not None:
-        parse_pattern(request.pattern)
-        given["pattern"] = request.pattern
-    return given
+def _options(request: Request) -> dict[str, Any]:
+    return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
 
 
-def read_windows(prepared: Prepared) -> Tensor:
-    """The calibration windows [S, T]."""
+def _sparsity(request: Request, view: ModelView, pattern: Pattern, options: Any) -> float | None:
+    if request.params_removed is None:
+        return pattern.implied_sparsity if request.sparsity is None else request.sparsity
+    if request.sparsity is not None:
+        raise UsageError("give --sparsity or --params-removed, not both")
+    if getattr(options, "whole_model", False):
+        raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
+    return find_sparsity(view, pattern, request.modules, request.params_removed)
+
+
+def _check_stock(prepared: Prepared) -> None:
+    """Refuse before the work what shapes alone tell."""
+    view = prepared.job.view
+    if prepared.job.whole_model:
+        raise UsageError("--stock-only: ranking all blocks together gives every block its own widths, which no stock architecture has; use scope=block")
+    dims = [view.dims(index) for index in range(view.blocks)]
+    if prepared.pattern.structured:
+        dims = [units_left(d, rate) for d, rate in zip(dims, prepared.job.rates, strict=True)]
+    if problem := stock_problem(prepared.checkpoint.raw_config, view.family, dims):
+        raise UsageError(f"--stock-only: {problem}; nothing was written")
+
+
+def read_windows(prepared: Prepared) -> Tensor | None:
+    """The calibration windows [S, T]; None where the method needs none."""
     request, checkpoint, spec = prepared.request, prepared.checkpoint, prepared.calibration
-    assert spec is not None
+    if spec is None:
+        return None
     tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
     text = read_text(spec, "calibration", text_field=request.text_field)
 
@@ -148,113 +164,172 @@ def read_windows(prepared: Prepared) -> Tensor:
         return found
 
     windows = calibration_windows(text, tokenize, samples=request.samples, seqlen=prepared.seqlen, seed=request.seed)
-    check_ids(windows, checkpoint.config.vocab_size, spec)
-    if windows.shape[1] > checkpoint.max_length():
-        raise SecateurError(f"{spec}: windows of {windows.shape[1]} tokens, but this model knows at most {checkpoint.max_length()}; cut them shorter")
+    check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec)
     return windows
 
 
-def prune(
-    request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None, append: bool = True
-) -> records.Record:
-    """Prune a model and write the result to `out`; returns (and appends) the record.
+def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+    """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
+
+    Args:
+        request: what to do.
+        out: the folder to write.
+        resume: go on with an interrupted run; the result of a finished one is left as it is.
+        overwrite: replace what is in `out`.
+        records_file: None is `records.jsonl` in the parent of `out`.
 
     Raises:
         UsageError, SecateurError: nothing that looks like a result is left behind.
     """
     started = time.perf_counter()
-    refuse_existing(out, overwrite)
+    out = out.absolute()
+    records_file = records_file or out.parent / "records.jsonl"
+    finished = resume and (out / "plan.json").is_file()
+    if not finished:
+        refuse_existing(out, overwrite)
     prepared = prepare(request)
-    if request.stock_only:
-        _check_stock(prepared)
+    _refuse_out(prepared, out, records_file)
     watch = Stopwatch()
     with watch("text"):
-        windows = read_windows(prepared) if prepared.job.streams else None
-    settings = _settings(prepared, windows)
-    checkpoint, view = prepared.checkpoint, prepared.job.view
-    needed = sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) * 2
-    writer = CheckpointWriter(out, {**settings, "source": _identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed)
-    stream = None
-    if windows is not None:
-        spill = writer.partial / "activations.bin" if request.spill else None
-        with watch("forward"):
-            stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=spill)
-    counts = _Counts()
-    plans, dims = _write_blocks(prepared, writer, stream, watch, counts)
-    parts = _write_outer(prepared, writer, watch, counts)
-    if stream is not None and request.spill:
-        (writer.partial / "activations.bin").unlink()
-    problem = stock_problem(checkpoint.raw_config, view.family, [view.dims(i) for i in range(view.blocks)], dims)
-    if problem and request.stock_only:
-        writer.discard()
-        raise UsageError(f"--stock-only: {problem}; nothing was written")
-    facts = _facts(prepared, plans, counts)
-    with watch("files"):
-        config = pruned_config(checkpoint.raw_config, view.family, dims, stock=problem is None)
-        plan = Plan(settings, tuple(plans))
-        plan.save(writer.partial, **facts)
-        files = {"README.md": card.model_card(checkpoint, settings, facts, problem)}
-        if problem:
-            files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
-        writer.finish(parts, config, checkpoint.folder, files)
+        windows = read_windows(prepared)
+    settings = prepared_settings(prepared, windows)
+    if finished and (record := _finished(out, settings, records_file, overwrite)) is not None:
+        return record
+    facts, stock, buffer_bytes = _run(prepared, windows, settings, out, watch, resume=resume, overwrite=overwrite)
     record = {
         "command": "prune",
         "version": records.version(),
         **settings,
         **facts,
-        "stock": problem is None,
+        "stock": stock,
         "seconds": round(time.perf_counter() - started, 3),
         "seconds_by": watch.rounded(),
         "peak_rss_bytes": records.peak_rss_bytes(),
-        "buffer_bytes": stream.buffer_bytes if stream else 0,
+        "buffer_bytes": buffer_bytes,
         "versions": records.versions(),
         "out": str(out),
     }
-    if append:
-        records.append(records_file or out.parent / "records.jsonl", record)
+    records.append(records_file, record)
     return record
 
 
-class _Counts:
-    """Parameters of what was written."""
+def _refuse_out(prepared: Prepared, out: Path, records_file: Path) -> None:
+    precious = {"the model": prepared.checkpoint.folder.resolve(), "the records": records_file}
+    if prepared.calibration is not None and Path(prepared.calibration).is_file():
+        precious["the calibration text"] = Path(prepared.calibration).resolve()
+    refuse_inside(out, precious)
 
-    def __init__(self) -> None:
-        self.parameters = self.nonzero = self.matrices = 0
+
+def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
+    """The record of a run that was complete already; None to start again."""
+    made = read_plan_json(out)
+    assert made is not None
+    if difference := differing(made, settings):
+        if overwrite:
+            return None
+        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
+    clean(out)
+    say(f"{out}: already there")
+    found = [r for r in records.read([records_file]) if r.get("command") == "prune" and r.get("out") == str(out)] if records_file.is_file() else []
+    if found:
+        return found[-1]
+    stock = not (out / f"{runtime.MODULE}.py").is_file()
+    record = {
+        "command": "prune",
+        "version": records.version(),
+        **{k: v for k, v in made.items() if k not in ("format", "blocks")},
+        "stock": stock,
+        "out": str(out),
+    }
+    records.append(records_file, record)
+    return record
+
+
+def _run(
+    prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], out: Path, watch: Stopwatch, *, resume: bool, overwrite: bool
+) -> tuple[dict[str, Any], bool, int]:
+    """The work: blocks, the rest, the finish. Returns the facts, whether the result is stock, and the size of the activation buffer."""
+    checkpoint, view = prepared.checkpoint, prepared.job.view
+    buffer = 0 if windows is None or not prepared.job.streams else windows.numel() * view.config.hidden_size * prepared.dtype.itemsize
+    needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
+    writer = CheckpointWriter(out, {**settings, "source": _identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed)
+    stream = None
+    if windows is not None and prepared.job.streams:
+        with watch("forward"), writer.disk():
+            stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=writer.scratch if prepared.request.spill else None)
+    try:
+        totals = _write_blocks(prepared, windows, writer, stream, watch)
+    except NotFiniteError:
+        writer.discard()
+        raise
+    weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in range(view.blocks)]
+    problem = stock_problem(checkpoint.raw_config, view.family, totals.dims)
+    assert not (problem and prepared.request.stock_only), "prepare has refused it"
+    facts = _facts(prepared, totals)
+    with watch("files"):
+        config = pruned_config(checkpoint.raw_config, view.family, totals.dims, stock=problem is None)
+        files = {"README.md": card.model_card(checkpoint, settings, facts, problem), "plan.json": plan_json({**settings, **facts}, totals.summaries)}
+        if problem:
+            files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
+        writer.finish(weights, [_plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
+    return facts, problem is None, buffer
+
+
+@dataclass
+class _Totals:
+    """What is known of the blocks that are written; small, whatever their number."""
+
+    parameters: int = 0
+    nonzero: int = 0
+    matrices: int = 0
+    removed: int = 0
+    targeted: int = 0
+    dims: list[BlockDims] = field(default_factory=list)
+    summaries: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, note: Mapping[str, int]) -> None:
+        """Count a part by its note."""
         self.parameters += note["parameters"]
         self.nonzero += note["nonzero"]
         self.matrices += note.get("matrices", 0)
 
+    def add_block(self, before: BlockDims, block: BlockView, plan: BlockPlan) -> None:
+        """Count what the plan removes from the matrices it was asked for."""
+        self.dims.append(block.dims)
+        self.summaries.append(plan.summary())
+        for name in block.rates:
+            (rows, columns), (rows_after, columns_after) = before.shape(name), block.dims.shape(name)
+            self.targeted += rows * columns
+            self.removed += rows * columns - rows_after * columns_after
+            self.removed += plan.masks[name].removed if name in plan.masks else 0
 
-def _write_blocks(
-    prepared: Prepared, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch, counts: _Counts
-) -> tuple[list[BlockPlan], list[BlockDims]]:
-    view = prepared.job.view
+
+def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
+    view, rates = prepared.job.view, prepared.job.rates
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
-        if not writer.has(_block_part(index)):
+        if not (writer.has(_plan_part(index)) and writer.has(_block_part(index))):
             return None
-        plan = BlockPlan.read(writer.read(_plan_part(index))[1], writer.read(_plan_part(index))[0])
-        tensors = {name.removeprefix(view.block_prefix(index)): t for name, t in writer.read(_block_part(index))[0].items()}
-        return BlockView(view.family, dims_after(view.dims(index), plan), index, tensors, prepared.job.rates[index]), plan
+        tensors, summary = writer.read(_plan_part(index))
+        plan = BlockPlan.read(summary, tensors)
+        weights = {name.removeprefix(view.block_prefix(index)): t for name, t in writer.read(_block_part(index))[0].items()}
+        return BlockView(view.family, dims_after(view.dims(index), plan), index, weights, rates[index]), plan
 
-    plans, dims = [], []
-    blocks = pruned_blocks(prepared.job, stream, watch, finished)
-    for block, plan in track(blocks, f"{prepared.job.method.name}: blocks", view.blocks):
+    totals = _Totals()
+    for block, plan in track(pruned_blocks(prepared.job, windows, stream, watch, finished), f"{prepared.job.method.name}: blocks", view.blocks):
         with watch("files"):
-            if not writer.has(_block_part(block.index)):
-                note = _count(block.tensors) | {"matrices": block.matrix_parameters()}
+            part = _block_part(block.index)
+            if not (writer.has(part) and writer.has(_plan_part(block.index))):
                 writer.write(_plan_part(block.index), plan.tensors(), plan.summary())
-                writer.write(_block_part(block.index), {view.block_prefix(block.index) + n: t for n, t in block.tensors.items()}, note)
-            counts.add(writer.read_note(_block_part(block.index)))
-        plans.append(plan)
-        dims.append(block.dims)
-    return plans, dims
+                note = _count(block.tensors) | {"matrices": block.matrix_parameters()}
+                writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
+            totals.add(writer.read_note(part))
+        totals.add_block(view.dims(block.index), block, plan)
+    return totals
 
 
-def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, counts: _Counts) -> list[str]:
-    """Copy what lies outside the blocks, one tensor at a time; returns all parts in the order of the model."""
+def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, totals: _Totals) -> list[str]:
+    """Copy what lies outside the blocks, one tensor at a time."""
     view = prepared.job.view
     parts = []
     for name in view.outer_names():
@@ -263,9 +338,9 @@ def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch,
             if not writer.has(part):
                 tensors = {name: view.source.read(name)}
                 writer.write(part, tensors, _count(tensors))
-            counts.add(writer.read_note(part))
+            totals.add(writer.read_note(part))
         parts.append(part)
-    return parts + [_block_part(index) for index in range(view.blocks)]
+    return parts
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -280,13 +355,7 @@ def _plan_part(index: int) -> str:
     return f"plan-{index:05}"
 
 
-def _check_stock(prepared: Prepared) -> None:
-    """Refuse before the work what shapes alone tell."""
-    if getattr(prepared.job.options, "whole_model", False):
-        raise UsageError("--stock-only: scope=model gives every block its own widths, which no stock architecture has; use scope=block")
-
-
-def _settings(prepared: Prepared, windows: Tensor | None) -> dict[str, Any]:
+def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, Any]:
     """What decides the result, repeated in the plan and the record."""
     request = prepared.request
     calibration = None
@@ -307,11 +376,6 @@ def _settings(prepared: Prepared, windows: Tensor | None) -> dict[str, Any]:
     }
 
 
-def prepared_facts(prepared: Prepared) -> dict[str, Any]:
-    """What is known of a prune before its text is read."""
-    return {**_settings(prepared, None), "calibration": prepared.calibration}
-
-
 def _identity(checkpoint: Checkpoint) -> str:
     """A fingerprint of the original's files that costs no reading: a resumed run must start from the same ones."""
     files = sorted({file for file, _ in checkpoint.index.values()})
@@ -319,28 +383,14 @@ def _identity(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([checkpoint.raw_config, facts]).encode()).hexdigest()
 
 
-def _facts(prepared: Prepared, plans: list[BlockPlan], counts: _Counts) -> dict[str, Any]:
+def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
     view = prepared.job.view
     before, matrices = view.parameters(), view.matrix_parameters()
     return {
-        "sparsity_measured": _measured_sparsity(prepared, plans),
-        "pruning_ratio": 1 - counts.parameters / before,
-        "pruning_ratio_blocks": 1 - counts.matrices / matrices,
+        "sparsity_measured": totals.removed / totals.targeted if totals.targeted else 0.0,
+        "pruning_ratio": 1 - totals.parameters / before,
+        "pruning_ratio_blocks": 1 - totals.matrices / matrices,
         "params_before": before,
-        "params_after": counts.parameters,
-        "nonzero_after": counts.nonzero,
+        "params_after": totals.parameters,
+        "nonzero_after": totals.nonzero,
     }
-
-
-def _measured_sparsity(prepared: Prepared, plans: list[BlockPlan]) -> float:
-    """The removed fraction of the weights of the targeted matrices."""
-    removed = targeted = 0
-    for plan, rate in zip(plans, prepared.job.rates, strict=True):
-        dims = prepared.job.view.dims(plan.index)
-        after = dims_after(dims, plan)
-        for name in rate:
-            (rows, columns), (rows_after, columns_after) = dims.shape(name), after.shape(name)
-            targeted += rows * columns
-            removed += rows * columns - rows_after * columns_after
-            removed += plan.masks[name].removed if name in plan.masks else 0
-    return removed / targeted if targeted else 0.0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.calibrate.data import HUB_TEXTS, Text, calibration_windows, ids_hash, read_text
+from secateur.calibrate.data import HUB_TEXTS, Text, calibration_windows, ids_hash, read_text, same_text
 from secateur.core.errors import SecateurError
 
 
@@ -52,11 +52,12 @@ def test_hub_texts_are_asked_for_by_role_and_revision(monkeypatch: pytest.Monkey
         return [{"text": "row", "instruction": "Say", "output": "row"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_text("wikitext2@abc", "evaluation").rows == ("row",)
-    assert read_text("c4", "calibration").rows == ("row",)
+    assert list(read_text("wikitext2@abc", "evaluation").rows) == ["row"]
+    assert list(read_text("c4", "calibration").rows) == ["row"]
     assert "### Response:\nrow" in read_text("alpaca", "calibration").rows[0]
     assert asked[0] == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", "abc")
-    assert asked[1] == ("allenai/c4", None, {"train": "en/c4-train.00000-of-01024.json.gz"}, "train", None)
+    assert asked[1][:4] == ("allenai/c4", None, {"train": "en/c4-train.00000-of-01024.json.gz"}, "train")
+    assert all(len(call[4]) == 40 for call in asked[1:]), "named texts have named revisions"
     assert asked[2][3] == "train"
 
 
@@ -106,3 +107,17 @@ def test_builtin_parts_share_no_document() -> None:
     assert len(train) > 100
     assert len(test) > 10
     assert not train & test
+
+
+def test_line_separators_inside_json_do_not_cut_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028still one"}\n{"text": null}\n', "utf-8")
+    assert read_text(str(tmp_path / "a.jsonl"), "calibration").rows == ("one\u2028still one", "")
+
+
+def test_the_same_text_in_both_roles_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    assert same_text("a.txt", str(tmp_path / "a.txt"))
+    assert same_text("alpaca", "alpaca")
+    assert not same_text("wikitext2", "wikitext2")
+    assert not same_text("builtin", "builtin")

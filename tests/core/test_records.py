@@ -51,3 +51,10 @@ def test_a_span_inside_another_counts_once() -> None:
         sum(range(1000))
     assert watch.seconds["outer"] < watch.seconds["inner"]
     assert watch.seconds.keys() == {"outer", "inner"}
+
+
+def test_a_torn_line_does_not_swallow_the_next_record(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text('{"a": 1}\n{"b": ')
+    records.append(file, {"c": 3})
+    assert file.read_text().splitlines()[-1] == '{"c": 3}'

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from secateur import api
-from secateur.models import save
+from secateur.models import load, save
 from secateur.models.load import open_checkpoint
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
 
@@ -99,15 +102,101 @@ def test_the_card_says_what_was_done_and_carries_the_licence(saved: Callable[...
     assert "0.5000 of the targeted matrices" in text
     assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
     for _ in range(2):
-        api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file), append=True)
+        api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
     assert (tmp_path / "out" / "README.md").read_text().count("perplexity") == 1
 
 
-def test_weights_are_not_read_when_a_checkpoint_is_opened(saved: Callable[..., Path]) -> None:
+def test_weights_are_not_read_when_a_checkpoint_is_opened(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("llama")
-    file = folder / "model.safetensors"
-    size = file.stat().st_size
-    with file.open("r+b") as handle:  # damage the data, not the header
-        handle.seek(size - 64)
-        handle.write(b"\xff" * 64)
-    assert open_checkpoint(str(folder)).view().blocks == 3
+    monkeypatch.setattr(load, "_read", lambda *_: pytest.fail("weights were read"))
+    view = open_checkpoint(str(folder)).view()
+    assert (view.blocks, view.parameters()) == (3, sum(p.numel() for p in tiny_model("llama").parameters()))
+    with pytest.raises(pytest.fail.Exception, match="weights were read"):
+        view.block(0)
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("llama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, folder / "model_backup.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, "model_backup.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(open_checkpoint(str(folder)).read("model.norm.weight"), tensors["model.norm.weight"])
+
+
+def test_a_narrowed_opt_pruned_again_is_not_called_stock(saved: Callable[..., Path], tmp_path: Path) -> None:
+    api.prune(api.Request(str(saved("opt")), "magnitude", modules="attention=0.5", pattern="rows"), tmp_path / "once")
+    again = api.Request(str(tmp_path / "once"), "magnitude", sparsity=0.5)
+    assert not api.prune(again, tmp_path / "twice")["stock"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    with pytest.raises(api.UsageError, match="--stock-only"):
+        api.prune(replace(again, stock_only=True), tmp_path / "no")
+
+
+def test_a_stock_result_has_no_auto_map_of_the_original(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("phi3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}))
+    api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_the_hub_is_asked_for_one_revision_and_the_commit_is_recorded(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.parent.mkdir()
+    saved("llama").rename(snapshot)
+    asked: list[object] = []
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns, "consolidated*" in ignore_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    record = api.prune(api.Request("org/model", "magnitude", sparsity=0.5, revision="v1"), tmp_path / "out")
+    assert asked == [("org/model", "v1", True, False, True)]
+    assert (record["model"], record["model_revision"]) == ("org/model", "0123abc")
+    assert "base_model: org/model" in (tmp_path / "out" / "README.md").read_text()
+
+
+KILL_POINTS = ["_copy_companions", "_gather", "_join", "_swap", "clean"]
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_kill_at_any_point_of_the_finish_loses_nothing(
+    point: str, late: bool, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file, spill=True)
+    api.prune(request, tmp_path / "whole")
+    real = getattr(save, point)
+
+    def killed(*args: Any) -> None:
+        if late:
+            real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save, point, killed)
+        with pytest.raises(KeyboardInterrupt):
+            api.prune(request, tmp_path / "out")
+    (tmp_path / "records.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.methods.wanda.plan_block", lambda *_: pytest.fail("a finished block was pruned again"))
+        record = api.prune(replace(request, spill=False), tmp_path / "out", resume=True)
+    assert record["params_after"] == record["params_before"]
+    assert (tmp_path / "records.jsonl").read_text().count("\n") == 1
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[1:] == ([], [])
+    assert api.prune(request, tmp_path / "out", resume=True)["out"] == record["out"]
+    with pytest.raises(api.UsageError, match=r"is finished, and its run had sparsity = 0\.5, this one has 0\.25"):
+        api.prune(replace(request, sparsity=0.25), tmp_path / "out", resume=True)
+
+
+def test_half_a_journal_is_no_run(saved: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal.json").write_text('{"model": ')
+    api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5), tmp_path / "out", resume=True)

@@ -36,6 +36,12 @@ def test_merging_keeps_what_both_keep(windows: torch.Tensor) -> None:
     assert masks.blocks[0].masks["q"].removed == int(32 * 32 * 0.7)
 
 
+def test_merging_to_nothing_is_refused() -> None:
+    one, two = (BlockPlan(0, keep={"ffn": torch.tensor([i])}, of={"ffn": 2}) for i in (0, 1))
+    with pytest.raises(api.SecateurError, match="keep no common ffn"):
+        one.merge(two)
+
+
 def test_plans_for_other_depths_do_not_fit() -> None:
     plan = Plan({}, (BlockPlan(0),))
     with pytest.raises(api.SecateurError, match="plan is for 1 blocks, the model has 3"):

@@ -33,6 +33,7 @@ class HubText:
 
     path: str
     config: str | None
+    revision: str
     split: dict[Role, str]
     files: dict[Role, str] | None = None
     render: Callable[[dict[str, Any]], str] = lambda row: row["text"]
@@ -45,17 +46,37 @@ def alpaca_prompt(row: dict[str, Any]) -> str:
 
 
 HUB_TEXTS = {
-    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", {"calibration": "train", "evaluation": "test"}),
+    "wikitext2": HubText(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", {"calibration": "train", "evaluation": "test"}
+    ),
     "c4": HubText(
         "allenai/c4",
         None,
+        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         {"calibration": "train", "evaluation": "validation"},
         {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
-    "alpaca": HubText("tatsu-lab/alpaca", None, {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt),
+    "alpaca": HubText(
+        "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt
+    ),
 }
 NAMED = ("builtin", *HUB_TEXTS)
 _ID_FILES = (".npy", ".safetensors")
+
+
+class HubRows(Sequence[str]):
+    """The rows of a data set as texts, read when asked for: a shard of C4 alone is most of a gigabyte."""
+
+    def __init__(self, data: Any, render: Callable[[dict[str, Any]], str]) -> None:
+        self._data, self._render = data, render
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._render(self._data[int(index)])
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ class Text:
     """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]."""
 
     spec: str
-    rows: tuple[str, ...] = ()
+    rows: Sequence[str] = ()
     ids: Tensor | None = None
 
 
@@ -82,7 +103,7 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     """Read a SPEC.
 
     Args:
-        spec: see the module's docstring; a hub name may carry a revision, `wikitext2@REVISION`.
+        spec: see the module's docstring; a hub name may carry a revision, `wikitext2@REVISION`, instead of the commit it stands for.
         role: which part of a named data set.
         text_field: the field of `.jsonl` and `.parquet` rows that holds the text.
 
@@ -133,8 +154,18 @@ def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, sam
     return windows[torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))]
 
 
-def check_ids(windows: Tensor, vocabulary: int, spec: str) -> None:
-    """Raises SecateurError where a token id is outside the vocabulary."""
+def same_text(spec: str, other: str) -> bool:
+    """Whether a SPEC to calibrate with and one to evaluate on stand for the same text."""
+    name, other_name = spec.partition("@")[0], other.partition("@")[0]
+    if name in HUB_TEXTS and name == other_name:
+        return HUB_TEXTS[name].split["calibration"] == HUB_TEXTS[name].split["evaluation"]
+    return Path(spec).is_file() and Path(spec).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str) -> None:
+    """Raises SecateurError where a token id is outside the vocabulary, or a window longer than the model knows."""
+    if windows.shape[-1] > longest:
+        raise SecateurError(f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter")
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
@@ -158,7 +189,7 @@ def _token_ids(path: Path) -> Tensor:
 
 def _rows(path: Path, field: str) -> Sequence[str]:
     if path.suffix == ".jsonl":
-        return [_field(_json(line, f"{path}, line {n}"), field, path) for n, line in enumerate(_plain(path).splitlines(), 1) if line.strip()]
+        return [_field(_json(line, f"{path}, line {n}"), field, path) for n, line in enumerate(_plain(path).split("\n"), 1) if line.strip()]
     if path.suffix == ".json":
         rows = _json(_plain(path), str(path))
         if not isinstance(rows, list) or not all(isinstance(r, dict) and {"instruction", "output"} <= r.keys() for r in rows):
@@ -175,7 +206,7 @@ def _rows(path: Path, field: str) -> Sequence[str]:
             raise SecateurError(f"{path}: not a parquet file ({error})") from error
         if field not in table.column_names:
             raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
-        return [str(value) for value in table.column(field).to_pylist()]
+        return [_string(value) for value in table.column(field).to_pylist()]
     return [_plain(path)]
 
 
@@ -197,17 +228,22 @@ def _field(row: Any, field: str, path: Path) -> str:
     if not isinstance(row, dict) or field not in row:
         has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise SecateurError(f"{path}: a row has no field '{field}' (it has {has}); name it with --text-field")
-    return str(row[field])
+    return _string(row[field])
 
 
-def _from_hub(name: str, role: Role, revision: str | None) -> tuple[str, ...]:
+def _string(value: Any) -> str:
+    """A missing text is an empty row."""
+    return "" if value is None else str(value)
+
+
+def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
     source = HUB_TEXTS[name]
     import datasets
 
     part = source.split[role]
     files = {part: source.files[role]} if source.files else None
     try:
-        data = datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision)
+        data = datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
     except Exception as error:
         raise SecateurError(f"text '{name}': the hub did not give {source.path} ({error}); check the network, or give a local file") from error
-    return tuple(source.render(row) for row in data)
+    return HubRows(data, source.render)

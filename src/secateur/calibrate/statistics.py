@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from secateur.core.errors import SecateurError
+from secateur.core.errors import NotFiniteError
 from secateur.models.family import Family
 
 
@@ -63,10 +63,10 @@ class Statistics:
         return self.of_input[self.family.input_of(name)]
 
     def check_finite(self, block: int) -> None:
-        """Raises SecateurError that names the block and the matrix whose input holds NaN or infinity."""
+        """Raises NotFiniteError that names the block and the matrix whose input holds NaN or infinity."""
         for name, statistic in self.of_input.items():
             if not statistic.finite():
-                raise SecateurError(
+                raise NotFiniteError(
                     f"block {block}: the input of matrix {name} is not finite (NaN or infinity); "
                     "the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
                 )

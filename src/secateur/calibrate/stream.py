@@ -9,6 +9,7 @@ Shape letters: S windows, B windows of a batch, T tokens, D residual.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,7 +144,7 @@ class Stream:
         recorder = _Entry()
         self._blocks[0] = recorder
         for rows in self._slices():
-            embedded = embedding(self._windows[rows], table_VD).to(self.device, self.dtype)
+            embedded = embedding(self._windows[rows].to(table_VD.device), table_VD).to(self.device, self.dtype)
             with suppress(_Stop):
                 decoder(inputs_embeds=embedded, use_cache=False)
             self.hidden_STD[rows] = recorder.hidden
@@ -166,6 +167,9 @@ class Stream:
         shape = (samples, seqlen, self.view.config.hidden_size)
         if spill is None:
             return torch.empty(shape, dtype=self.dtype)
+        size = torch.Size(shape).numel() * self.dtype.itemsize
+        with spill.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk too full is an error here, and a bus error later
         return torch.from_file(str(spill), shared=True, size=torch.Size(shape).numel(), dtype=self.dtype).view(shape)
 
 

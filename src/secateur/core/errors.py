@@ -17,6 +17,10 @@ class UsageError(SecateurError, ValueError):
     """The request itself is wrong: unknown name, value out of range. Exit status 2."""
 
 
+class NotFiniteError(SecateurError):
+    """Weights or activations hold NaN or infinity: going on from where the run stopped would not help."""
+
+
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `allowed`, with the nearest ones offered."""
     allowed = sorted(allowed)

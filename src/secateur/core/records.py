@@ -56,8 +56,15 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(to_json(record) + "\n")
+        torn = file.tell() > 0 and not _ends_with_newline(path)  # a line that a kill cut short must not swallow this one
+        file.write(("\n" if torn else "") + to_json(record) + "\n")
         file.flush()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() == b"\n"
 
 
 def read(paths: Iterable[Path]) -> list[Record]:

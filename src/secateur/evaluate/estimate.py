@@ -11,7 +11,7 @@ from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.records import Record
 from secateur.models.view import ModelView
 from secateur.plan.budget import parameters_left
-from secateur.prune import Prepared, prepared_facts
+from secateur.prune import Prepared, prepared_settings
 
 _OVERHEAD = 1.5  # forwards cost more than their matrix products
 _DISK_BYTES_A_SECOND = 500e6
@@ -30,7 +30,7 @@ def estimate(prepared: Prepared) -> Record:
     return {
         "command": "prune",
         "dry_run": True,
-        **prepared_facts(prepared),
+        **prepared_settings(prepared, None),
         "params_before": before,
         "params_after": after,
         "nonzero_after": after - zeroed,

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibrate.data import check_ids, holds_ids, ids_hash
+from secateur.calibrate.data import check_ids, holds_ids, ids_hash, same_text
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import SecateurError, unknown
+from secateur.core.errors import SecateurError, UsageError, unknown
 from secateur.core.progress import say
-from secateur.evaluate.cloze import cloze_items, evaluate_cloze
+from secateur.evaluate.cloze import Item, cloze_items, evaluate_cloze, items_hash
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.evaluate.shift import functionality_shift
@@ -46,7 +46,7 @@ class EvalRequest:
         seqlen: None takes that of the protocol.
         tasks: names of tasks; `cloze` is built in.
         limit: use the first so many windows, and items of a task.
-        against: the dense model to compare with.
+        against: the dense model to compare with, and its hub revision.
     """
 
     model: str
@@ -56,20 +56,20 @@ class EvalRequest:
     tasks: Sequence[str] = ()
     limit: int | None = None
     against: str | None = None
+    against_revision: str | None = None
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     text_field: str = "text"
 
 
-def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False, append: bool = True) -> records.Record:
+def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
     """Measure a model; returns (and appends) the record.
 
     Args:
         request: what to measure.
         records_file: where the record goes; None is `records.jsonl` in the folder's parent.
         resume: a run that was interrupted goes on, and one that is in the records already is not repeated.
-        append: whether to append the record at all.
 
     Raises:
         UsageError, SecateurError: nothing is recorded.
@@ -78,6 +78,8 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     for task in request.tasks:
         if task not in TASKS:
             raise unknown("task", task, TASKS)
+    if request.limit is not None and request.limit < 1:
+        raise UsageError(f"--limit {request.limit}: at least one window is needed")
     checkpoint = open_checkpoint(request.model, request.revision)
     plan = read_plan_json(checkpoint.folder)
     bundled = request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
@@ -85,44 +87,65 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
     tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
     windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
-    check_ids(torch.cat(list(windows)), checkpoint.config.vocab_size, protocol.spec)
-    _warn_of_overlap(plan, protocol)
-    records_file = records_file or (Path(request.model).resolve().parent if Path(request.model).is_dir() else Path.cwd()) / "records.jsonl"
-    facts = {
-        "ppl_protocol": _protocol_facts(protocol, windows),
-        "weights": _fingerprint(checkpoint),
-        "against": request.against,
-        "tasks_asked": list(request.tasks),
-    }
-    if resume and (found := _in_records(records_file, facts, request)):
-        say(f"{request.model}: already in {records_file}")
-        return found
+    for window in windows:
+        check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec)
+    items = cloze_items()[: request.limit] if "cloze" in request.tasks else []
+    against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
+    facts = {
+        "ppl_protocol": _protocol_facts(protocol, windows),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "out": _place(request.model),
+    }
+    key = _key(facts, checkpoint, against, items)
+    records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
+    if resume and (found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []):
+        return found[-1]
+    _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
-    progress = _progress_file(records_file, facts, resume) if append else None
-    measured = perplexity(model, windows, progress=progress)
-    dense = load_model(open_checkpoint(request.against), device=device, dtype=dtype) if request.against else None
+    measured = perplexity(model, windows, progress=_progress_file(records_file, key, resume))
+    dense = load_model(against, device=device, dtype=dtype) if against is not None else None
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
         **_identity(request, checkpoint, plan, model),
         "ppl": measured.ppl,
         **facts,
-        "tasks": _tasks(request, model, tokenizer, dense),
+        "key": key,
+        "tasks": _tasks(items, model, tokenizer, dense),
         **({"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}} if dense is not None else {}),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": records.peak_rss_bytes(),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
         "versions": records.versions(),
-        "out": request.model,
     }
-    if append:
-        records.append(records_file, record)
-        if plan is not None:
-            card.note_measurement(checkpoint.folder, record)
+    records.append(records_file, record)
+    if plan is not None and Path(request.model).is_dir():
+        card.note_measurement(checkpoint.folder, record)
     return record
+
+
+def _place(model: str) -> str:
+    """A folder by its absolute path, so that a prune and an evaluation of it are recognised; a hub name as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
+
+
+def _parent(model: str) -> Path:
+    return Path(model).absolute().parent if Path(model).is_dir() else Path.cwd()
+
+
+def _writable(file: Path) -> Path:
+    """The records file, known to be writable before the work begins."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise SecateurError(f"records cannot be written to '{file}' ({error.strerror}); choose another file with --records") from error
+    if not file.stat().st_size:
+        file.unlink()
+    return file
 
 
 def _tokenizer(checkpoint: Checkpoint, *, needed: bool) -> PreTrainedTokenizerBase | None:
@@ -134,11 +157,10 @@ def _tokenizer(checkpoint: Checkpoint, *, needed: bool) -> PreTrainedTokenizerBa
         return None
 
 
-def _tasks(request: EvalRequest, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dense: PreTrainedModel | None) -> dict[str, Any]:
-    if "cloze" not in request.tasks:
+def _tasks(items: Sequence[Item], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dense: PreTrainedModel | None) -> dict[str, Any]:
+    if not items:
         return {}
     assert tokenizer is not None
-    items = cloze_items()[: request.limit]
     result, answers = evaluate_cloze(model, tokenizer, items)
     if dense is not None:
         others = evaluate_cloze(dense, tokenizer, items)[1]
@@ -151,15 +173,9 @@ def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any]
         return {key: plan.get(key) for key in _FROM_PLAN}
     parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
-    dense = {"method": None, "sparsity": 0.0, "sparsity_measured": 0.0, "pruning_ratio": 0.0, "pruning_ratio_blocks": 0.0}
-    return {
-        "model": request.model,
-        "model_revision": checkpoint.revision,
-        **dense,
-        "params_before": parameters,
-        "params_after": parameters,
-        "nonzero_after": nonzero,
-    }
+    zeros = dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks"), 0.0)
+    counts = {"params_before": parameters, "params_after": parameters, "nonzero_after": nonzero}
+    return {**dict.fromkeys(_FROM_PLAN), "model": request.model, "model_revision": checkpoint.revision, **zeros, **counts}
 
 
 def _protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:
@@ -183,18 +199,14 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _in_records(file: Path, facts: dict[str, Any], request: EvalRequest) -> records.Record | None:
-    """An earlier record of the same weights, protocol, tasks and comparison."""
-    if not file.is_file():
-        return None
-    asked = json.loads(records.to_json({**facts, "out": request.model}))
-    return next((r for r in records.read([file]) if all(r.get(key) == value for key, value in asked.items())), None)
+def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, items: Sequence[Item]) -> str:
+    """Two evaluations with one key are the same: weights, protocol, tasks, comparison, device and dtype."""
+    everything = {**facts, "weights": _fingerprint(checkpoint), "against": against and _fingerprint(against), "cloze": items and items_hash(items)}
+    return hashlib.sha256(records.to_json(everything).encode()).hexdigest()[:16]
 
 
-def _progress_file(records_file: Path, facts: dict[str, Any], resume: bool) -> Path:
-    key = hashlib.sha256(records.to_json(facts).encode()).hexdigest()[:12]
+def _progress_file(records_file: Path, key: str, resume: bool) -> Path:
     file = records_file.parent / f".eval-{key}.json"
-    records_file.parent.mkdir(parents=True, exist_ok=True)
     if not resume:
         file.unlink(missing_ok=True)
     return file
@@ -202,5 +214,5 @@ def _progress_file(records_file: Path, facts: dict[str, Any], resume: bool) -> P
 
 def _warn_of_overlap(plan: dict[str, Any] | None, protocol: Protocol) -> None:
     calibration = (plan or {}).get("calibration") or {}
-    if calibration.get("spec") == protocol.spec and Path(protocol.spec).is_file():
+    if calibration and same_text(calibration["spec"], protocol.spec):
         say(f"warning: the model was calibrated on '{protocol.spec}', which it is now evaluated on; the perplexity will look too good")

@@ -89,7 +89,8 @@ def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
     Raises:
         UsageError: the model does not know windows of this length.
     """
-    length = asked or (min(2048, longest) if protocol.seqlen is None else protocol.seqlen or longest)
+    default = min(2048, longest) if protocol.seqlen is None else protocol.seqlen or longest
+    length = default if asked is None else asked
     if not 1 < length <= longest:
         raise UsageError(f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; give --seqlen")
     return length

@@ -3,9 +3,10 @@
 A method is a module with one frozen dataclass (its options) and one of two functions:
 
     plan_block(block, statistics, options) -> BlockPlan     the blocks are streamed, each cut before the next is calibrated
-    plan_model(view, data, options) -> Plan blocks          the whole model is needed at once
+    plan_model(view, data, options) -> BlockPlans           the whole model is needed at once; data is token ids [S, T], or None
 
-and, where it needs them, `STATISTICS`, the statistic to collect for each distinct input of a block. Other packages add methods by
+It says with `CALIBRATION` which text its paper calibrates with (None: it needs no tokens), with `STATISTICS` what to collect for each
+distinct input of a block, and with `DEMO` what `secateur demo` shows of it. Other packages add methods by
 the entry point `secateur.methods`.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,9 +88,14 @@ def find_method(name: str) -> Method:
 
 
 def _convert(what: str, value: Any, default: Any) -> Any:
-    """Text to the type of the default."""
+    """Text to the type of the default; where there is none to go by, numbers become numbers."""
     if not isinstance(value, str) or isinstance(default, str):
         return value
+    if default is None or default is dataclasses.MISSING:
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
             raise UsageError(f"{what} is true or false, not '{value}'")

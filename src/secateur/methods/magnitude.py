@@ -10,7 +10,6 @@ Ties: the entry with the lower index is removed first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from secateur.core.errors import UsageError
-from secateur.models.view import BlockView
+from secateur.models.view import BlockView, ModelView
 from secateur.plan.allocate import MEMBERS, keep_units, plan_masks_or_units, removed_units, unit_scores
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
@@ -62,11 +61,11 @@ def plan_block(block: BlockView, statistics: Any, options: Magnitude) -> BlockPl
     return plan_masks_or_units(block, score, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")
 
 
-def plan_model(blocks: Iterable[BlockView], data: Any, options: Magnitude) -> tuple[BlockPlan, ...]:
+def plan_model(view: ModelView, data: Any, options: Magnitude) -> tuple[BlockPlan, ...]:
     """Rank the units of all blocks together: one threshold a space; every block keeps at least one unit. `data` is not used."""
     pattern = parse_pattern(options.pattern)
     scored: list[tuple[int, dict[str, torch.Tensor], dict[str, float]]] = []
-    for block in blocks:
+    for block in view.iterate():
         rates = {space: block.rates[m.reader] for space, m in MEMBERS.items() if m.reader in block.rates}
         scored.append((block.index, unit_scores(block, partial(_absolute, block), pattern), rates))
     keep: list[dict[str, torch.Tensor]] = [{} for _ in scored]

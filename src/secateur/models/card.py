@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,15 +44,17 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
 def note_measurement(folder: Path, record: Mapping[str, Any]) -> None:
     """Add what an evaluation found to the card of a checkpoint that secateur wrote; the same protocol again replaces its line."""
     card = folder / "README.md"
-    if not card.is_file() or _BEGIN not in (text := card.read_text("utf-8")):
-        return
+    if card.is_symlink() or not os.access(card, os.W_OK) or not os.access(folder, os.W_OK) or _BEGIN not in (text := card.read_text("utf-8")):
+        return  # none of ours, or not to be written to, such as a file of the hub's cache
     head, _, rest = text.partition(_BEGIN)
     middle, _, tail = rest.partition(_END)
     protocol = record["ppl_protocol"]
     what = f"perplexity, {protocol['spec']}, windows of {protocol['seqlen']} tokens ({protocol['tokens']:,} predicted)"
     lines = [line for line in middle.strip().splitlines() if not line.startswith(f"- {what}:")]
     lines.append(f"- {what}: {record['ppl']:.4f}")
-    card.write_text(f"{head}{_BEGIN}\n" + "\n".join(lines) + f"\n{_END}{tail}", "utf-8")
+    temporary = folder / f".README.{os.getpid()}.tmp"
+    temporary.write_text(f"{head}{_BEGIN}\n" + "\n".join(lines) + f"\n{_END}{tail}", "utf-8")
+    temporary.rename(card)
 
 
 def _licence(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from secateur.models.view import ModelView
 BUNDLED = "bundled"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_NOT_WANTED = ["*/*", "consolidated*"]  # other formats, and second copies of the weights
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 
 
@@ -37,7 +38,7 @@ class Checkpoint:
     Attributes:
         name: what the user called it (hub name or folder).
         folder: where it is on this machine.
-        revision: the hub revision asked for, None for a folder.
+        revision: the commit on the hub, None for a folder.
         config: its configuration; `raw_config` is config.json as it was written.
         index: tensor name in the model -> (file, name in the file).
     """
@@ -50,7 +51,6 @@ class Checkpoint:
     index: dict[str, tuple[Path, str]]
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
-    _skeleton: list[PreTrainedModel] = field(default_factory=list, compare=False, repr=False)
 
     def names(self) -> list[str]:
         """The tensors of the model, in its order; a tied head is not listed again."""
@@ -62,10 +62,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file for as long as it lives and not to be written to: only what is used is read."""
-        file, stored = self.index[name]
-        with _opened(file) as handle:
-            tensor: Tensor = handle.get_tensor(stored)
-            return tensor
+        return _read(*self.index[name])
 
     def view(self) -> ModelView:
         """The model, seen through its family."""
@@ -107,9 +104,10 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     stored = _stored_tensors(folder, model)
     skeleton = build_skeleton(config)
     index, shapes = _match(skeleton, stored, model)
-    dtype = _common_dtype(index)
-    local = folder.resolve() == Path(model).resolve() or model == BUNDLED
-    return Checkpoint(model, folder, None if local else revision, config, raw, index, shapes, dtype, [skeleton])
+    _check_tied_head(config, skeleton, stored, model)
+    from_hub = folder.resolve() != Path(model).expanduser().resolve() and model != BUNDLED
+    commit = folder.name if from_hub else None  # the hub's cache names its folders by commit
+    return Checkpoint(model, folder, commit, config, raw, index, shapes, _common_dtype(index))
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -144,7 +142,7 @@ def _locate(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_WANTED))
     except Exception as error:
         raise SecateurError(
             f"'{model}' is no local folder, and the hub did not give it ({_first_line(error)}); check the name and the network, "
@@ -184,28 +182,52 @@ def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
 
 def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read."""
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.is_file():
-        names = sorted(set(json.loads(index_file.read_text("utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-        files = [file for file in files if file.name != "plan.safetensors"]
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
+    files = _weight_files(folder, model)
     if not files:
         if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
             raise SecateurError(
                 f"{model}: has pickled weights only, which are never read since loading them can run code; "
                 "convert them first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
             )
-        raise SecateurError(f"'{model}' is no model: the folder has no safetensors file")
+        raise SecateurError(f"'{model}' is no model: the folder has neither model.safetensors nor its index")
     found = {}
     for file in files:
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118  # not a dict: the handle has no iterator
                 found[name] = (file, tuple(handle.get_slice(name).get_shape()))
     return found
+
+
+def _weight_files(folder: Path, model: str) -> list[Path]:
+    """The files that transformers would load: the single one first, else those of the index."""
+    single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index_file.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index_file.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SecateurError(f"{index_file}: not an index of weights ({error}); download the model again") from None
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
+    return [folder / name for name in names]
+
+
+def _check_tied_head(config: PreTrainedConfig, skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str) -> None:
+    """A head that is stored although it is tied must be the embedding: otherwise transformers uses it, and it may not be dropped."""
+    if not config.tie_word_embeddings:
+        return
+    for name, other in skeleton.all_tied_weights_keys.items():
+        if name in stored and other in stored and not torch.equal(_read(stored[name][0], name), _read(stored[other][0], other)):
+            raise SecateurError(f"{model}: config.json ties {name} to {other}, but the files hold two different ones; set tie_word_embeddings to false")
+
+
+def _read(file: Path, stored: str) -> Tensor:
+    """A tensor, mapped from the file for as long as it lives."""
+    with _opened(file) as handle:
+        tensor: Tensor = handle.get_tensor(stored)
+    return tensor
 
 
 @contextmanager

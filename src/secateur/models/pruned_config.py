@@ -13,12 +13,11 @@ from secateur.models.runtime import PREFIX, auto_map, pruned_class
 from secateur.models.view import BlockDims
 
 
-def stock_problem(raw: Mapping[str, Any], family: Family, before: Sequence[BlockDims], after: Sequence[BlockDims]) -> str | None:
+def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims]) -> str | None:
     """Why these widths are not those of a stock model, or None."""
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"
-    fewer_heads = any(b.heads != a.heads for b, a in zip(before, after, strict=True))
-    if fewer_heads and not family.stock_heads:
+    if after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads) and not family.stock_heads:
         return f"stock {family.name} models take the width of a head from the hidden size, so they cannot have fewer heads"
     try:
         stock = pruned_config(raw, family, after, stock=True)
@@ -50,12 +49,18 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
 
 
 def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock_type: str) -> dict[str, Any]:
+    config.pop("auto_map", None)  # a stock class needs no code, and the original's is not copied
     if config["model_type"] != stock_type:  # the original was a pruned model, the result is stock again
-        del config["pruned_widths"], config["auto_map"]
+        del config["pruned_widths"]
         config |= {"model_type": stock_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[stock_type]]}
-    dense = CONFIG_MAPPING[stock_type].from_dict(config)
+    dense = _dense(config, stock_type)
     if dims.ffn != getattr(dense, family.ffn):
         config[family.ffn] = dims.ffn
     if dims.heads != getattr(dense, family.heads):
         config |= {family.heads: dims.heads, family.groups: dims.groups, "head_dim": dims.head_width}
     return config
+
+
+def _dense(raw: Mapping[str, Any], stock_type: str) -> Any:
+    """The stock configuration, whatever was pruned before."""
+    return CONFIG_MAPPING[stock_type].from_dict({key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths")})

@@ -76,8 +76,9 @@ class PrunedModel:
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """As the stock method; the code that loads the checkpoint goes with it."""
         self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined]
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / f"{MODULE}.py")  # first, so that a push to the hub takes it along
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        shutil.copyfile(__file__, Path(save_directory) / f"{MODULE}.py")
 
 
 def auto_map(model_class: type[Any]) -> dict[str, str]:

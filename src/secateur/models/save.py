@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from secateur.core.errors import SecateurError, UsageError
 
 JOURNAL = "journal.json"
+_PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
 _COPIED = (
@@ -46,7 +48,7 @@ class CheckpointWriter:
         out: the final folder.
         settings: what decides the result; a resumed run must have the same.
         resume: go on with what an interrupted run left.
-        overwrite: replace an existing folder, and forget an interrupted run.
+        overwrite: replace an existing folder, and forget an interrupted run with other settings.
         needed: bytes the result will need, to refuse a full disk before the work.
 
     Raises:
@@ -55,86 +57,85 @@ class CheckpointWriter:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool, needed: int) -> None:
-        self.out, self.overwrite = out, overwrite
-        self.partial = out.with_name(out.name + ".partial")
-        self._names: dict[str, str] = {}
-        refuse_existing(out, overwrite)
-        if self.partial.exists() and resume:
-            self._check_journal(settings)
-        elif self.partial.exists() and not overwrite:
+        self.out = out.absolute()
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        refuse_existing(self.out, overwrite)
+        before = _read_journal(self.partial)
+        if before is not None and resume:
+            difference = differing(before, settings)
+            if difference is None:
+                return
+            if not overwrite:
+                raise UsageError(f"--resume: the interrupted run in '{self.partial}' {difference}; give the same settings, or start again with --overwrite")
+        elif before is not None and not overwrite:
             raise UsageError(f"an interrupted run lies in '{self.partial}': go on with --resume, or start again with --overwrite")
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            _check_room(out, needed)
-            with self._disk():
-                self.partial.mkdir(parents=True)
-                _write_json(self.partial / JOURNAL, dict(settings))
+        shutil.rmtree(self.partial, ignore_errors=True)
+        _check_room(self.out, needed)
+        with self.disk():
+            self.partial.mkdir(parents=True)
+            _write_whole(self.partial / JOURNAL, json.dumps(dict(settings), indent=1, default=str))
 
-    def _check_journal(self, settings: Mapping[str, Any]) -> None:
-        file = self.partial / JOURNAL
-        before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        now = json.loads(json.dumps(dict(settings), default=str))
-        for key in {**before, **now}:
-            if before.get(key) != now.get(key):
-                raise UsageError(
-                    f"--resume: the interrupted run in '{self.partial}' had {key} = {_short(before.get(key))}, this one has {_short(now.get(key))}; "
-                    "give the same settings, or start again with --overwrite"
-                )
+    @property
+    def scratch(self) -> Path:
+        """A file for what must not outlive the run."""
+        return self.partial / "scratch.bin"
 
     def has(self, name: str) -> bool:
         """Whether a part was finished by an earlier run."""
-        return self._file(name).is_file()
+        return self.part(name).is_file()
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished part: its tensors and its note."""
-        return load_file(self._file(name)), self.read_note(name)
+        return load_file(self.part(name)), self.read_note(name)
 
     def read_note(self, name: str) -> dict[str, Any]:
         """The note of a finished part alone."""
-        with safe_open(self._file(name), framework="pt") as handle:
+        with safe_open(self.part(name), framework="pt") as handle:
             note: dict[str, Any] = json.loads((handle.metadata() or {}).get("note", "{}"))
         return note
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
         """Write a part, whole or not at all."""
-        file, temporary = self._file(name), self._file(name).with_suffix(".tmp")
-        with self._disk():
+        file, temporary = self.part(name), self.part(name).with_suffix(".tmp")
+        with self.disk():
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(contiguous, temporary, metadata={"format": "pt", "note": json.dumps(dict(note or {}))})
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
             temporary.rename(file)
 
-    def finish(self, parts: list[str], config: Mapping[str, Any], source: Path | None, files: Mapping[str, str]) -> None:
-        """Put weights, configuration and companions in place, then rename the folder.
+    def finish(self, weights: Sequence[str], plan: Sequence[str], config: Mapping[str, Any], source: Path | None, files: Mapping[str, str]) -> None:
+        """Put weights, plan, configuration and companions in place, then rename the folder. May be run again after a kill at any point.
 
         Args:
-            parts: the parts that hold weights, in order.
+            weights: the parts that hold weights, in the order of the model.
+            plan: the parts that hold the tensors of the plan.
             config: the content of config.json.
             source: the original's folder: tokenizer, generation settings and licence are copied from it.
             files: more text files by name; `plan.json` and the model card are among them.
         """
-        with self._disk():
+        with self.disk():
             if source is not None:
                 _copy_companions(source, self.partial)
             for name, content in files.items():
-                (self.partial / name).write_text(content, "utf-8")
-            _gather([self._file(part) for part in parts], self.partial)
-            for leftover in self.partial.glob("part-*"):
-                leftover.unlink()
-            _write_json(self.partial / "config.json", config)
+                _write_whole(self.partial / name, content)
+            _gather([self.part(name) for name in weights], self.partial)
+            _join([self.part(name) for name in plan], self.partial / "plan.safetensors")
+            _write_whole(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
             _swap(self.partial, self.out)
-            (self.out / JOURNAL).unlink()  # last: until the folder has its name, a resumed run needs the journal
+            clean(self.out)
 
     def discard(self) -> None:
         """Give up: nothing is left."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _file(self, name: str) -> Path:
-        return self.partial / f"part-{name}.safetensors"
+    def part(self, name: str) -> Path:
+        """The file of a part."""
+        return self.partial / f"{_PART}{name}.safetensors"
 
     @contextmanager
-    def _disk(self) -> Iterator[None]:
+    def disk(self) -> Iterator[None]:
+        """Turns a full or forbidden disk into words."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -145,6 +146,31 @@ class CheckpointWriter:
             raise
 
 
+def clean(folder: Path) -> None:
+    """Remove from a finished folder what only the run needed. The journal goes last: it tells that there is something to clean."""
+    for pattern in (f"{_PART}*", "scratch.bin", "*.tmp", JOURNAL):
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that two runs do not share, in words, or None."""
+    now = json.loads(json.dumps(dict(now), default=str))
+    for key, value in now.items():
+        if before.get(key) != value:
+            return f"had {key} = {_short(before.get(key))}, this one has {_short(value)}"
+    return None
+
+
+def _read_journal(partial: Path) -> dict[str, Any] | None:
+    """The settings of an interrupted run; None where there is none, or not even its journal was finished."""
+    try:
+        journal: dict[str, Any] = json.loads((partial / JOURNAL).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return journal
+
+
 def refuse_existing(out: Path, overwrite: bool) -> None:
     """Raises UsageError where `out` is a file, or a folder with something in it that may not be replaced."""
     if out.is_file():
@@ -153,14 +179,30 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         raise UsageError(f"--out '{out}' exists and is not empty; choose another folder, or replace it with --overwrite")
 
 
+def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
+    """Raises UsageError where replacing `out` would remove something that the run itself needs."""
+    for what, path in precious.items():
+        if path.absolute().is_relative_to(out.absolute()):
+            raise UsageError(f"--out '{out}' holds {what} ('{path}'), which replacing it would remove; choose another --out")
+
+
 def _check_room(out: Path, needed: int) -> None:
-    place = next(folder for folder in (out, *out.parents) if folder.exists()) if out.is_absolute() else Path.cwd()
+    place = next(folder for folder in out.parents if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise SecateurError(f"no space: the result needs about {needed / 1e9:.2f} GB, '{place}' has {free / 1e9:.2f} GB; free some, or choose another --out")
 
 
-def _gather(parts: list[Path], folder: Path) -> None:
+def _join(parts: Sequence[Path], target: Path) -> None:
+    """The tensors of all parts in one file; nothing is written where there are none."""
+    headers = [_header(part) for part in parts]
+    if any(header for header, _ in headers):
+        joined = _joined_header([header for header, _ in headers])
+        assert joined is not None, "a plan's tensors have one dtype"
+        _concatenate(parts, [begin for _, begin in headers], joined, target)
+
+
+def _gather(parts: Sequence[Path], folder: Path) -> None:
     """Parts become `model.safetensors`, or, where that would be large or badly aligned, one shard each with an index."""
     headers = [_header(part) for part in parts]
     joined = _joined_header([header for header, _ in headers])
@@ -174,7 +216,8 @@ def _gather(parts: list[Path], folder: Path) -> None:
         total += part.stat().st_size - begin
         shutil.copyfile(part, folder / name)
         weight_map |= dict.fromkeys(header, name)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -186,7 +229,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _joined_header(headers: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _joined_header(headers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The header of the parts one after the other; None where a tensor would not be aligned to its own items."""
     joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -200,7 +243,7 @@ def _joined_header(headers: list[dict[str, Any]]) -> dict[str, Any] | None:
     return joined
 
 
-def _concatenate(parts: list[Path], begins: list[int], joined: Mapping[str, Any], target: Path) -> None:
+def _concatenate(parts: Sequence[Path], begins: Sequence[int], joined: Mapping[str, Any], target: Path) -> None:
     """One safetensors file from several, data copied in streams: no tensor is in memory."""
     text = json.dumps(joined, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
@@ -222,16 +265,25 @@ def _copy_companions(source: Path, target: Path) -> None:
 
 
 def _swap(partial: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".replaced")
+    """Give the folder its name; what had that name before goes only when the new one is there."""
+    old = None
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name
         out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        partial.rename(out)
+    except OSError:
+        if old is not None:
+            old.rename(out)
+        raise
+    if old is not None:
+        shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", "utf-8")
+def _write_whole(path: Path, content: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, "utf-8")
+    temporary.rename(path)
 
 
 def _short(value: Any) -> str:

@@ -116,12 +116,16 @@ class BlockView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A whole model: its configuration, its family, and a source of tensors that is read a block at a time."""
+    """A whole model: its configuration, its family, and a source of tensors that is read a block at a time.
+
+    `rates`, where it is not empty, has what is asked of the matrices of each block.
+    """
 
     name: str
     config: PreTrainedConfig
     family: Family
     source: TensorSource
+    rates: tuple[Mapping[str, float], ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -140,7 +144,7 @@ class ModelView:
         """Read one block."""
         prefix = self.block_prefix(index)
         tensors = {name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)}
-        return BlockView(self.family, self.dims(index), index, tensors, rates or {})
+        return BlockView(self.family, self.dims(index), index, tensors, rates or (self.rates[index] if self.rates else {}))
 
     def outer_names(self) -> list[str]:
         """The tensors outside the blocks: embeddings, final norm, head."""

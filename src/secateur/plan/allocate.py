@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from secateur.models.view import BlockView
+from secateur.models.view import BlockDims, BlockView
 from secateur.plan.pattern import Pattern, keep_highest, keep_highest_per_row, keep_n_of_m
 from secateur.plan.plan import BlockPlan, Mask
 
@@ -61,6 +61,13 @@ def _mask(score_OI: Tensor, rate: float, pattern: Pattern, scope: Scope) -> Tens
 def removed_units(rate: float, units: int) -> int:
     """How many of `units` a sparsity removes: floor(units * rate)."""
     return math.floor(units * rate)
+
+
+def units_left(dims: BlockDims, rate: Mapping[str, float]) -> BlockDims:
+    """The sizes of a block after whole units are removed at these rates."""
+    groups = dims.groups - removed_units(rate.get(MEMBERS["groups"].reader, 0.0), dims.groups)
+    ffn = dims.ffn - removed_units(rate.get(MEMBERS["ffn"].reader, 0.0), dims.ffn)
+    return replace(dims, groups=groups, heads=groups * dims.queries, ffn=ffn)
 
 
 def keep_units(score_U: Tensor, remove: int) -> Tensor:

@@ -7,7 +7,7 @@ Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,19 @@ class BlockPlan:
     __hash__ = None  # type: ignore[assignment]
 
     def merge(self, other: BlockPlan) -> BlockPlan:
-        """What both keep."""
+        """What both keep.
+
+        Raises:
+            SecateurError: nothing of a space would be left.
+        """
         masks = dict(self.masks)
         for name, mask in other.masks.items():
             masks[name] = Mask(mask.shape, mask.bits & masks[name].bits) if name in masks else mask
         keep = dict(self.keep)
         for space, indices in other.keep.items():
             keep[space] = indices[torch.isin(indices, keep[space])] if space in keep else indices
+            if not len(keep[space]):
+                raise SecateurError(f"block {self.index}: the two plans keep no common {space}, so merging them would leave nothing")
         return replace(self, masks=masks, keep=keep, of={**self.of, **other.of})
 
 
@@ -128,13 +134,17 @@ class Plan:
         both = {**self.settings, "merged_with": dict(other.settings)}
         return Plan(both, tuple(a.merge(b) for a, b in zip(self.blocks, other.blocks, strict=True)))
 
-    def save(self, folder: Path, **more: Any) -> None:
-        """Write `plan.json` and, where there are tensors, `plan.safetensors`; `more` is added to the JSON."""
-        content = {"format": FORMAT, **self.settings, **more, "blocks": [b.summary() for b in self.blocks]}
-        (folder / "plan.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    def save(self, folder: Path) -> None:
+        """Write `plan.json` and, where there are tensors, `plan.safetensors`."""
+        (folder / "plan.json").write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
         tensors = {name: t.contiguous() for block in self.blocks for name, t in block.tensors().items()}
         if tensors:
             (folder / "plan.safetensors").write_bytes(save(tensors))
+
+
+def plan_json(settings: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The content of plan.json."""
+    return json.dumps({"format": FORMAT, **settings, "blocks": list(summaries)}, indent=1) + "\n"
 
 
 def read_plan(folder: Path) -> Plan:
