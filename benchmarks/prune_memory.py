@@ -4,7 +4,7 @@ Prunes a randomly initialised LLaMA of about one billion parameters (bf16) with 
 twice the blocks, each in a process of its own, and compares the peak of the resident set above what the imports alone took with
 0.35 times the size of the weights plus the activation buffer. The deeper model may take at most 3% more than the other.
 
-    python benchmarks/prune_memory.py            about four minutes on two cores, 12 GB of disk
+    python benchmarks/prune_memory.py            some ten minutes on two cores, 12 GB of disk
     python benchmarks/prune_memory.py --small    seconds: does it run at all; its figures mean little
 
 The resident set counts the pages of mapped files too, so reading weights through a map shows.
@@ -116,7 +116,7 @@ def _child_prune(model: str, ids: str, out: str) -> None:
     assert baseline > before, "the parent's peak hides that of the imports"
     started = time.perf_counter()
     request = Request(model=model, method="wanda", sparsity=0.5, calibration=ids, device="cpu")
-    record = prune(request, Path(out), overwrite=True, append=False)
+    record = prune(request, Path(out), overwrite=True)
     seconds = round(time.perf_counter() - started, 2)
     print(json.dumps({"baseline": baseline, "peak": _peak(), "seconds": seconds, "seconds_by": record["seconds_by"], "buffer_bytes": record["buffer_bytes"]}))
 

@@ -123,7 +123,7 @@ def secateur_wanda(model: Path, ids: Path, out: Path, pattern: str) -> Times:
         calibration=str(ids),
         device="cpu",
     )
-    times: Times = prune(request, out, overwrite=True, append=False)["seconds_by"]
+    times: Times = prune(request, out, overwrite=True)["seconds_by"]
     return times
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur.calibrate.statistics import Statistics
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import NotFiniteError
+from secateur.core.memory import give_back
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.methods import Method
@@ -75,9 +76,12 @@ def pruned_blocks(
             plan = plans[index] if plans else _plan_one(job, block, stream, watch)
             with watch("selection"):
                 done = cut_block(block, plan), plan
+            del block  # the uncut weights
+            give_back()
         if stream is not None and index < job.last:
             with watch("forward"):
                 stream.advance(done[0])
+            give_back()
         yield done
 
 

@@ -325,6 +325,7 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
                 writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
             totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
+        del block  # not the weights of two blocks at a time
     return totals
 
 
@@ -338,6 +339,7 @@ def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch,
             if not writer.has(part):
                 tensors = {name: view.source.read(name)}
                 writer.write(part, tensors, _count(tensors))
+                del tensors
             totals.add(writer.read_note(part))
         parts.append(part)
     return parts

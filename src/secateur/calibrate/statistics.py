@@ -39,7 +39,7 @@ class InputNorm:
     def update(self, x_NI: Tensor) -> None:
         """Add a batch of tokens."""
         x_NI = x_NI if x_NI.dtype == torch.float64 else x_NI.float()
-        self.square_I += torch.linalg.vector_norm(x_NI, dim=0).double().square()
+        self.square_I += x_NI.square().sum(0)  # many times faster than vector_norm along the first dimension
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:

@@ -24,7 +24,7 @@ from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
 from secateur.models.view import BlockView, ModelView
 
-TOKENS_A_BATCH = 2048  # enough rows for the matrix products, few enough for the caches
+TOKENS_A_BATCH = 1024  # enough rows for the matrix products, few enough for the caches
 Listener = Callable[[Tensor], None]
 
 
