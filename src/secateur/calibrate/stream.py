@@ -39,9 +39,10 @@ class _Recorder(nn.Module):
         super().__init__()
         self.last = last
         self.arguments: dict[str, Any] = {}
+        self.hidden = torch.empty(0)
 
     def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
+        self.hidden, self.arguments = hidden, arguments
         if self.last:
             raise _Stop
         return hidden
@@ -64,7 +65,8 @@ class Stream:
         self._skeleton = build_skeleton(view.config)
         self._blocks: nn.ModuleList = self._skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]
         self._classes = [type(block) for block in self._blocks]
-        self._arguments = {len(windows[rows]): self._capture(len(windows[rows])) for rows in self._slices()}
+        self._enters_as_embedded = False
+        self._arguments = {size: self._capture(size) for size in {rows.stop - rows.start for rows in self._slices()}}
         self.hidden_STD = self._buffer(spill)
         self._embed()
 
@@ -132,6 +134,7 @@ class Stream:
             decoder(inputs_embeds=inputs, use_cache=False)
         for i, block in enumerate(kept):
             self._blocks[i] = block
+        self._enters_as_embedded = recorders[0].hidden is inputs
         return [recorder.arguments for recorder in recorders]
 
     @torch.inference_mode()
@@ -141,13 +144,15 @@ class Stream:
         table_VD = self.view.source.read(f"{family.embeddings[0]}.weight")
         decoder = self._decoder()
         first = self._blocks[0]
-        recorder = _Entry()
+        recorder = _Recorder(last=True)
         self._blocks[0] = recorder
         for rows in self._slices():
             embedded = embedding(self._windows[rows].to(table_VD.device), table_VD).to(self.device, self.dtype)
-            with suppress(_Stop):
-                decoder(inputs_embeds=embedded, use_cache=False)
-            self.hidden_STD[rows] = recorder.hidden
+            if not self._enters_as_embedded:  # OPT adds positions, say
+                with suppress(_Stop):
+                    decoder(inputs_embeds=embedded, use_cache=False)
+                embedded = recorder.hidden
+            self.hidden_STD[rows] = embedded
         self._blocks[0] = first
 
     def _decoder(self) -> nn.Module:
@@ -171,16 +176,6 @@ class Stream:
         with spill.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a disk too full is an error here, and a bus error later
         return torch.from_file(str(spill), shared=True, size=torch.Size(shape).numel(), dtype=self.dtype).view(shape)
-
-
-class _Entry(nn.Module):
-    """Stands for the first block: keeps what enters it."""
-
-    hidden: Tensor
-
-    def forward(self, hidden: Tensor, **_: Any) -> Tensor:
-        self.hidden = hidden
-        raise _Stop
 
 
 def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
