@@ -190,7 +190,7 @@ def main() -> None:
         "optimiser": f"AdamW, peak {args.peak:g}, warm-up {args.warmup}, cosine, weight decay 0.1",
         "seed": args.seed,
         "command": f"`python tools/train_bundled.py --out {args.out} --steps {args.steps} --batch {args.batch}`",
-        "training time": f"{(time.perf_counter() - started) / 60:.0f} minutes on 2 CPU cores",
+        "training time": f"{(time.perf_counter() - started) / 60:.0f} minutes of wall time on {torch.get_num_threads()} CPU cores",
         "held-out perplexity": f"{math.exp(loss_nats):.3f} a token, windows of {SEQLEN} ({predicted:,} tokens, tests left out)",
         "held-out bits per byte": f"{loss_nats / math.log(2) * len(test_stream) / test_bytes:.3f}",
     }

@@ -26,6 +26,7 @@ CALIBRATION = None
 DEMO = [
     {"sparsities": [0.3, 0.5, 0.6, 0.7]},
     {"options": {"pattern": "2:4"}, "sparsities": [0.5]},
+    {"options": {"scope": "row"}, "sparsities": [0.5]},
     {"options": {"pattern": "rows", "scope": "model"}, "sparsities": [0.25]},
 ]
 
