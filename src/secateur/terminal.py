@@ -25,15 +25,14 @@ def runs_table(found: Sequence[Record]) -> Table:
     """Evaluations, a line each."""
     with_tasks = any(record.get("tasks") for record in found)
     with_shift = any(record.get("shift") for record in found)
-    headings = ["method", "pattern", "sparsity", "parameters", "nonzero", "PPL"]
+    headings = ["method", "pattern", "sparsity", "params M", "nonzero M", "PPL"]
     table = Table(*headings, *(["cloze acc"] if with_tasks else []), *(["KL", "top-1"] if with_shift else []))
     for record in found:
         row = [
             record.get("method") or "dense",
-            _text(record.get("pattern")),
+            _pattern(record),
             f"{record.get('sparsity_measured') or 0:.3f}",
-            _text(record.get("params_after")),
-            _text(record.get("nonzero_after")),
+            *(f"{record[key] / 1e6:.3f}" if record.get(key) else "" for key in ("params_after", "nonzero_after")),
             f"{record['ppl']:.2f}",
         ]
         if with_tasks:
@@ -44,6 +43,13 @@ def runs_table(found: Sequence[Record]) -> Table:
             row += [f"{shift['kl']:.3f}", f"{shift['top1_agreement']:.3f}"] if shift else ["", ""]
         table.add_row(*row)
     return table
+
+
+def _pattern(record: Record) -> str:
+    """The pattern, and what was compared, in as few letters as tell two runs apart."""
+    scope = (record.get("options") or {}).get("scope")
+    pattern = record.get("pattern") or ""
+    return {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}.get(pattern, pattern) if scope else pattern
 
 
 def inspect_table(record: Record) -> Table:

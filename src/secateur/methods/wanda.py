@@ -25,7 +25,7 @@ from secateur.plan.plan import BlockPlan
 CALIBRATION = "c4"
 STATISTICS = InputNorm
 DEMO = [
-    {"sparsities": [0.3, 0.5, 0.6, 0.7]},
+    {"sparsities": [0.5, 0.6, 0.7]},
     {"options": {"pattern": "2:4"}, "sparsities": [0.5]},
     {"options": {"scope": "matrix"}, "sparsities": [0.5]},
 ]
