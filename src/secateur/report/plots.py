@@ -47,6 +47,9 @@ class Picture:
     caption: str
 
 
+_LOG_ABOVE = 3  # where the largest perplexity is so many times the smallest, small differences drown on a linear axis
+
+
 def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
     """Perplexity against sparsity; None where no pruned row has both. `found` is the comparison that the title states."""
     if not _drawable(curves, lambda row: row.ppl):
@@ -56,7 +59,7 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     if dense is not None and dense.ppl is not None:
         low = min(low, dense.ppl)
         axes.axhline(dense.ppl, color=_DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}")
-    logarithmic = low > 0 and high > 10 * low
+    logarithmic = low > 0 and high > _LOG_ABOVE * low
     if logarithmic:
         _logarithmic(axes, high / low)
     axes.set_ylabel("perplexity, log scale (lower is better)" if logarithmic else "perplexity (lower is better)")
@@ -138,7 +141,7 @@ def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
 
 def _logarithmic(axes: Axes, span: float) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 1000 else (1.0,)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 1000 else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
