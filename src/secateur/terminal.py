@@ -26,7 +26,7 @@ def runs_table(found: Sequence[Record]) -> Table:
     with_tasks = any(record.get("tasks") for record in found)
     with_shift = any(record.get("shift") for record in found)
     headings = ["method", "pattern", "sparsity", "params M", "nonzero M", "PPL"]
-    table = Table(*headings, *(["cloze acc"] if with_tasks else []), *(["KL", "top-1"] if with_shift else []))
+    table = Table(*headings, *(["cloze"] if with_tasks else []), *(["KL", "top-1"] if with_shift else []))
     for record in found:
         row = [
             record.get("method") or "dense",
@@ -37,7 +37,7 @@ def runs_table(found: Sequence[Record]) -> Table:
         ]
         if with_tasks:
             cloze = (record.get("tasks") or {}).get("cloze")
-            row.append(f"{cloze['acc']:.3f} ± {cloze['stderr']:.3f}" if cloze else "")
+            row.append(f"{cloze['acc']:.3f}" if cloze else "")
         if with_shift:
             shift = record.get("shift")
             row += [f"{shift['kl']:.3f}", f"{shift['top1_agreement']:.3f}"] if shift else ["", ""]
