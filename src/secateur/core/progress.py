@@ -33,13 +33,20 @@ def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(items, total=total, description=description)
+        task = progress.add_task(description, total=total)
+        for item in items:
+            yield item
+            del item  # it may be a block of a large model: nothing here may keep it while the next one is made
+            progress.advance(task)
 
 
 def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     started = spoken = time.monotonic()
-    for done, item in enumerate(items, start=1):
+    done = 0
+    for item in items:
         yield item
+        del item
+        done += 1  # noqa: SIM113  # enumerate would hold the item in its tuple
         now = time.monotonic()
         if now - spoken > _LINE_EVERY_SECONDS:
             spoken = now
