@@ -3,7 +3,7 @@
     from secateur import api
 
     record = api.prune(api.Request("bundled", "wanda", sparsity=0.5), out)
-    model = api.cut(model, api.plan(model, "wanda", windows, sparsity=0.5))    # in memory
+    pruned = api.cut(model, api.plan(model, "wanda", windows, sparsity=0.5))    # in memory
 
 `import secateur` is quick and makes `AutoModelForCausalLM.from_pretrained` know every checkpoint that secateur writes.
 """
