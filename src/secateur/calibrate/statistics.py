@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import NotFiniteError
+from secateur.core.numbers import at_least_float32
 from secateur.models.family import Family
 
 
@@ -38,8 +39,7 @@ class InputNorm:
 
     def update(self, x_NI: Tensor) -> None:
         """Add a batch of tokens."""
-        x_NI = x_NI if x_NI.dtype == torch.float64 else x_NI.float()
-        self.square_I += x_NI.square().sum(0)  # many times faster than vector_norm along the first dimension
+        self.square_I += at_least_float32(x_NI).square().sum(0)  # many times faster than vector_norm along the first dimension
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:

@@ -24,7 +24,7 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     """The sizes of the block after the plan."""
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
-    return replace(dims, groups=groups, heads=groups * dims.queries, ffn=ffn)
+    return dims.with_units(groups, ffn)
 
 
 def _masked(block: BlockView, plan: BlockPlan) -> BlockView:

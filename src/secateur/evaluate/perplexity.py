@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from secateur.core.errors import SecateurError
+from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
 
 _LOGITS_BYTES = 64 * 2**20
@@ -63,7 +64,7 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
 def window_losses(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """The summed loss of each window in nats, float64 [B]."""
     hidden_BTD = hidden_states(model, ids_BT)
-    losses_N = torch.cat([loss for loss, _ in _chunks(model, hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())])
+    losses_N = token_losses(model, hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
     return losses_N.double().view(len(ids_BT), -1).sum(1)
 
 
@@ -84,18 +85,17 @@ def positions_a_chunk(vocabulary: int) -> int:
     return max(1, _LOGITS_BYTES // (4 * vocabulary))
 
 
-def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Loss [n] and logits [n, V] of a few positions at a time."""
+def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[Tensor]:
+    """The loss of a few positions at a time, [n]."""
     head, size = head_of(model), positions_a_chunk(model.config.vocab_size)
     for hidden_nD, targets_n in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
-        logits_nV = head(hidden_nD)
-        wide_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
-        yield cross_entropy(wide_nV, targets_n, reduction="none"), wide_nV
+        logits_nV = at_least_float32(head(hidden_nD))
+        yield cross_entropy(logits_nV, targets_n, reduction="none")
 
 
 def token_losses(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
     """The loss of each position in nats, [N]."""
-    return torch.cat([loss for loss, _ in _chunks(model, hidden_ND, targets_N)])
+    return torch.cat(list(_chunks(model, hidden_ND, targets_N)))
 
 
 def equal_batches(windows: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from secateur.core.errors import UsageError
+from secateur.core.numbers import at_least_float32
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.allocate import MEMBERS, keep_units, plan_masks_or_units, removed_units, unit_scores
 from secateur.plan.pattern import parse_pattern
@@ -92,5 +93,4 @@ def plan_model(view: ModelView, data: Any, options: Magnitude) -> tuple[BlockPla
 
 
 def _absolute(block: BlockView, name: str) -> torch.Tensor:
-    weight_OI = block.matrix(name)
-    return (weight_OI if weight_OI.dtype == torch.float64 else weight_OI.float()).abs()
+    return at_least_float32(block.matrix(name)).abs()

@@ -17,6 +17,7 @@ import torch
 
 from secateur.calibrate.statistics import InputNorm, Statistics
 from secateur.core.errors import UsageError
+from secateur.core.numbers import at_least_float32
 from secateur.models.view import BlockView
 from secateur.plan.allocate import plan_masks_or_units
 from secateur.plan.pattern import parse_pattern
@@ -53,8 +54,7 @@ def plan_block(block: BlockView, statistics: Statistics, options: Wanda) -> Bloc
     """The plan of one block from the norms of its inputs."""
 
     def score_OI(name: str) -> torch.Tensor:
-        weight_OI, norm_I = block.matrix(name), statistics[name].norm_I  # type: ignore[attr-defined]  # STATISTICS is InputNorm
-        wide = weight_OI if weight_OI.dtype == torch.float64 else weight_OI.float()
-        return wide.abs().mul_(norm_I.to(wide))
+        weight_OI, norm_I = at_least_float32(block.matrix(name)), statistics[name].norm_I  # type: ignore[attr-defined]  # STATISTICS is InputNorm
+        return weight_OI.abs().mul_(norm_I.to(weight_OI))
 
     return plan_masks_or_units(block, score_OI, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")

@@ -7,7 +7,7 @@ Weights are `weight_OI` as in torch.nn.Linear.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -57,6 +57,10 @@ class BlockDims:
             "up": (self.ffn, self.hidden),
             "down": (self.hidden, self.ffn),
         }[name]
+
+    def with_units(self, groups: int, ffn: int) -> BlockDims:
+        """The sizes with so many key-value heads, each with its query heads, and feed-forward units."""
+        return replace(self, groups=groups, heads=groups * self.queries, ffn=ffn)
 
     def widths(self) -> dict[str, int]:
         """What a pruned configuration keeps of them (`pruned_widths`)."""

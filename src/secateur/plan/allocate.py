@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -67,7 +67,7 @@ def units_left(dims: BlockDims, rate: Mapping[str, float]) -> BlockDims:
     """The sizes of a block after whole units are removed at these rates."""
     groups = dims.groups - removed_units(rate.get(MEMBERS["groups"].reader, 0.0), dims.groups)
     ffn = dims.ffn - removed_units(rate.get(MEMBERS["ffn"].reader, 0.0), dims.ffn)
-    return replace(dims, groups=groups, heads=groups * dims.queries, ffn=ffn)
+    return dims.with_units(groups, ffn)
 
 
 def keep_units(score_U: Tensor, remove: int) -> Tensor:
