@@ -15,21 +15,20 @@ from secateur.calibrate.stream import Stream, make_computed_tables
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.timing import Stopwatch
-from secateur.cut import cut_block
-from secateur.driver import Job, pruned_blocks
+from secateur.cut import cut_block, cut_outer
+from secateur.driver import make_job, pruned_blocks
 from secateur.evaluate.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.size import inspect
 from secateur.methods import find_method
+from secateur.models.canonical import canonical_view
 from secateur.models.family import PRUNED_PREFIX, find_family
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import pruned_config, stock_problem
 from secateur.models.runtime import pruned_class
 from secateur.models.save import refuse_existing
 from secateur.models.view import ModelView
-from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import Plan, read_plan
-from secateur.plan.rates import resolve_rates
 from secateur.prune import Request, prepare, prune, read_windows
 
 __all__ = [
@@ -76,7 +75,7 @@ def view_model(model: PreTrainedModel) -> ModelView:
     name = model.config.name_or_path or type(model).__name__
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     tensors = {key: tensor.detach() for key, tensor in model.state_dict().items() if key not in tied}
-    return ModelView(name, model.config, find_family(model.config, name), ModelSource(tensors))
+    return ModelView(name, model.config, model.config.to_dict(), find_family(model.config, name), ModelSource(tensors))
 
 
 def plan(
@@ -87,6 +86,7 @@ def plan(
     sparsity: float | None = None,
     modules: str | None = None,
     dtype: torch.dtype | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> Plan:
     """Make a plan for a model in memory, which stays as it is.
@@ -97,22 +97,22 @@ def plan(
         windows: calibration token ids, int64 [samples, seqlen]; None where the method needs none.
         sparsity, modules: as on the command line.
         dtype: of the computation; None is the model's own.
+        seed: of every random choice.
 
     Raises:
         UsageError: a wrong option, or no windows where the method calibrates.
     """
     chosen = find_method(method)
     settings = chosen.options(options)
-    pattern = parse_pattern(getattr(settings, "pattern", "unstructured"))
-    view = view_model(model)
-    job = Job(view, chosen, settings, resolve_rates(view, sparsity, modules, pattern))
+    job = make_job(view_model(model), model.dtype, chosen, settings, sparsity, modules, seed)
     stream = None
     if job.streams:
         if windows is None:
             raise UsageError(f"method '{method}' calibrates: give windows, token ids [samples, seqlen]")
-        stream = Stream(view, windows, device=model.device, dtype=dtype or model.dtype)
+        stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)
     blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, windows, stream, Stopwatch()))
-    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": str(pattern)}, blocks)
+    pattern = getattr(settings, "pattern", None)
+    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": pattern}, blocks)
 
 
 def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -128,16 +128,17 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     view = view_model(model)
     if len(plan.blocks) != view.blocks:
         raise SecateurError(f"the plan is for {len(plan.blocks)} blocks, the model has {view.blocks}")
-    state = {name: view.source.read(name) for name in view.outer_names()}
+    if plan.rotates:
+        view = canonical_view(view, model.dtype)
+    state = {name: cut_outer(view, name, plan.blocks[0], plan.blocks[-1]) for name in view.outer_names()}
     dims = []
     for block, block_plan in zip(view.iterate(), plan.blocks, strict=True):
         after = cut_block(block, block_plan)
         dims.append(after.dims)
         state |= {view.block_prefix(block.index) + name: tensor for name, tensor in after.tensors.items()}
-    raw = model.config.to_dict()
-    problem = stock_problem(raw, view.family, dims)
-    content = pruned_config(raw, view.family, dims, stock=problem is None)
-    config_class = type(model.config) if problem is None else pruned_class(raw["model_type"].removeprefix(PRUNED_PREFIX)).config_class
+    problem = stock_problem(view.raw_config, view.family, dims)
+    content = pruned_config(view.raw_config, view.family, dims, stock=problem is None)
+    config_class = type(model.config) if problem is None else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
     return _assemble(config_class.from_dict(content), state, model)
 
 

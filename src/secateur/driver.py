@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,41 +15,98 @@ from torch import Tensor
 
 from secateur.calibrate.statistics import Statistics
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import NotFiniteError
+from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.methods import Method
+from secateur.models.canonical import canonical_view
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.plan import BlockPlan
-from secateur.plan.rates import Rates
+from secateur.plan.pattern import parse_pattern
+from secateur.plan.plan import BlockPlan, Place
+from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 
+_HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
 Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to do: a method with its options, and the sparsity of every matrix of every block."""
+    """What to do: a method with its options, and how much it is to remove.
+
+    Attributes:
+        view: the model as the method sees it: in canonical form where its residual stream is to be rotated.
+        rates: the sparsity of every matrix of every block; empty for a method that narrows the residual stream.
+        sparsity: of the residual stream.
+        seed: of every random choice.
+    """
 
     view: ModelView
     method: Method
     options: Any
     rates: Rates
+    sparsity: float | None = None
+    seed: int = 0
 
     @property
     def whole_model(self) -> bool:
         """Whether the plan is made for all blocks at once."""
-        return self.method.plan_block is None or bool(getattr(self.options, "whole_model", False))
+        return self.method.plan_model is not None and (self.method.plan_block is None or bool(getattr(self.options, "whole_model", False)))
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the residual stream is rotated and narrowed."""
+        return self.view.dims(0).residual is not None and self.method.plan_place is not None
 
     @property
     def streams(self) -> bool:
         """Whether calibration tokens have to pass through the blocks."""
-        return self.method.statistics is not None and not self.whole_model and any(self.rates)
+        return self.rotates or (self.method.statistics is not None and not self.whole_model and any(self.rates))
 
     @property
     def last(self) -> int:
         """The last block that anything is asked of (-1: none); what lies behind it need not be run."""
         return max((index for index, rates in enumerate(self.rates) if rates), default=-1)
+
+
+def make_job(
+    view: ModelView,
+    dtype: torch.dtype,
+    method: Method,
+    options: Any,
+    sparsity: float | None,
+    modules: str | None,
+    seed: int = 0,
+) -> Job:
+    """Check what is asked against the model.
+
+    Args:
+        view: the model.
+        dtype: of the weights that are to come out, where a method computes new ones.
+        method, options: what to do.
+        sparsity, modules: as on the command line.
+        seed: of every random choice.
+
+    Raises:
+        UsageError: a sparsity outside its range, or modules that do not go with the method.
+        SecateurError: the method cannot do this model.
+    """
+    if method.plan_place is None:
+        rates = resolve_rates(view, sparsity, modules, parse_pattern(getattr(options, "pattern", "unstructured")))
+        return Job(view, method, options, rates, seed=seed)
+    if modules is not None:
+        raise UsageError(f"--modules does not go with {method.name}: it narrows the residual stream, which all matrices share; use --sparsity")
+    if options.implied_sparsity:
+        if sparsity is not None:
+            raise UsageError(f"--sparsity does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
+    elif sparsity is None:
+        raise UsageError(f"{method.name} needs --sparsity S, --params-removed R, or --set energy=E")
+    sparsity = check_sparsity(sparsity or 0.0)
+    nothing: Rates = tuple({} for _ in range(view.blocks))
+    if sparsity == 0 and not options.implied_sparsity:
+        return Job(view, method, options, nothing, sparsity, seed)
+    method.module.width_after(view.config.hidden_size, sparsity, options)  # a width of 0 shows before the work
+    return Job(canonical_view(view, dtype), method, options, nothing, sparsity, seed)
 
 
 def pruned_blocks(
@@ -66,6 +124,10 @@ def pruned_blocks(
     Raises:
         NotFiniteError: a weight or an input is not finite; the block and the matrix are named.
     """
+    if job.rotates:
+        assert stream is not None
+        yield from _rotated_blocks(job, stream, watch, finished)
+        return
     plans = _whole_model_plan(job, windows, watch) if job.whole_model else None
     for index in range(job.view.blocks):
         done = finished(index)
@@ -83,6 +145,73 @@ def pruned_blocks(
                 stream.advance(done[0])
             give_back()
         yield done
+
+
+def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finished) -> Iterator[tuple[BlockView, BlockPlan]]:
+    """As `pruned_blocks`, for a method that narrows the residual stream.
+
+    The stream keeps the full width: what is sliced off is projected away, which is the same function as the narrow network's. So
+    each half of a block runs once, and its second moment is summed as it goes by.
+    """
+    view, halves = job.view, len(job.view.family.norms)
+    enter: Place | None = None
+    for index in range(view.blocks):
+        done = finished(index)
+        plan = None if done is None else done[1]
+        with watch("files"):
+            block = view.block(index)
+        _check_weights(block)
+        if enter is None:
+            enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch)
+        places = {"enter": enter}
+        at_end = index == view.blocks - 1 and not job.options.slice_head
+        for half, name in _HALVES[halves]:
+            before = places["between"] if name == "leave" and halves == 2 else enter
+            if at_end and name == "leave":
+                places[name] = plan.places[name] if plan else job.method.module.last_place(before, job.options)
+                continue
+            run = partial(stream.advance_half, block, half, _projection(before, stream))
+            if plan:
+                with watch("forward"):
+                    run(None)
+                places[name] = plan.places[name]
+            else:
+                places[name] = _choose(job, before, run, f"block {index}, after {'attention' if name == 'between' else 'the block'}", watch)
+        if done is None:
+            plan = BlockPlan(index, places=places)
+            with watch("rotation"):
+                done = cut_block(block, plan), plan
+        enter = places["leave"]
+        del block
+        give_back()
+        yield done
+
+
+def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:
+    """Run a part of the network, sum the second moment of the residual behind it, and let the method choose its directions."""
+    moment = job.method.module.new_moment(job.view.config.hidden_size, torch.device("cpu"), job.options)
+
+    def listen(x_ND: Tensor) -> None:
+        with watch("statistics"):
+            moment.update(x_ND)
+
+    with watch("forward"):
+        run(listen)
+    if not moment.finite():
+        raise NotFiniteError(
+            f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+        )
+    assert job.method.plan_place is not None
+    with watch("eigenproblems"):
+        place: Place = job.method.plan_place(moment, before, job.sparsity, job.options, job.seed)
+    return place
+
+
+def _projection(place: Place, stream: Stream) -> Tensor | None:
+    """B B^T: onto the directions that are kept."""
+    basis_DW = place.basis_DW
+    assert basis_DW is not None
+    return (basis_DW @ basis_DW.t()).to(stream.device, stream.dtype)
 
 
 def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:

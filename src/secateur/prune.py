@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,18 @@ from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
-from secateur.cut import dims_after
-from secateur.driver import Job, pruned_blocks
-from secateur.methods import find_method
+from secateur.cut import cut_outer, dims_after
+from secateur.driver import Job, make_job, pruned_blocks
+from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
 from secateur.models.pruned_config import pruned_config, stock_problem
 from secateur.models.save import CheckpointWriter, clean, differing, refuse_existing, refuse_inside
-from secateur.models.view import BlockDims, BlockView, ModelView
+from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.allocate import units_left
-from secateur.plan.budget import find_sparsity
+from secateur.plan.budget import find_sliced, find_sparsity, parameters_left, sliced_parameters
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
-from secateur.plan.rates import resolve_rates
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Prepared:
     request: Request
     checkpoint: Checkpoint
     job: Job
-    pattern: Pattern
+    pattern: Pattern | None
     sparsity: float | None
     device: torch.device
     dtype: torch.dtype
@@ -90,7 +90,7 @@ class Prepared:
     @property
     def calibration(self) -> str | None:
         """The text SPEC, None where the method needs no calibration."""
-        if self.job.method.module.CALIBRATION is None or not any(self.job.rates):
+        if self.job.method.module.CALIBRATION is None or not (self.job.rotates or any(self.job.rates)):
             return None
         default = "builtin" if self.request.model == BUNDLED else self.job.method.module.CALIBRATION
         return self.request.calibration or default
@@ -105,15 +105,15 @@ def prepare(request: Request) -> Prepared:
     """
     method = find_method(request.method)
     options = method.options(_options(request))
-    pattern = parse_pattern(getattr(options, "pattern", "unstructured"))
+    pattern = parse_pattern(options.pattern) if hasattr(options, "pattern") else None
     if request.samples < 1:
         raise UsageError(f"--samples {request.samples}: at least one window is needed")
     if request.calibration is not None:
         check_spec(request.calibration)
     checkpoint = open_checkpoint(request.model, request.revision)
     view = checkpoint.view()
-    sparsity = _sparsity(request, view, pattern, options)
-    job = Job(view, method, options, resolve_rates(view, sparsity, request.modules, pattern))
+    sparsity = _sparsity(request, view, pattern, method, options)
+    job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
     seqlen = min(2048, checkpoint.max_length()) if request.seqlen is None else request.seqlen
     if not 1 < seqlen <= checkpoint.max_length():
@@ -128,14 +128,37 @@ def _options(request: Request) -> dict[str, Any]:
     return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
 
 
-def _sparsity(request: Request, view: ModelView, pattern: Pattern, options: Any) -> float | None:
+def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method: Method, options: Any) -> float | None:
     if request.params_removed is None:
-        return pattern.implied_sparsity if request.sparsity is None else request.sparsity
+        return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
     if request.sparsity is not None:
         raise UsageError("give --sparsity or --params-removed, not both")
     if getattr(options, "whole_model", False):
         raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
+    if method.plan_place is not None:
+        if options.implied_sparsity:
+            raise UsageError(f"--params-removed does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
+        return find_sliced(view, request.params_removed, partial(_residuals, view, method, options))
+    assert pattern is not None
     return find_sparsity(view, pattern, request.modules, request.params_removed)
+
+
+def _residuals(view: ModelView, method: Method, options: Any, sparsity: float) -> list[Residual]:
+    """The widths of the residual stream in all blocks at a sparsity."""
+    found: list[Residual] = method.module.residuals(view.config.hidden_size, view.blocks, view.family.parallel, sparsity, options)
+    return found
+
+
+def parameters_expected(prepared: Prepared) -> int:
+    """All parameters of the result, from shapes alone; as they are where widths follow from the text."""
+    view, job = prepared.job.view, prepared.job
+    if job.rotates:
+        return (
+            prepared.checkpoint.view().parameters()
+            if job.sparsity == 0
+            else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
+        )
+    return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
 
 
 def _check_stock(prepared: Prepared) -> None:
@@ -144,9 +167,9 @@ def _check_stock(prepared: Prepared) -> None:
     if prepared.job.whole_model:
         raise UsageError("--stock-only: ranking all blocks together gives every block its own widths, which no stock architecture has; use scope=block")
     dims = [view.dims(index) for index in range(view.blocks)]
-    if prepared.pattern.structured:
+    if prepared.pattern is not None and prepared.pattern.structured:
         dims = [units_left(d, rate) for d, rate in zip(dims, prepared.job.rates, strict=True)]
-    if problem := stock_problem(prepared.checkpoint.raw_config, view.family, dims):
+    if problem := stock_problem(view.raw_config, view.family, dims):
         raise UsageError(f"--stock-only: {problem}; nothing was written")
 
 
@@ -263,11 +286,11 @@ def _run(
         writer.discard()
         raise
     weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in range(view.blocks)]
-    problem = stock_problem(checkpoint.raw_config, view.family, totals.dims)
+    problem = stock_problem(view.raw_config, view.family, totals.dims)
     assert not (problem and prepared.request.stock_only), "prepare has refused it"
     facts = _facts(prepared, totals)
     with watch("files"):
-        config = pruned_config(checkpoint.raw_config, view.family, totals.dims, stock=problem is None)
+        config = pruned_config(view.raw_config, view.family, totals.dims, stock=problem is None)
         files = {"README.md": card.model_card(checkpoint, settings, facts, problem), "plan.json": plan_json({**settings, **facts}, totals.summaries)}
         if problem:
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
@@ -286,6 +309,7 @@ class _Totals:
     targeted: int = 0
     dims: list[BlockDims] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
+    ends: tuple[BlockPlan, BlockPlan] | None = None
 
     def add(self, note: Mapping[str, int]) -> None:
         """Count a part by its note."""
@@ -297,6 +321,11 @@ class _Totals:
         """Count what the plan removes from the matrices it was asked for."""
         self.dims.append(block.dims)
         self.summaries.append(plan.summary())
+        self.ends = (self.ends[0] if self.ends else plan, plan)
+        for name, place in plan.places.items():
+            if (name != "enter" or plan.index == 0) and place.spectrum_D is not None:
+                self.targeted += place.of
+                self.removed += place.of - place.width
         for name in block.rates:
             (rows, columns), (rows_after, columns_after) = before.shape(name), block.dims.shape(name)
             self.targeted += rows * columns
@@ -305,21 +334,26 @@ class _Totals:
 
 
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
-    view, rates = prepared.job.view, prepared.job.rates
+    job = prepared.job
+    view, rates = job.view, job.rates
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
         if not (writer.has(_plan_part(index)) and writer.has(_block_part(index))):
             return None
         tensors, summary = writer.read(_plan_part(index))
+        for part in (_basis_part(index - 1), _basis_part(index), _plan_part(index - 1)):
+            tensors |= writer.read(part)[0] if job.rotates and writer.has(part) else {}
         plan = BlockPlan.read(summary, tensors)
         weights = {name.removeprefix(view.block_prefix(index)): t for name, t in writer.read(_block_part(index))[0].items()}
         return BlockView(view.family, dims_after(view.dims(index), plan), index, weights, rates[index]), plan
 
     totals = _Totals()
-    for block, plan in track(pruned_blocks(prepared.job, windows, stream, watch, finished), f"{prepared.job.method.name}: blocks", view.blocks):
+    for block, plan in track(pruned_blocks(job, windows, stream, watch, finished), f"{job.method.name}: blocks", view.blocks):
         with watch("files"):
             part = _block_part(block.index)
             if not (writer.has(part) and writer.has(_plan_part(block.index))):
+                if plan.places:
+                    writer.write(_basis_part(block.index), plan.bases())
                 writer.write(_plan_part(block.index), plan.tensors(), plan.summary())
                 note = _count(block.tensors) | {"matrices": block.matrix_parameters()}
                 writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
@@ -330,14 +364,15 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
 
 
 def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, totals: _Totals) -> list[str]:
-    """Copy what lies outside the blocks, one tensor at a time."""
+    """Copy, or rotate, what lies outside the blocks, one tensor at a time."""
     view = prepared.job.view
+    assert totals.ends is not None
     parts = []
     for name in view.outer_names():
         part = f"outer-{name}"
         with watch("files"):
             if not writer.has(part):
-                tensors = {name: view.source.read(name)}
+                tensors = {name: cut_outer(view, name, *totals.ends)}
                 writer.write(part, tensors, _count(tensors))
                 del tensors
             totals.add(writer.read_note(part))
@@ -351,6 +386,10 @@ def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _block_part(index: int) -> str:
     return f"block-{index:05}"
+
+
+def _basis_part(index: int) -> str:
+    return f"basis-{index:05}"
 
 
 def _plan_part(index: int) -> str:
@@ -371,7 +410,7 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
         "seed": request.seed,
         "sparsity": prepared.sparsity,
         "modules": request.modules,
-        "pattern": str(prepared.pattern),
+        "pattern": None if prepared.pattern is None else str(prepared.pattern),
         "calibration": calibration,
         "device": str(prepared.device),
         "dtype": str(prepared.dtype).removeprefix("torch."),
@@ -386,7 +425,7 @@ def _identity(checkpoint: Checkpoint) -> str:
 
 
 def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
-    view = prepared.job.view
+    view = prepared.checkpoint.view()
     before, matrices = view.parameters(), view.matrix_parameters()
     return {
         "sparsity_measured": totals.removed / totals.targeted if totals.targeted else 0.0,

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from secateur.core.errors import NotFiniteError
 from secateur.core.numbers import at_least_float32
@@ -50,6 +51,33 @@ class InputNorm:
     def norm_I(self) -> Tensor:
         """float64 [I]."""
         return self.square_I.sqrt()
+
+
+class SecondMoment:
+    """The sum of x^T x over all tokens, [I, I]: one product a batch, float32 or better, summed in float64.
+
+    Args:
+        inputs: I.
+        device: where the sum is kept.
+        normed: divide every token by its root mean square first, so that all tokens weigh the same.
+    """
+
+    def __init__(self, inputs: int, device: torch.device, *, normed: bool = False) -> None:
+        self.sum_II = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.tokens = 0
+        self.normed = normed
+
+    def update(self, x_NI: Tensor) -> None:
+        """Add a batch of tokens."""
+        x_NI = at_least_float32(x_NI)
+        if self.normed:
+            x_NI = rms_norm(x_NI, x_NI.shape[-1:])
+        self.sum_II += x_NI.t() @ x_NI
+        self.tokens += len(x_NI)
+
+    def finite(self) -> bool:
+        """Whether no NaN or infinity has been added."""
+        return bool(torch.isfinite(self.sum_II).all())
 
 
 @dataclass(frozen=True)

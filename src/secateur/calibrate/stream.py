@@ -113,6 +113,33 @@ class Stream:
             for rows, arguments in self._batches(block.index):
                 self.hidden_STD[rows] = module(self.hidden_STD[rows].to(self.device), **arguments)
 
+    @torch.inference_mode()
+    def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:
+        """Carry the residual stream through a part of a rotated block, in place.
+
+        Args:
+            block: a block of the canonical model, at full width.
+            half: the method of the runtime's block to call: `attention_half`, `mlp_half`.
+            project_DD: what to multiply the residual with before; None leaves it.
+            listener: what to call with the residual after, [B·T, D] a batch.
+        """
+        with self._loaded(block) as module:
+            run = getattr(module, half)
+            for rows, arguments in self._batches(block.index):
+                hidden_BTD = self.hidden_STD[rows].to(self.device)
+                if project_DD is not None:
+                    hidden_BTD = hidden_BTD @ project_DD
+                hidden_BTD = run(hidden_BTD, **(arguments if half == "attention_half" else {}))
+                if listener is not None:
+                    listener(hidden_BTD.flatten(0, -2))
+                self.hidden_STD[rows] = hidden_BTD
+
+    @torch.inference_mode()
+    def show(self, listener: Listener) -> None:
+        """Call `listener` with the residual stream where it is, [B·T, D] a batch."""
+        for rows in self._slices():
+            listener(self.hidden_STD[rows].to(self.device).flatten(0, -2))
+
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self._windows), self._batch):
             yield slice(start, min(start + self._batch, len(self._windows)))

@@ -1,4 +1,4 @@
-"""The cut of one block: zero what masks remove, drop the rows and columns of removed units."""
+"""The cut: zero what masks remove, drop the rows and columns of removed units, rotate and slice the residual stream."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from secateur.cut.rotate import residual_after, rotate_block, rotate_outer
 from secateur.models.family import ATTENTION, MLP
-from secateur.models.view import BlockDims, BlockView
+from secateur.models.view import BlockDims, BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -16,12 +17,23 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
     """The block after the plan; the tensors of the given one are left as they are."""
+    if plan.places:
+        return rotate_block(block, plan)
     block = _masked(block, plan)
     return _narrowed(block, plan) if plan.keep else block
 
 
+def cut_outer(view: ModelView, name: str, first: BlockPlan, last: BlockPlan) -> Tensor:
+    """A tensor outside the blocks after the plans of the first and the last block."""
+    if first.places:
+        return rotate_outer(view, name, first.places["enter"], last.places["leave"])
+    return view.source.read(name)
+
+
 def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     """The sizes of the block after the plan."""
+    if plan.places:
+        return replace(dims, residual=residual_after(plan))
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
     return dims.with_units(groups, ffn)

@@ -10,8 +10,7 @@ import torch
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.records import Record
 from secateur.models.view import ModelView
-from secateur.plan.budget import parameters_left
-from secateur.prune import Prepared, prepared_settings
+from secateur.prune import Prepared, parameters_expected, prepared_settings
 
 _OVERHEAD = 1.5  # forwards cost more than their matrix products
 _DISK_BYTES_A_SECOND = 500e6
@@ -20,9 +19,9 @@ _DISK_BYTES_A_SECOND = 500e6
 def estimate(prepared: Prepared) -> Record:
     """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine."""
     view, job = prepared.job.view, prepared.job
-    before = view.parameters()
-    after = parameters_left(view, job.rates) if prepared.pattern.structured else before
-    zeroed = 0 if prepared.pattern.structured else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    before = prepared.checkpoint.view().parameters()
+    after = parameters_expected(prepared)
+    zeroed = 0 if after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.request.samples * prepared.seqlen if job.streams else 0
     work = 2 * 2 * tokens * view.matrix_parameters()

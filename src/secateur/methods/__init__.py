@@ -1,8 +1,9 @@
 """The pruning methods: one file each, found by name. `--method wanda` is `methods/wanda.py`.
 
-A method is a module with one frozen dataclass (its options) and one of two functions:
+A method is a module with one frozen dataclass (its options) and one of three functions:
 
     plan_block(block, statistics, options) -> BlockPlan     the blocks are streamed, each cut before the next is calibrated
+    plan_place(moment, before, sparsity, options, seed)     the same, for what narrows the residual stream: one Place of it at a time
     plan_model(view, data, options) -> BlockPlans           the whole model is needed at once; data is token ids [S, T], or None
 
 It says with `CALIBRATION` which text its paper calibrates with (None: it needs no tokens), with `STATISTICS` what to collect for each
@@ -43,6 +44,11 @@ class Method:
     def plan_block(self) -> Callable[..., Any] | None:
         """The function that plans one block."""
         return getattr(self.module, "plan_block", None)
+
+    @property
+    def plan_place(self) -> Callable[..., Any] | None:
+        """The function that plans one place of the residual stream; its module has more of them, see `slicegpt`."""
+        return getattr(self.module, "plan_place", None)
 
     @property
     def plan_model(self) -> Callable[..., Any] | None:

@@ -50,6 +50,10 @@ class Family:
         norms: the norms of a block: (attention, MLP), or one that both read where the residual is parallel.
         matrices: canonical name -> path of its module; equal paths are one fused module.
         head_norms: norms over the width of one head, shared by all heads (Qwen3).
+        attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention receives the
+            block's arguments and returns a tuple.
+        centred: whether the norms subtract the mean (LayerNorm; otherwise RMSNorm).
+        epsilon: of the norms: a configuration field, or the value.
         heads, groups, ffn: names of the configuration fields: query heads, key-value heads, feed-forward units.
         stock_heads: whether the stock configuration can say a head width other than hidden size / heads, so that
             a model with fewer heads in every block is still a stock one.
@@ -65,6 +69,10 @@ class Family:
     norms: tuple[str, ...]
     matrices: Mapping[str, str]
     head_norms: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ("self_attn",)
+    mlp: tuple[str, ...] = ("mlp",)
+    centred: bool = False
+    epsilon: str | float = "rms_norm_eps"
     heads: str = "num_attention_heads"
     groups: str = "num_key_value_heads"
     ffn: str = "intermediate_size"
@@ -79,6 +87,15 @@ class Family:
     def fused(self, name: str) -> tuple[str, ...]:
         """The canonical names that share the module of matrix `name`, in the order of their rows."""
         return tuple(other for other, path in self.matrices.items() if path == self.matrices[name])
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The matrices that read the (normed) residual."""
+        return tuple(name for name in (*ATTENTION[:3], *MLP[:2]) if name in self.matrices)
+
+    def norm_of(self, name: str) -> str:
+        """The norm that a reader of the residual reads through."""
+        return self.norms[0] if name in ATTENTION else self.norms[-1]
 
     def input_of(self, name: str) -> str:
         """The matrix that stands for the input of `name`: the first one listed that reads the same tensor."""

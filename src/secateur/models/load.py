@@ -66,7 +66,7 @@ class Checkpoint:
 
     def view(self) -> ModelView:
         """The model, seen through its family."""
-        return ModelView(self.name, self.config, find_family(self.config, self.name), self)
+        return ModelView(self.name, self.config, self.raw_config, find_family(self.config, self.name), self)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises SecateurError where the folder has none."""

@@ -15,6 +15,8 @@ from secateur.models.view import BlockDims
 
 def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims]) -> str | None:
     """Why these widths are not those of a stock model, or None."""
+    if after[0].residual is not None:
+        return "its residual stream is rotated, and narrower than the hidden size"
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"
     if after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads) and not family.stock_heads:
@@ -45,6 +47,9 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     config["architectures"] = [model_class.__name__]
     config["auto_map"] = auto_map(model_class)
     config["pruned_widths"] = [dims.widths() for dims in after]
+    first, last = after[0].residual, after[-1].residual
+    if first is not None and last is not None:
+        config["pruned_residual"] = {**raw["pruned_residual"], "enter": first.attention[0], "leave": last.mlp[1]}
     return config
 
 
@@ -63,4 +68,4 @@ def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock
 
 def _dense(raw: Mapping[str, Any], stock_type: str) -> Any:
     """The stock configuration, whatever was pruned before."""
-    return CONFIG_MAPPING[stock_type].from_dict({key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths")})
+    return CONFIG_MAPPING[stock_type].from_dict({key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths", "pruned_residual")})

@@ -6,6 +6,11 @@ classes and no remote code is needed.
 
 `config.pruned_widths` holds one entry a block, `{"heads": H, "groups": G, "ffn": F}`: query heads, key-value heads, feed-forward
 units. Every block is the stock block, built from a configuration that has that block's widths.
+
+Where the residual stream itself is narrower (SliceGPT, arXiv:2401.15024), `config.pruned_residual` describes it and each entry of
+`pruned_widths` has more: `"attention": [in, out]`, `"mlp": [in, out]`, the widths of the residual that attention and MLP read and
+write, and `"skips"`, what lies on the two residual connections (on the one of a parallel block). The modules inside a block stay
+the stock ones; what changes is the line between them: norms without gain, and a `Skip` from one basis of the residual to the next.
 """
 
 from __future__ import annotations
@@ -16,7 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -37,8 +44,147 @@ class BlockConfig:
         return getattr(self._config, name)
 
 
-def block_with_widths(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, int]) -> nn.Module:
-    """A stock block with `widths` = {"heads": H, "groups": G, "ffn": F}, its weights not yet loaded."""
+class UnitNorm(nn.Module):
+    """x / sqrt(sum(x^2) / D + epsilon), without gain, for a residual of which `width` of D directions are left.
+
+    The mean square is over the original D: what was removed counts as zero (it would otherwise grow by D / width).
+    """
+
+    def __init__(self, width: int, original: int, epsilon: float) -> None:
+        super().__init__()
+        self.width, self.scale, self.epsilon = width, (original / width) ** 0.5, epsilon * original / width
+
+    def forward(self, hidden_BTW: Tensor) -> Tensor:
+        """[..., width] to the same shape; 16-bit input is normed in float32."""
+        normed = rms_norm(hidden_BTW, (self.width,), eps=self.epsilon)
+        return normed if self.scale == 1 else normed * self.scale
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.width}, scale={self.scale:.4g}, eps={self.epsilon:.3g}"
+
+
+class Skip(nn.Module):
+    """A residual connection from one basis of the residual stream to the next.
+
+    Three forms of the same map, [..., inputs] to [..., outputs], chosen by size when a model is pruned:
+
+    - `None`: the identity; zeros are appended, or the last features dropped, where the widths differ. No parameters.
+    - a number k: the identity less a product of rank k, x - (x L) R^T, with L [inputs, k] and R [outputs, k]. Between equal widths
+      the map is symmetric and R is L.
+    - `"dense"`: x W^T.
+    """
+
+    def __init__(self, inputs: int, outputs: int, form: int | str | None) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.form = inputs, outputs, form
+        if form == "dense":
+            self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        elif form is not None:
+            assert isinstance(form, int)
+            self.left = nn.Parameter(torch.empty(inputs, form))
+            if inputs != outputs:
+                self.right = nn.Parameter(torch.empty(outputs, form))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        if self.form == "dense":
+            return linear(hidden, self.weight)
+        resized = hidden
+        if self.inputs != self.outputs:
+            resized = pad(hidden, (0, self.outputs - self.inputs)) if self.outputs > self.inputs else hidden[..., : self.outputs]
+        if self.form is None:
+            return resized
+        right = self.left if self.inputs == self.outputs else self.right
+        return resized - linear(linear(hidden, self.left.t()), right)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.inputs}, {self.outputs}, form={self.form}"
+
+
+@cache
+def _rotated_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The stock block class with another forward: the same modules, and a `Skip` on each residual connection."""
+
+    class Rotated(stock):  # type: ignore[valid-type, misc]  # a class known only at run time
+        stock_class = stock
+        parts: dict[str, Any]
+
+        def attention_half(self, hidden: Tensor, **arguments: Any) -> Tensor:
+            """The residual after attention; of a parallel block, after attention and MLP."""
+            norms = self.parts["norms"]
+            normed = getattr(self, norms[0])(hidden)
+            attended = _attend(self, normed, arguments)
+            if len(norms) == 1:
+                attended = attended + _run(self, self.parts["mlp"], normed)
+            return self.skips[0](hidden) + attended  # type: ignore[no-any-return]
+
+        def mlp_half(self, hidden: Tensor) -> Tensor:
+            """The residual after the MLP of a sequential block."""
+            normed = getattr(self, self.parts["norms"][1])(hidden)
+            return self.skips[1](hidden) + _run(self, self.parts["mlp"], normed)  # type: ignore[no-any-return]
+
+        def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+            hidden = self.attention_half(hidden_states, **arguments)
+            return hidden if len(self.parts["norms"]) == 1 else self.mlp_half(hidden)
+
+    Rotated.__name__ = Rotated.__qualname__ = stock.__name__  # device maps name the classes that may not be split
+    return Rotated
+
+
+def _attend(block: nn.Module, normed: Tensor, arguments: dict[str, Any]) -> Tensor:
+    first, *rest = block.parts["attention"]  # type: ignore[index]
+    return _run(block, rest, block.get_submodule(first)(hidden_states=normed, **arguments)[0])
+
+
+def _run(block: nn.Module, names: Iterable[str], hidden: Tensor) -> Tensor:
+    for name in names:
+        hidden = getattr(block, name)(hidden)
+    return hidden
+
+
+def block_with_widths(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
+    """A block with `widths`, an entry of `config.pruned_widths`; its weights are not yet loaded."""
+    block = _stock_block(getattr(block_class, "stock_class", block_class), config, index, widths)
+    return _rotate_block(block, config, widths) if "attention" in widths else block
+
+
+def _rotate_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Module:
+    """Give a stock block other widths of the residual, norms without gain, and skips."""
+    parts, attention, mlp = config.pruned_residual, widths["attention"], widths["mlp"]
+    inputs = dict.fromkeys("qkv", attention[0]) | dict.fromkeys(("gate", "up"), mlp[0])
+    outputs = {"o": attention[1], "down": mlp[1]}
+    for name, path in parts["matrices"].items():
+        _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts["reader_bias"])
+    for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one
+        block.set_submodule(path, UnitNorm(width, config.hidden_size, parts["epsilon"]))
+    block.__class__ = _rotated_class(type(block))  # type: ignore[arg-type]  # a class is hashable
+    block.parts = parts
+    ends = [attention, mlp][: len(parts["norms"])]
+    block.skips = nn.ModuleList(Skip(end[0], end[1], form) for end, form in zip(ends, widths["skips"], strict=True))
+    return block
+
+
+def _resize_linear(module: nn.Module, path: str, inputs: int | None, outputs: int | None, *, bias: bool) -> None:
+    old: Any = module.get_submodule(path)
+    inputs, outputs, bias = inputs or old.in_features, outputs or old.out_features, bias or old.bias is not None
+    if (inputs, outputs, bias) != (old.in_features, old.out_features, old.bias is not None):
+        module.set_submodule(path, nn.Linear(inputs, outputs, bias=bias))
+
+
+def _rotate_outer(model: nn.Module, config: Any) -> None:
+    """Give embeddings, final norm and head the widths of the first and the last place of the residual."""
+    parts = config.pruned_residual
+    for path in parts["embeddings"]:
+        table: Any = model.get_submodule(path)
+        table.weight, table.embedding_dim = nn.Parameter(torch.empty(table.num_embeddings, parts["enter"])), parts["enter"]
+    model.set_submodule(parts["final_norm"], UnitNorm(parts["leave"], config.hidden_size, parts["epsilon"]))
+    _resize_linear(model, parts["head"], parts["leave"], None, bias=parts["head_bias"])
+
+
+def _stock_block(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
+    """A stock block with `widths` = {"heads": H, "groups": G, "ffn": F, ...}."""
     heads, groups, ffn = widths["heads"], widths["groups"], widths["ffn"]
     if hasattr(config, "ffn_dim"):  # OPT takes the width of a head from the hidden size: build the block dense, then narrow its attention
         block = block_class(BlockConfig(config, ffn_dim=ffn), index)
@@ -71,6 +217,8 @@ class PrunedModel:
             raise ValueError(f"{config.model_type}: 'pruned_widths' has {len(config.pruned_widths)} entries for {len(blocks)} blocks")
         for index, widths in enumerate(config.pruned_widths):
             blocks[index] = block_with_widths(type(blocks[index]), config, index, widths)
+        if config.pruned_residual is not None:
+            _rotate_outer(self, config)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -94,7 +242,8 @@ def pruned_class(stock_type: str) -> Any:
 
     class Config(stock_config):  # type: ignore[misc]  # a class known only at run time
         model_type = PREFIX + stock_type
-        pruned_widths: list[dict[str, int]] | None = None
+        pruned_widths: list[dict[str, Any]] | None = None
+        pruned_residual: dict[str, Any] | None = None
 
     class Model(PrunedModel, stock_model):  # type: ignore[misc]
         config_class = Config

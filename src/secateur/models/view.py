@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,14 +31,29 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The widths of the residual stream as one block sees it, where they are not the hidden size (SliceGPT).
+
+    Attributes:
+        attention, mlp: what attention and MLP read and write: (in, out).
+        skips: the form of the residual connections, see `runtime.Skip`; one of a parallel block, two otherwise.
+    """
+
+    attention: tuple[int, int]
+    mlp: tuple[int, int]
+    skips: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
 class BlockDims:
-    """The sizes of one block: D, H, G, K, F."""
+    """The sizes of one block: D, H, G, K, F. `residual` is None where attention and MLP read and write all of D."""
 
     hidden: int
     heads: int
     groups: int
     head_width: int
     ffn: int
+    residual: Residual | None = None
 
     @property
     def queries(self) -> int:
@@ -47,24 +62,29 @@ class BlockDims:
 
     def shape(self, name: str) -> tuple[int, int]:
         """(O, I) of a matrix by its canonical name."""
-        heads, groups = self.heads * self.head_width, self.groups * self.head_width
+        heads, groups, all_of_it = self.heads * self.head_width, self.groups * self.head_width, (self.hidden, self.hidden)
+        attention_in, attention_out = self.residual.attention if self.residual else all_of_it
+        mlp_in, mlp_out = self.residual.mlp if self.residual else all_of_it
         return {
-            "q": (heads, self.hidden),
-            "k": (groups, self.hidden),
-            "v": (groups, self.hidden),
-            "o": (self.hidden, heads),
-            "gate": (self.ffn, self.hidden),
-            "up": (self.ffn, self.hidden),
-            "down": (self.hidden, self.ffn),
+            "q": (heads, attention_in),
+            "k": (groups, attention_in),
+            "v": (groups, attention_in),
+            "o": (attention_out, heads),
+            "gate": (self.ffn, mlp_in),
+            "up": (self.ffn, mlp_in),
+            "down": (mlp_out, self.ffn),
         }[name]
 
     def with_units(self, groups: int, ffn: int) -> BlockDims:
         """The sizes with so many key-value heads, each with its query heads, and feed-forward units."""
         return replace(self, groups=groups, heads=groups * self.queries, ffn=ffn)
 
-    def widths(self) -> dict[str, int]:
+    def widths(self) -> dict[str, Any]:
         """What a pruned configuration keeps of them (`pruned_widths`)."""
-        return {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
+        widths: dict[str, Any] = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
+        if self.residual is not None:
+            widths |= {name: list(getattr(self.residual, name)) for name in ("attention", "mlp", "skips")}
+        return widths
 
 
 def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
@@ -73,7 +93,9 @@ def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
     hidden = config.hidden_size
     head_width = getattr(config, "head_dim", None) or hidden // dense
     if getattr(config, "pruned_widths", None):
-        return BlockDims(hidden=hidden, head_width=head_width, **config.pruned_widths[index])
+        widths = config.pruned_widths[index]
+        residual = Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips"))) if "attention" in widths else None
+        return BlockDims(hidden, widths["heads"], widths["groups"], head_width, widths["ffn"], residual)
     return BlockDims(hidden, dense, getattr(config, family.groups), head_width, getattr(config, family.ffn))
 
 
@@ -81,7 +103,8 @@ def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
 class BlockView:
     """One block: its tensors by their names inside the block, and the matrices in them by canonical name.
 
-    `rates` says what is asked of each matrix: the sparsity, or no entry for a matrix that must stay as it is.
+    `rates` says what is asked of each matrix: the sparsity, or no entry for a matrix that must stay as it is. `dtype` is that of
+    the weights after a cut, None where it is that of the tensors.
     """
 
     family: Family
@@ -89,6 +112,7 @@ class BlockView:
     index: int
     tensors: Mapping[str, Tensor]
     rates: Mapping[str, float] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -122,14 +146,17 @@ class BlockView:
 class ModelView:
     """A whole model: its configuration, its family, and a source of tensors that is read a block at a time.
 
-    `rates`, where it is not empty, has what is asked of the matrices of each block.
+    `raw_config` is the content of its config.json. `rates`, where it is not empty, has what is asked of the matrices of each
+    block. `dtype`: see `BlockView`.
     """
 
     name: str
     config: PreTrainedConfig
+    raw_config: Mapping[str, Any]
     family: Family
     source: TensorSource
     rates: tuple[Mapping[str, float], ...] = ()
+    dtype: torch.dtype | None = None
 
     @property
     def blocks(self) -> int:
@@ -148,7 +175,7 @@ class ModelView:
         """Read one block."""
         prefix = self.block_prefix(index)
         tensors = {name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)}
-        return BlockView(self.family, self.dims(index), index, tensors, rates or (self.rates[index] if self.rates else {}))
+        return BlockView(self.family, self.dims(index), index, tensors, rates or (self.rates[index] if self.rates else {}), self.dtype)
 
     def outer_names(self) -> list[str]:
         """The tensors outside the blocks: embeddings, final norm, head."""

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
 from secateur.core.errors import UsageError
-from secateur.models.view import ModelView
+from secateur.models.canonical import canonical_view
+from secateur.models.view import ModelView, Residual
 from secateur.plan.allocate import MEMBERS, removed_units
 from secateur.plan.pattern import Pattern
 from secateur.plan.rates import Rates, resolve_rates
@@ -46,6 +53,68 @@ def parameters_left(view: ModelView, rates: Rates) -> int:
             reader = MEMBERS[space].reader
             left -= removed_units(rate.get(reader, 0.0), units) * _unit_parameters(view, index, space) // units
     return left
+
+
+def find_sliced(view: ModelView, wanted: float, residuals: Callable[[float], Sequence[Residual]]) -> float:
+    """The smallest sparsity of the residual width whose pruning ratio, over all parameters and with what is added, is at least `wanted`.
+
+    Args:
+        view: the model.
+        wanted: the ratio.
+        residuals: sparsity -> the widths of all blocks; raises UsageError where nothing would be left.
+
+    Raises:
+        UsageError: so much cannot be removed.
+    """
+    if not 0 <= wanted < 1:
+        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
+    if wanted == 0:
+        return 0.0
+    hidden, before, most = view.config.hidden_size, view.parameters(), 0.0
+    canonical = canonical_view(view, torch.float32)
+    for width in range(hidden - 1, 0, -1):
+        try:
+            found = residuals(1 - width / hidden)
+        except UsageError:  # nothing left after rounding
+            break
+        ratio = 1 - sliced_parameters(canonical, found) / before
+        if ratio >= wanted:
+            return 1.0 - found[0].attention[0] / int(hidden)
+        most = max(most, ratio)
+    raise UsageError(f"--params-removed {wanted:g}: narrowing the residual stream can remove at most {most:.3f} of this model")
+
+
+def sliced_parameters(view: ModelView, residuals: Sequence[Residual]) -> int:
+    """All parameters of a canonical model whose residual stream is narrowed so."""
+    total, hidden = 0, view.config.hidden_size
+    ends = dict.fromkeys(view.family.embeddings, residuals[0].attention[0]) | {view.family.head: residuals[-1].mlp[1]}
+    for name in view.outer_names():
+        shape, path = view.source.shape(name), name.rpartition(".")[0]
+        total += math.prod(shape) // hidden * ends[path] if len(shape) == 2 else math.prod(shape)
+    for index, residual in enumerate(residuals):
+        dims = replace(view.dims(index), residual=residual)
+        prefix = view.block_prefix(index)
+        matrices = {
+            path: sum(dims.shape(n)[0] * dims.shape(n)[1] for n in view.family.matrices if view.family.matrices[n] == path)
+            for path in view.family.matrices.values()
+        }
+        total += sum(matrices.values())
+        written = {view.family.matrices["o"]: residual.attention[1], view.family.matrices["down"]: residual.mlp[1]}
+        for name in view.source.names():
+            path, _, kind = name.removeprefix(prefix).rpartition(".")
+            if name.startswith(prefix) and (kind == "bias" or path not in matrices):
+                total += written.get(path, math.prod(view.source.shape(name)))
+        total += sum(_skip_parameters(*end, form) for end, form in zip((residual.attention, residual.mlp), residual.skips, strict=False))
+    return total
+
+
+def _skip_parameters(inputs: int, outputs: int, form: int | str | None) -> int:
+    if form is None:
+        return 0
+    if form == "dense":
+        return inputs * outputs
+    assert isinstance(form, int)
+    return form * (inputs if inputs == outputs else inputs + outputs)
 
 
 def _unit_parameters(view: ModelView, index: int, space: str) -> int:

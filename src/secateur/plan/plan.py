@@ -1,14 +1,16 @@
 """A plan: what to keep and what to change, as data that can be saved, read, compared and merged.
 
 Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every block) and
-`plan.safetensors` (bit-packed masks, kept indices).
+`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,52 @@ class Mask:
 
 
 @dataclass(frozen=True, eq=False)
+class Place:
+    """A place of the residual stream after slicing (arXiv:2401.15024): D directions before, W after.
+
+    Attributes:
+        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None where a plan was read
+            from a checkpoint, which keeps its bases in its weights alone.
+        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None where nothing is removed.
+        width, of: W and D.
+        form: of the residual connection that leads here, see `runtime.Skip`.
+        skip: its parameters, by their names there.
+    """
+
+    basis_DW: Tensor | None
+    spectrum_D: Tensor | None
+    width: int
+    of: int
+    form: int | str | None = None
+    skip: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def kept_energy(self) -> float:
+        """The share of the mean square that the kept directions hold."""
+        return 1.0 if self.spectrum_D is None else float(self.spectrum_D[: self.width].sum() / self.spectrum_D.sum())
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the basis: the name of the weights that follow from it."""
+        return None if self.basis_DW is None else hashlib.sha256(self.basis_DW.contiguous().cpu().numpy().data).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into plan.json."""
+        return {"width": self.width, "of": self.of, "skip": self.form, "kept_energy": self.kept_energy, "sha256": self.sha256}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a plan on its own holds more than the spectrum."""
+        tensors = {f"skip.{name}": tensor.contiguous() for name, tensor in self.skip.items()}
+        return tensors if self.basis_DW is None else {**tensors, "basis": self.basis_DW.contiguous()}
+
+    @staticmethod
+    def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Place:
+        """The inverse of `summary` and `tensors`."""
+        skip = {name.removeprefix("skip."): tensor for name, tensor in tensors.items() if name.startswith("skip.")}
+        return Place(tensors.get("basis"), tensors.get("spectrum"), summary["width"], summary["of"], summary["skip"], skip)
+
+
+@dataclass(frozen=True, eq=False)
 class BlockPlan:
     """What happens to one block.
 
@@ -61,37 +109,55 @@ class BlockPlan:
         masks: canonical matrix name -> its mask.
         keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads).
         of: space -> how many there were.
+        places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it
+            `leave`s. What leaves one block enters the next.
     """
 
     index: int
     masks: Mapping[str, Mask] = field(default_factory=dict)
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     of: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What goes into plan.safetensors."""
+        """What the plan.safetensors of a checkpoint holds."""
         prefix = f"blocks.{self.index}."
         masks = {f"{prefix}{name}.mask": mask.bits for name, mask in self.masks.items()}
-        return masks | {f"{prefix}{space}.keep": indices for space, indices in self.keep.items()}
+        keep = {f"{prefix}{space}.keep": indices for space, indices in self.keep.items()}
+        return masks | keep | {f"{prefix}{name}.spectrum": place.spectrum_D for name, place in self._own_places() if place.spectrum_D is not None}
+
+    def bases(self) -> dict[str, Tensor]:
+        """What a plan on its own holds besides: large, and in another form in the weights of a checkpoint."""
+        return {f"blocks.{self.index}.{name}.{key}": tensor for name, place in self._own_places() for key, tensor in place.tensors().items()}
+
+    def _own_places(self) -> list[tuple[str, Place]]:
+        return [(name, place) for name, place in self.places.items() if name != "enter" or self.index == 0]
 
     def summary(self) -> dict[str, Any]:
         """What goes into plan.json."""
         masks = {name: {"shape": list(mask.shape), "removed": mask.removed} for name, mask in self.masks.items()}
         keep = {space: {"kept": len(indices), "of": self.of[space]} for space, indices in self.keep.items()}
-        return {"index": self.index, "masks": masks, "keep": keep}
+        places = {name: place.summary() for name, place in self.places.items()}
+        return {"index": self.index, "masks": masks, "keep": keep} | ({"places": places} if places else {})
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
-        """The inverse of `summary` and `tensors`."""
-        prefix = f"blocks.{summary['index']}."
+        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the block before."""
+        index: int = summary["index"]
+        prefix = f"blocks.{index}."
         masks = {name: Mask((m["shape"][0], m["shape"][1]), tensors[f"{prefix}{name}.mask"]) for name, m in summary["masks"].items()}
         keep = {space: tensors[f"{prefix}{space}.keep"] for space in summary["keep"]}
-        return BlockPlan(summary["index"], masks, keep, {space: k["of"] for space, k in summary["keep"].items()})
+        places = {}
+        for name, content in summary.get("places", {}).items():
+            start = f"blocks.{index - 1}.leave." if name == "enter" and index else f"{prefix}{name}."
+            own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+            places[name] = Place.read(content, own if start.startswith(prefix) else {k: own[k] for k in ("basis", "spectrum") if k in own})
+        return BlockPlan(index, masks, keep, {space: k["of"] for space, k in summary["keep"].items()}, places)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPlan) or self.summary() != other.summary():
             return False
-        mine, theirs = self.tensors(), other.tensors()
+        mine, theirs = self.tensors() | self.bases(), other.tensors() | other.bases()
         return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     __hash__ = None  # type: ignore[assignment]
@@ -100,8 +166,10 @@ class BlockPlan:
         """What both keep.
 
         Raises:
-            SecateurError: nothing of a space would be left.
+            SecateurError: nothing of a space would be left, or one of them rotates the residual stream.
         """
+        if self.places or other.places:
+            raise SecateurError("a plan that rotates the residual stream cannot be merged: prune its result with the other method instead")
         masks = dict(self.masks)
         for name, mask in other.masks.items():
             masks[name] = Mask(mask.shape, mask.bits & masks[name].bits) if name in masks else mask
@@ -123,6 +191,11 @@ class Plan:
     settings: Mapping[str, Any]
     blocks: tuple[BlockPlan, ...]
 
+    @property
+    def rotates(self) -> bool:
+        """Whether it rotates the residual stream."""
+        return any(block.places for block in self.blocks)
+
     def merge(self, other: Plan) -> Plan:
         """The plan that keeps what both keep.
 
@@ -137,7 +210,7 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write `plan.json` and, where there are tensors, `plan.safetensors`."""
         (folder / "plan.json").write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
-        tensors = {name: t.contiguous() for block in self.blocks for name, t in block.tensors().items()}
+        tensors = {name: t.contiguous() for block in self.blocks for name, t in (block.tensors() | block.bases()).items()}
         if tensors:
             (folder / "plan.safetensors").write_bytes(save(tensors))
 

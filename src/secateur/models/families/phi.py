@@ -27,5 +27,9 @@ FAMILY = Family(
         "up": "mlp.fc1",
         "down": "mlp.fc2",
     },
+    attention=("self_attn", "resid_dropout"),
+    mlp=("mlp", "resid_dropout"),
+    centred=True,
+    epsilon="layer_norm_eps",
     refuse=_refuse,
 )

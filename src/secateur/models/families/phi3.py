@@ -19,4 +19,6 @@ FAMILY = Family(
         "up": "mlp.gate_up_proj",
         "down": "mlp.down_proj",
     },
+    attention=("self_attn", "resid_attn_dropout"),
+    mlp=("mlp", "resid_mlp_dropout"),
 )

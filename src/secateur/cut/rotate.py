@@ -1,0 +1,70 @@
+"""The cut of a rotated residual stream: what reads it and what writes it, in the bases of a plan (arXiv:2401.15024, section 3).
+
+With orthonormal columns B of the kept directions, a reader W [O, D] becomes W B, a writer W [D, I] becomes B^T W, an embedding E
+[V, D] becomes E B. Products are in the dtype of the canonical model (float32 or better), the results in the checkpoint's.
+
+Shape letters: D residual, W its width after, V vocabulary, O outputs, I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from secateur.core.errors import SecateurError
+from secateur.models.family import ATTENTION
+from secateur.models.view import BlockView, ModelView, Residual
+from secateur.plan.plan import BlockPlan, Place
+
+_ROWS = 1 << 14
+
+
+def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
+    """A block of the canonical model in the bases of its places; the given one is left as it is."""
+    enter, leave = plan.places["enter"], plan.places["leave"]
+    between = plan.places.get("between")
+    tensors = dict(block.tensors)
+    for path in dict.fromkeys(block.family.matrices.values()):
+        name = next(n for n in block.names if block.family.matrices[n] == path)
+        in_attention = name in ATTENTION
+        if name in block.family.readers:
+            tensors[f"{path}.weight"] = tensors[f"{path}.weight"] @ _basis(enter if in_attention or between is None else between, tensors[f"{path}.weight"])
+        else:
+            basis = _basis(between if in_attention and between is not None else leave, tensors[f"{path}.weight"])
+            for key in (f"{path}.weight", f"{path}.bias"):
+                if key in tensors:
+                    tensors[key] = basis.t() @ tensors[key]
+    places = [place for place in (between, leave) if place is not None]
+    for number, place in enumerate(places):
+        tensors |= {f"skips.{number}.{name}": tensor for name, tensor in place.skip.items()}
+    dims = replace(block.dims, residual=residual_after(plan))
+    return replace(block, dims=dims, tensors={name: tensor.to(block.dtype).contiguous() for name, tensor in tensors.items()})
+
+
+def residual_after(plan: BlockPlan) -> Residual:
+    """The widths of the residual stream as the block sees it after the plan."""
+    enter, between, leave = plan.places["enter"], plan.places.get("between"), plan.places["leave"]
+    if between is None:
+        end = (enter.width, leave.width)
+        return Residual(end, end, (leave.form,))
+    return Residual((enter.width, between.width), (between.width, leave.width), (between.form, leave.form))
+
+
+def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tensor:
+    """A tensor outside the blocks of the canonical model: embeddings in the first basis, the head in the last."""
+    tensor = view.source.read(name)
+    if tensor.dim() == 2:
+        basis = _basis(first if name.rpartition(".")[0] in view.family.embeddings else last, tensor)
+        rotated = torch.empty(len(tensor), basis.shape[1], dtype=view.dtype)
+        for start in range(0, len(tensor), _ROWS):
+            rotated[start : start + _ROWS] = tensor[start : start + _ROWS] @ basis
+        return rotated
+    return tensor.to(view.dtype)
+
+
+def _basis(place: Place, like: Tensor) -> Tensor:
+    if place.basis_DW is None:
+        raise SecateurError("this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that checkpoint instead")
+    return place.basis_DW.to(like)

@@ -1,0 +1,209 @@
+"""SliceGPT: the residual stream is rotated to its principal directions, and the weakest are cut off (the representation dimension).
+
+From arXiv:2401.15024, section 3, as both arXiv:2503.04377 and DISP-LLM use it. In canonical form (`models/canonical.py`) a rotation of the residual stream
+changes nothing, since a norm without gain commutes with it. At every place (what enters the first block, what lies between
+attention and MLP, what leaves a block) the directions are the eigenvectors of the second moment of the residual, computed
+in float64 on the already sliced network; all weights that read or write there are rotated and lose the columns or rows of the
+discarded directions. The residual connections then need an adapter Q_prev^T Q_next from one basis to the next.
+
+Width: floor((1 - s) D), rounded down to a multiple of `round`; the sparsity that was reached is 1 - width / D. The head is rotated and not
+sliced unless `slice_head`. Parallel blocks (Phi) have one place and one adapter a block. Norms divide by the original D.
+
+Differences from the authors' code: no mean is subtracted where the model has RMSNorm; the model's own epsilon; each half of a block runs once, not
+twice; and adapters that cost little. The basis inside a kept subspace is free, so each is turned to lie as close to the
+previous one as it can, by the polar factor of the adapter. The adapter is then the identity less a product of rank
+at most D - width, stored as such where that is smaller, and the last one, before an unsliced head, vanishes. The function is
+the same; `adapters=dense` gives the authors' form.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.statistics import SecondMoment
+from secateur.core.errors import SecateurError, UsageError
+from secateur.models.view import Residual
+from secateur.plan.plan import Place
+
+CALIBRATION = "wikitext2"
+DEMO = [{"sparsities": [0.1, 0.2, 0.3, 0.4]}]
+
+
+@dataclass(frozen=True)
+class SliceGPT:
+    """Options.
+
+    Attributes:
+        round: widths are multiples of this (at least one multiple is left).
+        energy: instead of --sparsity: at every place, the smallest width that keeps this share of the mean square.
+        signal: what the directions are computed from: `residual` (the authors' code), or `normed`, every token divided by its root
+            mean square (the paper's text), so that a few tokens of large norm do not decide.
+        slice_head: slice what enters the head too.
+        orientation: the basis inside the first kept subspace: `pca`, or `random` (seeded; it spreads outliers over all features).
+        adapters: `aligned`, or `dense` (the authors' form).
+    """
+
+    round: int = 8
+    energy: float = 0.0
+    signal: str = "residual"
+    slice_head: bool = False
+    orientation: str = "pca"
+    adapters: str = "aligned"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("signal", ("residual", "normed")), ("orientation", ("pca", "random")), ("adapters", ("aligned", "dense"))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"slicegpt: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
+        if self.round < 1:
+            raise UsageError(f"slicegpt: round is {self.round}; widths are multiples of it, so it is at least 1")
+        if not 0 <= self.energy < 1:
+            raise UsageError(f"slicegpt: energy {self.energy:g} is outside (0, 1): it is the share of the mean square to keep, as in 0.99")
+
+    @property
+    def implied_sparsity(self) -> bool:
+        """Whether the widths follow from something else than --sparsity."""
+        return self.energy > 0
+
+
+def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
+    """The width of a place: floor((1 - s) D) rounded down to a multiple; D at s = 0.
+
+    Raises:
+        UsageError: nothing would be left.
+    """
+    if sparsity == 0:
+        return hidden
+    width = math.floor((1 - sparsity) * hidden + 1e-9) // options.round * options.round
+    if width == 0:
+        raise UsageError(
+            f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down to a multiple of {options.round}: 0; "
+            f"use at most --sparsity {1 - options.round / hidden:.4g}, or a smaller --set round=N"
+        )
+    return width
+
+
+def new_moment(hidden: int, device: torch.device, options: SliceGPT) -> SecondMoment:
+    """What the driver collects at every place."""
+    return SecondMoment(hidden, device, normed=options.signal == "normed")
+
+
+def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, options: SliceGPT, seed: int) -> Place:
+    """The directions to keep at one place.
+
+    Args:
+        moment: of the residual there, in the already sliced network.
+        before: the place that the residual connection comes from; None at the first.
+        sparsity: the fraction of the width to remove, 0 with `energy`.
+        options: the method's.
+        seed: of `orientation=random`.
+
+    Raises:
+        SecateurError: there are fewer tokens than directions to keep, or the residual is zero.
+    """
+    value_D, vector_DD = torch.linalg.eigh(moment.sum_II / moment.tokens)
+    spectrum_D = value_D.flip(0).clamp(min=0).cpu()
+    if not spectrum_D[0] > 0:
+        raise SecateurError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
+    width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
+    if moment.tokens < width:
+        raise SecateurError(
+            f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions that are to be kept: "
+            f"give at least {width} tokens (--samples times --seqlen)"
+        )
+    basis_DW = _fix_signs(vector_DD.flip(1)[:, :width])
+    if before is None and options.orientation == "random":
+        basis_DW = basis_DW @ _random_rotation(width, seed).to(basis_DW)
+    return _joined(Place(basis_DW, spectrum_D, width, len(spectrum_D)), before, options)
+
+
+def last_place(before: Place, options: SliceGPT) -> Place:
+    """What leaves the last block where the head is not sliced: all directions, those kept before them first, so that the adapter vanishes."""
+    basis_DW = before.basis_DW
+    assert basis_DW is not None
+    hidden, width = basis_DW.shape
+    everything_DD = torch.linalg.qr(basis_DW, mode="complete").Q
+    whole = Place(torch.cat([basis_DW, everything_DD[:, width:]], 1), None, hidden, hidden)
+    return replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()}) if options.adapters == "dense" else whole
+
+
+def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
+    """The smallest multiple of `round` that keeps the share `energy`; all of them where D is no multiple."""
+    kept_D = spectrum_D.cumsum(0) / spectrum_D.sum()
+    needed = int(torch.searchsorted(kept_D, options.energy)) + 1
+    return min(len(spectrum_D), -(-needed // options.round) * options.round)
+
+
+def skip_form(inputs: int, outputs: int, hidden: int) -> int | str:
+    """The smaller form of an aligned adapter: the rank of its distance from the identity, or `dense`, by count."""
+    rank = hidden - min(inputs, outputs)
+    factors = rank * inputs if inputs == outputs else rank * (inputs + outputs)
+    return rank if factors < inputs * outputs else "dense"
+
+
+def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options: SliceGPT) -> list[Residual]:
+    """The widths of all blocks at a sparsity, known from shapes alone (not with `energy`)."""
+    width = width_after(hidden, sparsity, options)
+    inside = "dense" if options.adapters == "dense" else skip_form(width, width, hidden)
+    found = []
+    for index in range(blocks):
+        whole = index == blocks - 1 and not options.slice_head
+        out, last = (hidden, "dense" if options.adapters == "dense" else None) if whole else (width, inside)
+        found.append(Residual((width, out), (width, out), (last,)) if parallel else Residual((width, width), (width, out), (inside, last)))
+    return found
+
+
+def _joined(place: Place, before: Place | None, options: SliceGPT) -> Place:
+    """The place with its basis turned towards the one before, and the adapter between them."""
+    if before is None:
+        return place
+    if options.adapters == "dense":
+        return replace(place, form="dense", skip={"weight": _fresh(before, place).t()})
+    assert before.basis_DW is not None
+    assert place.basis_DW is not None
+    hidden, inputs = before.basis_DW.shape
+    outputs = place.width
+    adapter_IO = before.basis_DW.t() @ place.basis_DW
+    identity_IO = torch.eye(inputs, outputs).to(adapter_IO)
+    left_OO, _, right_OO = torch.linalg.svd(adapter_IO.t() @ identity_IO)
+    turn_OO = left_OO @ right_OO  # the polar factor: of all rotations it brings the adapter closest to the identity
+    place = replace(place, basis_DW=place.basis_DW @ turn_OO)
+    adapter_IO = adapter_IO @ turn_OO
+    form = skip_form(inputs, outputs, hidden)
+    if form == "dense":
+        return replace(place, form=form, skip={"weight": adapter_IO.t()})
+    assert isinstance(form, int)
+    return replace(place, form=form, skip=_factors(identity_IO - adapter_IO, form))
+
+
+def _factors(distance_IO: Tensor, rank: int) -> dict[str, Tensor]:
+    """The identity less an aligned adapter, which has at most this rank, as a product; between equal widths it is symmetric and one factor serves."""
+    if distance_IO.shape[0] == distance_IO.shape[1]:
+        value_I, vector_II = torch.linalg.eigh((distance_IO + distance_IO.t()) / 2)
+        return {"left": vector_II[:, -rank:] * value_I[-rank:].clamp(min=0).sqrt()}
+    left, value, right = torch.linalg.svd(distance_IO, full_matrices=False)
+    root = value[:rank].sqrt()
+    return {"left": left[:, :rank] * root, "right": right[:rank].t() * root}
+
+
+def _fresh(before: Place, place: Place) -> Tensor:
+    assert before.basis_DW is not None
+    assert place.basis_DW is not None
+    return before.basis_DW.t() @ place.basis_DW
+
+
+def _fix_signs(vector_DW: Tensor) -> Tensor:
+    """Eigenvectors are known up to their sign: the entry of largest size is made positive, so that libraries agree."""
+    largest_W = vector_DW.abs().argmax(0)
+    return vector_DW * vector_DW.gather(0, largest_W[None]).sign()
+
+
+def _random_rotation(width: int, seed: int) -> Tensor:
+    """A rotation drawn uniformly: the Q of a Gaussian matrix, with the signs that make it so."""
+    gaussian = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    q, r = torch.linalg.qr(gaussian)
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation

@@ -1,0 +1,128 @@
+"""A model in canonical form: the same function with norms that only divide, so that its residual stream may be rotated (arXiv:2401.15024, section 3).
+
+    norm_g,b(x) W^T + c  =  unit(x) (W diag(g))^T + (c + W b)        gains and biases go into what reads the norm
+    unit(x - mean(x))    with the mean taken off everything that writes to the residual, where the norm is a LayerNorm
+
+A canonical model is a model of the runtime at full width, so that whatever runs, saves or loads pruned models does so with this one.
+The head is untied: it takes up the gain of the final norm, the embedding does not.
+
+Shape letters: D residual, V vocabulary, P positions, O outputs, I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from secateur.core.errors import SecateurError
+from secateur.core.numbers import at_least_float32
+from secateur.models.load import build_skeleton
+from secateur.models.pruned_config import pruned_config
+from secateur.models.view import ModelView, Residual
+
+
+def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
+    """The model in canonical form: tensors are computed when they are read, in float32 or better.
+
+    Args:
+        view: a stock model, or a pruned one whose residual stream is whole.
+        dtype: of the weights that a cut of it gives.
+
+    Raises:
+        SecateurError: the residual stream is already rotated.
+    """
+    hidden = int(view.config.hidden_size)
+    if view.dims(0).residual is not None:
+        raise SecateurError(f"{view.name}: its residual stream is already rotated and sliced; slice the original model, at a higher sparsity")
+    whole = Residual((hidden, hidden), (hidden, hidden), (None,) * len(view.family.norms))
+    dims = [replace(view.dims(index), residual=whole) for index in range(view.blocks)]
+    content = pruned_config({**view.raw_config, "tie_word_embeddings": False, "pruned_residual": _description(view)}, view.family, dims, stock=False)
+    config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
+    return replace(view, config=config, raw_config=content, source=CanonicalSource(view, shapes), dtype=dtype)
+
+
+def _description(view: ModelView) -> dict[str, Any]:
+    """`pruned_residual` of config.json, but for the widths at its ends."""
+    family, stored = view.family, set(view.source.names())
+    epsilon = getattr(view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon
+    return {
+        "embeddings": list(family.embeddings),
+        "final_norm": family.final_norm,
+        "head": family.head,
+        "norms": list(family.norms),
+        "attention": list(family.attention),
+        "mlp": list(family.mlp),
+        "matrices": dict(family.matrices),
+        "epsilon": float(epsilon),
+        "reader_bias": f"{view.block_prefix(0)}{family.norms[0]}.bias" in stored,
+        "head_bias": bool({f"{family.final_norm}.bias", f"{family.head}.bias"} & stored),
+    }
+
+
+@dataclass(frozen=True)
+class CanonicalSource:
+    """The tensors of the canonical form, computed from those of a view when they are read. A `TensorSource`.
+
+    Attributes:
+        view: the model as it is.
+        shapes: the tensors of the canonical model, in its order.
+    """
+
+    view: ModelView
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def names(self) -> list[str]:
+        """Every tensor of the canonical model."""
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, without computing it."""
+        return self.shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, float32 or better. It may share memory with the original and is not to be written to."""
+        family = self.view.family
+        path, _, kind = name.rpartition(".")
+        prefix = f"{family.blocks}."
+        if path.startswith(prefix):
+            index, _, inside = path.removeprefix(prefix).partition(".")
+            matrix = next((m for m, p in family.matrices.items() if p == inside), None)
+            if matrix is None:  # a norm over the width of a head
+                return self._stored(name)
+            return self._reader(path, kind, f"{prefix}{index}.{family.norm_of(matrix)}") if matrix in family.readers else self._writer(path, kind)
+        if path == family.head:
+            return self._reader(path, kind, family.final_norm)
+        return self._embedding(name) if path in family.embeddings else self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
+        return at_least_float32(self.view.source.read(name))
+
+    def _optional(self, name: str) -> Tensor | None:
+        return self._stored(name) if name in self.view.source.names() else None
+
+    def _reader(self, path: str, kind: str, norm: str) -> Tensor:
+        """The weight or bias of something that reads through a norm."""
+        weight, gain = self._optional(f"{path}.weight"), self._optional(f"{norm}.weight")
+        weight_OI = self._stored(f"{self.view.family.embeddings[0]}.weight") if weight is None else weight  # a tied head
+        if kind == "weight":
+            return weight_OI if gain is None else weight_OI * gain
+        bias_O, shift_I = self._optional(f"{path}.bias"), self._optional(f"{norm}.bias")
+        if shift_I is None:
+            assert bias_O is not None, "the canonical model has a bias because the stock one has it, or its norm"
+            return bias_O
+        return weight_OI @ shift_I if bias_O is None else bias_O + weight_OI @ shift_I
+
+    def _writer(self, path: str, kind: str) -> Tensor:
+        """The weight or bias of something that writes to the residual: along the outputs, which come first, the mean goes."""
+        tensor = self._stored(f"{path}.{kind}")
+        return tensor - tensor.mean(0) if self.view.family.centred else tensor
+
+    def _embedding(self, name: str) -> Tensor:
+        table_VD = self._stored(name)
+        return table_VD - table_VD.mean(1, keepdim=True) if self.view.family.centred else table_VD
