@@ -19,24 +19,25 @@ from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
 PATTERNS = ("unstructured", "2:4", "rows", "columns")
 
 
-def _takes(method: str, pattern: str) -> bool:
-    return "pattern" in find_method(method).options_class.__dataclass_fields__ or pattern == "unstructured"
+def _patterns(method: str) -> tuple[str | None, ...]:
+    return PATTERNS if "pattern" in find_method(method).options_class.__dataclass_fields__ else (None,)
 
 
-CASES = [(m, p) for m in method_names() for p in PATTERNS if _takes(m, p)]
-WIDE = [case for case in CASES if parse_pattern(case[1]).structured]
+CASES = [(m, p) for m in method_names() for p in _patterns(m)]
+WIDE = [(m, p) for m, p in CASES if p is not None and parse_pattern(p).structured]
 
 
-def _sparsity(pattern: str) -> float | None:
-    return None if ":" in pattern else 0.5
+def _asked(pattern: str | None) -> dict[str, Any]:
+    """The keywords that ask for a pattern, at a sparsity that goes with it."""
+    return ({} if pattern is None else {"pattern": pattern}) | ({} if ":" in (pattern or "") else {"sparsity": 0.5})
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_planning_leaves_the_model_as_it_is(method: str, pattern: str, model_type: str, windows: torch.Tensor) -> None:
+def test_planning_leaves_the_model_as_it_is(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
     model = tiny_model(model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = api.plan(model, method, windows, sparsity=_sparsity(pattern), pattern=pattern)
+    plan = api.plan(model, method, windows, **_asked(pattern))
     pruned = api.cut(model, plan)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not torch.equal(pruned(some_ids()).logits, model(some_ids()).logits)
@@ -52,25 +53,25 @@ def test_sparsity_zero_is_the_identity(method: str, model_type: str, windows: to
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_the_same_seed_gives_the_same_plan(method: str, pattern: str, model_type: str, windows: torch.Tensor) -> None:
+def test_the_same_seed_gives_the_same_plan(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
     model = tiny_model(model_type)
-    first, second = (api.plan(model, method, windows, sparsity=_sparsity(pattern), pattern=pattern) for _ in range(2))
+    first, second = (api.plan(model, method, windows, **_asked(pattern)) for _ in range(2))
     assert first == second
-    other = api.plan(tiny_model(model_type, seed=9), method, windows, sparsity=_sparsity(pattern), pattern=pattern)
+    other = api.plan(tiny_model(model_type, seed=9), method, windows, **_asked(pattern))
     assert first.blocks != other.blocks
 
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_plans_round_trip(method: str, pattern: str, model_type: str, windows: torch.Tensor, tmp_path: Path) -> None:
-    plan = api.plan(tiny_model(model_type), method, windows, sparsity=_sparsity(pattern), pattern=pattern)
+def test_plans_round_trip(method: str, pattern: str | None, model_type: str, windows: torch.Tensor, tmp_path: Path) -> None:
+    plan = api.plan(tiny_model(model_type), method, windows, **_asked(pattern))
     plan.save(tmp_path)
     assert api.read_plan(tmp_path) == plan
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), WIDE)
-def test_cutting_equals_masking(method: str, pattern: str, model_type: str, windows: torch.Tensor) -> None:
+def test_cutting_equals_masking(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
     """Removed units and units whose output is zeroed give the same logits."""
     model = tiny_model(model_type, dtype=torch.float64)
     plan = api.plan(model, method, windows, sparsity=0.5, pattern=pattern)
@@ -92,13 +93,13 @@ def test_cutting_equals_masking(method: str, pattern: str, model_type: str, wind
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
-    method: str, pattern: str, model_type: str, dtype: torch.dtype, saved: Callable[..., Path], ids_file: str, windows: torch.Tensor, tmp_path: Path
+    method: str, pattern: str | None, model_type: str, dtype: torch.dtype, saved: Callable[..., Path], ids_file: str, windows: torch.Tensor, tmp_path: Path
 ) -> None:
     dense = saved(model_type, dtype=dtype)
-    request = api.Request(str(dense), method, sparsity=_sparsity(pattern), pattern=pattern, calibration=ids_file)
+    request = api.Request(str(dense), method, **_asked(pattern), calibration=ids_file)
     record = api.prune(request, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    expected = api.cut(model, api.plan(model, method, windows, sparsity=_sparsity(pattern), pattern=pattern, dtype=torch.float32)).state_dict()
+    expected = api.cut(model, api.plan(model, method, windows, **_asked(pattern), dtype=torch.float32)).state_dict()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reloaded.dtype == dtype
     assert expected.keys() == reloaded.state_dict().keys()
@@ -114,11 +115,11 @@ def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    method: str, pattern: str, model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, pattern: str | None, model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from secateur.models.save import CheckpointWriter
 
-    request = api.Request(str(saved(model_type)), method, sparsity=_sparsity(pattern), pattern=pattern, calibration=ids_file)
+    request = api.Request(str(saved(model_type)), method, **_asked(pattern), calibration=ids_file)
     api.prune(request, tmp_path / "whole")
     write = CheckpointWriter.write
 
