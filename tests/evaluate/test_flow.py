@@ -253,6 +253,16 @@ def test_a_tensor_that_the_family_does_not_know_is_counted_as_other(monkeypatch:
     assert (other.parameters(), other.touched, flow.parameters()) == (35, False, view.parameters())
 
 
+def test_norms_without_a_gain_have_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = api.view_model(tiny_model("llama"))
+    assert isinstance(view.source, api.ModelSource)
+    for name in [name for name in view.source.names() if "norm" in name]:
+        monkeypatch.delitem(view.source.tensors, name)  # type: ignore[arg-type]
+    flow = activation_flow(view)
+    assert flow.parameters() == view.parameters()
+    assert {found.kind for found in flow.maps} == {"lookup", "product"}
+
+
 def run(*args: object) -> tuple[int, str, str]:
     result = CliRunner().invoke(app, [str(a) for a in args])
     assert "Traceback" not in result.output

@@ -168,11 +168,12 @@ class _Shapes:
     def block(self, index: int) -> list[Map]:
         """The maps of one block, in the order in which a token meets them."""
         names = ("norm",) if self.family.parallel else ("norm_attention", "norm_mlp")
-        first, *second = (self._norm(name, path, "d", index) for name, path in zip(names, self.family.norms, strict=True))
-        heads = [self._norm(_last(path), path, "k", index) for path in self.family.head_norms if self._has(path, index)]
+        norms = [self._norm(name, path, "d", index) for name, path in zip(names, self.family.norms, strict=True)]
+        heads = [found for path in self.family.head_norms for found in self._norm(_last(path), path, "k", index)]
         matrices = {found.name: found for path in dict.fromkeys(self.family.matrices.values()) for found in self._parts(path, index)}
         mlp = [matrices[name] for name in MLP if name in matrices]
-        return [first, matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"], *second, *mlp]
+        second = norms[1] if len(norms) > 1 else []
+        return [*norms[0], matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"], *second, *mlp]
 
     def end(self) -> list[Map]:
         """The final norm and the head."""
@@ -182,18 +183,19 @@ class _Shapes:
         else:
             vocabulary, width = self.view.source.shape(f"{self.family.embeddings[0]}.weight")
             found = Map("head", head, "product", (Axis("d", width), Axis("V", vocabulary)), self._bias(head, "V"), tied=True)
-        return [self._map("norm_final", self.family.final_norm, "scale", ("d",)), found]
+        norm = [self._map("norm_final", self.family.final_norm, "scale", ("d",))] if f"{self.family.final_norm}.weight" in self.unclaimed else []
+        return [*norm, found]
 
     def others(self) -> list[Map]:
         """Tensors that the family does not describe: counted, in their own sizes, as not touched by d."""
         return [Map("other", name, "other", tuple(Axis(str(size), size) for size in shape)) for name, shape in self.unclaimed.items()]
 
-    def _has(self, path: str, index: int) -> bool:
-        return f"{self.view.block_prefix(index)}{path}.weight" in self.unclaimed
-
-    def _norm(self, name: str, path: str, symbol: str, index: int) -> Map:
-        found = self._map(name, self.view.block_prefix(index) + path, "scale", (symbol,))
-        return replace(found, module=path, blocks=(index,))
+    def _norm(self, name: str, path: str, symbol: str, index: int) -> list[Map]:
+        """One map, or none: not every model has norms inside heads, and a norm need not have a gain."""
+        module = self.view.block_prefix(index) + path
+        if f"{module}.weight" not in self.unclaimed:
+            return []
+        return [replace(self._map(name, module, "scale", (symbol,)), module=path, blocks=(index,))]
 
     def _parts(self, path: str, index: int) -> list[Map]:
         """The matrices of one module of a block: several where it is fused, their rows stacked."""
