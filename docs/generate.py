@@ -1,17 +1,23 @@
-"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the table of protocols."""
+"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the table of protocols, the example of
+the activation flow."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import re
 from pathlib import Path
 
+from rich.console import Console
 from typer.main import get_command
 
 from secateur.cli import app
+from secateur.evaluate.flow import inspect_flow
 from secateur.evaluate.protocols import PROTOCOLS
 from secateur.methods import Method, find_method, method_names
+from secateur.report.flow_plot import flow_picture
+from secateur.terminal import flow_tables
 
 
 def method_page(method: Method) -> str:
@@ -63,13 +69,24 @@ def protocols_table() -> str:
     return heading + "\n".join(rows) + "\n"
 
 
+def flow_example() -> tuple[str, bytes]:
+    """What `secateur inspect bundled --flow --plot flow.png` prints and draws."""
+    flow, text = inspect_flow("bundled"), io.StringIO()
+    console = Console(file=text, width=110)
+    for part in flow_tables(flow.record()):
+        console.print(part)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n", flow_picture(flow).png
+
+
 def write_pages(folder: Path) -> None:
     """All of them, into a folder that is not in the repository."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     names = method_names()
+    table, picture = flow_example()
     pages = {"methods/index.md": methods_index(names), "cli.md": cli_page(), "protocols.md": protocols_table()}
-    pages |= {f"methods/{name}.md": method_page(find_method(name)) for name in names}
+    pages |= {"flow.txt": table} | {f"methods/{name}.md": method_page(find_method(name)) for name in names}
     for path, text in pages.items():
         file = folder / path
         if not file.is_file() or file.read_text("utf-8") != text:
             file.write_text(text, "utf-8")
+    (folder / "flow.png").write_bytes(picture)

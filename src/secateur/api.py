@@ -19,6 +19,7 @@ from secateur.cut import cut_block, cut_outer
 from secateur.driver import make_job, pruned_blocks
 from secateur.evaluate.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
+from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.size import inspect
 from secateur.methods import find_method
 from secateur.models.canonical import canonical_view
@@ -33,6 +34,7 @@ from secateur.prune import Request, prepare, prune, read_windows
 
 __all__ = [
     "EvalRequest",
+    "Flow",
     "Plan",
     "Request",
     "SecateurError",
@@ -41,7 +43,9 @@ __all__ = [
     "estimate",
     "evaluate",
     "inspect",
+    "inspect_flow",
     "plan",
+    "plot_flow",
     "prepare",
     "prune",
     "read_plan",
@@ -159,6 +163,13 @@ def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pr
     from secateur.report import html  # matplotlib takes a second, which the other commands need not wait for
 
     return html.write_report(found, out, title=title)
+
+
+def plot_flow(flow: Flow, out: Path) -> None:
+    """Draw where the parameters and FLOPs of a model are, and what a narrower residual stream leaves of them, as a PNG file."""
+    from secateur.report import flow_plot
+
+    flow_plot.write_flow(flow, out)
 
 
 def sweep(

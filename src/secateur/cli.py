@@ -171,10 +171,23 @@ def sweep(
 
 
 @app.command()
-def inspect(model: Model, revision: Revision = None, json: Json = False, debug: Debug = False) -> None:
+def inspect(
+    model: Model,
+    flow: Annotated[bool, typer.Option("--flow", help="Every linear map in terms of the model's widths; parameters and FLOPs as functions of s.")] = False,
+    context: Annotated[int | None, typer.Option(help="With --flow: the positions attention looks at. Default: min(2048, the model's maximum).")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --flow: draw it.")] = None,
+    revision: Revision = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Say what was removed, block by block; parameters, bytes, FLOPs."""
 
     def run() -> None:
+        if flow:
+            _flow(model, revision, context, plot, json)
+            return
+        if context is not None or plot is not None:
+            raise UsageError(f"{'--plot' if plot else '--context'} belongs to --flow: add it")
         record = _api().inspect(model, revision)
         if json:
             _print(record, json)
@@ -184,6 +197,22 @@ def inspect(model: Model, revision: Revision = None, json: Json = False, debug: 
             _show(inspect_table(record))
 
     _guard(run, debug)
+
+
+def _flow(model: str, revision: str | None, context: int | None, plot: Path | None, json: bool) -> None:
+    found = _api().inspect_flow(model, revision, context)
+    record = found.record()
+    if plot is not None:
+        _api().plot_flow(found, plot)
+        _tell(str(plot))
+        record["plot"] = str(plot)
+    if json:
+        _print(record, json)
+        return
+    from secateur.terminal import flow_tables
+
+    for part in flow_tables(record):
+        _show(part)
 
 
 @app.command()

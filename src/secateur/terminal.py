@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from secateur.core.records import Record
+from secateur.evaluate.flow import ranges
 
 _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version")
 
@@ -61,6 +63,70 @@ def inspect_table(record: Record) -> Table:
         shares = (f"{100 * block['matrices'][name]['sparsity']:.0f}%" for name in names)
         table.add_row(str(block["index"]), str(block["heads"]), str(block["groups"]), str(block["ffn"]), f"{block['parameters']:,}", *shares)
     return table
+
+
+def flow_tables(record: Record) -> list[Table | str]:
+    """What `inspect --flow` found: the linear maps, the share that the residual width touches, and what is left of them by sparsity."""
+    touched, attention, formula, total, flops = (record[key] for key in ("touched", "attention", "formula", "parameters", "flops_per_token"))
+    keys = ", ".join(f"{product['keys']:,}" for product in attention["products"])
+    by_d, flops_by_d = f"{touched['parameters']:,} of {total:,} parameters", f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token"
+    return [
+        _maps_table(record),
+        f"d touches {by_d} ({touched['parameters_share']:.2%}) and {flops_by_d} ({touched['flops_share']:.2%}).",
+        f"Attention's products at {attention['context']:,} positions (keys: {keys}) are {attention['flops_per_token']:,} FLOPs per token more, which d does "
+        f"not touch: with them its share is {touched['flops_share_with_attention']:.2%}.",
+        _sparsities_table(record, "parameters", ("adapter_parameters", "untied_parameters")),
+        f"parameters = {formula['parameters']}, adapters = {formula['adapter_parameters']}",
+        _sparsities_table(record, "flops_per_token", ("adapter_flops_per_token",)),
+        f"FLOPs = {formula['flops_per_token']}, adapters = {formula['adapter_flops_per_token']}",
+        "sliced: with what SliceGPT adds, as its authors store it. Formulas hold where (1 - s)d is whole; it is rounded down.",
+    ]
+
+
+def _maps_table(record: Record) -> Table:
+    widths = ", ".join(f"{letter} {_range(value)}" for letter, value in record["symbols"].items())
+    caption = "inputs x outputs; all blocks together; by s: what weights are multiplied by where d becomes (1 - s)d"
+    table = Table(title=escape(f"{record['model']}: {widths}"), caption=caption, padding=(0, 0))
+    for heading in ("map", "in the model", "shape", "size", "blocks"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "map")
+    _number_columns(table, "parameters", "FLOPs/token", "by s")
+    for found in record["flow"]:
+        rows = f" [{found['rows'][0]}:{found['rows'][1]}]" if found["rows"] else ""
+        size = " x ".join(str(side) for side in found["size"])
+        parameters = "tied" if found["tied"] and not found["parameters"] else f"{found['parameters']:,}"
+        place = (found["name"], escape(found["module"].rpartition(".")[2] + rows), found["shape"], size, ranges(found["blocks"]))
+        table.add_row(*place, parameters, f"{found['flops_per_token']:,}", found["scales"])
+    return table
+
+
+def _range(value: int | list[int]) -> str:
+    several = [value] if isinstance(value, int) else value
+    return f"{min(several):,}" if min(several) == max(several) else f"{min(several):,} to {max(several):,}"
+
+
+def _sparsities_table(record: Record, what: str, added: Sequence[str]) -> Table:
+    """`what` is left by sparsity, and with what SliceGPT adds; a column of zeros alone is left out."""
+    added = [key for key in added if any(point[key] for point in record["by_sparsity"])]
+    words = {"adapter_parameters": "adapters", "adapter_flops_per_token": "adapters", "untied_parameters": "untied head"}
+    table = Table(title=f"{what.replace('flops_per_token', 'FLOPs per token')} by s", padding=(0, 0))
+    _number_columns(table, "s", "d", "model", "left", *(words[key] for key in added), "sliced", "left")
+    for point in record["by_sparsity"]:
+        plain, sliced, whole = point[what], point[f"sliced_{what}"], record[what]
+        table.add_row(
+            f"{point['sparsity']:g}",
+            str(point["width"]),
+            f"{plain:,}",
+            f"{plain / whole:.1%}",
+            *(f"{point[key]:,}" for key in added),
+            f"{sliced:,}",
+            f"{sliced / whole:.1%}",
+        )
+    return table
+
+
+def _number_columns(table: Table, *headings: str) -> None:
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
 
 
 def _text(value: Any) -> str:
