@@ -17,6 +17,7 @@ from secateur.calibrate.statistics import Statistics
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.memory import give_back
+from secateur.core.progress import say
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.methods import Method
@@ -154,6 +155,8 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
     each half of a block runs once, and its second moment is summed as it goes by.
     """
     view, halves = job.view, len(job.view.family.norms)
+    if notice := job.method.module.rounding_notice(view.config.hidden_size, job.sparsity, job.options):
+        say(notice)
     enter: Place | None = None
     for index in range(view.blocks):
         done = finished(index)

@@ -130,6 +130,14 @@ def last_place(before: Place, options: SliceGPT) -> Place:
     return replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()}) if options.adapters == "dense" else whole
 
 
+def rounding_notice(hidden: int, sparsity: float, options: SliceGPT) -> str | None:
+    """What to say where rounding the width moved the sparsity by more than 0.02."""
+    width = width_after(hidden, sparsity, options)
+    if sparsity == 0 or abs(1 - width / hidden - sparsity) <= 0.02:
+        return None
+    return f"slicegpt: --sparsity {sparsity:g} becomes {1 - width / hidden:.4g}: {width} of {hidden} directions, a multiple of {options.round} (--set round=N)"
+
+
 def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
     """The smallest multiple of `round` that keeps the share `energy`; all of them where D is no multiple."""
     kept_D = spectrum_D.cumsum(0) / spectrum_D.sum()
@@ -137,9 +145,11 @@ def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
     return min(len(spectrum_D), -(-needed // options.round) * options.round)
 
 
-def skip_form(inputs: int, outputs: int, hidden: int) -> int | str:
-    """The smaller form of an aligned adapter: the rank of its distance from the identity, or `dense`, by count."""
+def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
+    """The smallest form of an aligned adapter: the rank of its distance from the identity, or `dense`, by count; None is the identity."""
     rank = hidden - min(inputs, outputs)
+    if rank == 0:
+        return None
     factors = rank * inputs if inputs == outputs else rank * (inputs + outputs)
     return rank if factors < inputs * outputs else "dense"
 
@@ -173,6 +183,8 @@ def _joined(place: Place, before: Place | None, options: SliceGPT) -> Place:
     place = replace(place, basis_DW=place.basis_DW @ turn_OO)
     adapter_IO = adapter_IO @ turn_OO
     form = skip_form(inputs, outputs, hidden)
+    if form is None:
+        return place
     if form == "dense":
         return replace(place, form=form, skip={"weight": adapter_IO.t()})
     assert isinstance(form, int)
