@@ -1,4 +1,4 @@
-"""Pruned models with unequal widths: cache, generation, padding, round trips, with secateur and without it."""
+"""Pruned models with unequal widths, or a sliced residual stream: cache, generation, padding, round trips, with secateur and without it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def unequal_modules(model_type: str) -> str:
 
 
 @pytest.fixture
-def pruned(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+def unequal(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model whose blocks have unequal heads and feed-forward widths."""
+
     def make(model_type: str, **how: object) -> Path:
         request = api.Request(str(saved(model_type, **how)), "magnitude", modules=unequal_modules(model_type), pattern="rows")
         record = api.prune(request, tmp_path / "pruned")
@@ -37,11 +40,24 @@ def pruned(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(params=["unequal", "sliced", "sliced by spectrum"])
+def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model that no stock class can load."""
+
+    def sliced(model_type: str, **how: object) -> Path:
+        asked: dict[str, Any] = {"sparsity": 0.25} if request.param == "sliced" else {"options": {"energy": 0.9, "round": 1, "slice_head": True}}
+        record = api.prune(api.Request(str(saved(model_type, **how)), "slicegpt", calibration=ids_file, **asked), tmp_path / "pruned")
+        assert not record["stock"]
+        return tmp_path / "pruned"
+
+    return unequal if request.param == "unequal" else sliced
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_widths_differ_and_the_model_equals_the_in_memory_one(pruned: Callable[..., Path], model_type: str, tied: bool, dtype: torch.dtype) -> None:
-    folder = pruned(model_type, tied=tied, dtype=dtype)
+def test_widths_differ_and_the_model_equals_the_in_memory_one(unequal: Callable[..., Path], model_type: str, tied: bool, dtype: torch.dtype) -> None:
+    folder = unequal(model_type, tied=tied, dtype=dtype)
     config = json.loads((folder / "config.json").read_text())
     widths = config["pruned_widths"]
     assert config["model_type"] == f"secateur_{model_type}"
@@ -155,13 +171,13 @@ def test_stock_results_load_without_secateur_and_without_trust(saved: Callable[.
     assert said.split()[0] == type(tiny_model(model_type)).__name__
 
 
-def test_a_stock_class_does_not_half_load_a_pruned_checkpoint(pruned: Callable[..., Path]) -> None:
-    assert AutoConfig.from_pretrained(pruned("llama")).model_type == "secateur_llama"
+def test_a_stock_class_does_not_half_load_a_pruned_checkpoint(unequal: Callable[..., Path]) -> None:
+    assert AutoConfig.from_pretrained(unequal("llama")).model_type == "secateur_llama"
 
 
-def test_fewer_opt_heads_would_be_silently_wrong_without_their_number(pruned: Callable[..., Path]) -> None:
+def test_fewer_opt_heads_would_be_silently_wrong_without_their_number(unequal: Callable[..., Path]) -> None:
     """OPT reshapes by `num_heads`: with the old number, heads fold into time and nothing raises under SDPA. Ours is set."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pruned("opt")).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(unequal("opt")).eval()
     attention = model.model.decoder.layers[0].self_attn
     assert attention.num_heads == attention.q_proj.out_features // attention.head_dim == 2
     right = model(some_ids()).logits

@@ -102,7 +102,7 @@ class Stream:
             for rows, arguments in self._batches(block.index):
                 heard.clear()
                 with suppress(_Stop):
-                    module(self.hidden_STD[rows].to(self.device), **arguments)
+                    module(self._hidden(rows, block.dims.enters), **arguments)
             for hook in hooks:
                 hook.remove()
 
@@ -111,7 +111,7 @@ class Stream:
         """Carry the residual stream through the block, in place."""
         with self._loaded(block) as module:
             for rows, arguments in self._batches(block.index):
-                self.hidden_STD[rows] = module(self.hidden_STD[rows].to(self.device), **arguments)
+                self.hidden_STD[rows, :, : block.dims.leaves] = module(self._hidden(rows, block.dims.enters), **arguments)
 
     @torch.inference_mode()
     def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:
@@ -140,6 +140,10 @@ class Stream:
         for rows in self._slices():
             listener(self.hidden_STD[rows].to(self.device).flatten(0, -2))
 
+    def _hidden(self, rows: slice, width: int) -> Tensor:
+        """The residual of some windows, on the device; a sliced model uses the first features of the buffer."""
+        return self.hidden_STD[rows, :, :width].to(self.device)
+
     def _slices(self) -> Iterator[slice]:
         for start in range(0, len(self._windows), self._batch):
             yield slice(start, min(start + self._batch, len(self._windows)))
@@ -156,7 +160,7 @@ class Stream:
         kept = list(self._blocks)
         for i, recorder in enumerate(recorders):
             self._blocks[i] = recorder
-        inputs = torch.zeros(batch, self._windows.shape[1], self.view.config.hidden_size, dtype=self.dtype, device=self.device)
+        inputs = torch.zeros(batch, self._windows.shape[1], self.view.dims(0).enters, dtype=self.dtype, device=self.device)
         with suppress(_Stop):
             decoder(inputs_embeds=inputs, use_cache=False)
         for i, block in enumerate(kept):
@@ -179,7 +183,7 @@ class Stream:
                 with suppress(_Stop):
                     decoder(inputs_embeds=embedded, use_cache=False)
                 embedded = recorder.hidden
-            self.hidden_STD[rows] = embedded
+            self.hidden_STD[rows, :, : self.view.dims(0).enters] = embedded
         self._blocks[0] = first
 
     def _decoder(self) -> nn.Module:
@@ -196,7 +200,8 @@ class Stream:
 
     def _buffer(self, spill: Path | None) -> Tensor:
         samples, seqlen = self._windows.shape
-        shape = (samples, seqlen, self.view.config.hidden_size)
+        widths = [width for index in range(self.view.blocks) for width in (self.view.dims(index).enters, self.view.dims(index).leaves)]
+        shape = (samples, seqlen, max(widths))
         if spill is None:
             return torch.empty(shape, dtype=self.dtype)
         size = torch.Size(shape).numel() * self.dtype.itemsize

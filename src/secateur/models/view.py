@@ -75,6 +75,16 @@ class BlockDims:
             "down": (mlp_out, self.ffn),
         }[name]
 
+    @property
+    def enters(self) -> int:
+        """The width of the residual where it enters the block."""
+        return self.residual.attention[0] if self.residual else self.hidden
+
+    @property
+    def leaves(self) -> int:
+        """The width of the residual where it leaves the block."""
+        return self.residual.mlp[1] if self.residual else self.hidden
+
     def with_units(self, groups: int, ffn: int) -> BlockDims:
         """The sizes with so many key-value heads, each with its query heads, and feed-forward units."""
         return replace(self, groups=groups, heads=groups * self.queries, ffn=ffn)
