@@ -151,7 +151,9 @@ def test_page_is_self_contained(study: list[dict[str, Any]], tmp_path: Path) -> 
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"<script|<link|@import|url\(|https?://", html)
-    assert [path.relative_to(tmp_path).as_posix() for path in pngs] == [f"report-plots/{name}.png" for name in ("perplexity", "accuracy-cloze", "blocks")]
+    assert [path.relative_to(tmp_path).as_posix() for path in pngs] == [
+        f"report-plots/{name}.png" for name in ("perplexity", "accuracy-cloze", "law-1", "law-2", "blocks")
+    ]
     assert [base64.b64decode(source.split(",")[1]) for source in sources] == [path.read_bytes() for path in pngs]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pngs)
 
@@ -168,7 +170,7 @@ def test_html_is_escaped(study: list[dict[str, Any]], tmp_path: Path) -> None:
 
 def test_same_records_same_bytes(study: list[dict[str, Any]], tmp_path: Path) -> None:
     first = [path.read_bytes() for path in write_report(study, tmp_path / "a" / "report.html")]
-    assert len(first) == 4
+    assert len(first) == 6
     assert first == [path.read_bytes() for path in write_report(study, tmp_path / "b" / "report.html")]
     reread = [json.loads(to_json(record)) for record in study]
     assert first == [path.read_bytes() for path in write_report(reread, tmp_path / "c" / "report.html")]

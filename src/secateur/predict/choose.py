@@ -11,6 +11,9 @@ from secateur.predict.laws import DEFAULT, Law, find_law
 from secateur.predict.points import Points
 from secateur.predict.select import Judged, fit_points, interpolation_error, judge
 
+# A rival is named when its held-out error is this much smaller: less is luck with so few points.
+_CLEARLY = 0.9
+
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -39,6 +42,14 @@ class Prediction:
     def winner(self) -> Judged | None:
         """The law with the least held-out error; None where nothing could be held out."""
         return self.judged[0] if self.judged[0].heldout is not None and math.isfinite(self.judged[0].heldout) else None
+
+    @property
+    def beaten(self) -> bool:
+        """Whether another law does clearly better on three held-out points or more."""
+        best, held = self.winner, self.verdict.heldout
+        if best is None or best.heldout is None or len(self.points.s) < 3 or best.law.name == self.chosen.law.name:
+            return False
+        return held is None or best.heldout < _CLEARLY * held
 
 
 def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False) -> Prediction:

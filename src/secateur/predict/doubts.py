@@ -12,8 +12,6 @@ from secateur.predict.choose import Prediction
 from secateur.predict.fit import Fit
 from secateur.predict.points import Points
 
-# A rival is named when its held-out error is this much smaller: less is luck with so few points.
-_CLEARLY = 0.9
 # The law is said not to hold where interpolation does this many times better on held-out points, and the law errs by more than this in ln.
 _WORSE, _NOTABLE = 1.5, 0.05
 _FEW = 4
@@ -39,13 +37,13 @@ def warnings(found: Prediction, answers: Sequence[Record], aim: Record | None) -
         said.append(f"only {count} pruned points: intervals and held-out errors say little")
     if found.verdict.fit is not None and not found.verdict.errors and count:
         said.append(f"held-out error of law '{name}' is unknown: {count} pruned points with one left out are fewer than its constants")
-    said += _doubts(found)
+    said += doubts(found)
     said += _outside(chosen, answers, points)
     said += _about_target(chosen, aim, points.chance)
     return said
 
 
-def _doubts(found: Prediction) -> list[str]:
+def doubts(found: Prediction) -> list[str]:
     """Whether the law holds on these points."""
     said = []
     name, held, count = found.chosen.law.name, found.verdict.heldout, len(found.points.s)
@@ -66,7 +64,7 @@ def _doubts(found: Prediction) -> list[str]:
             f"law '{name}' does not hold: it misses held-out points by {_factor(held)}, and straight lines between neighbours by {_factor(found.interpolation)}"
         )
     best = found.winner
-    if best is not None and best.heldout is not None and count >= 3 and best.law.name != name and (held is None or best.heldout < _CLEARLY * held):
+    if found.beaten and best is not None and best.heldout is not None:
         missed = "cannot be judged" if held is None else f"misses by {_factor(held)}"
         said.append(
             f"law '{best.law.name}' predicts the {count} held-out points better: it misses by {_factor(best.heldout)}, "

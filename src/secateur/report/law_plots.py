@@ -27,7 +27,7 @@ _RIVALS = {
     "ratio": (_LAW, "-"), "theory": (_CLAIM, "--"), "log-linear": (COLOURS[2], "-."), "power": (COLOURS[3], ":"), "exponential": (COLOURS[4], "--"),
     "phase": (COLOURS[5], "-"), "log-ratio": (_LAW, "-"), "proportional": (_CLAIM, "--"), "linear": (COLOURS[2], "-."),
 }  # fmt: skip
-_ROOM = 3  # curves are drawn up to so many times the range of the points, or the points would be a speck
+_ROOM = 3  # where the largest perplexity is so many times the smallest, the axis is logarithmic
 
 
 def laws(found: Prediction, name: str, title: str) -> Picture:
@@ -51,7 +51,8 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
     _in_y(left, found)
     _in_units(right, found)
     caption = (
-        "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement. Right: the same points in real units with every "
+        "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement, dotted outside the fitted range. "
+        "Right: the same points in real units with every "
         "law that could be fitted, the one that predicts held-out points best first in the legend."
     )
     return Picture(name, png(figure), _alt(found, title), caption)
@@ -79,6 +80,8 @@ def _heading(found: Prediction, title: str) -> str:
         return f"{lead}law '{chosen.law.name}' on {words.plural(len(found.points.s), 'pruned point')}"
     if best.law.name == chosen.law.name:
         return f"{lead}law '{chosen.law.name}' predicts held-out points best of {len(found.judged)}, to {_percent(best)}"
+    if chosen.heldout is not None and not found.beaten:
+        return f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, and no other clearly less"
     return f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, '{best.law.name}' by {_percent(best)}"
 
 
@@ -107,9 +110,12 @@ def _in_y(axes: Axes, found: Prediction) -> None:
     scale = fit.law.scale
     if (ends := fit.interval(s)) is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = (scale.to(end, points.dense) for end in ends)
-        axes.fill_between(s, low, high, color=_LAW, alpha=0.14, linewidth=0, label="95% of new measurements")
-    axes.plot(s, mean, color=_LAW, linewidth=1.8, label=_equation(fit))
+            first, second = (scale.to(end, points.dense) for end in ends)
+        axes.fill_between(s, first, second, color=_LAW, alpha=0.14, linewidth=0, label="95% of new measurements")
+    low, high = fit.range or (0.0, 0.0)
+    axes.plot(s, mean, color=_LAW, linewidth=1.2, linestyle=(0, (1, 1.5)))  # dotted where nothing was measured
+    inside = (s >= low) & (s <= high)
+    axes.plot(s[inside], mean[inside], color=_LAW, linewidth=2.0, label=_equation(fit))
     if fit.law.name == "ratio":
         axes.plot(s, 1 - s, color=_CLAIM, linestyle="--", linewidth=1.5, label="y = 1 - s, no fitted constant")
     _draw_points(axes, points.s, scale.to(points.values, points.dense))
@@ -151,24 +157,26 @@ def _in_units(axes: Axes, found: Prediction) -> None:
     values = [*points.values, points.dense]
     low, high = min(values), max(values)
     if points.kind == "ppl":
-        if high > _ROOM * low:
+        wide = high > _ROOM * low
+        if wide:
             logarithmic(axes, high / low)
             span = np.log(high / low)
             axes.set_ylim(low * np.exp(-0.12 * span), high * np.exp(0.25 * span))
         else:
             axes.set_ylim(low - 0.2 * (high - low or 1), high + 0.4 * (high - low or 1))
-        axes.set_ylabel("perplexity (lower is better)", fontsize=9)
+        axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)", fontsize=9)
     else:
         if points.chance is not None:
             axes.axhline(points.chance, color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {points.chance:g}")
         axes.set_ylabel(f"accuracy on {plain(points.metric)} (higher is better)", fontsize=9)
-    axes.legend(fontsize=7.5, framealpha=0.9, edgecolor=GRID)
+    axes.legend(fontsize=7.5, framealpha=0.9, edgecolor=GRID, title="errors in the logarithm", title_fontsize=7.5)
 
 
 def compression(curves: Sequence[Series]) -> Picture | None:
-    """Measured pruning ratio against sparsity, as figure 10 of DISP-LLM; None where nothing was removed (zeroed weights stay in the file)."""
+    """Measured pruning ratio against sparsity, as figure 10 of DISP-LLM; None below two runs that removed
+    parameters (zeroed weights stay in the file)."""
     removing = [curve for curve in curves if any((row.number("pruning_ratio") or 0) != 0 and row.sparsity is not None for row in curve.rows)]
-    if not removing:
+    if sum(len(curve.rows) for curve in removing) < 2:
         return None
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
