@@ -1,4 +1,4 @@
-"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the table of protocols."""
+"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the tables of protocols and of laws."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typer.main import get_command
 from secateur.cli import app
 from secateur.evaluate.protocols import PROTOCOLS
 from secateur.methods import Method, find_method, method_names
+from secateur.predict.laws import LAWS
+from secateur.predict.published import SOURCE, TABLE_3
 
 
 def method_page(method: Method) -> str:
@@ -63,11 +65,30 @@ def protocols_table() -> str:
     return heading + "\n".join(rows) + "\n"
 
 
+def laws_table() -> str:
+    """The laws, with where they come from."""
+    kinds = {"ppl": "perplexity", "acc": "accuracy"}
+    rows = [f"| `{w.name}` | {kinds[w.kind]} | `{w.formula}` | {', '.join(w.free) or 'none'} | {w.domain} | {w.source} |" for w in LAWS]
+    return "| law | of | formula | fitted | domain | source |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def published_table() -> str:
+    """The paper's own fits."""
+    rows = [f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |" for r in TABLE_3]
+    return f"| {SOURCE}, SliceGPT | data | a | b | RMSE in y |\n|---|---|---:|---:|---:|\n" + "\n".join(rows) + "\n"
+
+
 def write_pages(folder: Path) -> None:
     """All of them, into a folder that is not in the repository."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     names = method_names()
-    pages = {"methods/index.md": methods_index(names), "cli.md": cli_page(), "protocols.md": protocols_table()}
+    pages = {
+        "methods/index.md": methods_index(names),
+        "cli.md": cli_page(),
+        "protocols.md": protocols_table(),
+        "laws.md": laws_table(),
+        "published.md": published_table(),
+    }
     pages |= {f"methods/{name}.md": method_page(find_method(name)) for name in names}
     for path, text in pages.items():
         file = folder / path
