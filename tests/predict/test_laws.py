@@ -252,6 +252,12 @@ def test_rmse_is_in_y_and_in_the_logarithm() -> None:
     assert log_errors(values, np.array([20.0, math.inf])).tolist() == [pytest.approx(math.log(2)), math.inf]
 
 
+def test_the_last_error_is_of_the_largest_sparsity() -> None:
+    s, y = np.array([0.4, 0.1, 0.2]), np.array([0.5, 0.9, 0.82])  # not in order
+    (ratio,) = (one for one in judge("ppl", s, np.exp(1.5 / y), math.exp(1.5)) if one.law.name == "ratio")
+    assert ratio.last == pytest.approx(1.5 / (0.82 - 2 * 0.08) - 1.5 / 0.5)
+
+
 def test_interpolation_by_hand() -> None:
     s, logs = np.array([0.3, 0.1, 0.2]), np.array([2.5, 1.2, 1.6])  # not in order; the dense model has 1
     inside = [(1.0 + 1.6) / 2 - 1.2, 1.2 + (2.5 - 1.2) / 2 - 1.6]

@@ -232,6 +232,33 @@ def test_the_dense_model_in_the_fit(tmp_path: Path) -> None:
     assert pulled["predictions"][0]["extrapolated"] is False
 
 
+def test_the_cautious_target_is_where_the_worse_end_keeps_it(tmp_path: Path) -> None:
+    file = write_csv(tmp_path, csv_of({0.0: DENSE} | {s: paper(s) * (1 + 0.02 * (-1) ** n) for n, s in enumerate(SWEEP)}))
+    target = ask(file, "--target-ppl", "9")["target"]
+    assert target["cautious"] < target["sparsity"] - 0.01
+    mean, worse = (ask(file, "--at", repr(target[name]))["predictions"][0] for name in ("sparsity", "cautious"))
+    assert mean["ppl"] == pytest.approx(9.0)
+    assert worse["high"] == pytest.approx(9.0)
+
+
+def test_a_held_out_point_outside_the_domain(tmp_path: Path) -> None:
+    """Without the last point the line is so steep that it has no perplexity there."""
+    ys = {0.1: 0.9, 0.2: 0.5, 0.6: 0.05}
+    answer = ask(write_csv(tmp_path, csv_of({0.0: 1.5} | {s: math.exp(math.log(1.5) / y) for s, y in ys.items()})))
+    ratio = next(rival for rival in answer["rivals"] if rival["law"] == "ratio")
+    assert (ratio["heldout_rmse"], ratio["heldout_outside_domain"], ratio["last_error"]) == (None, 1, None)
+    assert "law 'ratio' does not hold: fitted to the others, it has no value at 1 of 3 held-out points" in answer["warnings"]
+
+
+def test_a_slope_that_says_pruning_helps(tmp_path: Path) -> None:
+    said = ask(write_csv(tmp_path, csv_of({0.0: DENSE, 0.1: 8.0, 0.2: 7.0, 0.3: 6.5})))["warnings"]
+    assert any(line.startswith("law 'ratio' does not hold: its fitted slope a = ") and line.endswith("says that pruning helps") for line in said)
+    accuracies = write_csv(tmp_path, csv_of({0.0: 0.9, 0.1: 0.92, 0.2: 0.95, 0.3: 0.99}, "acc"))
+    said = ask(accuracies, "--chance", "0.5", "--at", "0.6")["warnings"]
+    assert any(line.startswith("law 'log-ratio' does not hold: its fitted slope") for line in said)
+    assert any("at sparsity 0.6, which is above 1" in line for line in said)
+
+
 # Accuracy
 
 
