@@ -376,6 +376,15 @@ def test_a_dense_model_measured_otherwise(field: str, value: Any, tmp_path: Path
     assert "the records differ in" in refused(file)[1]
 
 
+def test_a_dense_model_measured_in_several_ways(tmp_path: Path) -> None:
+    other = {**PROTOCOL, "seqlen": 1024}
+    several = [record(0.0, DENSE), record(0.0, 4.0, ppl_protocol=other), *(record(s, paper(s)) for s in SWEEP)]
+    assert ask(write_records(tmp_path, several))["dense"] == DENSE
+    assert ask(write_records(tmp_path, several[::-1]))["dense"] == DENSE
+    alone = refused(write_records(tmp_path, several[:2]))[1]
+    assert "the records differ in ppl_protocol.seqlen: 1024, 512" in alone
+
+
 def test_a_task_measured_on_other_items(tmp_path: Path) -> None:
     found = [record(0.0, DENSE, **cloze(0.7)), record(0.1, 6.0, **cloze(0.6)), record(0.2, 7.0, **cloze(0.5, n=50))]
     file = write_records(tmp_path, found)

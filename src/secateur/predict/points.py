@@ -255,7 +255,9 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
     measured: dict[str, Record] = {}
     for index, record in enumerate(found):
         if record.get("command") == "eval":  # a later evaluation of a folder replaces an earlier one
-            measured[str(record.get("out") or index)] = record
+            # the dense model may have been measured in several ways, of which the pruned ones may want any
+            how = records.to_json(record.get("ppl_protocol") or {}) if _is_dense(record) else ""
+            measured[str(record.get("out") or index) + how] = record
     if not measured:
         commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in found})) or "none"
         raise SecateurError(f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or 'secateur sweep'")
@@ -269,6 +271,8 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
     if pruned:
         dense = [record for record in dense if _model(record) == _model(pruned[0])] or dense
     measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
+    if pruned:
+        dense = [record for record in dense if all(look(record) == look(pruned[0]) for look in measured_by.values())] or dense
     _same([*dense, *pruned], {**_EVERY, **measured_by}, "give the records of one model, measured in one way")
     with_value = [record for record in dense if read(record) is not None]
     if not with_value:
