@@ -20,7 +20,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"secateur {release}"
 html_copy_source = False
-exclude_patterns = ["generated/protocols.md"]
+exclude_patterns = ["generated/protocols.md", "generated/laws.md", "generated/published.md"]
 nitpicky = True
 
 

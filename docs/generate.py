@@ -1,5 +1,5 @@
-"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the table of protocols, the example of
-the activation flow."""
+"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the tables of protocols and of laws,
+the example of the activation flow."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from secateur.evaluate.protocols import PROTOCOLS
 from secateur.methods import Method, find_method, method_names
 from secateur.report.flow_plot import flow_picture
 from secateur.terminal import flow_tables
+from secateur.predict.laws import LAWS
+from secateur.predict.published import SOURCE, TABLE_3
 
 
 def method_page(method: Method) -> str:
@@ -78,13 +80,33 @@ def flow_example() -> tuple[str, bytes]:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n", flow_picture(flow).png
 
 
+def laws_table() -> str:
+    """The laws, with where they come from."""
+    kinds = {"ppl": "perplexity", "acc": "accuracy"}
+    rows = [f"| `{w.name}` | {kinds[w.kind]} | `{w.formula}` | {', '.join(w.free) or 'none'} | {w.domain} | {w.source} |" for w in LAWS]
+    return "| law | of | formula | fitted | domain | source |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def published_table() -> str:
+    """The paper's own fits."""
+    rows = [f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |" for r in TABLE_3]
+    return f"| {SOURCE}, SliceGPT | data | a | b | RMSE in y |\n|---|---|---:|---:|---:|\n" + "\n".join(rows) + "\n"
+
+
 def write_pages(folder: Path) -> None:
     """All of them, into a folder that is not in the repository."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     names = method_names()
     table, picture = flow_example()
-    pages = {"methods/index.md": methods_index(names), "cli.md": cli_page(), "protocols.md": protocols_table()}
-    pages |= {"flow.txt": table} | {f"methods/{name}.md": method_page(find_method(name)) for name in names}
+    pages = {
+        "methods/index.md": methods_index(names),
+        "cli.md": cli_page(),
+        "protocols.md": protocols_table(),
+        "laws.md": laws_table(),
+        "published.md": published_table(),
+        "flow.txt": table,
+    }
+    pages |= {f"methods/{name}.md": method_page(find_method(name)) for name in names}
     for path, text in pages.items():
         file = folder / path
         if not file.is_file() or file.read_text("utf-8") != text:

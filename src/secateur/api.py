@@ -30,6 +30,8 @@ from secateur.models.runtime import pruned_class
 from secateur.models.save import refuse_existing
 from secateur.models.view import ModelView
 from secateur.plan.plan import Plan, read_plan
+from secateur.predict import answer
+from secateur.predict.points import read_points
 from secateur.prune import Request, prepare, prune, read_windows
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "inspect_flow",
     "plan",
     "plot_flow",
+    "predict",
     "prepare",
     "prune",
     "read_plan",
@@ -170,6 +173,58 @@ def plot_flow(flow: Flow, out: Path) -> None:
     from secateur.report import flow_plot
 
     flow_plot.write_flow(flow, out)
+
+
+def predict(
+    points: Sequence[Path],
+    *,
+    metric: str | None = None,
+    law: str | None = None,
+    at: Sequence[float] = (),
+    target_ppl: float | None = None,
+    target_acc: float | None = None,
+    chance: float | None = None,
+    where: Mapping[str, str] | None = None,
+    dense_in_fit: bool = False,
+    plot: Path | None = None,
+) -> records.Record:
+    """What more pruning would cost, from measured points.
+
+    Args:
+        points: records files, folders that hold `records.jsonl`, or one CSV with columns sparsity,ppl or sparsity,acc.
+        metric: "ppl", the name of a task, or "TASK:acc_norm"; None takes perplexity where there is one.
+        law: a name from `secateur.predict.laws`, "best", or None for the paper's.
+        at: sparsities in [0, 1); none takes the measured ones.
+        target_ppl: the perplexity not to exceed.
+        target_acc: the accuracy not to fall below.
+        chance: what guessing scores on the task, where secateur does not know.
+        where: which records to keep, as {"method": "wanda"}.
+        dense_in_fit: count the dense model as a point of the fit.
+        plot: a PNG to write: the points, the law and its rivals.
+
+    Returns:
+        The record: `law`, `a`, `b`, `rmse` (in the law's y), `heldout_rmse` (in ln of the value), `points`, `predictions`, `target`, `warnings` and more.
+
+    Raises:
+        UsageError: an unknown law or metric, a sparsity or target out of range, a file that holds no points.
+        SecateurError: points that do not belong together, or too few.
+    """
+    if target_ppl is not None and target_acc is not None:
+        raise UsageError("give --target-ppl or --target-acc, not both")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot {plot}: the name of a .png file is needed")
+    measured = read_points(points, metric or ("ppl" if target_ppl is not None else None), chance=chance, where=dict(where or {}))
+    if (target_ppl if measured.kind == "acc" else target_acc) is not None:
+        option, other = ("--target-acc", "--metric TASK") if measured.kind == "ppl" else ("--target-ppl", "--metric ppl")
+        raise UsageError(f"{option} does not go with the metric {measured.metric}: add {other}, or leave it out")
+    target = target_ppl if measured.kind == "ppl" else target_acc
+    found, record = answer.predict(measured, law, at=at, target=target, dense_in_fit=dense_in_fit)
+    if plot is not None:
+        from secateur.report import law_plots  # matplotlib takes a second
+
+        law_plots.write(found, plot)
+        record["plot"] = str(plot)
+    return record
 
 
 def sweep(

@@ -171,6 +171,42 @@ def sweep(
 
 
 @app.command()
+def predict(
+    points: Annotated[list[Path], typer.Argument(metavar="POINTS...", help="Records of a sweep (files or folders), or one CSV: sparsity,ppl or sparsity,acc.")],
+    metric: Annotated[str | None, typer.Option(metavar="ppl|TASK", help="What to predict; TASK:acc_norm for the normalised accuracy.")] = None,
+    law: Annotated[str | None, typer.Option(help="The law; an unknown name lists them, 'best' takes the least held-out error. Default: the paper's.")] = None,
+    at: Annotated[list[str] | None, typer.Option(metavar="S,S,...", help="Sparsities to predict. Default: those measured.")] = None,
+    target_ppl: Annotated[float | None, typer.Option(help="Find the largest sparsity with this perplexity or less.")] = None,
+    target_acc: Annotated[float | None, typer.Option(help="Find the largest sparsity with this accuracy or more.")] = None,
+    chance: Annotated[float | None, typer.Option(help="What guessing scores on the task; known for cloze.")] = None,
+    where: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Keep records with this value, as method=wanda; may be repeated.")] = None,
+    dense_in_fit: Annotated[bool, typer.Option("--dense-in-fit", help="Count the dense model as a point of the fit.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the points, the law and its rivals.")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit the laws to measured points; predict other sparsities, or find the largest that keeps a wanted value."""
+
+    def run() -> None:
+        asked = [s for part in at or [] for s in _numbers(part, "--at")]
+        record = _api().predict(
+            points, metric=metric, law=law, at=asked, target_ppl=target_ppl, target_acc=target_acc, chance=chance,
+            where=_options(where, "--where"), dense_in_fit=dense_in_fit, plot=plot,
+        )  # fmt: skip
+        if json:
+            _emit(record)
+            return
+        from secateur.terminal import law_tables
+
+        for table in law_tables(record):
+            _show(table)
+        for warning in record["warnings"]:
+            _tell(f"warning: {warning}")
+
+    _guard(run, debug)
+
+
+@app.command()
 def inspect(
     model: Model,
     flow: Annotated[bool, typer.Option("--flow", help="Every linear map in terms of the model's widths; parameters and FLOPs as functions of s.")] = False,
@@ -366,12 +402,12 @@ def _numbers(text: str, option: str) -> list[float]:
     return found
 
 
-def _options(given: list[str] | None) -> dict[str, str]:
+def _options(given: list[str] | None, option: str = "--set") -> dict[str, str]:
     options = {}
     for part in given or []:
         name, equals, value = part.partition("=")
         if not equals or not name:
-            raise UsageError(f"--set {part}: write OPTION=VALUE")
+            raise UsageError(f"{option} {part}: write {'OPTION' if option == '--set' else 'NAME'}=VALUE")
         options[name.strip()] = value.strip()
     return options
 

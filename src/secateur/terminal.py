@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,54 @@ def _pattern(record: Record) -> str:
     scope = (record.get("options") or {}).get("scope")
     pattern = record.get("pattern") or ""
     return {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}.get(pattern, pattern) if scope else pattern
+
+
+_CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where laws can be
+compared; held out: each point predicted from the others. The best comes first."""
+
+
+def law_tables(record: Record) -> list[Table]:
+    """What `predict` found: the laws, the answers, and the paper's own fits."""
+    value = "ppl" if record["metric"] == "ppl" else "acc"
+    laws = Table("law", "constants", "RMSE in y", "RMSE in ln", "held out, ln", title=_law_title(record), caption=_CAPTION.format(**record))
+    for rival in record["rivals"]:
+        constants = ", ".join(f"{name} {_interval(record, rival, name)}" for name in rival["constants"] or {}) or "not fitted: too few points"
+        name = f"[bold]{rival['law']}[/]" if rival["law"] == record["law"] else rival["law"]
+        laws.add_row(name, constants, *(_small(rival[key]) for key in ("rmse", "rmse_ln", "heldout_rmse")))
+    laws.add_row("no law", "straight lines between neighbours", "", "", _small(record["interpolation_rmse"]))
+    tables = [laws]
+    if record["predictions"]:
+        measured = {point["sparsity"]: point[value] for point in record["measured"]}
+        answers = Table("sparsity", f"predicted {value}", "95% interval", "measured", "", title=f"law '{record['law']}'")
+        for entry in record["predictions"]:
+            ends = "" if entry["low"] is None else f"{_small(entry['low'])} to {_small(entry['high'])}"
+            note = "extrapolated" if entry["extrapolated"] else ""
+            answers.add_row(f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note)
+        tables.append(answers)
+    if (aim := record["target"]) is not None:
+        found = Table(title=f"largest sparsity that keeps {value} {aim[value]:g}", show_header=False)
+        found.add_row("by the law", "none" if aim["sparsity"] is None else f"{aim['sparsity']:.4f}" + (" (extrapolated)" if aim["extrapolated"] else ""))
+        found.add_row("at the worse end of the interval", "none" if aim["cautious"] is None else f"{aim['cautious']:.4f}")
+        tables.append(found)
+    published = Table("model", "data", "a", "b", "RMSE in y", title="published fits of the paper's law, SliceGPT (arXiv:2503.04377, table 3)")
+    for row in record["published"]:
+        published.add_row(row["model"], row["dataset"], *(f"{row[key]:.2f}" for key in ("a", "b", "rmse")))
+    return [*tables, published]
+
+
+def _law_title(record: Record) -> str:
+    about = " ".join(str(record[key]) for key in ("model", "method") if record.get(key))
+    return f"{about + ': ' if about else ''}{record['metric']}, {record['points']} pruned points, dense {record['dense']:.4g}"
+
+
+def _interval(record: Record, rival: Record, name: str) -> str:
+    said = f"{rival['constants'][name]:.3f}"
+    ends = record["intervals"].get(name) if rival["law"] == record["law"] else None
+    return f"{said} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else said
+
+
+def _small(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if math.isfinite(value) else "none"
 
 
 def inspect_table(record: Record) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from html import unescape
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from secateur.core.errors import SecateurError
 from secateur.core.records import to_json
 from secateur.report.html import write_report
+from secateur.report.laws import fit_curves
 from secateur.report.layers import read_layers
 from secateur.report.rows import collect, group
 from secateur.report.series import compare, series
@@ -151,7 +153,9 @@ def test_page_is_self_contained(study: list[dict[str, Any]], tmp_path: Path) -> 
     assert sources
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"<script|<link|@import|url\(|https?://", html)
-    assert [path.relative_to(tmp_path).as_posix() for path in pngs] == [f"report-plots/{name}.png" for name in ("perplexity", "accuracy-cloze", "blocks")]
+    assert [path.relative_to(tmp_path).as_posix() for path in pngs] == [
+        f"report-plots/{name}.png" for name in ("perplexity", "accuracy-cloze", "law-1", "law-2", "blocks")
+    ]
     assert [base64.b64decode(source.split(",")[1]) for source in sources] == [path.read_bytes() for path in pngs]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pngs)
 
@@ -168,7 +172,7 @@ def test_html_is_escaped(study: list[dict[str, Any]], tmp_path: Path) -> None:
 
 def test_same_records_same_bytes(study: list[dict[str, Any]], tmp_path: Path) -> None:
     first = [path.read_bytes() for path in write_report(study, tmp_path / "a" / "report.html")]
-    assert len(first) == 4
+    assert len(first) == 6
     assert first == [path.read_bytes() for path in write_report(study, tmp_path / "b" / "report.html")]
     reread = [json.loads(to_json(record)) for record in study]
     assert first == [path.read_bytes() for path in write_report(reread, tmp_path / "c" / "report.html")]
@@ -320,3 +324,44 @@ def test_removed_parameters_are_not_compared_with_zeroed_ones() -> None:
     )
     assert found is not None
     assert len(found.entries) == 1
+
+
+def test_laws_of_every_curve_with_three_sparsities(study: list[dict[str, Any]], tmp_path: Path) -> None:
+    seen = text_of(write_report(study, tmp_path / "report.html")[0])
+    section = seen.split("Laws: what other sparsities would cost")[1].split("What was removed, block by block")[0]
+    for method in ("magnitude", "wanda"):
+        s = [0.3, 0.5, 0.6]
+        y = [math.log(20.17) / math.log(PPL[method, at]) for at in s]
+        mean = sum(s) / 3
+        a = sum((at - mean) * v for at, v in zip(s, y, strict=True)) / sum((at - mean) ** 2 for at in s)
+        assert f" {method} 3 {a:.3f} (" in section
+        assert f" {sum(y) / 3 - a * mean:.3f} (" in section
+    assert "Llama-3-8B-Instruct, a -1.08, b 0.96, RMSE 0.03; Phi-3-mini-4k-Instruct, a -0.90, b 1.02, RMSE 0.01." in section
+    assert "wanda 2:4" not in section  # one sparsity
+    assert "magnitude: law" in section  # the verdict on a law that misses
+
+
+@pytest.mark.parametrize("without", ["the dense model", "a third sparsity"])
+def test_no_laws_without_enough(without: str, study: list[dict[str, Any]], tmp_path: Path) -> None:
+    kept = [r for r in study if (r["method"] if without == "the dense model" else r.get("sparsity") != 0.6)]
+    pages = write_report(kept, tmp_path / "report.html")
+    assert "Laws: what other" not in text_of(pages[0])
+    assert not [page for page in pages if page.name.startswith("law-")]
+
+
+def test_seeds_share_a_point_of_the_law(tmp_path: Path) -> None:
+    ppls = {(0.1, 0): 24.0, (0.1, 1): 25.0, (0.2, 0): 30.0, (0.3, 0): 40.0}
+    runs = [prune_record("wanda", s, tmp_path / f"{s}-{seed}", seed=seed) for s, seed in ppls]
+    records = [eval_record(20.0, "tiny"), *(eval_record(ppl, run["out"], run) for ppl, run in zip(ppls.values(), runs, strict=True)), *runs]
+    groups = group(collect(records))
+    (law,) = fit_curves(groups[0], series(groups[0].rows))
+    assert law.found.points.s.tolist() == [0.1, 0.2, 0.3]
+    assert law.found.points.values.tolist() == pytest.approx([math.sqrt(24.0 * 25.0), 30.0, 40.0])
+
+
+def test_compression_is_drawn_where_parameters_go(study: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert not (write_report(study, tmp_path / "one.html")[0].parent / "one-plots" / "compression.png").exists()  # one such run is no curve
+    wider = prune_record("magnitude", 0.1, tmp_path / "wide", pattern="rows", options={"pattern": "rows", "scope": "model"}, pruning_ratio=-0.029)
+    page = write_report([*study, wider, eval_record(40.0, tmp_path / "wide", wider)], tmp_path / "two.html")[0]
+    assert (tmp_path / "two-plots" / "compression.png").exists()
+    assert 'alt="Pruning ratio against measured sparsity: magnitude rows: -2.9% at 10.0%, 23.1% at 30.0%"' in page.read_text("utf-8")

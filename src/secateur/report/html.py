@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined
 
 from secateur.core.errors import SecateurError
 from secateur.core.records import Record
-from secateur.report import block_plots, plots, tables, words
+from secateur.predict.published import TABLE_3
+from secateur.report import block_plots, law_plots, laws, plots, tables, words
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import Group, Row, collect, group, task_names
@@ -31,11 +32,13 @@ class Findings:
         rows: every checkpoint.
         groups: the rows by what may be compared; plots and the headline are about the first.
         layers: what was removed block by block, of the runs whose folder is still there.
+        laws: fits to the curves of the first group.
     """
 
     rows: list[Row]
     groups: list[Group]
     layers: list[Layers]
+    laws: list[laws.Law]
 
     @property
     def main(self) -> Group:
@@ -53,8 +56,9 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
         SecateurError: no record is of `prune` or `eval`, or the page cannot be written.
     """
     rows = collect(records)
-    findings = Findings(rows, group(rows), read_layers(rows))
-    drawn = {"curves": _curves(findings), "blocks": _blocks(findings)}
+    groups = group(rows)
+    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(groups[0].rows)))
+    drawn = {"curves": _curves(findings), "laws": _laws(findings), "blocks": _blocks(findings)}
     pictures = [picture for several in drawn.values() for picture in several]
     page = _render(findings, drawn, title, others=_others(records))
     folder = out.parent / f"{out.stem}-plots"
@@ -78,7 +82,12 @@ def _curves(findings: Findings) -> list[Picture]:
     for task in task_names(main.rows):
         found = compare(curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False)  # type: ignore[misc]
         drawn.append(plots.accuracy(task, curves, dense, found))
+    drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]
+
+
+def _laws(findings: Findings) -> list[Picture]:
+    return [law_plots.laws(law.found, f"law-{number}", laws.title(law)) for number, law in enumerate(findings.laws[: laws.MAXIMUM], start=1)]
 
 
 def _blocks(findings: Findings) -> list[Picture]:
@@ -112,6 +121,9 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
         notes=tables.notes(findings.rows, findings.groups, others),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
+        laws={"table": laws.table(findings.laws), "verdicts": laws.verdicts(findings.laws)} if findings.laws else None,
+        undrawn_laws=max(0, len(findings.laws) - laws.MAXIMUM),
+        published=[row for row in TABLE_3 if row.kind == "ppl"],
         uniform=uniform,
         undrawn=max(0, len(findings.layers) - len(uniform) - block_plots.MAXIMUM),
         samples=[_sample(row) for row in findings.rows if row.part("shift").get("sample") is not None],

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from secateur.predict.points import CHANCE
 from secateur.report import words
 from secateur.report.rows import Row
 from secateur.report.series import Comparison, Series
@@ -25,9 +26,6 @@ from secateur.report.series import Comparison, Series
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 _DENSE, GRID, DPI = "#333333", "#dddddd", 150
-
-# What guessing scores, where that is known: each item of the bundled cloze task has four choices.
-CHANCE = {"cloze": 0.25}
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,10 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     if dense is not None and dense.ppl is not None:
         low = min(low, dense.ppl)
         axes.axhline(dense.ppl, color=_DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}")
-    logarithmic = low > 0 and high > _LOG_ABOVE * low
-    if logarithmic:
-        _logarithmic(axes, high / low)
-    axes.set_ylabel("perplexity, log scale (lower is better)" if logarithmic else "perplexity (lower is better)")
+    wide = low > 0 and high > _LOG_ABOVE * low
+    if wide:
+        logarithmic(axes, high / low)
+    axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
     _legend(axes)
     alt = "Perplexity against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.ppl, words.perplexity))
     caption = "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, or widths)"
@@ -139,7 +137,8 @@ def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
     return sorted(at), [fmean(at[x]) for x in sorted(at)]
 
 
-def _logarithmic(axes: Axes, span: float) -> None:
+def logarithmic(axes: Axes, span: float) -> None:
+    """A logarithmic axis of values with plain numbers at ticks that suit a largest value of `span` times the smallest."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 1000 else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))

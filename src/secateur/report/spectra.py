@@ -56,7 +56,9 @@ def _picture(plan: Plan, label: str) -> Picture:
     figure = Figure(figsize=(8, 3.6), dpi=DPI, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     discarded = np.array([[values[int((1 - s) * len(values)) :].sum() for s in _SLICED] for _, values in places])
-    figure.suptitle(plain(f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean square"), fontsize=11, x=0.01, ha="left")
+    figure.suptitle(
+        plain(f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean square"), fontsize=11, x=0.01, ha="left"
+    )
     colours = colormaps["viridis"]
     scale = Normalize(0, max(1, len(places) - 1))
     for number, (_, values) in enumerate(places):
@@ -69,7 +71,9 @@ def _picture(plan: Plan, label: str) -> Picture:
     bar.ax.tick_params(labelsize=8)
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     for column, sparsity in enumerate(_SLICED):
-        right.plot(range(len(places)), discarded[:, column], marker="o", markersize=3, linewidth=1.2, color=colormaps["plasma"](0.85 - 0.8 * column / len(_SLICED)))
+        right.plot(
+            range(len(places)), discarded[:, column], marker="o", markersize=3, linewidth=1.2, color=colormaps["plasma"](0.85 - 0.8 * column / len(_SLICED))
+        )
         right.annotate(f"s = {sparsity:g}", (len(places) - 1, discarded[-1, column]), (5, 0), textcoords="offset points", fontsize=7, va="center")
     right.set_yscale("log")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -1,0 +1,93 @@
+"""Every law fitted and judged, and one of them chosen to answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from secateur.core.errors import SecateurError
+from secateur.predict.fit import Fit
+from secateur.predict.laws import DEFAULT, Law, find_law
+from secateur.predict.points import Points
+from secateur.predict.select import Judged, fit_points, interpolation_error, judge
+
+# A rival is named when its held-out error is this much smaller: less is luck with so few points.
+_CLEARLY = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A law chosen for some points, with everything it was compared with.
+
+    Attributes:
+        points: what was measured.
+        judged: every law for this metric, the least held-out error first.
+        chosen: the fit that answers.
+        interpolation: held-out error of no law at all.
+        dense_in_fit: whether the dense model counts as a point of the fit.
+    """
+
+    points: Points
+    judged: tuple[Judged, ...]
+    chosen: Fit
+    interpolation: float | None
+    dense_in_fit: bool
+
+    @property
+    def verdict(self) -> Judged:
+        """How the chosen law did on held-out points."""
+        return next(one for one in self.judged if one.law.name == self.chosen.law.name)
+
+    @property
+    def winner(self) -> Judged | None:
+        """The law with the least held-out error; None where nothing could be held out."""
+        return self.judged[0] if self.judged[0].heldout is not None and math.isfinite(self.judged[0].heldout) else None
+
+    @property
+    def beaten(self) -> bool:
+        """Whether another law does clearly better on three held-out points or more."""
+        best, held = self.winner, self.verdict.heldout
+        if best is None or best.heldout is None or len(self.points.s) < 3 or best.law.name == self.chosen.law.name:
+            return False
+        return held is None or best.heldout < _CLEARLY * held
+
+
+def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False) -> Prediction:
+    """Fit every law, judge each on held-out points, and take the one asked for.
+
+    Args:
+        points: at least as many as the law has constants; with none, the parameter-free law is all there is.
+        law: its name, or "best" for the least held-out error; None is the paper's fitted law (for no point at all, its parameter-free one).
+        dense_in_fit: count the dense model as a point. By default it is not one: y = 1 (or 0) at s = 0 holds by definition, whatever was
+            measured, so it would only pull the line towards what the law claims.
+
+    Raises:
+        UsageError: an unknown law.
+        SecateurError: fewer points than constants.
+    """
+    kind, count = points.kind, len(points.s)
+    if law not in (None, "best"):
+        find_law(law or "", kind)  # a wrong name is told before anything else
+    judged = tuple(judge(kind, points.s, points.values, points.dense, dense_in_fit=dense_in_fit))
+    if law == "best":
+        ranked = [one for one in judged if one.heldout is not None and math.isfinite(one.heldout) and one.fit is not None]
+        # the parameter-free law can be judged on a single point; best of one is no choice
+        if count < 3 or not ranked:
+            raise SecateurError(
+                f"--law best compares held-out errors, which takes three pruned points or more (there are {count}): name a law, or measure more"
+            )
+        name = ranked[0].law.name
+    else:
+        name = law or ("theory" if kind == "ppl" and count == 0 else DEFAULT[kind])
+    wanted = find_law(name, kind)
+    found = fit_points(wanted, points.s, points.values, points.dense, dense_in_fit=dense_in_fit)
+    if found is None:
+        raise SecateurError(_too_few(wanted, points))
+    return Prediction(points, judged, found, interpolation_error(points.s, points.values, points.dense), dense_in_fit)
+
+
+def _too_few(law: Law, points: Points) -> str:
+    count = len(points.s)
+    have = "one pruned point" if count == 1 else f"{count} pruned points" if count else "no pruned point"
+    fewer = ", or --law theory, which needs none" if points.kind == "ppl" else ", or --law proportional, which has one constant" if count == 1 else ""
+    return f"{have} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): measure more sparsities with 'secateur sweep'{fewer}"
