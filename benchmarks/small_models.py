@@ -25,10 +25,10 @@ from secateur.models.load import bundled_folder
 SEQLEN, BATCH, PEAK, WARMUP = 256, 16, 3e-3, 60
 COMMON = {"vocab_size": 2048, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": False}
 MODELS = {
-    "opt": dict(hidden_size=128, word_embed_proj_dim=128, ffn_dim=512, num_hidden_layers=4, num_attention_heads=4, dropout=0.0),
-    "phi": dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, resid_pdrop=0.0),
-    "llama-wide": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4),
-    "llama-deep": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),
+    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "dropout": 0.0},
+    "phi": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "resid_pdrop": 0.0},
+    "llama-wide": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "llama-deep": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
 
 

@@ -22,6 +22,7 @@ from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import Group, Row, collect, group, task_names
 from secateur.report.series import base, compare, series
+from secateur.report.spectra import spectra
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def _laws(findings: Findings) -> list[Picture]:
 
 def _blocks(findings: Findings) -> list[Picture]:
     unequal = [plan for plan in findings.layers if not plan.uniform]
-    drawn = block_plots.block_removal(unequal, [_name(plan.row) for plan in unequal])
-    return [drawn] if drawn else []
+    drawn = [block_plots.block_removal(unequal, [_name(plan.row) for plan in unequal]), spectra(findings.main.rows)]
+    return [picture for picture in drawn if picture is not None]
 
 
 def _name(row: Row) -> str:

@@ -83,7 +83,10 @@ def _picture(plan: Plan, label: str) -> Picture:
     alt = f"{label}: share of the mean square discarded at s = 0.2, by place: " + "; ".join(
         f"{name} {words.percent(float(row[1]))}" for (name, _), row in zip(places, discarded, strict=True)
     )
-    caption = f"From the calibration pass of {label}: the network before each place was sliced already. Places: the embeddings, then after attention and after the MLP of each block."
+    caption = (
+        f"From the calibration pass of {label}: what lies before each place was sliced already. "
+        "Places: the embeddings, then after attention and after the MLP of each block."
+    )
     return Picture("spectra", png(figure), alt, plain(caption))
 
 
