@@ -1,0 +1,136 @@
+"""How well perplexity after slicing is predicted, on models that share nothing but the text: laws fitted to points, and the spectrum of the dense model.
+
+    python benchmarks/small_models.py --out runs/small
+    python benchmarks/predict_small_models.py --models runs/small --out runs/laws [--stories ../shared/models/stories260K]
+
+For each model: a SliceGPT sweep (kept in --out, resumed), then the root mean square error in ln PPL over its points of the laws of
+`secateur predict` (held out), of the paper's law without fitted constants, and of the spectrum: scaled by no point of this
+model (by the geometric mean over the other models), and by one point. stories260K, where it is there, is calibrated and measured on text
+that it writes itself, since text unlike its training text tells little of it. Prints a table and ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from secateur import api
+from secateur.predict.choose import choose
+from secateur.predict.points import Points, read_points
+from secateur.predict.spectrum import Costs, fit_constant, measure_costs
+
+SPARSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+ONE = 0.2  # the sparsity whose point scales the spectrum
+VISIBLE = 0.002  # below it, ln PPL - ln PPL0 is noise of the sample and has no logarithm worth averaging
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the texts to calibrate and to measure with."""
+
+    name: str
+    model: str
+    calibration: str
+    text: str
+
+
+def subjects(models: Path, stories: Path | None, out: Path) -> Iterator[Subject]:
+    yield Subject("bundled", "bundled", "builtin", "builtin")
+    for folder in sorted(path.parent for path in models.glob("*/config.json")):
+        yield Subject(folder.name, str(folder), "builtin", "builtin")
+    if stories is not None:
+        calibration, text = out / "stories-calibration.npy", out / "stories-text.npy"
+        if not text.is_file():
+            np.save(calibration, written_by(stories, 128, seed=0))
+            np.save(text, written_by(stories, 64, seed=1))
+        yield Subject("stories260K", str(stories), str(calibration), str(text))
+
+
+def written_by(model: Path, windows: int, seed: int) -> np.ndarray:
+    """Token ids [windows, 256] sampled from the model itself."""
+    torch.manual_seed(seed)
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    start = torch.full((windows, 1), loaded.config.bos_token_id)
+    ids = loaded.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=255, min_new_tokens=255, do_sample=True, top_k=0)
+    found: np.ndarray = ids.numpy()
+    return found
+
+
+def measure(subject: Subject, out: Path) -> tuple[Points, Costs]:
+    request = api.Request(subject.model, "slicegpt", calibration=subject.calibration, samples=64, seqlen=256, options={"round": 1})
+    folder = out / subject.name
+    list(api.sweep(request, SPARSITIES, folder, api.EvalRequest(subject.model, text=subject.text, limit=64), resume=True))
+    return read_points([folder], "ppl"), measure_costs(api.prepare(replace(request, sparsity=0.5)))
+
+
+def rms(errors: list[float]) -> float:
+    return math.sqrt(sum(error * error for error in errors) / len(errors))
+
+
+def spectrum_error(points: Points, costs: Costs, constant: float) -> float:
+    return rms([math.log(v / points.dense) - constant * costs.at(float(s)) for s, v in zip(points.s, points.values, strict=True)])
+
+
+def ratio_of_logs(points: Points, costs: Costs) -> float:
+    """ln c by this model's visible points, each counting the same."""
+    pairs = [(math.log(v / points.dense), costs.at(float(s))) for s, v in zip(points.s, points.values, strict=True)]
+    return float(np.mean([math.log(gain / cost) for gain, cost in pairs if gain > VISIBLE]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stories", type=Path)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = {subject.name: measure(subject, options.out) for subject in subjects(options.models, options.stories, options.out)}
+    logs = {name: ratio_of_logs(points, costs) for name, (points, costs) in found.items()}
+    rows = []
+    for name, (points, costs) in found.items():
+        elsewhere = math.exp(float(np.mean([value for other, value in logs.items() if other != name])))
+        one = int(np.abs(points.s - ONE).argmin())
+        single = replace(points, s=points.s[one : one + 1], values=points.values[one : one + 1])
+        laws = {judged.law.name: judged.heldout for judged in choose(points, None).judged}
+        try:
+            by_one = spectrum_error(points, costs, fit_constant(costs, single))
+        except api.SecateurError:
+            by_one = math.nan  # that point is not above the dense model
+        theory = rms([math.log(points.dense) * (1 / (1 - s) - 1) - math.log(v / points.dense) for s, v in zip(points.s, points.values, strict=True)])
+        rows.append(
+            {
+                "model": name,
+                "dense": points.dense,
+                "half": float(points.values[-1]),
+                "c": math.exp(logs[name]),
+                "theory": theory,
+                "spectrum": spectrum_error(points, costs, elsewhere),
+                "spectrum_one_point": by_one,
+                **{law: laws.get(law) for law in ("ratio", "exponential", "phase")},
+            }
+        )
+    print("RMS error in ln PPL over s = 0.05 ... 0.5")
+    print(
+        f"{'model':12} {'PPL0':>7} {'s=0.5':>8} | no point: {'theory':>8} {'spectrum':>8} | one: {'spectrum':>8} | held out: {'ratio':>7} {'expon.':>7} {'phase':>7} | {'c':>5}"
+    )
+    for row in rows:
+        held = " ".join(f"{row[law]:7.4f}" if row[law] is not None else "      -" for law in ("ratio", "exponential", "phase"))
+        print(
+            f"{row['model']:12} {row['dense']:7.2f} {row['half']:8.2f} | {'':9} {row['theory']:8.4f} {row['spectrum']:8.4f} | {'':4} {row['spectrum_one_point']:8.4f} | {'':9} {held} | {row['c']:5.2f}"
+        )
+    print(
+        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {math.exp(min(logs.values())):.2f} to {math.exp(max(logs.values())):.2f}"
+    )
+    print(json.dumps({"benchmark": "predict_small_models", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
