@@ -117,18 +117,14 @@ def main() -> None:
                 **{law: laws.get(law) for law in ("ratio", "exponential", "phase")},
             }
         )
-    print("RMS error in ln PPL over s = 0.05 ... 0.5")
-    print(
-        f"{'model':12} {'PPL0':>7} {'s=0.5':>8} | no point: {'theory':>8} {'spectrum':>8} | one: {'spectrum':>8} | held out: {'ratio':>7} {'expon.':>7} {'phase':>7} | {'c':>5}"
-    )
+    columns = {"dense": "PPL0", "half": "s=0.5", "theory": "theory", "spectrum": "spectrum", "spectrum_one_point": "one point"}
+    columns |= {"ratio": "ratio", "exponential": "exponential", "phase": "phase", "c": "c"}
+    print("RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, `one point` one, the rest all but the one predicted")
+    print(" ".join([f"{'model':12}", *(f"{title:>11}" for title in columns.values())]))
     for row in rows:
-        held = " ".join(f"{row[law]:7.4f}" if row[law] is not None else "      -" for law in ("ratio", "exponential", "phase"))
-        print(
-            f"{row['model']:12} {row['dense']:7.2f} {row['half']:8.2f} | {'':9} {row['theory']:8.4f} {row['spectrum']:8.4f} | {'':4} {row['spectrum_one_point']:8.4f} | {'':9} {held} | {row['c']:5.2f}"
-        )
-    print(
-        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {math.exp(min(logs.values())):.2f} to {math.exp(max(logs.values())):.2f}"
-    )
+        print(" ".join([f"{row['model']:12}", *("          -" if row[key] is None else f"{row[key]:11.4f}" for key in columns)]))
+    scales = np.exp(list(logs.values()))
+    print(f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {scales.min():.2f} to {scales.max():.2f}")
     print(json.dumps({"benchmark": "predict_small_models", "rows": rows}))
 
 
