@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from secateur import api
 from secateur.predict.choose import choose
 from secateur.predict.points import Points, read_points
-from secateur.predict.spectrum import Costs, fit_constant, measure_costs
+from secateur.predict.spectrum import C_UNFITTED, Costs, fit_constant, measure_costs
+from secateur.report.plots import COLOURS, GRID, MARKERS
 
 SPARSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 ONE = 0.2  # the sparsity whose point scales the spectrum
@@ -85,15 +87,37 @@ def ratio_of_logs(points: Points, costs: Costs) -> float:
     return float(np.mean([math.log(gain / cost) for gain, cost in pairs if gain > VISIBLE]))
 
 
+def draw(found: dict[str, tuple[Points, Costs]], file: Path) -> None:
+    """Measured ln(PPL / PPL0) against K, which is what the spectrum alone says."""
+    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for (name, (points, costs)), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
+        pairs = [(costs.at(float(s)), math.log(v / points.dense)) for s, v in zip(points.s, points.values, strict=True)]
+        shown = [(cost, gain) for cost, gain in pairs if gain > VISIBLE / 10]
+        axes.plot(*zip(*shown, strict=True), color=colour, marker=marker, markersize=5, linewidth=1, label=f"{name}, dense {points.dense:.3g}")
+    ends = np.array([1e-5, 1.5])
+    for constant, style in ((1.0, ":"), (C_UNFITTED, "--")):
+        axes.plot(ends, constant * ends, color="#333333", linestyle=style, linewidth=1.2, label=f"c = {constant:g}")
+    axes.set(xscale="log", yscale="log", xlabel="K, from the dense model's spectra alone", ylabel="measured ln(PPL / PPL0)", ylim=(1e-4, 6))
+    axes.set_title("Perplexity after slicing against what the spectrum says, s = 0.05 to 0.5", fontsize=10, loc="left")
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stories", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG to write")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     found = {subject.name: measure(subject, options.out) for subject in subjects(options.models, options.stories, options.out)}
     logs = {name: ratio_of_logs(points, costs) for name, (points, costs) in found.items()}
+    if options.plot is not None:
+        draw(found, options.plot)
     rows = []
     for name, (points, costs) in found.items():
         elsewhere = math.exp(float(np.mean([value for other, value in logs.items() if other != name])))
