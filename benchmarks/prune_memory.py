@@ -47,7 +47,11 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     growth = runs[1]["peak_above_baseline"] / runs[0]["peak_above_baseline"]
     _print(runs, growth, options)
-    print(json.dumps({"benchmark": "prune_memory", "method": options.method, "small": options.small, "runs": runs, "growth": round(growth, 4), "grows": growth > GROWTH}))
+    print(
+        json.dumps(
+            {"benchmark": "prune_memory", "method": options.method, "small": options.small, "runs": runs, "growth": round(growth, 4), "grows": growth > GROWTH}
+        )
+    )
 
 
 def _options() -> argparse.Namespace:

@@ -52,7 +52,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of timings, of which the fastest counts (default 5)")
-    parser.add_argument("--samples", type=int, default=8, help="calibration windows of 256 random tokens (default 8); sizes and speed do not depend on the text")
+    parser.add_argument(
+        "--samples", type=int, default=8, help="calibration windows of 256 random tokens (default 8); sizes and speed do not depend on the text"
+    )
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--models", nargs="+", choices=("bundled", "width 768"), default=["bundled", "width 768"])
     parser.add_argument("--quick", action="store_true", help="two sparsities, the bundled model")
@@ -83,7 +85,14 @@ def _model(folder: Path, work: Path, options: argparse.Namespace) -> list[dict[s
         for form in FORMS:
             out = work / "out"
             request = Request(
-                str(folder), "slicegpt", sparsity=sparsity, calibration=str(ids), seqlen=LENGTH, samples=options.samples, device="cpu", options={"adapters": form}
+                str(folder),
+                "slicegpt",
+                sparsity=sparsity,
+                calibration=str(ids),
+                seqlen=LENGTH,
+                samples=options.samples,
+                device="cpu",
+                options={"adapters": form},
             )
             record = prune(request, out, overwrite=True)
             models[form] = _load(out)

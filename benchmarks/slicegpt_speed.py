@@ -297,9 +297,7 @@ def _difference(ours: PreTrainedModel, theirs: PreTrainedModel, shape: Shape) ->
     return float((found - wanted).abs().max() / wanted.square().mean().sqrt())
 
 
-def _summary(
-    name: str, shape: Shape, tokens: int, options: argparse.Namespace, ours: Times, theirs: Times, rate: float, difference: float
-) -> dict[str, Any]:
+def _summary(name: str, shape: Shape, tokens: int, options: argparse.Namespace, ours: Times, theirs: Times, rate: float, difference: float) -> dict[str, Any]:
     hidden, places = shape.hidden, 2 * shape.blocks
     width = int((1 - SPARSITY) * hidden) // 8 * 8
     mlp = 3 * shape.hidden * shape.ffn

@@ -108,7 +108,9 @@ def inspect_table(record: Record) -> Table:
     names = list(record["blocks"][0]["matrices"])
     title = f"{record['model']}: {record['parameters']:,} parameters, {record['nonzero']:,} not zero, {record['bytes'] / 1e6:.1f} MB"
     sliced = ["residual"] if any(block["residual"] for block in record["blocks"]) else []
-    table = Table("#", "heads", "kv", "ffn", *sliced, "parameters", *names, title=title, caption="under the names of matrices: per cent of zeros", padding=(0, 0))
+    table = Table(
+        "#", "heads", "kv", "ffn", *sliced, "parameters", *names, title=title, caption="under the names of matrices: per cent of zeros", padding=(0, 0)
+    )
     for block in record["blocks"]:
         shares = (f"{100 * block['matrices'][name]['sparsity']:.0f}%" for name in names)
         sizes = (str(block[key]) for key in ("index", "heads", "groups", "ffn"))
@@ -129,7 +131,7 @@ def flow_tables(record: Record) -> list[Table | str]:
     touched, attention, total, flops = (record[key] for key in ("touched", "attention", "parameters", "flops_per_token"))
     keys = ", ".join(f"{product['keys']:,}" for product in attention["products"])
     by_d, flops_by_d = f"{touched['parameters']:,} of {total:,} parameters", f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token"
-    about = [
+    about: list[Table | str] = [
         _maps_table(record),
         f"d touches {by_d} ({touched['parameters_share']:.2%}) and {flops_by_d} ({touched['flops_share']:.2%}).",
         f"Attention's products at {attention['context']:,} positions (keys: {keys}) are {attention['flops_per_token']:,} FLOPs per token more, which d does "
@@ -137,7 +139,11 @@ def flow_tables(record: Record) -> list[Table | str]:
     ]
     if (formula := record["formula"]) is None:
         widths = ", ".join(str(width) for width in record["sliced"]["widths"])
-        return [*about, f"d of the places of the residual stream, of {record['sliced']['hidden']} each: {widths}.", record["sliced"]["why_no_by_sparsity"] + "."]
+        return [
+            *about,
+            f"d of the places of the residual stream, of {record['sliced']['hidden']} each: {widths}.",
+            record["sliced"]["why_no_by_sparsity"] + ".",
+        ]
     return [
         *about,
         _sparsities_table(record, "parameters", ("adapter_parameters", "untied_parameters")),

@@ -90,11 +90,12 @@ class Flow:
     @property
     def widths(self) -> list[int]:
         """The residual width where it enters the first block and after each addition."""
-        ends = [(self.dims[0].enters,)]
+        found = [self.dims[0].enters]
         for dims in self.dims:
-            out = dims.residual.attention[1] if dims.residual else dims.hidden
-            ends.append((dims.leaves,) if self.parallel else (out, dims.leaves))
-        return [width for end in ends for width in end]
+            if not self.parallel:
+                found.append(dims.residual.attention[1] if dims.residual else dims.hidden)
+            found.append(dims.leaves)
+        return found
 
     @property
     def width(self) -> int:

@@ -1,9 +1,9 @@
 """The linear maps of a model, from shapes alone: which there are, in letters and in numbers, in the order in which a token meets them.
 
 Source: arXiv:2503.04377, appendix A.1 and table 2. Letters: d residual width, h query heads, g key-value heads (the paper's v), k head
-width, m feed-forward width, V vocabulary, P learned positions, r rank of a residual adapter. Sizes are inputs x outputs as in its table 2; torch stores the transpose.
-Unlike there, h·k need not equal d (it does not after a cut, nor in every model), and biases and tied heads are counted. A sliced model
-has another d in each place, and maps of its own on its residual connections.
+width, m feed-forward width, V vocabulary, P learned positions, r rank of a residual adapter. Sizes are inputs x outputs as in its table 2;
+torch stores the transpose. Unlike there, h·k need not equal d (it does not after a cut, nor in every model), and biases and tied heads are
+counted. A sliced model has another d in each place, and maps of its own on its residual connections.
 """
 
 from __future__ import annotations
