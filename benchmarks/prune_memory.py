@@ -1,11 +1,12 @@
 """How much memory pruning takes, and that it does not grow with the depth of the model.
 
-Prunes a randomly initialised LLaMA of about one billion parameters (bf16) with Wanda at 50% on at most 4,096 tokens, then one with
-twice the blocks, each in a process of its own, and compares the peak of the resident set above what the imports alone took with
+Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on at most 4,096 tokens, with Wanda at 50% or with SliceGPT at
+25%, then one with twice the blocks, each in a process of its own, and compares the peak of the resident set above what the imports alone took with
 0.35 times the size of the weights plus the activation buffer. The deeper model may take at most 3% more than the other.
 
-    python benchmarks/prune_memory.py            some ten minutes on two cores, 12 GB of disk
-    python benchmarks/prune_memory.py --small    seconds: does it run at all; its figures mean little
+    python benchmarks/prune_memory.py                      some ten minutes on two cores, 12 GB of disk
+    python benchmarks/prune_memory.py --method slicegpt    eigenproblems of width 2048 in float64 at every place: hours; --blocks 4 for fewer
+    python benchmarks/prune_memory.py --small              seconds: does it run at all; its figures mean little
 
 The resident set counts the pages of mapped files too, so reading weights through a map shows.
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from _common import ITEM_BYTES, Shape, table, write_ids, write_llama
 
 BILLION = Shape(hidden=2048, ffn=5632, heads=32, kv_heads=4, vocab=32000, blocks=20, dtype="bfloat16")
 SMALL = Shape(hidden=256, ffn=688, heads=8, kv_heads=2, vocab=4096, blocks=4, dtype="bfloat16")
+SPARSITY = {"wanda": 0.5, "slicegpt": 0.25}
 SHARE = 0.35  # of the weights, that may be in memory beside the activation buffer
 GROWTH = 1.03  # of the peak, when the depth doubles
 MEGA = 1e6
@@ -36,6 +38,7 @@ MEGA = 1e6
 def main() -> None:
     options = _options()
     shape = SMALL if options.small else BILLION
+    shape = replace(shape, blocks=options.blocks or shape.blocks)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="prune-memory-"))
     try:
         runs = [_measure(folder, shape.deeper(times), options) for times in (1, 2)]
@@ -44,12 +47,18 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     growth = runs[1]["peak_above_baseline"] / runs[0]["peak_above_baseline"]
     _print(runs, growth, options)
-    print(json.dumps({"benchmark": "prune_memory", "small": options.small, "runs": runs, "growth": round(growth, 4), "grows": growth > GROWTH}))
+    print(
+        json.dumps(
+            {"benchmark": "prune_memory", "method": options.method, "small": options.small, "runs": runs, "growth": round(growth, 4), "grows": growth > GROWTH}
+        )
+    )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument("--method", choices=list(SPARSITY), default="wanda")
+    parser.add_argument("--blocks", type=int, help=f"of the first model (default {BILLION.blocks})")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows (default 8)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens of a window (default 512)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write the models and results there and leave them")
@@ -66,9 +75,9 @@ def _options() -> argparse.Namespace:
 
 def _measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     """Write one model and prune it, both in other processes."""
-    model, out, ids = folder / f"blocks-{shape.blocks}", folder / f"blocks-{shape.blocks}-wanda", folder / "ids.npy"
+    model, out, ids = folder / f"blocks-{shape.blocks}", folder / f"blocks-{shape.blocks}-{options.method}", folder / "ids.npy"
     _run("write", model=str(model), ids=str(ids), shape=asdict(shape), samples=options.samples, seqlen=options.seqlen)
-    result = _run("prune", model=str(model), ids=str(ids), out=str(out))
+    result = _run("prune", model=str(model), ids=str(ids), out=str(out), method=options.method)
     weights = shape.parameters * ITEM_BYTES[shape.dtype]
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert 0 <= stored - weights < 1e-3 * weights + 1e6, (stored, weights)
@@ -106,7 +115,7 @@ def _child_write(model: str, ids: str, shape: dict[str, Any], samples: int, seql
     print("{}")
 
 
-def _child_prune(model: str, ids: str, out: str) -> None:
+def _child_prune(model: str, ids: str, out: str, method: str) -> None:
     before = _peak()
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -115,7 +124,7 @@ def _child_prune(model: str, ids: str, out: str) -> None:
     baseline = _peak()
     assert baseline > before, "the parent's peak hides that of the imports"
     started = time.perf_counter()
-    request = Request(model=model, method="wanda", sparsity=0.5, calibration=ids, device="cpu")
+    request = Request(model=model, method=method, sparsity=SPARSITY[method], calibration=ids, device="cpu")
     record = prune(request, Path(out), overwrite=True)
     seconds = round(time.perf_counter() - started, 2)
     print(json.dumps({"baseline": baseline, "peak": _peak(), "seconds": seconds, "seconds_by": record["seconds_by"], "buffer_bytes": record["buffer_bytes"]}))
@@ -131,7 +140,7 @@ def _print(runs: list[dict[str, Any]], growth: float, options: argparse.Namespac
     def row(label: str, key: str, note: str = "") -> tuple[str, ...]:
         return (label, *(f"{run[key] / MEGA:,.1f}" for run in runs), note)
 
-    print(f"Wanda 50%, {options.samples} x {options.seqlen} random tokens, bf16 weights, CPU; MB (10^6 bytes)")
+    print(f"{options.method} {SPARSITY[options.method]:.0%}, {options.samples} x {options.seqlen} random tokens, bf16 weights, CPU; MB (10^6 bytes)")
     rows = [
         ("parameters (millions)", *(f"{run['parameters'] / MEGA:,.1f}" for run in runs), ""),
         row("weights", "weights_bytes"),

@@ -77,6 +77,10 @@ class ModelSource:
         """The tensor itself, not a copy."""
         return self.tensors[name]
 
+    def rows(self, name: str, which: slice | Tensor) -> Tensor:
+        """Some rows of a matrix."""
+        return self.tensors[name][which]
+
 
 def view_model(model: PreTrainedModel) -> ModelView:
     """A model in memory, seen through its family."""

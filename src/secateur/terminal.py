@@ -128,23 +128,45 @@ def inspect_table(record: Record) -> Table:
     """What `inspect` found, block by block."""
     names = list(record["blocks"][0]["matrices"])
     title = f"{record['model']}: {record['parameters']:,} parameters, {record['nonzero']:,} not zero, {record['bytes'] / 1e6:.1f} MB"
-    table = Table("#", "heads", "kv", "ffn", "parameters", *names, title=title, caption="under the names of matrices: per cent of zeros", padding=(0, 0))
+    sliced = ["residual"] if any(block["residual"] for block in record["blocks"]) else []
+    table = Table(
+        "#", "heads", "kv", "ffn", *sliced, "parameters", *names, title=title, caption="under the names of matrices: per cent of zeros", padding=(0, 0)
+    )
     for block in record["blocks"]:
         shares = (f"{100 * block['matrices'][name]['sparsity']:.0f}%" for name in names)
-        table.add_row(str(block["index"]), str(block["heads"]), str(block["groups"]), str(block["ffn"]), f"{block['parameters']:,}", *shares)
+        sizes = (str(block[key]) for key in ("index", "heads", "groups", "ffn"))
+        table.add_row(*sizes, *(_residual(block["residual"]) for _ in sliced), f"{block['parameters']:,}", *shares)
     return table
+
+
+def _residual(residual: Record | None) -> str:
+    """The widths of the residual stream on its way through a block: at its start, between attention and MLP, at its end."""
+    if residual is None:
+        return ""
+    between = residual["attention"][1:] if len(residual["skips"]) > 1 else []
+    return ", ".join(str(width) for width in (residual["attention"][0], *between, residual["mlp"][1]))
 
 
 def flow_tables(record: Record) -> list[Table | str]:
     """What `inspect --flow` found: the linear maps, the share that the residual width touches, and what is left of them by sparsity."""
-    touched, attention, formula, total, flops = (record[key] for key in ("touched", "attention", "formula", "parameters", "flops_per_token"))
+    touched, attention, total, flops = (record[key] for key in ("touched", "attention", "parameters", "flops_per_token"))
     keys = ", ".join(f"{product['keys']:,}" for product in attention["products"])
     by_d, flops_by_d = f"{touched['parameters']:,} of {total:,} parameters", f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token"
-    return [
+    about: list[Table | str] = [
         _maps_table(record),
         f"d touches {by_d} ({touched['parameters_share']:.2%}) and {flops_by_d} ({touched['flops_share']:.2%}).",
         f"Attention's products at {attention['context']:,} positions (keys: {keys}) are {attention['flops_per_token']:,} FLOPs per token more, which d does "
         f"not touch: with them its share is {touched['flops_share_with_attention']:.2%}.",
+    ]
+    if (formula := record["formula"]) is None:
+        widths = ", ".join(str(width) for width in record["sliced"]["widths"])
+        return [
+            *about,
+            f"d of the places of the residual stream, of {record['sliced']['hidden']} each: {widths}.",
+            record["sliced"]["why_no_by_sparsity"] + ".",
+        ]
+    return [
+        *about,
         _sparsities_table(record, "parameters", ("adapter_parameters", "untied_parameters")),
         f"parameters = {formula['parameters']}, adapters = {formula['adapter_parameters']}",
         _sparsities_table(record, "flops_per_token", ("adapter_flops_per_token",)),

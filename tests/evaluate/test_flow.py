@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from secateur import api
 from secateur.cli import app
+from secateur.core.errors import SecateurError
 from secateur.evaluate.flow import SPARSITIES, activation_flow, inspect_flow, ranges
 from secateur.evaluate.maps import Map
 from secateur.models import load
@@ -261,6 +262,86 @@ def test_norms_without_a_gain_have_no_line(monkeypatch: pytest.MonkeyPatch) -> N
     flow = activation_flow(view)
     assert flow.parameters() == view.parameters()
     assert {found.kind for found in flow.maps} == {"lookup", "product"}
+
+
+SLICED: list[dict[str, Any]] = [{}, {"adapters": "dense"}, {"slice_head": True}, {"energy": 0.9, "round": 1}]
+
+
+@pytest.fixture
+def sliced(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
+    """Slices a tiny model and gives the folder."""
+
+    def cut(model_type: str, tied: bool = False, **options: Any) -> Path:
+        asked = {} if "energy" in options else {"sparsity": 0.25}
+        api.prune(api.Request(str(saved(model_type, tied=tied)), "slicegpt", calibration=ids_file, seqlen=20, options=options, **asked), tmp_path / "sliced")
+        return tmp_path / "sliced"
+
+    return cut
+
+
+@pytest.mark.parametrize("options", SLICED, ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "phi3", "qwen3"])
+def test_a_sliced_checkpoint_has_its_own_widths_and_adapters(sliced: Callable[..., Path], model_type: str, options: dict[str, Any]) -> None:
+    folder = sliced(model_type, tied=model_type == "llama", **options)
+    flow = inspect_flow(str(folder), context=16)
+    assert not named(flow.maps, "other"), "every tensor has its place"
+    assert flow.parameters() == stored_parameters(folder)
+    assert counted(AutoModelForCausalLM.from_pretrained(folder), 16) == (16 * flow.flops(), 16 * flow.attention_flops())
+    assert api.inspect(str(folder))["flops_per_token"] == flow.flops()
+    names = ("skip",) if model_type == "phi" else ("skip_attention", "skip_mlp")
+    config = json.loads((folder / "config.json").read_text())
+    for number, name in enumerate(names):
+        for index, entry in enumerate(config["pruned_widths"]):
+            mine = [found for found in named(flow.maps, name) if index in found.blocks]
+            (inputs, outputs), form = entry[("attention", "mlp")[number]], entry["skips"][number]
+            assert all(found.kind == "product" for found in mine)
+            rank = 0 if form is None else form
+            weights = inputs * outputs if form == "dense" else rank * inputs if inputs == outputs else rank * (inputs + outputs)
+            products = 1 if form == "dense" else 0 if form is None else 2
+            flops = 2 * inputs * outputs if form == "dense" else 2 * rank * (inputs + outputs)
+            assert sum(found.parameters() for found in mine) == weights * len(mine[0].blocks if mine else ())
+            assert sum(found.flops() for found in mine) == flops * len(mine[0].blocks if mine else ())
+            assert len(mine) == products
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])
+def test_a_sliced_checkpoint_speaks_of_its_own_widths(sliced: Callable[..., Path], model_type: str) -> None:
+    folder = sliced(model_type)
+    flow = inspect_flow(str(folder))
+    assert (flow.hidden, flow.width) == (HIDDEN, 24)
+    places = BLOCKS if model_type == "phi" else 2 * BLOCKS
+    assert flow.widths == [24] * places + [HIDDEN]
+    assert flow.symbols()["d"] == flow.widths
+    assert flow.symbols()["r"] == [8] * (places - 1)
+    record = flow.record()
+    assert (record["by_sparsity"], record["formula"]) == ([], None)
+    assert record["sliced"]["widths"] == flow.widths
+    with pytest.raises(SecateurError, match="already sliced, from 32, and has its own adapters; ask what s would leave of the original"):
+        flow.at(0.1)
+    assert activation_flow(api.view_model(tiny_model(model_type))).widths == [HIDDEN] * (places + 1)
+
+
+def test_what_inspect_says_of_a_sliced_checkpoint(sliced: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    folder = sliced("llama")
+    status, stdout, stderr = run("inspect", folder, "--flow", "--plot", tmp_path / "flow.png")
+    assert status == 0, stderr
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert "of 32 each: 24, 24, 24, 24, 24, 24, 32." in " ".join(stdout.split())
+    assert "already sliced" in stdout
+    assert "skip_attention" in stdout
+    status, stdout, stderr = run("inspect", folder)
+    assert status == 0, stderr
+    assert "24, 24, 32" in stdout
+    blocks = api.inspect(str(folder))["blocks"]
+    assert blocks[0]["residual"] == {"attention": (24, 24), "mlp": (24, 24), "skips": (8, 8)}
+    assert blocks[-1]["residual"] == {"attention": (24, 24), "mlp": (24, 32), "skips": (8, None)}
+
+
+def test_inspect_counts_the_products_of_a_dense_checkpoint(saved: Callable[..., Path]) -> None:
+    record = api.inspect(str(saved("llama", tied=True)))
+    assert record["flops_per_token"] == 2 * (record["parameters_blocks"] + VOCABULARY * HIDDEN)
+    assert record["blocks"][0]["residual"] is None
 
 
 def run(*args: object) -> tuple[int, str, str]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from secateur.models.load import build_skeleton
@@ -172,13 +171,13 @@ class Stream:
     def _embed(self) -> None:
         """Fill the buffer with what enters the first block."""
         family = self.view.family
-        table_VD = self.view.source.read(f"{family.embeddings[0]}.weight")
+        table = f"{family.embeddings[0]}.weight"
         decoder = self._decoder()
         first = self._blocks[0]
         recorder = _Recorder(last=True)
         self._blocks[0] = recorder
         for rows in self._slices():
-            embedded = embedding(self._windows[rows].to(table_VD.device), table_VD).to(self.device, self.dtype)
+            embedded = self.view.source.rows(table, self._windows[rows]).to(self.device, self.dtype)
             if not self._enters_as_embedded:  # OPT adds positions, say
                 with suppress(_Stop):
                     decoder(inputs_embeds=embedded, use_cache=False)

@@ -18,7 +18,7 @@ from secateur.models.family import ATTENTION
 from secateur.models.view import BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan, Place
 
-_ROWS = 1 << 14
+_ROWS = 1 << 12  # of a vocabulary in float32 at a time
 
 
 def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
@@ -30,12 +30,13 @@ def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
         name = next(n for n in block.names if block.family.matrices[n] == path)
         in_attention = name in ATTENTION
         if name in block.family.readers:
-            tensors[f"{path}.weight"] = tensors[f"{path}.weight"] @ _basis(enter if in_attention or between is None else between, tensors[f"{path}.weight"])
+            weight_OI = tensors[f"{path}.weight"]
+            tensors[f"{path}.weight"] = (weight_OI @ _basis(enter if in_attention or between is None else between, weight_OI)).to(block.dtype)
         else:
             basis = _basis(between if in_attention and between is not None else leave, tensors[f"{path}.weight"])
             for key in (f"{path}.weight", f"{path}.bias"):
                 if key in tensors:
-                    tensors[key] = basis.t() @ tensors[key]
+                    tensors[key] = (basis.t() @ tensors[key]).to(block.dtype)
     places = [place for place in (between, leave) if place is not None]
     for number, place in enumerate(places):
         tensors |= {f"skips.{number}.{name}": tensor for name, tensor in place.skip.items()}
@@ -54,14 +55,15 @@ def residual_after(plan: BlockPlan) -> Residual:
 
 def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tensor:
     """A tensor outside the blocks of the canonical model: embeddings in the first basis, the head in the last."""
-    tensor = view.source.read(name)
-    if tensor.dim() == 2:
-        basis = _basis(first if name.rpartition(".")[0] in view.family.embeddings else last, tensor)
-        rotated = torch.empty(len(tensor), basis.shape[1], dtype=view.dtype)
-        for start in range(0, len(tensor), _ROWS):
-            rotated[start : start + _ROWS] = tensor[start : start + _ROWS] @ basis
-        return rotated
-    return tensor.to(view.dtype)
+    shape = view.source.shape(name)
+    if len(shape) == 1:
+        return view.source.read(name).to(view.dtype)
+    place = first if name.rpartition(".")[0] in view.family.embeddings else last
+    rotated = torch.empty(shape[0], place.width, dtype=view.dtype)
+    for start in range(0, shape[0], _ROWS):
+        rows = view.source.rows(name, slice(start, start + _ROWS))
+        rotated[start : start + _ROWS] = rows @ _basis(place, rows)
+    return rotated
 
 
 def _basis(place: Place, like: Tensor) -> Tensor:

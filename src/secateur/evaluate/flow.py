@@ -5,6 +5,9 @@ every linear map of a transformer, so with d narrowed to (1 - s)d and all else k
 rounded down to whole ones. Beyond the paper: what d does not touch is counted (biases inside a block, the products of attention), and so
 is what SliceGPT (arXiv:2401.15024) pays for the narrower stream: its residual adapters, as its authors store them, and the untied head.
 
+A model that is sliced already has its own adapters, which are among its maps, and a width a place; what a still narrower one would have is not
+said of it, since SliceGPT slices the original.
+
 FLOPs are per token, two for each weight of a product; sums, norms, activations and look-ups are not counted. Shapes alone are read.
 """
 
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.core.records import Record
 from secateur.evaluate.maps import Attention, Axis, Map, attention_products, linear_maps
 from secateur.models.load import open_checkpoint
@@ -75,9 +78,29 @@ class Flow:
     parallel: bool
 
     @property
-    def width(self) -> int:
-        """The residual width d."""
+    def sliced(self) -> bool:
+        """Whether the residual stream is narrower than the hidden size of the configuration, and has adapters of its own."""
+        return self.dims[0].residual is not None
+
+    @property
+    def hidden(self) -> int:
+        """The hidden size of the configuration: d before any slicing."""
         return self.dims[0].hidden
+
+    @property
+    def widths(self) -> list[int]:
+        """The residual width where it enters the first block and after each addition."""
+        found = [self.dims[0].enters]
+        for dims in self.dims:
+            if not self.parallel:
+                found.append(dims.residual.attention[1] if dims.residual else dims.hidden)
+            found.append(dims.leaves)
+        return found
+
+    @property
+    def width(self) -> int:
+        """The residual width d; of a sliced model, where it enters the first block (see `widths`)."""
+        return self.dims[0].enters
 
     @property
     def adapters(self) -> int:
@@ -85,8 +108,11 @@ class Flow:
         return len(self.dims) * (1 if self.parallel else 2)
 
     def symbols(self) -> dict[str, int | list[int]]:
-        """What the letters stand for; h, g and m have an entry a block."""
-        single = {axis.symbol: axis.size for found in self.maps if not found.blocks for axis in found.axes if axis.symbol in "dVP"}
+        """What the letters stand for; h, g and m have an entry a block, d of a sliced model one a place, r one an adapter that has a rank."""
+        single: dict[str, int | list[int]] = {axis.symbol: axis.size for found in self.maps if not found.blocks for axis in found.axes if axis.symbol in "dVP"}
+        if self.sliced:
+            ranks = [form for dims in self.dims if dims.residual for form in dims.residual.skips if isinstance(form, int)]
+            single |= {"d": self.widths} | ({"r": ranks} if ranks else {})
         several = {"h": [dims.heads for dims in self.dims], "g": [dims.groups for dims in self.dims], "m": [dims.ffn for dims in self.dims]}
         return {**single, "k": self.dims[0].head_width, **several}
 
@@ -110,8 +136,19 @@ class Flow:
         """FLOPs per token of the products of attention at the context."""
         return sum(found.flops() for found in self.attention)
 
+    @property
+    def refusal(self) -> str:
+        """Why nothing is said of a sliced model by s."""
+        return f"{self.name}: its residual stream is already sliced, from {self.hidden}, and has its own adapters; ask what s would leave of the original model"
+
     def at(self, sparsity: float) -> Point:
-        """The model where d is (1 - s)d."""
+        """The model where d is (1 - s)d.
+
+        Raises:
+            SecateurError: the model is sliced already.
+        """
+        if self.sliced:
+            raise SecateurError(self.refusal)
         width = Axis("d", self.width).at(sparsity)
         adapters = self.adapters * width * width if sparsity else 0
         tied = sum(replace(found, tied=False).parameters(sparsity) - found.parameters(sparsity) for found in self.maps)
@@ -127,7 +164,10 @@ class Flow:
         )
 
     def record(self, sparsities: Sequence[float] = SPARSITIES) -> Record:
-        """Everything as data: `flow` (the maps), `attention`, `by_sparsity`, `formula`, and the share that d touches (`touched`)."""
+        """Everything as data: `flow` (the maps), `attention`, `by_sparsity`, `formula`, and the share that d touches (`touched`).
+
+        Of a sliced model `sliced` has the hidden size and the widths, `by_sparsity` is empty and `formula` null.
+        """
         parameters, flops, attention = self.parameters(), self.flops(), self.attention_flops()
         by_d, flops_by_d = self.touched_parameters(), self.touched_flops()
         return {
@@ -140,8 +180,11 @@ class Flow:
             "flops_per_token": flops,
             "flow": [found.record() for found in self.maps],
             "attention": {"context": self.context, "flops_per_token": attention, "products": [found.record() for found in self.attention]},
-            "by_sparsity": [self.at(sparsity).record() for sparsity in sparsities],
-            "formula": {
+            "sliced": {"hidden": self.hidden, "widths": self.widths, "why_no_by_sparsity": self.refusal} if self.sliced else None,
+            "by_sparsity": [] if self.sliced else [self.at(sparsity).record() for sparsity in sparsities],
+            "formula": None
+            if self.sliced
+            else {
                 "parameters": f"(1 - s) * {by_d} + {parameters - by_d}",
                 "flops_per_token": f"(1 - s) * {flops_by_d} + {flops - flops_by_d}",
                 "adapter_parameters": f"{self.adapters} * ((1 - s) * {self.width})**2",

@@ -1,8 +1,9 @@
 """The linear maps of a model, from shapes alone: which there are, in letters and in numbers, in the order in which a token meets them.
 
 Source: arXiv:2503.04377, appendix A.1 and table 2. Letters: d residual width, h query heads, g key-value heads (the paper's v), k head
-width, m feed-forward width, V vocabulary, P learned positions. Sizes are inputs x outputs as in its table 2; torch stores the transpose.
-Unlike there, h·k need not equal d (it does not after a cut, nor in every model), and biases and tied heads are counted.
+width, m feed-forward width, V vocabulary, P learned positions, r rank of a residual adapter. Sizes are inputs x outputs as in its table 2;
+torch stores the transpose. Unlike there, h·k need not equal d (it does not after a cut, nor in every model), and biases and tied heads are
+counted. A sliced model has another d in each place, and maps of its own on its residual connections.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ class Map:
     """A linear map, or the same one of several blocks where their sizes are equal.
 
     Attributes:
-        name: canonical: `embed`, `norm_attention`, `q` ... `down`, `norm_final`, `head`; else the last part of the module's own.
-        module: its path in the model; inside the block for maps of blocks.
+        name: canonical: `embed`, `norm_attention`, `q` ... `down`, `norm_final`, `head`; else the last part of the module's own. The adapters of
+            a sliced model are `skip_attention` and `skip_mlp`, or `skip` of a parallel block.
+        module: its path in the model; inside the block for maps of blocks. Of adapters, that of the tensor.
         kind: `product`, `lookup` (an embedding), `scale` (the gain of a norm), or `other` (a tensor the family does not describe).
         axes: (inputs, outputs); a norm has one.
         bias: the axis of its bias, None where it has none.
         blocks: the blocks it is in; empty outside the blocks.
         rows: the rows of a fused weight that are this map, [from, to).
-        tied: whether its weight is that of the embedding, and so counted there.
+        tied: whether its weight is that of another map, and so counted there: of a head, the embedding; of the second factor of an adapter
+            between equal widths, the first.
     """
 
     name: str
@@ -106,7 +109,7 @@ class Map:
             "parameters": self.parameters(),
             "parameters_touched": self.touched_parameters(),
             "flops_per_token": self.flops(),
-            "scales": "1 - s" if self.touched else "1",
+            "scales": ("1", "1 - s", "(1 - s)^2")[sum(axis.symbol == "d" for axis in self.axes)],
         }
 
 
@@ -172,8 +175,34 @@ class _Shapes:
         heads = [found for path in self.family.head_norms for found in self._norm(_last(path), path, "k", index)]
         matrices = {found.name: found for path in dict.fromkeys(self.family.matrices.values()) for found in self._parts(path, index)}
         mlp = [matrices[name] for name in MLP if name in matrices]
-        second = norms[1] if len(norms) > 1 else []
-        return [*norms[0], matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"], *second, *mlp]
+        attention = [*norms[0], matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"]]
+        if self.family.parallel:
+            return [*attention, *mlp, *self._skip("skip", 0, index)]
+        return [*attention, *self._skip("skip_attention", 0, index), *norms[1], *mlp, *self._skip("skip_mlp", 1, index)]
+
+    def _skip(self, name: str, number: int, index: int) -> list[Map]:
+        """The adapter on a residual connection of a sliced model: one product, two with a rank between, or none (see `runtime.Skip`)."""
+        residual = self.view.dims(index).residual
+        form = None if residual is None else residual.skips[number]
+        if residual is None or form is None:
+            return []
+        inputs, outputs = (Axis("d", width) for width in (residual.attention, residual.mlp)[number])
+        path = f"skips.{number}."
+        if form == "dense":
+            self._claim(index, path + "weight", (outputs.size, inputs.size))
+            return [Map(name, path + "weight", "product", (inputs, outputs), blocks=(index,))]
+        assert isinstance(form, int)
+        rank = Axis("r", form)
+        self._claim(index, path + "left", (inputs.size, form))
+        tied = inputs == outputs
+        if not tied:
+            self._claim(index, path + "right", (outputs.size, form))
+        left = Map(name, path + "left", "product", (inputs, rank), blocks=(index,))
+        return [left, Map(name, path + ("left" if tied else "right"), "product", (rank, outputs), blocks=(index,), tied=tied)]
+
+    def _claim(self, index: int, name: str, shape: tuple[int, int]) -> None:
+        found = self.unclaimed.pop(self.view.block_prefix(index) + name)
+        assert found == shape, f"block {index}: {name} is {found}, the configuration says {shape}"
 
     def end(self) -> list[Map]:
         """The final norm and the head."""

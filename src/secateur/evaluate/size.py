@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.core.records import Record
+from secateur.evaluate.maps import linear_maps
 from secateur.models.load import open_checkpoint
 from secateur.models.view import BlockView
 from secateur.plan.plan import read_plan_json
@@ -17,8 +19,9 @@ def inspect(model: str, revision: str | None = None) -> Record:
     """Look at a checkpoint, pruned or not, one block at a time.
 
     Returns:
-        A record with `blocks` (sizes, parameters, zeros of every matrix), totals, `bytes` on disk and `flops_per_token` (two for each
-        weight of a matrix, the head included; attention over the context comes on top).
+        A record with `blocks` (sizes, parameters, zeros of every matrix; `residual` has the widths and adapters of a sliced model), totals,
+        `bytes` on disk and `flops_per_token` (two for each weight of a product, the head and adapters included; attention over the
+        context comes on top).
     """
     checkpoint = open_checkpoint(model, revision)
     view = checkpoint.view()
@@ -36,7 +39,7 @@ def inspect(model: str, revision: str | None = None) -> Record:
         "parameters_blocks": view.matrix_parameters(),
         "nonzero": sum(outer.values()) + sum(block["nonzero"] for block in blocks),
         "bytes": sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}),
-        "flops_per_token": 2 * (view.matrix_parameters() + view.config.vocab_size * view.config.hidden_size),
+        "flops_per_token": sum(found.flops() for found in linear_maps(view)),
         "blocks": blocks,
         "pruned": {key: plan[key] for key in ("model", "method", "options", "sparsity", "sparsity_measured", "pruning_ratio")} if plan else None,
         "out": str(Path(model)),
@@ -53,6 +56,7 @@ def _block(block: BlockView) -> dict[str, Any]:
         "heads": dims.heads,
         "groups": dims.groups,
         "ffn": dims.ffn,
+        "residual": asdict(dims.residual) if dims.residual else None,
         "parameters": parameters,
         "nonzero": nonzero,
         "matrices": matrices,

@@ -114,10 +114,11 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
             f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions that are to be kept: "
             f"give at least {width} tokens (--samples times --seqlen)"
         )
-    basis_DW = _fix_signs(vector_DD.flip(1)[:, :width])
+    vector_DD = vector_DD.flip(1)
+    basis_DW = _fix_signs(vector_DD[:, :width])
     if before is None and options.orientation == "random":
         basis_DW = basis_DW @ _random_rotation(width, seed).to(basis_DW)
-    return _joined(Place(basis_DW, spectrum_D, width, len(spectrum_D)), before, options)
+    return _joined(Place(basis_DW, spectrum_D, width, len(spectrum_D)), vector_DD[:, width:], before, options)
 
 
 def last_place(before: Place, options: SliceGPT) -> Place:
@@ -166,8 +167,8 @@ def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options
     return found
 
 
-def _joined(place: Place, before: Place | None, options: SliceGPT) -> Place:
-    """The place with its basis turned towards the one before, and the adapter between them."""
+def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceGPT) -> Place:
+    """The place, whose removed directions are `rest_DK`, with its basis turned towards the one before, and the adapter between them."""
     if before is None:
         return place
     if options.adapters == "dense":
@@ -176,19 +177,43 @@ def _joined(place: Place, before: Place | None, options: SliceGPT) -> Place:
     assert place.basis_DW is not None
     hidden, inputs = before.basis_DW.shape
     outputs = place.width
+    form = skip_form(inputs, outputs, hidden)
+    if isinstance(form, int) and inputs == outputs and (turned := _turned(before.basis_DW, rest_DK)) is not None:
+        return replace(place, basis_DW=turned[0], form=form, skip={"left": turned[1]})
     adapter_IO = before.basis_DW.t() @ place.basis_DW
     identity_IO = torch.eye(inputs, outputs).to(adapter_IO)
     left_OO, _, right_OO = torch.linalg.svd(adapter_IO.t() @ identity_IO)
     turn_OO = left_OO @ right_OO  # the polar factor: of all rotations it brings the adapter closest to the identity
     place = replace(place, basis_DW=place.basis_DW @ turn_OO)
     adapter_IO = adapter_IO @ turn_OO
-    form = skip_form(inputs, outputs, hidden)
     if form is None:
         return place
     if form == "dense":
         return replace(place, form=form, skip={"weight": adapter_IO.t()})
     assert isinstance(form, int)
     return replace(place, form=form, skip=_factors(identity_IO - adapter_IO, form))
+
+
+def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The aligned basis and its factor L from what it lacks, which is less work than the polar factor of the adapter.
+
+    The kept space is all but the K directions `rest`; P projects onto it, B is the basis before. With M = B^T rest, B^T P B = I - M M^T.
+    The aligned basis is P B (I - M M^T)^(-1/2), the aligned adapter (I - M M^T)^(1/2) = I - L L^T. Both follow from the eigenvectors V of
+    the small M^T M, whose eigenvalues are the squared sines of the angles between the two spaces.
+
+    None where a direction before is all but lost (a cosine below 1e-4): then the quotient is not exact.
+    """
+    lost_WK = before_DW.t() @ rest_DK
+    sine_K, vector_KK = torch.linalg.eigh(lost_WK.t() @ lost_WK)
+    cosine_K = (1 - sine_K).clamp(min=0, max=1).sqrt()
+    if cosine_K.min() < 1e-4:
+        return None
+    kept_DW = before_DW - rest_DK @ lost_WK.t()
+    axis_WK = lost_WK @ vector_KK  # of length sine
+    turned_DW = kept_DW + (kept_DW @ axis_WK / (cosine_K * (1 + cosine_K))) @ axis_WK.t()
+    turned_DW = turned_DW - rest_DK @ (rest_DK.t() @ turned_DW)  # rounding, which the quotient magnifies
+    turned_DW = 1.5 * turned_DW - 0.5 * turned_DW @ (turned_DW.t() @ turned_DW)  # squares what rounding left of its distance from orthonormal
+    return turned_DW, axis_WK / (1 + cosine_K).sqrt()
 
 
 def _factors(distance_IO: Tensor, rank: int) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import pruned_config
 from secateur.models.view import ModelView, Residual
 
+_ROWS = 1 << 12  # of a matrix in float32 at a time, where a sum is all that is wanted
+
 
 def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
     """The model in canonical form: tensors are computed when they are read, in float32 or better.
@@ -96,9 +98,19 @@ class CanonicalSource:
             if matrix is None:  # a norm over the width of a head
                 return self._stored(name)
             return self._reader(path, kind, f"{prefix}{index}.{family.norm_of(matrix)}") if matrix in family.readers else self._writer(path, kind)
-        if path == family.head:
-            return self._reader(path, kind, family.final_norm)
-        return self._embedding(name) if path in family.embeddings else self._stored(name)
+        if kind == "weight" and (path == family.head or path in family.embeddings):
+            return self.rows(name, slice(None))
+        return self._reader(path, kind, family.final_norm) if path == family.head else self._stored(name)
+
+    def rows(self, name: str, which: slice | Tensor) -> Tensor:
+        """Some rows of the embedding, of the table of positions, or of the head, float32 or better; the others are not computed."""
+        family, source = self.view.family, self.view.source
+        if name != f"{family.head}.weight":
+            row_ND = at_least_float32(source.rows(name, which))
+            return row_ND - row_ND.mean(-1, keepdim=True) if family.centred else row_ND
+        row_ND = at_least_float32(source.rows(self._untied(name), which))
+        gain_D = self._optional(f"{family.final_norm}.weight")
+        return row_ND if gain_D is None else row_ND * gain_D
 
     def _stored(self, name: str) -> Tensor:
         return at_least_float32(self.view.source.read(name))
@@ -106,23 +118,24 @@ class CanonicalSource:
     def _optional(self, name: str) -> Tensor | None:
         return self._stored(name) if name in self.view.source.names() else None
 
+    def _untied(self, name: str) -> str:
+        """Where a weight is stored: that of a tied head is the embedding."""
+        return name if name in self.view.source.names() else f"{self.view.family.embeddings[0]}.weight"
+
     def _reader(self, path: str, kind: str, norm: str) -> Tensor:
         """The weight or bias of something that reads through a norm."""
-        weight, gain = self._optional(f"{path}.weight"), self._optional(f"{norm}.weight")
-        weight_OI = self._stored(f"{self.view.family.embeddings[0]}.weight") if weight is None else weight  # a tied head
         if kind == "weight":
-            return weight_OI if gain is None else weight_OI * gain
+            weight_OI, gain_I = self._stored(f"{path}.weight"), self._optional(f"{norm}.weight")
+            return weight_OI if gain_I is None else weight_OI * gain_I
         bias_O, shift_I = self._optional(f"{path}.bias"), self._optional(f"{norm}.bias")
         if shift_I is None:
             assert bias_O is not None, "the canonical model has a bias because the stock one has it, or its norm"
             return bias_O
-        return weight_OI @ shift_I if bias_O is None else bias_O + weight_OI @ shift_I
+        weight_OI = self.view.source.read(self._untied(f"{path}.weight"))
+        shift_O = torch.cat([at_least_float32(part_NI) @ shift_I for part_NI in weight_OI.split(_ROWS)])
+        return shift_O if bias_O is None else bias_O + shift_O
 
     def _writer(self, path: str, kind: str) -> Tensor:
         """The weight or bias of something that writes to the residual: along the outputs, which come first, the mean goes."""
         tensor = self._stored(f"{path}.{kind}")
         return tensor - tensor.mean(0) if self.view.family.centred else tensor
-
-    def _embedding(self, name: str) -> Tensor:
-        table_VD = self._stored(name)
-        return table_VD - table_VD.mean(1, keepdim=True) if self.view.family.centred else table_VD

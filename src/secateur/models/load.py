@@ -64,6 +64,10 @@ class Checkpoint:
         """One tensor, mapped from the file for as long as it lives and not to be written to: only what is used is read."""
         return _read(*self.index[name])
 
+    def rows(self, name: str, which: slice | Tensor) -> Tensor:
+        """Some rows of a matrix; only they are read."""
+        return self.read(name)[which]
+
     def view(self) -> ModelView:
         """The model, seen through its family."""
         return ModelView(self.name, self.config, self.raw_config, find_family(self.config, self.name), self)

@@ -29,6 +29,9 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in."""
 
+    def rows(self, name: str, which: slice | Tensor) -> Tensor:
+        """Some rows of a matrix outside the blocks: those of a large vocabulary are never all needed at once."""
+
 
 @dataclass(frozen=True)
 class Residual:

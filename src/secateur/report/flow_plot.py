@@ -36,16 +36,25 @@ def write_flow(flow: Flow, out: Path) -> None:
 
 
 def flow_picture(flow: Flow) -> Picture:
-    """Parameters (above) and FLOPs per token (below): by kind of map on the left, against s on the right."""
+    """Parameters (above) and FLOPs per token (below): by kind of map on the left, against s on the right, but for a model sliced already."""
     parameters = _kinds(flow, lambda found: (found.touched_parameters(), found.parameters()))
     flops = _kinds(flow, lambda found: (found.flops() if found.touched else 0, found.flops()))
     flops[_ATTENTION] = (0, flow.attention_flops())
     figure = Figure(figsize=(10, 7.6), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_title(flow), 105)), fontsize=12, x=0.01, ha="left", color="#111111")
-    (bars, curve), (flop_bars, flop_curve) = figure.subplots(2, 2, width_ratios=(1.15, 1))
-    _bars(bars, parameters, "parameters" + (", the head's are the embedding's" if any(found.tied for found in flow.maps) else ""))
+    panels = figure.subplots(2, 1 if flow.sliced else 2, squeeze=False, width_ratios=None if flow.sliced else (1.15, 1))
+    bars, flop_bars = panels[:, 0]
+    _bars(bars, parameters, "parameters" + (", the head's are the embedding's" if any(found.tied and found.name == "head" for found in flow.maps) else ""))
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9, frameon=False)  # below, where it hides no bar
     _bars(flop_bars, flops, f"FLOPs per token, attention at {flow.context:,} positions")
+    if not flow.sliced:
+        _by_sparsity(flow, panels[0, 1], panels[1, 1])
+    readings = "; ".join(f"{name} {words.count(total)}" for name, (_, total) in parameters.items())
+    return Picture("flow", png(figure), f"Parameters by kind of map: {readings}", "Blue is what scales with the residual width d.")
+
+
+def _by_sparsity(flow: Flow, curve: Axes, flop_curve: Axes) -> None:
+    """What is left where d is narrowed."""
     points = [flow.at(sparsity) for sparsity in SPARSITIES]
     whole, attention = flow.parameters(), flow.attention_flops()
     sliced = [point.parameters + point.adapter_parameters + point.untied_parameters for point in points]
@@ -55,15 +64,15 @@ def flow_picture(flow: Flow) -> Picture:
     plain_flops, sliced_flops = [p.flops + attention for p in points], [p.flops + p.adapter_flops + attention for p in points]
     kinds = {"(1 - s)d alone": [f / whole for f in plain_flops], "with SliceGPT's adapters": [f / whole for f in sliced_flops]}
     _curves(flop_curve, "FLOPs per token left, attention's products included", kinds)
-    readings = "; ".join(f"{name} {words.count(total)}" for name, (_, total) in parameters.items())
-    return Picture("flow", png(figure), f"Parameters by kind of map: {readings}", "Blue is what scales with the residual width d.")
 
 
 def _title(flow: Flow) -> str:
     """What the figure shows; FLOPs at the context that the panels name."""
     parameters, flops = flow.touched_parameters() / flow.parameters(), flow.touched_flops() / (flow.flops() + flow.attention_flops())
     name = Path(flow.name).name or flow.name
-    return f"{name}: the residual width d = {flow.width:,} touches {parameters:.1%} of the parameters and {flops:.1%} of the FLOPs"
+    few, most = min(flow.widths[:-1]), max(flow.widths[:-1])  # the last one is whole unless the head is sliced
+    width = f"{flow.width:,}" if not flow.sliced else f"{most:,} of {flow.hidden:,}" if few == most else f"{few:,} to {most:,} of {flow.hidden:,}"
+    return f"{name}: the residual width d = {width} touches {parameters:.1%} of the parameters and {flops:.1%} of the FLOPs"
 
 
 def _kinds(flow: Flow, counts: Callable[..., tuple[int, int]]) -> dict[str, tuple[int, int]]:
