@@ -82,7 +82,7 @@ class Stream:
             with torch.device("meta"):
                 skeleton = block_with_widths(self._classes[block.index], self._skeleton.config, block.index, block.dims.widths())
         module = skeleton.eval()
-        state = {name: tensor.to(self.device, self.dtype) for name, tensor in block.tensors.items()}
+        state = {name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype) for name, t in block.tensors.items()}
         module.load_state_dict(state, assign=True)
         yield module
         module.to("meta")
@@ -222,5 +222,5 @@ def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[
 def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
     """Rotary tables are computed, not stored: make those again that the meta device left empty."""
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+        if any(buffer.is_meta and key in module._non_persistent_buffers_set for key, buffer in module.named_buffers(recurse=False)):
             model.set_submodule(name, type(module)(config=model.config).to(device))

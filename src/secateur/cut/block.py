@@ -9,9 +9,11 @@ from torch import Tensor
 
 from secateur.cut.rotate import residual_after, rotate_block, rotate_outer
 from secateur.models.family import ATTENTION, MLP
-from secateur.models.view import BlockDims, BlockView, ModelView
+from secateur.models.runtime import SECOND_NORM, SELECT_FIRST
+from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan
 
+READS, WRITES = ("attention_in", "mlp_in"), ("attention_out", "mlp_out")
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -34,6 +36,9 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     """The sizes of the block after the plan."""
     if plan.places:
         return replace(dims, residual=residual_after(plan))
+    if plan.select:
+        reads, writes = (tuple(len(plan.keep[space]) for space in spaces) for spaces in (READS, WRITES))
+        dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select)))
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
     return dims.with_units(groups, ffn)
@@ -59,6 +64,8 @@ def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
         biases = [block.bias(name) for name in members]
         if biases[0] is not None:
             tensors[f"{path}.bias"] = _stack([b[rows[n]] if n in rows else b for n, b in zip(members, biases, strict=True) if b is not None])
+    if plan.select:
+        tensors |= _index_maps(plan) | (_narrowed_norms(block, plan) if plan.select == SELECT_FIRST else {})
     return replace(block, tensors=tensors, dims=dims_after(block.dims, plan))
 
 
@@ -75,7 +82,27 @@ def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str,
         of_query = _spread(groups, block.dims.head_width * block.dims.queries)  # the query heads of a group are neighbours
         rows |= {"q": of_query, "k": of_key, "v": of_key}
         columns[ATTENTION[3]] = of_query
+    if plan.select:
+        attention_in, mlp_in = (plan.keep[space].long() for space in READS)
+        columns |= dict.fromkeys(ATTENTION[:3], attention_in) | dict.fromkeys(MLP[:2], mlp_in)
+        rows |= dict(zip(("o", "down"), (plan.keep[space].long() for space in WRITES), strict=True))
     return rows, columns
+
+
+def _index_maps(plan: BlockPlan) -> dict[str, Tensor]:
+    """Which features are read and written, by their names in `runtime.Select`."""
+    ends = {"read": READS, "write": WRITES}
+    return {f"skips.{number}.{end}_index_map": plan.keep[space] for end, spaces in ends.items() for number, space in enumerate(spaces)}
+
+
+def _narrowed_norms(block: BlockView, plan: BlockPlan) -> dict[str, Tensor]:
+    """The gains and biases of the selected features. A norm that attention and MLP of a parallel block share becomes two."""
+    norms, made = block.family.norms, {}
+    for space, source, target in zip(READS, (norms[0], norms[-1]), (*norms, SECOND_NORM), strict=False):
+        for kind in ("weight", "bias"):
+            if f"{source}.{kind}" in block.tensors:
+                made[f"{target}.{kind}"] = block.tensors[f"{source}.{kind}"][plan.keep[space].long()]
+    return made
 
 
 def _spread(groups: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from secateur.core.records import Record
 from secateur.evaluate.maps import linear_maps
 from secateur.models.load import open_checkpoint
+from secateur.models.runtime import is_index_map
 from secateur.models.view import BlockView
 from secateur.plan.plan import read_plan_json
 
@@ -48,8 +49,9 @@ def inspect(model: str, revision: str | None = None) -> Record:
 
 def _block(block: BlockView) -> dict[str, Any]:
     matrices = {name: _matrix(block, name) for name in block.names}
-    nonzero = sum(int(tensor.count_nonzero()) for tensor in block.tensors.values())
-    parameters = sum(tensor.numel() for tensor in block.tensors.values())
+    tensors = [tensor for name, tensor in block.tensors.items() if not is_index_map(name)]
+    nonzero = sum(int(tensor.count_nonzero()) for tensor in tensors)
+    parameters = sum(tensor.numel() for tensor in tensors)
     dims = block.dims
     return {
         "index": block.index,

@@ -39,8 +39,9 @@ def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
         SecateurError: the residual stream is already rotated.
     """
     hidden = int(view.config.hidden_size)
-    if view.dims(0).residual is not None:
-        raise SecateurError(f"{view.name}: its residual stream is already rotated and sliced; slice the original model, at a higher sparsity")
+    if (residual := view.dims(0).residual) is not None:
+        how = "selected from" if residual.selected else "rotated and sliced"
+        raise SecateurError(f"{view.name}: its residual stream is already {how}; slice the original model, at a higher sparsity")
     whole = Residual((hidden, hidden), (hidden, hidden), (None,) * len(view.family.norms))
     dims = [replace(view.dims(index), residual=whole) for index in range(view.blocks)]
     content = pruned_config({**view.raw_config, "tie_word_embeddings": False, "pruned_residual": _description(view)}, view.family, dims, stock=False)

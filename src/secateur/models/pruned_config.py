@@ -15,8 +15,8 @@ from secateur.models.view import BlockDims
 
 def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims]) -> str | None:
     """Why these widths are not those of a stock model, or None."""
-    if after[0].residual is not None:
-        return "its residual stream is rotated, and narrower than the hidden size"
+    if (residual := after[0].residual) is not None:
+        return "its blocks read and write parts of the residual stream" if residual.selected else "its residual stream is rotated, and narrower than the hidden size"
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"
     if after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads) and not family.stock_heads:
@@ -48,7 +48,10 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     config["auto_map"] = auto_map(model_class)
     config["pruned_widths"] = [dims.widths() for dims in after]
     first, last = after[0].residual, after[-1].residual
-    if first is not None and last is not None:
+    if first is not None and first.selected:
+        parts = {"norms": family.norms, "attention": family.attention, "mlp": family.mlp}
+        config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {"matrices": dict(family.matrices)}
+    elif first is not None and last is not None:
         config["pruned_residual"] = {**raw["pruned_residual"], "enter": first.attention[0], "leave": last.mlp[1]}
     return config
 

@@ -11,10 +11,14 @@ Where the residual stream itself is narrower (SliceGPT, arXiv:2401.15024), `conf
 `pruned_widths` has more: `"attention": [in, out]`, `"mlp": [in, out]`, the widths of the residual that attention and MLP read and
 write, and `"skips"`, what lies on the two residual connections (on the one of a parallel block). The modules inside a block stay
 the stock ones; what changes is the line between them: norms without gain, and a `Skip` from one basis of the residual to the next.
+
+Where blocks read and write parts of a residual that stays whole (DISP-LLM, arXiv:2410.11988, algorithm 1), the same fields give the widths of the
+parts, and a `Select` lies where a `Skip` would: it holds which features are read and which are written, as index maps in the safetensors file.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterable
 from functools import cache
@@ -30,6 +34,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 MODULE = "modeling_secateur"
 PREFIX = "secateur_"
+NORM_FIRST, SELECT_FIRST = SELECT_FORMS = ("norm, select", "select, norm")
+SECOND_NORM = "mlp_norm"  # of a parallel block whose attention and MLP norm different features
+_READ, _WRITE = "read_index_map", "write_index_map"
 
 
 class BlockConfig:
@@ -98,39 +105,86 @@ class Skip(nn.Module):
         right = self.left if self.inputs == self.outputs else self.right
         return resized - linear(linear(hidden, self.left.t()), right)
 
+    def read(self, norm: nn.Module, hidden: Tensor) -> Tensor:
+        """What attention or MLP receives."""
+        return norm(hidden)  # type: ignore[no-any-return]
+
+    def join(self, hidden: Tensor, update: Tensor) -> Tensor:
+        """The residual after it."""
+        return self(hidden) + update  # type: ignore[no-any-return]
+
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.inputs}, {self.outputs}, form={self.form}"
 
 
-@cache
-def _rotated_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """The stock block class with another forward: the same modules, and a `Skip` on each residual connection."""
+class Select(nn.Module):
+    """A residual connection that keeps all features, beside something that reads `inputs` and writes `outputs` of them.
 
-    class Rotated(stock):  # type: ignore[valid-type, misc]  # a class known only at run time
+    Two forms: `"norm, select"` norms all features and then selects; `"select, norm"` selects first, so that the norm is over the selected ones
+    alone, divides by their number, and has a gain for each of them (arXiv:2410.11988, algorithm 1).
+    """
+
+    read_index_map: Tensor
+    write_index_map: Tensor
+
+    def __init__(self, inputs: int, outputs: int, form: str) -> None:
+        super().__init__()
+        self.form = form
+        for name, width in ((_READ, inputs), (_WRITE, outputs)):
+            self.register_buffer(name, torch.zeros(width, dtype=torch.int32))
+
+    def read(self, norm: nn.Module, hidden: Tensor) -> Tensor:
+        """What attention or MLP receives: [..., D] to [..., inputs]."""
+        if self.form == SELECT_FIRST:
+            return norm(hidden.index_select(-1, self.read_index_map))  # type: ignore[no-any-return]
+        return norm(hidden).index_select(-1, self.read_index_map)  # type: ignore[no-any-return]
+
+    def join(self, hidden: Tensor, update: Tensor) -> Tensor:
+        """[..., D] with `update` [..., outputs] added in its places."""
+        return hidden.index_add(-1, self.write_index_map, update)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{len(self.read_index_map)}, {len(self.write_index_map)}, form={self.form}"
+
+
+def is_index_map(name: str) -> bool:
+    """Whether a tensor of a checkpoint is an index map: whole numbers that are no parameters."""
+    return name.endswith((f".{_READ}", f".{_WRITE}"))
+
+
+@cache
+def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The stock block class with another forward: the same modules, and a `Skip` or a `Select` on each residual connection."""
+
+    class Lined(stock):  # type: ignore[valid-type, misc]  # a class known only at run time
         stock_class = stock
         parts: dict[str, Any]
 
         def attention_half(self, hidden: Tensor, **arguments: Any) -> Tensor:
             """The residual after attention; of a parallel block, after attention and MLP."""
             norms = self.parts["norms"]
-            normed = getattr(self, norms[0])(hidden)
+            normed = self.skips[0].read(getattr(self, norms[0]), hidden)
             attended = _attend(self, normed, arguments)
-            if len(norms) == 1:
-                attended = attended + _run(self, self.parts["mlp"], normed)
-            return self.skips[0](hidden) + attended  # type: ignore[no-any-return]
+            if len(norms) > 1:
+                return self.skips[0].join(hidden, attended)  # type: ignore[no-any-return]
+            if len(self.skips) == 1:
+                return self.skips[0].join(hidden, attended + _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
+            second = self.skips[1].read(getattr(self, SECOND_NORM if self.skips[1].form == SELECT_FIRST else norms[0]), hidden)
+            return self.skips[1].join(self.skips[0].join(hidden, attended), _run(self, self.parts["mlp"], second))  # type: ignore[no-any-return]
 
         def mlp_half(self, hidden: Tensor) -> Tensor:
             """The residual after the MLP of a sequential block."""
-            normed = getattr(self, self.parts["norms"][1])(hidden)
-            return self.skips[1](hidden) + _run(self, self.parts["mlp"], normed)  # type: ignore[no-any-return]
+            normed = self.skips[1].read(getattr(self, self.parts["norms"][1]), hidden)
+            return self.skips[1].join(hidden, _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
 
         def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
             hidden = self.attention_half(hidden_states, **arguments)
             return hidden if len(self.parts["norms"]) == 1 else self.mlp_half(hidden)
 
-    Rotated.__name__ = Rotated.__qualname__ = stock.__name__  # device maps name the classes that may not be split
-    return Rotated
+    Lined.__name__ = Lined.__qualname__ = stock.__name__  # device maps name the classes that may not be split
+    return Lined
 
 
 def _attend(block: nn.Module, normed: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -147,23 +201,39 @@ def _run(block: nn.Module, names: Iterable[str], hidden: Tensor) -> Tensor:
 def block_with_widths(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
     """A block with `widths`, an entry of `config.pruned_widths`; its weights are not yet loaded."""
     block = _stock_block(getattr(block_class, "stock_class", block_class), config, index, widths)
-    return _rotate_block(block, config, widths) if "attention" in widths else block
+    return _line_block(block, config, widths) if "attention" in widths else block
 
 
-def _rotate_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Module:
-    """Give a stock block other widths of the residual, norms without gain, and skips."""
+def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Module:
+    """Give a stock block other widths of what it reads and writes, norms that go with them, and skips."""
     parts, attention, mlp = config.pruned_residual, widths["attention"], widths["mlp"]
     inputs = dict.fromkeys("qkv", attention[0]) | dict.fromkeys(("gate", "up"), mlp[0])
     outputs = {"o": attention[1], "down": mlp[1]}
     for name, path in parts["matrices"].items():
-        _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts["reader_bias"])
-    for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one
-        block.set_submodule(path, UnitNorm(width, config.hidden_size, parts["epsilon"]))
-    block.__class__ = _rotated_class(type(block))  # type: ignore[arg-type]  # a class is hashable
+        _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts.get("reader_bias", False))
+    selects = widths["skips"][0] in SELECT_FORMS
+    if not selects:
+        for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one
+            block.set_submodule(path, UnitNorm(width, config.hidden_size, parts["epsilon"]))
+    elif widths["skips"][0] == SELECT_FIRST:
+        if len(parts["norms"]) == 1:
+            block.add_module(SECOND_NORM, copy.deepcopy(block.get_submodule(parts["norms"][0])))
+        for path, width in zip([*parts["norms"], SECOND_NORM][:2], (attention[0], mlp[0]), strict=True):
+            _narrow_norm(block.get_submodule(path), width)
+    block.__class__ = _lined_class(type(block))  # type: ignore[arg-type]  # a class is hashable
     block.parts = parts
-    ends = [attention, mlp][: len(parts["norms"])]
-    block.skips = nn.ModuleList(Skip(end[0], end[1], form) for end, form in zip(ends, widths["skips"], strict=True))
+    # beside a residual that stays whole, attention and MLP of a parallel block select for themselves
+    ends = [attention, mlp] if selects else [attention, mlp][: len(parts["norms"])]
+    block.skips = nn.ModuleList((Select if selects else Skip)(end[0], end[1], form) for end, form in zip(ends, widths["skips"], strict=True))
     return block
+
+
+def _narrow_norm(norm: Any, width: int) -> None:
+    """A stock norm for fewer features: it divides by their number."""
+    for name, parameter in list(norm.named_parameters()):
+        setattr(norm, name, nn.Parameter(torch.empty(width, dtype=parameter.dtype, device=parameter.device)))
+    if isinstance(norm, nn.LayerNorm):
+        norm.normalized_shape = (width,)
 
 
 def _resize_linear(module: nn.Module, path: str, inputs: int | None, outputs: int | None, *, bias: bool) -> None:
@@ -217,7 +287,7 @@ class PrunedModel:
             raise ValueError(f"{config.model_type}: 'pruned_widths' has {len(config.pruned_widths)} entries for {len(blocks)} blocks")
         for index, widths in enumerate(config.pruned_widths):
             blocks[index] = block_with_widths(type(blocks[index]), config, index, widths)
-        if config.pruned_residual is not None:
+        if "enter" in (config.pruned_residual or {}):
             _rotate_outer(self, config)  # type: ignore[arg-type]
         self.post_init()  # type: ignore[attr-defined]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from secateur.models.family import CANONICAL, Family
+from secateur.models.runtime import SELECT_FORMS, is_index_map
 
 
 class TensorSource(Protocol):
@@ -35,16 +36,22 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Residual:
-    """The widths of the residual stream as one block sees it, where they are not the hidden size (SliceGPT).
+    """The widths of the residual stream as one block sees it, where they are not the hidden size (SliceGPT), or of the parts of it that
+    the block reads and writes (DISP-LLM).
 
     Attributes:
         attention, mlp: what attention and MLP read and write: (in, out).
-        skips: the form of the residual connections, see `runtime.Skip`; one of a parallel block, two otherwise.
+        skips: the form of the residual connections: see `runtime.Skip`, one of a parallel block, two otherwise; or `runtime.Select`, two.
     """
 
     attention: tuple[int, int]
     mlp: tuple[int, int]
     skips: tuple[int | str | None, ...]
+
+    @property
+    def selected(self) -> bool:
+        """Whether the residual itself stays whole."""
+        return self.skips[0] in SELECT_FORMS
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,12 @@ class BlockDims:
     @property
     def enters(self) -> int:
         """The width of the residual where it enters the block."""
-        return self.residual.attention[0] if self.residual else self.hidden
+        return self.residual.attention[0] if self.residual and not self.residual.selected else self.hidden
 
     @property
     def leaves(self) -> int:
         """The width of the residual where it leaves the block."""
-        return self.residual.mlp[1] if self.residual else self.hidden
+        return self.residual.mlp[1] if self.residual and not self.residual.selected else self.hidden
 
     def with_units(self, groups: int, ffn: int) -> BlockDims:
         """The sizes with so many key-value heads, each with its query heads, and feed-forward units."""
@@ -201,7 +208,7 @@ class ModelView:
 
     def parameters(self) -> int:
         """All parameters, a tied tensor once."""
-        return sum(torch.Size(self.source.shape(name)).numel() for name in self.source.names())
+        return sum(torch.Size(self.source.shape(name)).numel() for name in self.source.names() if not is_index_map(name))
 
     def matrix_parameters(self) -> int:
         """The weights of the block matrices alone."""

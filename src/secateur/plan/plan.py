@@ -107,8 +107,10 @@ class BlockPlan:
     Attributes:
         index: the block.
         masks: canonical matrix name -> its mask.
-        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads).
+        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads); and with
+            `select` the features of the residual that are read and written: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`.
         of: space -> how many there were.
+        select: how those features are read, see `runtime.Select`; None where all are.
         places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it
             `leave`s. What leaves one block enters the next.
     """
@@ -118,6 +120,7 @@ class BlockPlan:
     keep: Mapping[str, Tensor] = field(default_factory=dict)
     of: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
+    select: str | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """What the plan.safetensors of a checkpoint holds."""
@@ -138,7 +141,7 @@ class BlockPlan:
         masks = {name: {"shape": list(mask.shape), "removed": mask.removed} for name, mask in self.masks.items()}
         keep = {space: {"kept": len(indices), "of": self.of[space]} for space, indices in self.keep.items()}
         places = {name: place.summary() for name, place in self.places.items()}
-        return {"index": self.index, "masks": masks, "keep": keep} | ({"places": places} if places else {})
+        return {"index": self.index, "masks": masks, "keep": keep} | ({"places": places} if places else {}) | ({"select": self.select} if self.select else {})
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
@@ -152,7 +155,7 @@ class BlockPlan:
             start = f"blocks.{index - 1}.leave." if name == "enter" and index else f"{prefix}{name}."
             own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
             places[name] = Place.read(content, own if start.startswith(prefix) else {k: own[k] for k in ("basis", "spectrum") if k in own})
-        return BlockPlan(index, masks, keep, {space: k["of"] for space, k in summary["keep"].items()}, places)
+        return BlockPlan(index, masks, keep, {space: k["of"] for space, k in summary["keep"].items()}, places, summary.get("select"))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPlan) or self.summary() != other.summary():
@@ -166,8 +169,10 @@ class BlockPlan:
         """What both keep.
 
         Raises:
-            SecateurError: nothing of a space would be left, or one of them rotates the residual stream.
+            SecateurError: nothing of a space would be left, one of them rotates the residual stream, or they read it in different ways.
         """
+        if self.select and other.select and self.select != other.select:
+            raise SecateurError(f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': plan both with the same norm")
         if self.places or other.places:
             raise SecateurError("a plan that rotates the residual stream cannot be merged: prune its result with the other method instead")
         masks = dict(self.masks)
@@ -178,7 +183,7 @@ class BlockPlan:
             keep[space] = indices[torch.isin(indices, keep[space])] if space in keep else indices
             if not len(keep[space]):
                 raise SecateurError(f"block {self.index}: the two plans keep no common {space}, so merging them would leave nothing")
-        return replace(self, masks=masks, keep=keep, of={**self.of, **other.of})
+        return replace(self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select)
 
 
 @dataclass(frozen=True)
