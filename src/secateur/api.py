@@ -117,10 +117,12 @@ def plan(
     chosen = find_method(method)
     settings = chosen.options(options)
     job = make_job(view_model(model), model.dtype, chosen, settings, sparsity, modules, seed)
+    job = replace(job, device=model.device, dtype=dtype or model.dtype)
     stream = None
+    if windows is None and (job.streams or job.learns):
+        raise UsageError(f"method '{method}' calibrates: give windows, token ids [samples, seqlen]")
     if job.streams:
-        if windows is None:
-            raise UsageError(f"method '{method}' calibrates: give windows, token ids [samples, seqlen]")
+        assert windows is not None
         stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)
     blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, windows, stream, Stopwatch()))
     pattern = getattr(settings, "pattern", None)

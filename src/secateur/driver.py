@@ -6,7 +6,7 @@ What happens to the results is the caller's: `prune` writes them, `make_plan` ke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from secateur.models.canonical import canonical_view
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan, Place
+from secateur.plan.run import Run
 from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
@@ -38,8 +39,9 @@ class Job:
     Attributes:
         view: the model as the method sees it: in canonical form where its residual stream is to be rotated.
         rates: the sparsity of every matrix of every block; empty for a method that narrows the residual stream.
-        sparsity: of the residual stream.
+        sparsity: of the residual stream, or of the parameters of the whole model.
         seed: of every random choice.
+        device, dtype: of the computation of a plan for all blocks at once.
     """
 
     view: ModelView
@@ -48,11 +50,18 @@ class Job:
     rates: Rates
     sparsity: float | None = None
     seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def learns(self) -> bool:
+        """Whether parameters of the whole model are to be removed, wherever they are."""
+        return self.method.counts_parameters and bool(self.sparsity)
 
     @property
     def whole_model(self) -> bool:
         """Whether the plan is made for all blocks at once."""
-        return self.method.plan_model is not None and (self.method.plan_block is None or bool(getattr(self.options, "whole_model", False)))
+        return self.learns or (self.method.plan_block is not None and bool(getattr(self.options, "whole_model", False)))
 
     @property
     def rotates(self) -> bool:
@@ -92,6 +101,8 @@ def make_job(
         UsageError: a sparsity outside its range, or modules that do not go with the method.
         SecateurError: the method cannot do this model.
     """
+    if method.counts_parameters:
+        return _whole_job(view, method, options, sparsity, modules, seed)
     if method.plan_place is None:
         rates = resolve_rates(view, sparsity, modules, parse_pattern(getattr(options, "pattern", "unstructured")))
         return Job(view, method, options, rates, seed=seed)
@@ -108,6 +119,17 @@ def make_job(
         return Job(view, method, options, nothing, sparsity, seed)
     method.module.width_after(view.config.hidden_size, sparsity, options)  # a width of 0 shows before the work
     return Job(canonical_view(view, dtype), method, options, nothing, sparsity, seed)
+
+
+def _whole_job(view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int) -> Job:
+    """Of a method whose sparsity is of the parameters of the whole model."""
+    if modules is not None:
+        raise UsageError(f"--modules does not go with {method.name}: it chooses among all parameters of the model; use --sparsity")
+    if sparsity is None:
+        raise UsageError(f"{method.name} needs --sparsity S, the fraction of the parameters of the whole model to remove")
+    if sparsity := check_sparsity(sparsity):
+        method.module.check(view, sparsity, options)
+    return Job(view, method, options, tuple({} for _ in range(view.blocks)), sparsity, seed)
 
 
 def pruned_blocks(
@@ -219,13 +241,14 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 
 def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     assert job.method.plan_model is not None
+    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype)
     with watch("selection"):
-        plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options)
+        plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
     return plans
 
 
 def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatch) -> BlockPlan:
-    if not block.rates:
+    if not block.rates:  # nor does a sparsity of 0 ask anything of a method that plans the whole model
         return BlockPlan(block.index)
     statistics = None if stream is None else _collect(job, block, stream, watch)
     assert job.method.plan_block is not None

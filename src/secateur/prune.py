@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class Prepared:
     @property
     def calibration(self) -> str | None:
         """The text SPEC, None where the method needs no calibration."""
-        if self.job.method.module.CALIBRATION is None or not (self.job.rotates or any(self.job.rates)):
+        if self.job.method.module.CALIBRATION is None or not (self.job.rotates or self.job.learns or any(self.job.rates)):
             return None
         default = "builtin" if self.request.model == BUNDLED else self.job.method.module.CALIBRATION
         return self.request.calibration or default
@@ -118,7 +118,8 @@ def prepare(request: Request) -> Prepared:
     seqlen = min(2048, checkpoint.max_length()) if request.seqlen is None else request.seqlen
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
-    prepared = Prepared(request, checkpoint, job, pattern, sparsity, device, resolve_dtype(request.dtype, checkpoint.dtype, device), seqlen)
+    dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
+    prepared = Prepared(request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, seqlen)
     if request.stock_only:
         _check_stock(prepared)
     return prepared
@@ -135,6 +136,8 @@ def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method
         raise UsageError("give --sparsity or --params-removed, not both")
     if getattr(options, "whole_model", False):
         raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
+    if method.counts_parameters:
+        return request.params_removed
     if method.plan_place is not None:
         if options.implied_sparsity:
             raise UsageError(f"--params-removed does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
@@ -158,12 +161,16 @@ def parameters_expected(prepared: Prepared) -> int:
             if job.sparsity == 0
             else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
         )
+    if job.learns:
+        return round((1 - (job.sparsity or 0.0)) * view.parameters())
     return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
 
 
 def _check_stock(prepared: Prepared) -> None:
     """Refuse before the work what shapes alone tell."""
     view = prepared.job.view
+    if prepared.job.learns:
+        raise UsageError(f"--stock-only: {prepared.job.method.name} gives every block its own widths, which no stock architecture has; use another method")
     if prepared.job.whole_model:
         raise UsageError("--stock-only: ranking all blocks together gives every block its own widths, which no stock architecture has; use scope=block")
     dims = [view.dims(index) for index in range(view.blocks)]
@@ -381,7 +388,8 @@ def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch,
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    return {"parameters": sum(t.numel() for t in tensors.values()), "nonzero": sum(int(t.count_nonzero()) for t in tensors.values())}
+    counted = [tensor for name, tensor in tensors.items() if not runtime.is_index_map(name)]
+    return {"parameters": sum(t.numel() for t in counted), "nonzero": sum(int(t.count_nonzero()) for t in counted)}
 
 
 def _block_part(index: int) -> str:
@@ -427,8 +435,9 @@ def _identity(checkpoint: Checkpoint) -> str:
 def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
     view = prepared.checkpoint.view()
     before, matrices = view.parameters(), view.matrix_parameters()
+    targeted = totals.removed / totals.targeted if totals.targeted else 0.0
     return {
-        "sparsity_measured": totals.removed / totals.targeted if totals.targeted else 0.0,
+        "sparsity_measured": 1 - totals.parameters / before if prepared.job.learns else targeted,
         "pruning_ratio": 1 - totals.parameters / before,
         "pruning_ratio_blocks": 1 - totals.matrices / matrices,
         "params_before": before,

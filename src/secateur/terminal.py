@@ -11,6 +11,7 @@ from rich.table import Table
 
 from secateur.core.records import Record
 from secateur.evaluate.flow import ranges
+from secateur.models.runtime import SELECT_FORMS
 
 _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version")
 
@@ -140,9 +141,12 @@ def inspect_table(record: Record) -> Table:
 
 
 def _residual(residual: Record | None) -> str:
-    """The widths of the residual stream on its way through a block: at its start, between attention and MLP, at its end."""
+    """The widths of the residual stream on its way through a block: at its start, between attention and MLP, at its end. Where it stays whole, what
+    attention and MLP read and write of it."""
     if residual is None:
         return ""
+    if residual["skips"][0] in SELECT_FORMS:
+        return ", ".join(f"{reads} to {writes}" for reads, writes in (residual["attention"], residual["mlp"]))
     between = residual["attention"][1:] if len(residual["skips"]) > 1 else []
     return ", ".join(str(width) for width in (residual["attention"][0], *between, residual["mlp"][1]))
 

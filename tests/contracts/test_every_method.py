@@ -32,12 +32,17 @@ def _asked(pattern: str | None) -> dict[str, Any]:
     return ({} if pattern is None else {"pattern": pattern}) | ({} if ":" in (pattern or "") else {"sparsity": 0.5})
 
 
+def _quick(method: str) -> dict[str, Any]:
+    """The options that keep a learned method short."""
+    return {"steps": 3} if "steps" in find_method(method).options_class.__dataclass_fields__ else {}
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_planning_leaves_the_model_as_it_is(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
     model = tiny_model(model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = api.plan(model, method, windows, **_asked(pattern))
+    plan = api.plan(model, method, windows, **_asked(pattern), **_quick(method))
     pruned = api.cut(model, plan)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not torch.equal(pruned(some_ids()).logits, model(some_ids()).logits)
@@ -55,16 +60,16 @@ def test_sparsity_zero_is_the_identity(method: str, model_type: str, windows: to
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_the_same_seed_gives_the_same_plan(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
     model = tiny_model(model_type)
-    first, second = (api.plan(model, method, windows, **_asked(pattern)) for _ in range(2))
+    first, second = (api.plan(model, method, windows, **_asked(pattern), **_quick(method)) for _ in range(2))
     assert first == second
-    other = api.plan(tiny_model(model_type, seed=9), method, windows, **_asked(pattern))
+    other = api.plan(tiny_model(model_type, seed=9), method, windows, **_asked(pattern), **_quick(method))
     assert first.blocks != other.blocks
 
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_plans_round_trip(method: str, pattern: str | None, model_type: str, windows: torch.Tensor, tmp_path: Path) -> None:
-    plan = api.plan(tiny_model(model_type), method, windows, **_asked(pattern))
+    plan = api.plan(tiny_model(model_type), method, windows, **_asked(pattern), **_quick(method))
     plan.save(tmp_path)
     assert api.read_plan(tmp_path) == plan
 
@@ -96,10 +101,10 @@ def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
     method: str, pattern: str | None, model_type: str, dtype: torch.dtype, saved: Callable[..., Path], ids_file: str, windows: torch.Tensor, tmp_path: Path
 ) -> None:
     dense = saved(model_type, dtype=dtype)
-    request = api.Request(str(dense), method, **_asked(pattern), calibration=ids_file)
+    request = api.Request(str(dense), method, **_asked(pattern), options=_quick(method), calibration=ids_file)
     record = api.prune(request, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    expected = api.cut(model, api.plan(model, method, windows, **_asked(pattern), dtype=torch.float32)).state_dict()
+    expected = api.cut(model, api.plan(model, method, windows, **_asked(pattern), **_quick(method), dtype=torch.float32)).state_dict()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reloaded.dtype == dtype
     assert expected.keys() == reloaded.state_dict().keys()
@@ -119,7 +124,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     from secateur.models.save import CheckpointWriter
 
-    request = api.Request(str(saved(model_type)), method, **_asked(pattern), calibration=ids_file)
+    request = api.Request(str(saved(model_type)), method, **_asked(pattern), options=_quick(method), calibration=ids_file)
     api.prune(request, tmp_path / "whole")
     write = CheckpointWriter.write
 

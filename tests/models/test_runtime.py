@@ -40,7 +40,7 @@ def unequal(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(params=["unequal", "sliced", "sliced by spectrum"])
+@pytest.fixture(params=["unequal", "sliced", "sliced by spectrum", "selected", "selected, then normed"])
 def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
     """Writes a tiny model that no stock class can load."""
 
@@ -50,7 +50,13 @@ def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: 
         assert not record["stock"]
         return tmp_path / "pruned"
 
-    return unequal if request.param == "unequal" else sliced
+    def selected(model_type: str, **how: object) -> Path:
+        options = {"steps": 2, "norm": "full" if request.param == "selected" else "selected"}
+        asked = api.Request(str(saved(model_type, **how)), "disp_llm", sparsity=0.4, calibration=ids_file, options=options)
+        assert not api.prune(asked, tmp_path / "pruned")["stock"]
+        return tmp_path / "pruned"
+
+    return {"unequal": unequal, "sliced": sliced, "sliced by spectrum": sliced}.get(request.param, selected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

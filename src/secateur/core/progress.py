@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,14 +12,14 @@ T = TypeVar("T")
 _LINE_EVERY_SECONDS = 10.0
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield the items and show how many are done; `total` defaults to `len(items)` where it has one."""
+def track(items: Iterable[T], description: str, total: int | None = None, status: Callable[[], str] = str) -> Iterator[T]:
+    """Yield the items and show how many are done, the time left, and what `status` says; `total` defaults to `len(items)` where it has one."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     if sys.stderr.isatty():
-        yield from _bar(items, description, total)
+        yield from _bar(items, description, total, status)
     else:
-        yield from _lines(items, description, total)
+        yield from _lines(items, description, total, status)
 
 
 def say(line: str) -> None:
@@ -27,7 +27,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _bar(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -37,10 +37,10 @@ def _bar(items: Iterable[T], description: str, total: int | None) -> Iterator[T]
         for item in items:
             yield item
             del item  # it may be a block of a large model: nothing here may keep it while the next one is made
-            progress.advance(task)
+            progress.update(task, advance=1, description=" ".join(filter(None, (description, status()))))
 
 
-def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _lines(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
     started = spoken = time.monotonic()
     done = 0
     for item in items:
@@ -50,4 +50,6 @@ def _lines(items: Iterable[T], description: str, total: int | None) -> Iterator[
         now = time.monotonic()
         if now - spoken > _LINE_EVERY_SECONDS:
             spoken = now
-            say(f"{description}: {done}{f' of {total}' if total else ''}, {now - started:.0f} s")
+            left = f", about {(now - started) / done * (total - done):.0f} s left" if total else ""
+            said = ", ".join(filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status())))
+            say(f"{description}: {said}")

@@ -79,7 +79,7 @@ class Flow:
 
     @property
     def sliced(self) -> bool:
-        """Whether the residual stream is narrower than the hidden size of the configuration, and has adapters of its own."""
+        """Whether the residual stream, or what blocks read and write of it, is narrower than the hidden size of the configuration."""
         return self.dims[0].residual is not None
 
     @property
@@ -93,7 +93,7 @@ class Flow:
         found = [self.dims[0].enters]
         for dims in self.dims:
             if not self.parallel:
-                found.append(dims.residual.attention[1] if dims.residual else dims.hidden)
+                found.append(dims.residual.attention[1] if dims.residual and not dims.residual.selected else dims.hidden)
             found.append(dims.leaves)
         return found
 
@@ -139,6 +139,8 @@ class Flow:
     @property
     def refusal(self) -> str:
         """Why nothing is said of a sliced model by s."""
+        if (residual := self.dims[0].residual) is not None and residual.selected:
+            return f"{self.name}: its blocks already read and write parts of the residual stream; ask what s would leave of the original model"
         return f"{self.name}: its residual stream is already sliced, from {self.hidden}, and has its own adapters; ask what s would leave of the original model"
 
     def at(self, sparsity: float) -> Point:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from secateur.core.records import Record
 from secateur.models.family import MLP
+from secateur.models.runtime import is_index_map
 from secateur.models.view import ModelView
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -157,7 +158,7 @@ class _Shapes:
 
     def __init__(self, view: ModelView) -> None:
         self.view, self.family = view, view.family
-        self.unclaimed = {name: view.source.shape(name) for name in view.source.names()}
+        self.unclaimed = {name: view.source.shape(name) for name in view.source.names() if not is_index_map(name)}
 
     def embeddings(self) -> list[Map]:
         """What runs before the first block."""
@@ -184,7 +185,7 @@ class _Shapes:
         """The adapter on a residual connection of a sliced model: one product, two with a rank between, or none (see `runtime.Skip`)."""
         residual = self.view.dims(index).residual
         form = None if residual is None else residual.skips[number]
-        if residual is None or form is None:
+        if residual is None or form is None or residual.selected:
             return []
         inputs, outputs = (Axis("d", width) for width in (residual.attention, residual.mlp)[number])
         path = f"skips.{number}."

@@ -4,7 +4,8 @@ A method is a module with one frozen dataclass (its options) and one of three fu
 
     plan_block(block, statistics, options) -> BlockPlan     the blocks are streamed, each cut before the next is calibrated
     plan_place(moment, before, sparsity, options, seed)     the same, for what narrows the residual stream: one Place of it at a time
-    plan_model(view, data, options) -> BlockPlans           the whole model is needed at once; data is token ids [S, T], or None
+    plan_model(view, data, options, run) -> BlockPlans      the whole model is needed at once; data is token ids [S, T], or None; run is
+                                                            `plan.run.Run`: the seed, where to compute, how much to remove of the whole
 
 It says with `CALIBRATION` which text its paper calibrates with (None: it needs no tokens), with `STATISTICS` what to collect for each
 distinct input of a block, and with `DEMO` what `secateur demo` shows of it. Other packages add methods by
@@ -54,6 +55,11 @@ class Method:
     def plan_model(self) -> Callable[..., Any] | None:
         """The function that plans the whole model at once."""
         return getattr(self.module, "plan_model", None)
+
+    @property
+    def counts_parameters(self) -> bool:
+        """Whether its sparsity is of the parameters of the whole model: it plans that alone, and not matrix by matrix."""
+        return self.plan_model is not None and self.plan_block is None
 
     def options(self, given: Mapping[str, Any]) -> Any:
         """The options from their values, or from text as `--set` gives it.

@@ -63,8 +63,8 @@ def plan_block(block: BlockView, statistics: Any, options: Magnitude) -> BlockPl
     return plan_masks_or_units(block, score, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")
 
 
-def plan_model(view: ModelView, data: Any, options: Magnitude) -> tuple[BlockPlan, ...]:
-    """Rank the units of all blocks together: one threshold a space; every block keeps at least one unit. `data` is not used."""
+def plan_model(view: ModelView, data: Any, options: Magnitude, run: Any) -> tuple[BlockPlan, ...]:
+    """Rank the units of all blocks together: one threshold a space; every block keeps at least one unit. `data` and `run` are not used."""
     pattern = parse_pattern(options.pattern)
     scored: list[tuple[int, dict[str, torch.Tensor], dict[str, float]]] = []
     for block in view.iterate():

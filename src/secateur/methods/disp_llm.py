@@ -1,0 +1,156 @@
+"""DISP-LLM: blocks that read and write different parts of the residual stream, learned with the weights frozen.
+
+From arXiv:2410.11988. Every block has five selections (`train/structures.py`): the features of the residual that attention and MLP read and write, and the
+units of the MLP's middle. The residual keeps its width, so blocks may differ in what they select, and no adapters are needed. Binary
+gates (`train/gates.py`) are drawn from logits that a small network gives (`train/hypernetwork.py`), which alone is trained, on the language-model loss
+plus lambda |log(T(s) / (p T_total))|. The sparsity is the fraction of the parameters of the whole model to remove.
+
+Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one draw for the loss and the
+budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the whole model, as in the paper; what is kept is not a
+random draw but the gates with the highest logits, as many as the budget allows (`cut=half`: those open as often as not); no selection is empty. Key-value
+heads shared by several query heads, biases and fused weights are handled; heads are kept. The norm is over all features, then those are
+selected; `norm=selected` is the paper's order. The constrained variant shares one selection in place of its four of the residual, in all blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
+from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
+from secateur.models.view import ModelView
+from secateur.plan.plan import BlockPlan
+from secateur.plan.run import Run
+from secateur.train.choose import choose, smallest
+from secateur.train.gates import GATES
+from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
+from secateur.train.learn import Learning, learn
+from secateur.train.masked import MaskedModel
+from secateur.train.structures import Structures, find_structures
+
+CALIBRATION = "wikitext2"
+DEMO: list[dict[str, object]] = []
+MOST = 0.95
+
+_FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
+_CHOICES = {"gate": GATES, "hypernetwork": HYPERNETWORKS, "norm": tuple(_FORMS), "budget": ("model", "blocks"), "cut": ("budget", "half")}
+
+
+@dataclass(frozen=True)
+class DispLLM:
+    """Options.
+
+    Attributes:
+        steps: of the optimiser.
+        batch: windows a step.
+        lr: the learning rate, constant.
+        weight_decay: of AdamW.
+        strength: lambda, the weight of the budget term.
+        gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel` (soft).
+        bias: c; gates begin open with probability sigmoid(c).
+        tau: the temperature of the gates.
+        hypernetwork: `gru`, `linear` (without the Bi-GRU), or `none` (one logit a gate).
+        constrained: one selection of the residual for all blocks, reading and writing.
+        norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
+        budget: count the parameters of the whole `model`, or of the `blocks` alone.
+        cut: keep what the `budget` allows, or what is open `half` of the time.
+        round: widths are multiples of this.
+    """
+
+    steps: int = 10_000
+    batch: int = 1
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    strength: float = 6.0
+    gate: str = "reinmax"
+    bias: float = 3.0
+    tau: float = 1.0
+    hypernetwork: str = "gru"
+    constrained: bool = False
+    norm: str = "full"
+    budget: str = "model"
+    cut: str = "budget"
+    round: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
+        for name in ("steps", "batch", "round"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"disp_llm: {name} is {getattr(self, name)}; it is a count, at least 1")
+        for name in ("lr", "tau"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be above 0")
+        for name in ("weight_decay", "strength"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be at least 0")
+
+
+def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
+    """Refuse before the work what cannot be done.
+
+    Raises:
+        UsageError: the sparsity is too high, for the method or for this model.
+        SecateurError: the residual stream of the model is rotated or selected from already.
+    """
+    if view.dims(0).residual is not None:
+        raise SecateurError(f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity")
+    if sparsity >= MOST:
+        raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves next to nothing; it must be below {MOST:g}")
+    structures = _structures(view, options)
+    most = 1 - smallest(structures, options.round) / structures.total
+    if sparsity > most:
+        raise UsageError(
+            f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate removes leave at most {most:.4f}; "
+            f"use --sparsity {int(most * 100) / 100:g} or less"
+        )
+
+
+def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tuple[BlockPlan, ...]:
+    """Learn the gates on windows `data` [S, T], and choose.
+
+    Raises:
+        NotFiniteError: a loss is NaN or infinite; the step is named.
+    """
+    structures = _structures(view, options)
+    target = (1 - run.sparsity) * structures.total
+    masked = MaskedModel(view, structures, _FORMS[options.norm], device=run.device, dtype=run.dtype)
+    network = Hypernetwork(structures.widths, options.hypernetwork, seed=run.seed).to(run.device)
+    how = Learning(
+        steps=options.steps,
+        batch=options.batch,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        strength=options.strength,
+        gate=options.gate,
+        bias=options.bias,
+        temperature=options.tau,
+        seed=run.seed,
+    )
+    learn(network, masked, data, target, how)
+    logit_N = network() + options.bias
+    keep = choose(logit_N, structures, target=target, multiple=options.round, half=options.cut == "half")
+    _tell(logit_N, structures, keep, target)
+    return tuple(_block_plan(structures, keep, index, _FORMS[options.norm]) for index in range(view.blocks))
+
+
+def _structures(view: ModelView, options: DispLLM) -> Structures:
+    return find_structures(view, constrained=options.constrained, form=_FORMS[options.norm], whole=options.budget == "model")
+
+
+def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float) -> None:
+    """How far the learned gates were from the budget, and what the choice removes."""
+    halves = [float((part > 0).sum()) for part in structures.split(logit_N)]
+    learned, chosen = (1 - float(structures.parameters(kept)) / structures.total for kept in (halves, [float(len(indices)) for indices in keep]))
+    say(f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}")
+
+
+def _block_plan(structures: Structures, keep: list[Tensor], index: int, form: str) -> BlockPlan:
+    uses = structures.uses[index]
+    return BlockPlan(
+        index, keep={s: keep[n] for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form
+    )

@@ -1,0 +1,122 @@
+"""A stock model whose blocks read and write through gates, by hooks placed once (arXiv:2410.11988, equations 2 and 3).
+
+    x + S2 attention(S1 norm(x)),    x + S5 down(S4 middle(S3 norm(x)))
+
+Biases of what writes are masked with it, since the cut drops them. The MLP's middle is masked once, where `down` reads it. A norm that attention and
+MLP share (Phi) is read twice. Weights are frozen: gradients reach the gates alone. A step sets one list of tensors and walks no modules.
+
+Shape letters: B windows, T tokens, D residual, N gates of a structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibrate.stream import make_computed_tables
+from secateur.models.load import build_skeleton
+from secateur.models.runtime import SELECT_FIRST
+from secateur.models.view import ModelView
+from secateur.train.structures import Structures
+
+
+class MaskedModel:
+    """A model in memory, with gates.
+
+    Args:
+        view: the model; its weights are used where they are, not copied, where device and dtype allow it.
+        structures: where its gates are.
+        form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see `runtime.Select`.
+        device, dtype: of the computation.
+    """
+
+    def __init__(self, view: ModelView, structures: Structures, form: str, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.structures, self.form, self.dtype = structures, form, dtype
+        self._gates: list[Tensor] = []
+        self._second: dict[int, Tensor] = {}
+        family = view.family
+        self.centred = family.centred
+        self.epsilon = float(getattr(view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon)
+        self.model = build_skeleton(view.config)
+        names = view.source.names()
+        self.model.load_state_dict({name: view.source.read(name).to(device, dtype) for name in names}, strict=False, assign=True)
+        self.model.tie_weights()
+        make_computed_tables(self.model, device)
+        self.model.requires_grad_(False).eval()
+        for index in range(view.blocks):
+            self._hook_block(self.model.get_submodule(f"{family.blocks}.{index}"), index, view)
+
+    def logits(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
+        """The logits [B, T, V] with these gates, those of all structures one after the other."""
+        self._gates = self.structures.split(gate_N.to(self.dtype))
+        logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
+        return logits_BTV
+
+    def loss(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
+        """Cross-entropy of the next token, nats a token, float32 or better."""
+        logits_BTV = self.logits(ids_BT, gate_N)[:, :-1]
+        precise = torch.promote_types(logits_BTV.dtype, torch.float32)
+        return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).to(precise), ids_BT[:, 1:].flatten())
+
+    def _gate(self, index: int, selection: str) -> Tensor:
+        return self._gates[self.structures.uses[index][selection]]
+
+    def _hook_block(self, block: nn.Module, index: int, view: ModelView) -> None:
+        family = view.family
+
+        def scale(selection: str) -> Any:
+            return lambda module, inputs, output: output * self._gate(index, selection)
+
+        def middle(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (inputs[0] * self._gate(index, "ffn"), *inputs[1:])
+
+        def read(selection: str, *, also: str | None = None) -> Any:
+            def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                if also is not None:
+                    self._second[index] = self._read(norm, inputs[0], output, self._gate(index, also))
+                return self._read(norm, inputs[0], output, self._gate(index, selection))
+
+            return hook
+
+        norms = [block.get_submodule(path) for path in family.norms]
+        if family.parallel:
+            norms[0].register_forward_hook(read("attention_in", also="mlp_in"))
+            block.get_submodule(family.mlp[0]).register_forward_pre_hook(lambda module, inputs: (self._second.pop(index), *inputs[1:]))
+        else:
+            norms[0].register_forward_hook(read("attention_in"))
+            norms[1].register_forward_hook(read("mlp_in"))
+        block.get_submodule(family.matrices["o"]).register_forward_hook(scale("attention_out"))
+        block.get_submodule(family.matrices["down"]).register_forward_pre_hook(middle)
+        block.get_submodule(family.matrices["down"]).register_forward_hook(scale("mlp_out"))
+
+    def _read(self, norm: Any, hidden_BTD: Tensor, normed_BTD: Tensor, gate_D: Tensor) -> Tensor:
+        if self.form != SELECT_FIRST:
+            return normed_BTD * gate_D
+        return masked_norm(hidden_BTD, gate_D, norm.weight, getattr(norm, "bias", None), self.epsilon, centred=self.centred)
+
+
+def masked_norm(hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool) -> Tensor:
+    """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by sqrt(open / D)."""
+    precise = torch.promote_types(hidden_BTD.dtype, torch.float32)
+    gate_D = gate_D.to(precise)
+    count = gate_D.sum().clamp(min=1e-6)
+    kept_BTD = hidden_BTD.to(precise) * gate_D
+    if centred:
+        kept_BTD = (kept_BTD - kept_BTD.sum(-1, keepdim=True) / count) * gate_D
+    unit_BTD = (kept_BTD * torch.rsqrt(kept_BTD.square().sum(-1, keepdim=True) / count + epsilon)).to(hidden_BTD.dtype)
+    if gain_D is not None:
+        unit_BTD = unit_BTD * gain_D
+    return unit_BTD if shift_D is None else unit_BTD + shift_D * gate_D.to(hidden_BTD.dtype)
+
+
+def keep_gates(structures: Structures, keep: Sequence[Tensor]) -> Tensor:
+    """The gates [N] that are open for the kept indices of each structure, float32."""
+    gates = []
+    for width, indices in zip(structures.widths, keep, strict=True):
+        gate_N = torch.zeros(width)
+        gate_N[indices.long()] = 1
+        gates.append(gate_N)
+    return torch.cat(gates)
