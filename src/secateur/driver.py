@@ -25,8 +25,8 @@ from secateur.models.canonical import canonical_view
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan, Place
-from secateur.plan.run import Run
 from secateur.plan.rates import Rates, check_sparsity, resolve_rates
+from secateur.plan.run import Run
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
 Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
@@ -260,7 +260,8 @@ def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatc
 def _collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Statistics:
     assert job.method.statistics is not None
     family = block.family
-    inputs = sorted({family.input_of(name) for name in block.rates})
+    apart = block.dims.residual is not None and block.dims.residual.selected
+    inputs = sorted({family.input_of(name, apart=apart) for name in block.rates})
     collected = {name: job.method.statistics(block.dims.shape(name)[1], stream.device) for name in inputs}
 
     def listener(name: str) -> Callable[[Tensor], None]:
@@ -272,7 +273,7 @@ def _collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> St
 
     with watch("forward"):
         stream.observe(block, {family.matrices[name]: listener(name) for name in inputs})
-    statistics = Statistics(family, collected)
+    statistics = Statistics(family, collected, apart)
     statistics.check_finite(block.index)
     return statistics
 

@@ -97,13 +97,14 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of one block. `statistics["k"]` is that of the input of k, which q and v share."""
+    """The statistics of one block. `statistics["k"]` is that of the input of k, which q and v share. `apart`: see `Family.input_of`."""
 
     family: Family
     of_input: Mapping[str, Statistic]
+    apart: bool = False
 
     def __getitem__(self, name: str) -> Statistic:
-        return self.of_input[self.family.input_of(name)]
+        return self.of_input[self.family.input_of(name, apart=self.apart)]
 
     def check_finite(self, block: int) -> None:
         """Raises NotFiniteError that names the block and the matrix whose input holds NaN or infinity."""

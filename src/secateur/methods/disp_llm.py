@@ -98,7 +98,9 @@ def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
         SecateurError: the residual stream of the model is rotated or selected from already.
     """
     if view.dims(0).residual is not None:
-        raise SecateurError(f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity")
+        raise SecateurError(
+            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
+        )
     if sparsity >= MOST:
         raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves next to nothing; it must be below {MOST:g}")
     structures = _structures(view, options)
@@ -151,6 +153,4 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
 
 def _block_plan(structures: Structures, keep: list[Tensor], index: int, form: str) -> BlockPlan:
     uses = structures.uses[index]
-    return BlockPlan(
-        index, keep={s: keep[n] for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form
-    )
+    return BlockPlan(index, keep={s: keep[n] for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)

@@ -97,11 +97,12 @@ class Family:
         """The norm that a reader of the residual reads through."""
         return self.norms[0] if name in ATTENTION else self.norms[-1]
 
-    def input_of(self, name: str) -> str:
-        """The matrix that stands for the input of `name`: the first one listed that reads the same tensor."""
+    def input_of(self, name: str, *, apart: bool = False) -> str:
+        """The matrix that stands for the input of `name`: the first one listed that reads the same tensor. `apart` says that attention and MLP select
+        for themselves what they read, also in a parallel block (see `runtime.Select`)."""
         if name in ("o", "down"):
             return name
-        readers = ATTENTION[:3] + MLP[:2] if self.parallel else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
+        readers = ATTENTION[:3] + MLP[:2] if self.parallel and not apart else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
         return next(other for other in self.matrices if other in readers)
 
 

@@ -16,7 +16,11 @@ from secateur.models.view import BlockDims
 def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims]) -> str | None:
     """Why these widths are not those of a stock model, or None."""
     if (residual := after[0].residual) is not None:
-        return "its blocks read and write parts of the residual stream" if residual.selected else "its residual stream is rotated, and narrower than the hidden size"
+        return (
+            "its blocks read and write parts of the residual stream"
+            if residual.selected
+            else "its residual stream is rotated, and narrower than the hidden size"
+        )
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"
     if after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads) and not family.stock_heads:

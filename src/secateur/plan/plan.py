@@ -172,7 +172,9 @@ class BlockPlan:
             SecateurError: nothing of a space would be left, one of them rotates the residual stream, or they read it in different ways.
         """
         if self.select and other.select and self.select != other.select:
-            raise SecateurError(f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': plan both with the same norm")
+            raise SecateurError(
+                f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': plan both with the same norm"
+            )
         if self.places or other.places:
             raise SecateurError("a plan that rotates the residual stream cannot be merged: prune its result with the other method instead")
         masks = dict(self.masks)

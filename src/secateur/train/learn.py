@@ -75,7 +75,7 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
         budget = budget_term(left, target)
         loss = masked.loss(windows[rows_of_step(step - 1, len(windows), how.batch, how.seed)].to(device), gate_N)
         optimizer.zero_grad(set_to_none=True)
-        (loss + how.strength * budget).backward()  # type: ignore[no-untyped-call]
+        (loss + how.strength * budget).backward()
         optimizer.step()
         losses, since = losses + loss.detach(), since + 1
         if step % _LOOK_EVERY == 0 or step == how.steps:

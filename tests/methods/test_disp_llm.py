@@ -1,0 +1,114 @@
+"""DISP-LLM: the cut equals the masked model, learning learns, and what cannot be done is refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from secateur import api
+from secateur.models.runtime import SELECT_FORMS
+from secateur.train.masked import MaskedModel, keep_gates
+from secateur.train.structures import find_structures
+from tests.tiny import MODEL_TYPES, some_ids, tiny_model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("norm", ["full", "selected"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool, windows: Tensor) -> None:
+    model = tiny_model(model_type, tied=tied, dtype=torch.float64)
+    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, steps=2, norm=norm)
+    form = SELECT_FORMS[norm == "selected"]
+    view = api.view_model(model)
+    structures = find_structures(view, constrained=False, form=form, whole=True)
+    keep = [torch.empty(0)] * len(structures.widths)
+    for block, uses in zip(plan.blocks, structures.uses, strict=True):
+        assert block.select == form
+        for selection, number in uses.items():
+            keep[number] = block.keep[selection]
+    masked = MaskedModel(view, structures, form, device=torch.device("cpu"), dtype=torch.float64)
+    narrow = api.cut(model, plan)
+    torch.testing.assert_close(narrow(some_ids()).logits, masked.logits(some_ids(), keep_gates(structures, keep)), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(narrow(some_ids()).logits, model(some_ids()).logits, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_learning_beats_a_choice_that_was_not_learned(windows: Tensor) -> None:
+    """On the text it learns from, with the same budget."""
+    model = tiny_model("llama")
+    ids = windows % 8 + 4  # few tokens, so that there is something to learn
+
+    def loss(**options: Any) -> float:
+        narrow = api.cut(model, api.plan(model, "disp_llm", ids, sparsity=0.4, batch=6, lr=1e-2, **options))
+        return float(narrow(input_ids=ids, labels=ids).loss.detach())
+
+    unlearned, learned = loss(steps=1), loss(steps=150)
+    assert learned < unlearned - 0.1
+
+
+def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows: Tensor) -> None:
+    model = tiny_model("llama")
+
+    def blocks(**asked: Any) -> Any:
+        return api.plan(model, "disp_llm", windows, sparsity=0.4, steps=3, **asked).blocks
+
+    first = blocks()
+    for asked in (
+        {"seed": 1},
+        {"gate": "gumbel"},
+        {"gate": "reinmax-printed"},
+        {"hypernetwork": "linear"},
+        {"hypernetwork": "none"},
+        {"constrained": True},
+        {"round": 8},
+    ):
+        assert blocks(**asked) != first, asked
+    assert blocks() == first
+    assert all(len(indices) % 8 == 0 for block in blocks(round=8) for indices in block.keep.values())
+
+
+def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "disp_llm", params_removed=0.35, calibration=ids_file, options={"steps": 2})
+    record = api.prune(request, tmp_path / "out")
+    assert record["pruning_ratio"] == record["sparsity_measured"] == pytest.approx(0.35, abs=0.01)
+    found = api.inspect(str(tmp_path / "out"))
+    assert found["parameters"] == record["params_after"] == sum(b["parameters"] for b in found["blocks"]) + 2 * 64 * 32 + 32
+    assert found["blocks"][0]["residual"]["skips"] == ("norm, select",) * 2
+    with pytest.raises(api.SecateurError, match="pruned already; prune the original model"):
+        api.prepare(api.Request(str(tmp_path / "out"), "disp_llm", sparsity=0.5))
+    with pytest.raises(api.SecateurError, match="already selected from"):
+        api.prepare(api.Request(str(tmp_path / "out"), "slicegpt", sparsity=0.5))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"sparsity": 0.95}, r"--sparsity 0.95 leaves next to nothing; it must be below 0.95"),
+    ({"sparsity": 0.9}, r"--sparsity 0.9 cannot be reached: .* leave at most 0\.\d+; use --sparsity 0\.\d+ or less"),
+    ({}, r"disp_llm needs --sparsity S"),
+    ({"sparsity": 1.2}, r"outside \[0, 1\)"),
+    ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with disp_llm"),
+    ({"sparsity": 0.5, "options": {"gate": "hard"}}, r"unknown gate 'hard' \(allowed: reinmax"),
+    ({"sparsity": 0.5, "options": {"steps": "0"}}, r"steps is 0; it is a count, at least 1"),
+    ({"sparsity": 0.5, "options": {"lr": "nan"}}, r"lr is nan; it must be above 0"),
+    ({"sparsity": 0.5, "options": {"strength": "-1"}}, r"strength is -1; it must be at least 0"),
+    ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: disp_llm gives every block its own widths"),
+]
+
+
+@pytest.mark.parametrize(("asked", "words"), BAD)
+def test_bad_input_is_refused_in_one_line(asked: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    with pytest.raises(api.UsageError, match=words) as caught:
+        api.prune(api.Request(str(saved("llama")), "disp_llm", calibration=ids_file, **asked), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(windows: Tensor) -> None:
+    model = tiny_model("llama")
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(api.SecateurError, match="the loss is nan by step 2;"):
+        api.plan(model, "disp_llm", windows, sparsity=0.3, steps=2)

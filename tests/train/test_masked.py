@@ -1,0 +1,188 @@
+"""The masked model against a naive float64 forward, its frozen weights, its budget, and what is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secateur import api
+from secateur.models.runtime import SELECT_FORMS
+from secateur.train.choose import choose, smallest
+from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
+from secateur.train.learn import Learning, budget_term, learn, rows_of_step
+from secateur.train.masked import MaskedModel, masked_norm
+from secateur.train.structures import SELECTIONS, find_structures
+from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, MODEL_TYPES, some_ids, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def masked_of(model: Any, form: str = SELECT_FORMS[0], *, constrained: bool = False, dtype: torch.dtype = torch.float64) -> MaskedModel:
+    view = api.view_model(model)
+    return MaskedModel(view, find_structures(view, constrained=constrained, form=form, whole=True), form, device=CPU, dtype=dtype)
+
+
+def random_gates(count: int, seed: int = 0) -> Tensor:
+    return (torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) < 0.7).double()
+
+
+def naive_norm(x: Tensor, kept: Tensor, norm: Any, *, centred: bool, epsilon: float) -> Tensor:
+    """Token by token, over the kept features alone; zeros elsewhere."""
+    out = torch.zeros_like(x)
+    where = kept.bool()
+    part = x[:, where]
+    if centred:
+        part = part - part.mean(1, keepdim=True)
+    part = part / (part.square().mean(1, keepdim=True) + epsilon).sqrt() * norm.weight[where]
+    out[:, where] = part + norm.bias[where] if getattr(norm, "bias", None) is not None else part
+    return out
+
+
+class NaiveBlock(nn.Module):
+    """A block with masks written out on the stock modules; what attends is the stock attention."""
+
+    def __init__(self, block: Any, view: Any, gates: dict[str, Tensor], form: str) -> None:
+        super().__init__()
+        self.block, self.view, self.gates, self.form = block, view, gates, form
+
+    def read(self, number: int, x: Tensor, selection: str) -> Tensor:
+        family = self.view.family
+        norm, gate = self.block.get_submodule(family.norms[min(number, len(family.norms) - 1)]), self.gates[selection]
+        if self.form == SELECT_FORMS[0]:
+            return norm(x) * gate
+        epsilon = getattr(self.view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon
+        return torch.stack([naive_norm(row, gate, norm, centred=family.centred, epsilon=epsilon) for row in x])
+
+    def mlp(self, x: Tensor) -> Tensor:
+        view = self.view
+        path, get = view.family.matrices, self.block.get_submodule
+        if "gate" not in path:
+            act = get("activation_fn") if hasattr(self.block, "activation_fn") else get("mlp.activation_fn")
+            middle = act(get(path["up"])(x))
+        elif path["gate"] == path["up"]:
+            gate, up = get(path["gate"])(x).chunk(2, -1)
+            middle = up * get("mlp").activation_fn(gate)
+        else:
+            middle = get("mlp").act_fn(get(path["gate"])(x)) * get(path["up"])(x)
+        return get(path["down"])(middle * self.gates["ffn"]) * self.gates["mlp_out"]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        attended = self.block.self_attn(hidden_states=self.read(0, hidden_states, "attention_in"), **arguments)[0] * self.gates["attention_out"]
+        if self.view.family.parallel:
+            return hidden_states + attended + self.mlp(self.read(1, hidden_states, "mlp_in"))
+        hidden = hidden_states + attended
+        return hidden + self.mlp(self.read(1, hidden, "mlp_in"))
+
+
+@pytest.mark.parametrize("form", SELECT_FORMS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_masked_model_equals_a_naive_reference(model_type: str, form: str) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    masked = masked_of(model, form)
+    gates = random_gates(sum(masked.structures.widths))
+    found = masked.logits(some_ids(), gates)
+    dense = model(some_ids()).logits
+    view, parts = api.view_model(model), masked.structures.split(gates)
+    blocks: Any = model.get_submodule(view.family.blocks)
+    for index in range(BLOCKS):
+        blocks[index] = NaiveBlock(blocks[index], view, {s: parts[n] for s, n in masked.structures.uses[index].items()}, form)
+    # norms of the stock classes compute in float32 whatever they are given
+    torch.testing.assert_close(found, model(some_ids()).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, dense, atol=1e-2)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_gates_that_are_all_open_are_the_dense_model(model_type: str) -> None:
+    model = tiny_model(model_type)
+    masked = masked_of(model, dtype=torch.float32)
+    assert torch.equal(masked.logits(some_ids(), torch.ones(sum(masked.structures.widths))), model(some_ids()).logits)
+
+
+def test_a_norm_over_open_gates_divides_by_their_number() -> None:
+    x, gate = torch.randn(1, 3, 8, dtype=torch.float64), torch.tensor([1.0, 1, 0, 0, 1, 0, 0, 0], dtype=torch.float64)
+    normed = masked_norm(x, gate, None, None, 0.0, centred=False)
+    torch.testing.assert_close(normed.square().sum(-1), torch.full((1, 3), 3.0, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda g: masked_norm(x, g, None, None, 1e-6, centred=True), torch.rand(8, dtype=torch.float64).add(0.1).requires_grad_())
+
+
+@pytest.mark.parametrize("form", SELECT_FORMS)
+@pytest.mark.parametrize("constrained", [False, True])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, constrained: bool, form: str, windows: Tensor) -> None:
+    model = tiny_model(model_type)
+    norm = "full" if form == SELECT_FORMS[0] else "selected"
+    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, steps=1, constrained=constrained, norm=norm)
+    structures = find_structures(api.view_model(model), constrained=constrained, form=form, whole=True)
+    kept = [0.0] * len(structures.widths)
+    for block, uses in zip(plan.blocks, structures.uses, strict=True):
+        for selection, number in uses.items():
+            kept[number] = float(len(block.keep[selection]))
+    assert structures.parameters(kept) == sum(p.numel() for p in api.cut(model, plan).parameters())
+    assert structures.total == sum(p.numel() for p in model.parameters())
+    if constrained:
+        assert all(torch.equal(b.keep[s], plan.blocks[0].keep["attention_in"]) for b in plan.blocks for s in SELECTIONS if s != "ffn")
+
+
+@pytest.mark.parametrize("kind", HYPERNETWORKS)
+def test_weights_stay_frozen_and_every_part_of_the_network_learns(kind: str) -> None:
+    masked = masked_of(tiny_model("llama"), dtype=torch.float32)
+    network = Hypernetwork(masked.structures.widths, kind)
+    loss = masked.loss(some_ids(), torch.sigmoid(network())) + budget_term(torch.sigmoid(network()).sum(), 100.0)
+    loss.backward()
+    assert all(p.grad is None and not p.requires_grad for p in masked.model.parameters())
+    assert all(p.grad is not None and bool(p.grad.any()) for p in network.parameters())
+    assert "input_SI" not in dict(network.named_parameters()), "the fixed input is no parameter"
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), Hypernetwork(masked.structures.widths, kind).state_dict().values(), strict=True)
+    )
+
+
+HOW = Learning(steps=150, batch=2, lr=1e-2, weight_decay=0.05, strength=6.0, gate="reinmax", bias=3.0, temperature=1.0, seed=0)
+
+
+@pytest.mark.slow
+def test_the_budget_term_brings_the_parameters_to_the_target(windows: Tensor) -> None:
+    masked = masked_of(tiny_model("llama"), dtype=torch.float32)
+    network = Hypernetwork(masked.structures.widths)
+    structures = masked.structures
+    target = 0.6 * structures.total
+    seen = learn(network, masked, windows, target, HOW)
+    assert seen[0]["budget"] > 3 * seen[-1]["budget"]
+    expected = float(structures.parameters([part.sum() for part in structures.split(torch.sigmoid(network() + HOW.bias).detach())]))
+    assert expected == pytest.approx(target, rel=0.02)
+    assert seen[-1]["step"] == HOW.steps
+    half = choose(network() + HOW.bias, structures, target=target, multiple=1, half=True)
+    assert float(structures.parameters([float(len(k)) for k in half])) == pytest.approx(target, rel=0.01), "what is open half of the time is the budget"
+
+
+def test_every_window_is_seen_once_an_epoch() -> None:
+    rows = [row for step in range(9) for row in rows_of_step(step, 6, 2, seed=5)]
+    assert [sorted(rows[start : start + 6]) for start in (0, 6, 12)] == [list(range(6))] * 3
+    assert rows[:6] != rows[6:12]
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 20])
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_what_is_chosen_is_within_the_budget_rounded_and_never_empty(model_type: str, multiple: int) -> None:
+    structures = find_structures(api.view_model(tiny_model(model_type)), constrained=False, form=SELECT_FORMS[0], whole=True)
+    logit_N = torch.randn(sum(structures.widths), generator=torch.Generator().manual_seed(2))
+    logit_N[:HIDDEN] = -1e6  # a structure that nobody wants
+    target = 0.7 * structures.total
+    keep = choose(logit_N, structures, target=target, multiple=multiple, half=False)
+    left = float(structures.parameters([float(len(indices)) for indices in keep]))
+    assert left <= target
+    assert left > (0.99 if multiple == 1 else 0.85) * target
+    for width, indices in zip(structures.widths, keep, strict=True):
+        assert 0 < len(indices) <= width
+        assert len(indices) % multiple == 0 or len(indices) == width
+        assert (indices.diff() > 0).all()
+    assert len(keep[0]) == multiple
+    best = structures.split(logit_N)[1].topk(len(keep[1])).indices.sort().values
+    assert torch.equal(keep[1].long(), best)
+    assert smallest(structures, multiple) < left
+    none = choose(torch.full_like(logit_N, -1.0), structures, target=target, multiple=multiple, half=True)
+    assert [len(indices) for indices in none] == [multiple] * len(none)
+    assert {*structures.widths} == {HIDDEN, FFN}
