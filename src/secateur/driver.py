@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Job:
         sparsity: of the residual stream, or of the parameters of the whole model.
         seed: of every random choice.
         device, dtype: of the computation of a plan for all blocks at once.
+        checkpoint: see `plan.run.Run`.
     """
 
     view: ModelView
@@ -52,6 +54,7 @@ class Job:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    checkpoint: Path | None = None
 
     @property
     def learns(self) -> bool:
@@ -241,7 +244,7 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 
 def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     assert job.method.plan_model is not None
-    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype)
+    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint)
     with watch("selection"):
         plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
     return plans

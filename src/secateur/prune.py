@@ -34,6 +34,8 @@ from secateur.plan.budget import find_sliced, find_sparsity, parameters_left, sl
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 
+_LEARNING = "learning"  # the part that a method that learns goes on from
+
 
 @dataclass(frozen=True)
 class Request:
@@ -341,7 +343,7 @@ class _Totals:
 
 
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
-    job = prepared.job
+    job = replace(prepared.job, checkpoint=writer.part(_LEARNING))
     view, rates = job.view, job.rates
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:

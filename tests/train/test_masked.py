@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur import api
 from secateur.models.runtime import SELECT_FORMS
+from secateur.train import learn as learning
 from secateur.train.choose import choose, smallest
 from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
 from secateur.train.learn import Learning, budget_term, learn, rows_of_step
@@ -186,3 +189,31 @@ def test_what_is_chosen_is_within_the_budget_rounded_and_never_empty(model_type:
     none = choose(torch.full_like(logit_N, -1.0), structures, target=target, multiple=multiple, half=True)
     assert [len(indices) for indices in none] == [multiple] * len(none)
     assert {*structures.widths} == {HIDDEN, FFN}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "LOOK_EVERY", 2)
+    monkeypatch.setattr(learning, "SAVE_EVERY", 4)
+    how = replace(HOW, steps=10)
+    masked = masked_of(tiny_model("llama"), dtype=torch.float32)
+    target = 0.6 * masked.structures.total
+    whole, resumed = (Hypernetwork(masked.structures.widths) for _ in range(2))
+    seen = learn(whole, masked, windows, target, how)
+    calls, loss = [], MaskedModel.loss
+
+    def interrupted(self: MaskedModel, *args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return loss(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedModel, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            learn(resumed, masked, windows, target, how, tmp_path / "state.safetensors")
+        again = Hypernetwork(masked.structures.widths, seed=5)
+        assert learn(again, masked, windows, target, how, tmp_path / "state.safetensors") == seen
+    assert len(calls) == 7 + 6, "steps 5 to 10 alone are run again"
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    assert learn(Hypernetwork(masked.structures.widths), masked, windows, target, how, tmp_path / "state.safetensors") == seen
+    assert len(calls) == 13, "a run that was complete is not run again"

@@ -133,7 +133,7 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         temperature=options.tau,
         seed=run.seed,
     )
-    learn(network, masked, data, target, how)
+    learn(network, masked, data, target, how, run.checkpoint)
     logit_N = network() + options.bias
     keep = choose(logit_N, structures, target=target, multiple=options.round, half=options.cut == "half")
     _tell(logit_N, structures, keep, target)

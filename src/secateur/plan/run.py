@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,9 +16,11 @@ class Run:
         sparsity: the fraction of the parameters of the whole model to remove; 0 where matrices have rates of their own.
         seed: of every random choice.
         device, dtype: of the computation.
+        checkpoint: a file for what an interrupted run needs to go on, of a method that learns; None keeps none. The caller removes it.
     """
 
     sparsity: float
     seed: int
     device: torch.device
     dtype: torch.dtype
+    checkpoint: Path | None = None

@@ -11,17 +11,20 @@ Shape letters: S windows, B windows of a batch, T tokens, N gates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from secateur.core.errors import NotFiniteError
-from secateur.core.progress import track
+from secateur.core.progress import say, track
 from secateur.train.gates import draw_gates
 from secateur.train.hypernetwork import Hypernetwork
 from secateur.train.masked import MaskedModel
+from secateur.train.state import load_state, save_state
 
-_LOOK_EVERY = 20  # steps between two looks at the losses
+LOOK_EVERY = 20  # steps between two looks at the losses
+SAVE_EVERY = 100  # steps between two saves; a multiple of the other, so that no sum of losses has to be kept
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def budget_term(left: Tensor | float, target: float) -> Tensor:
     return torch.log(torch.as_tensor(left) / target).abs()
 
 
-def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning) -> list[dict[str, float]]:
+def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None = None) -> list[dict[str, float]]:
     """Train the network in place.
 
     Args:
@@ -53,6 +56,7 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
         windows: token ids [S, T].
         target: p T_total, the parameters to keep.
         how: the settings.
+        checkpoint: the file that an interrupted run goes on from, where it is there, and that this one writes; None keeps none.
 
     Returns:
         What was seen on the way: `step`, `loss` (of the language model, mean since the last look), `budget` (the other term, without lambda),
@@ -65,9 +69,14 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
     noise = torch.Generator(device).manual_seed(how.seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, weight_decay=how.weight_decay)
     seen: list[dict[str, float]] = []
+    if checkpoint is not None and checkpoint.is_file():
+        seen = load_state(checkpoint, network, optimizer, noise)["seen"]
     losses = torch.zeros((), device=device)
     since = 0
-    for step in track(range(1, how.steps + 1), "disp_llm: steps", status=lambda: _status(seen, masked)):
+    done = int(seen[-1]["step"]) if seen else 0
+    if done:
+        say(f"disp_llm: going on from step {done} of {how.steps}")
+    for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=lambda: _status(seen, masked)):
         logit_N = network()
         noise_N = torch.rand(logit_N.shape, generator=noise, device=device)
         gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
@@ -78,10 +87,12 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
         (loss + how.strength * budget).backward()
         optimizer.step()
         losses, since = losses + loss.detach(), since + 1
-        if step % _LOOK_EVERY == 0 or step == how.steps:
+        if step % LOOK_EVERY == 0 or step == how.steps:
             seen.append({"step": step, "loss": float(losses) / since, "budget": float(budget.detach()), "left": float(torch.as_tensor(left).detach())})
             losses, since = torch.zeros_like(losses), 0
             _check(seen[-1])
+            if checkpoint is not None and (step % SAVE_EVERY == 0 or step == how.steps):
+                save_state(checkpoint, network, optimizer, noise, {"seen": seen})
     return seen
 
 
