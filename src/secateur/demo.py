@@ -54,7 +54,8 @@ def _say_laws(out: Path) -> None:
     for name in method_names():
         if find_method(name).plan_place is not None:
             law = api.predict([out], metric="ppl", where={"method": name})
-            say(f"law of {name}: ln PPL0 / ln PPL = {law['a']:.2f} s + {law['b']:.2f}, misses points held out by {law['heldout_rmse']:.1%}; best: {law['best']}")
+            missed = f"misses points held out by {law['heldout_rmse']:.1%}; best: {law['best']}"
+            say(f"law of {name}: ln PPL0 / ln PPL = {law['a']:.2f} s + {law['b']:.2f}, {missed}")
 
 
 def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float]]]:
