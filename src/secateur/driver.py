@@ -207,13 +207,14 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
     assert job.method.plan_place is not None
     with watch("eigenproblems"):
         place: Place = job.method.plan_place(moment, before, job.sparsity, job.options, job.seed)
-    return place
+    assert place.basis_DW is not None
+    return replace(place, basis_DW=place.basis_DW.contiguous())
 
 
 def _projection(place: Place, stream: Stream) -> Tensor | None:
     """B B^T: onto the directions that are kept."""
-    basis_DW = place.basis_DW
-    assert basis_DW is not None
+    assert place.basis_DW is not None
+    basis_DW = place.basis_DW.clone(memory_format=torch.contiguous_format)  # one that was read from a file is aligned otherwise, and products tell
     return (basis_DW @ basis_DW.t()).to(stream.device, stream.dtype)
 
 

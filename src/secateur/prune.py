@@ -18,7 +18,7 @@ from secateur.calibrate.data import calibration_windows, check_ids, check_spec, 
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import NotFiniteError, UsageError
+from secateur.core.errors import HopelessError, UsageError
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after
@@ -282,7 +282,7 @@ def _run(
             stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=writer.scratch if prepared.request.spill else None)
     try:
         totals = _write_blocks(prepared, windows, writer, stream, watch)
-    except NotFiniteError:
+    except HopelessError:
         writer.discard()
         raise
     weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in range(view.blocks)]

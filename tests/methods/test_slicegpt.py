@@ -358,6 +358,7 @@ def test_too_few_tokens_say_what_rank_there_is(saved: Callable[..., Path], tmp_p
     np.save(tmp_path / "few.npy", some_ids(1, 20).numpy())
     with pytest.raises(api.SecateurError, match="20 calibration tokens span at most 20 of the 24 directions"):
         api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=str(tmp_path / "few.npy")), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_residual_that_is_not_finite_is_named(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.statistics import SecondMoment
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import HopelessError, UsageError
 from secateur.models.view import Residual
 from secateur.plan.plan import Place
 
@@ -102,15 +102,15 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
         seed: of `orientation=random`.
 
     Raises:
-        SecateurError: there are fewer tokens than directions to keep, or the residual is zero.
+        HopelessError: there are fewer tokens than directions to keep, or the residual is zero.
     """
     value_D, vector_DD = torch.linalg.eigh(moment.sum_II / moment.tokens)
     spectrum_D = value_D.flip(0).clamp(min=0).cpu()
     if not spectrum_D[0] > 0:
-        raise SecateurError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
+        raise HopelessError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
     width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
     if moment.tokens < width:
-        raise SecateurError(
+        raise HopelessError(
             f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions that are to be kept: "
             f"give at least {width} tokens (--samples times --seqlen)"
         )
