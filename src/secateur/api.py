@@ -30,7 +30,7 @@ from secateur.models.runtime import pruned_class
 from secateur.models.save import refuse_existing
 from secateur.models.view import ModelView
 from secateur.plan.plan import Plan, read_plan
-from secateur.predict import answer
+from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
 from secateur.prune import Request, prepare, prune, read_windows
 
@@ -49,6 +49,7 @@ __all__ = [
     "plan",
     "plot_flow",
     "predict",
+    "predict_from_spectrum",
     "prepare",
     "prune",
     "read_plan",
@@ -229,6 +230,31 @@ def predict(
         law_plots.write(found, plot)
         record["plot"] = str(plot)
     return record
+
+
+def predict_from_spectrum(
+    request: Request,
+    points: Sequence[Path] = (),
+    *,
+    dense_ppl: float | None = None,
+    at: Sequence[float] = (),
+    target_ppl: float | None = None,
+    where: Mapping[str, str] | None = None,
+) -> records.Record:
+    """What slicing a model would cost, from one calibration pass of the dense model; nothing pruned is evaluated.
+
+    Args:
+        request: the model and its calibration; method, sparsity and options are replaced.
+        points: records or a CSV that fix the scale; one measured sparsity is enough, none is possible.
+        dense_ppl: the perplexity of the dense model, where no points say it.
+        at, target_ppl, where: as for `predict`.
+
+    Raises:
+        UsageError, SecateurError: as for `prune` and `predict`.
+    """
+    measured = read_points(points, "ppl", where=dict(where or {})) if points else None
+    prepared = prepare(replace(request, method="slicegpt", sparsity=0.5, params_removed=None, modules=None, pattern=None, options={"round": 1}))
+    return spectrum.predict_from_spectrum(prepared, dense_ppl, measured, at=at, target=target_ppl)[1]
 
 
 def sweep(

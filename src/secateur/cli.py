@@ -172,7 +172,9 @@ def sweep(
 
 @app.command()
 def predict(
-    points: Annotated[list[Path], typer.Argument(metavar="POINTS...", help="Records of a sweep (files or folders), or one CSV: sparsity,ppl or sparsity,acc.")],
+    points: Annotated[
+        list[Path] | None, typer.Argument(metavar="POINTS...", help="Records of a sweep (files or folders), or one CSV: sparsity,ppl or sparsity,acc.")
+    ] = None,
     metric: Annotated[str | None, typer.Option(metavar="ppl|TASK", help="What to predict; TASK:acc_norm for the normalised accuracy.")] = None,
     law: Annotated[str | None, typer.Option(help="The law; an unknown name lists them, 'best' takes the least held-out error. Default: the paper's.")] = None,
     at: Annotated[list[str] | None, typer.Option(metavar="S,S,...", help="Sparsities to predict. Default: those measured.")] = None,
@@ -182,6 +184,13 @@ def predict(
     where: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Keep records with this value, as method=wanda; may be repeated.")] = None,
     dense_in_fit: Annotated[bool, typer.Option("--dense-in-fit", help="Count the dense model as a point of the fit.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the points, the law and its rivals.")] = None,
+    spectrum: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Predict SliceGPT's perplexity from a calibration pass of this dense model; POINTS may be left out.")
+    ] = None,
+    dense_ppl: Annotated[float | None, typer.Option(help="With --spectrum and no POINTS: the perplexity of the dense model.")] = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -189,6 +198,13 @@ def predict(
 
     def run() -> None:
         asked = [s for part in at or [] for s in _numbers(part, "--at")]
+        if spectrum is not None:
+            _spectrum(asked)
+            return
+        if given := [name for name, value in (("--dense-ppl", dense_ppl), ("--calibration", calibration), ("--seqlen", seqlen)) if value is not None]:
+            raise UsageError(f"{given[0]} belongs to --spectrum MODEL: add it")
+        if not points:
+            raise UsageError("POINTS are missing: records of a sweep, or a CSV with columns sparsity,ppl (or --spectrum MODEL)")
         record = _api().predict(
             points, metric=metric, law=law, at=asked, target_ppl=target_ppl, target_acc=target_acc, chance=chance,
             where=_options(where, "--where"), dense_in_fit=dense_in_fit, plot=plot,
@@ -199,6 +215,23 @@ def predict(
         from secateur.terminal import law_tables
 
         for table in law_tables(record):
+            _show(table)
+        for warning in record["warnings"]:
+            _tell(f"warning: {warning}")
+
+    def _spectrum(asked: list[float]) -> None:
+        if given := [name for name, value in (("--law", law), ("--metric", metric), ("--target-acc", target_acc), ("--plot", plot)) if value is not None]:
+            raise UsageError(f"{given[0]} does not go with --spectrum, which has one law, of perplexity")
+        assert spectrum is not None
+        api = _api()
+        request = api.Request(spectrum, "slicegpt", calibration=calibration, samples=samples, seqlen=seqlen)
+        record = api.predict_from_spectrum(request, points or [], dense_ppl=dense_ppl, at=asked, target_ppl=target_ppl, where=_options(where, "--where"))
+        if json:
+            _emit(record)
+            return
+        from secateur.terminal import spectrum_tables
+
+        for table in spectrum_tables(record):
             _show(table)
         for warning in record["warnings"]:
             _tell(f"warning: {warning}")

@@ -77,15 +77,36 @@ def law_tables(record: Record) -> list[Table]:
             note = "extrapolated" if entry["extrapolated"] else ""
             answers.add_row(f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note)
         tables.append(answers)
-    if (aim := record["target"]) is not None:
-        found = Table(title=f"largest sparsity that keeps {value} {aim[value]:g}", show_header=False)
-        found.add_row("by the law", "none" if aim["sparsity"] is None else f"{aim['sparsity']:.4f}" + (" (extrapolated)" if aim["extrapolated"] else ""))
-        found.add_row("at the worse end of the interval", "none" if aim["cautious"] is None else f"{aim['cautious']:.4f}")
-        tables.append(found)
+    tables += _target_table(record, value)
     published = Table("model", "data", "a", "b", "RMSE in y", title="published fits of the paper's law, SliceGPT (arXiv:2503.04377, table 3)")
     for row in record["published"]:
         published.add_row(row["model"], row["dataset"], *(f"{row[key]:.2f}" for key in ("a", "b", "rmse")))
     return [*tables, published]
+
+
+def _target_table(record: Record, value: str) -> list[Table]:
+    if (aim := record["target"]) is None:
+        return []
+    found = Table(title=f"largest sparsity that keeps {value} {aim[value]:g}", show_header=False)
+    found.add_row("by the law", "none" if aim["sparsity"] is None else f"{aim['sparsity']:.4f}" + (" (extrapolated)" if aim["extrapolated"] else ""))
+    found.add_row("at the worse end of the interval", "none" if aim["cautious"] is None else f"{aim['cautious']:.4f}")
+    return [found]
+
+
+def spectrum_tables(record: Record) -> list[Table]:
+    """What `predict --spectrum` found."""
+    value = "ppl" if record["dense"] is not None else "ppl_ratio"
+    dense = "" if record["dense"] is None else f", dense {record['dense']:.4g}"
+    scale = f"c = {record['a']:.3g}, fitted to {record['points']} measured" if record["points"] else f"c = {record['a']:.3g}, not fitted"
+    held_out = "" if record.get("heldout_rmse") is None else f"; held out, ln: {record['heldout_rmse']:.4g}"
+    answers = Table(
+        "sparsity", "predicted PPL" if value == "ppl" else "PPL / dense", "range", title=f"{record['model']} slicegpt: ppl from the spectrum{dense}",
+        caption=f"{record['formula']}, {scale}{held_out}",
+    )  # fmt: skip
+    for entry in record["predictions"]:
+        ends = "" if entry["low"] is None else f"{_small(entry['low'])} to {_small(entry['high'])}"
+        answers.add_row(f"{entry['sparsity']:.4g}", _small(entry[value]), ends)
+    return [answers, *_target_table(record, value)]
 
 
 def _law_title(record: Record) -> str:
