@@ -166,7 +166,7 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
         _check_weights(block)
         if enter is None:
             enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch)
-        places = {"enter": enter}
+        places, run = {"enter": enter}, None
         at_end = index == view.blocks - 1 and not job.options.slice_head
         for half, name in _HALVES[halves]:
             before = places["between"] if name == "leave" and halves == 2 else enter
@@ -185,9 +185,11 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
             with watch("rotation"):
                 done = cut_block(block, plan), plan
         enter = places["leave"]
-        del block
+        del block, places, plan
+        run = None  # it held the block
         give_back()
         yield done
+        del done
 
 
 def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:

@@ -321,7 +321,7 @@ class _Totals:
         """Count what the plan removes from the matrices it was asked for."""
         self.dims.append(block.dims)
         self.summaries.append(plan.summary())
-        self.ends = (self.ends[0] if self.ends else plan, plan)
+        self.ends = (self.ends[0] if self.ends else _end(plan, "enter"), _end(plan, "leave"))
         for name, place in plan.places.items():
             if (name != "enter" or plan.index == 0) and place.spectrum_D is not None:
                 self.targeted += place.of
@@ -331,6 +331,11 @@ class _Totals:
             self.targeted += rows * columns
             self.removed += rows * columns - rows_after * columns_after
             self.removed += plan.masks[name].removed if name in plan.masks else 0
+
+
+def _end(plan: BlockPlan, name: str) -> BlockPlan:
+    """What embeddings or head need of a plan; the other bases are as large as matrices."""
+    return BlockPlan(plan.index, places={name: plan.places[name]} if plan.places else {})
 
 
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
