@@ -68,6 +68,7 @@ def pruned_blocks(
     """
     plans = _whole_model_plan(job, windows, watch) if job.whole_model else None
     for index in range(job.view.blocks):
+        give_back()  # the block before, which the caller has finished with
         done = finished(index)
         if done is None:
             with watch("files"):
