@@ -68,7 +68,6 @@ def pruned_blocks(
     """
     plans = _whole_model_plan(job, windows, watch) if job.whole_model else None
     for index in range(job.view.blocks):
-        give_back()  # the block before, which the caller has finished with
         done = finished(index)
         if done is None:
             with watch("files"):
@@ -84,6 +83,8 @@ def pruned_blocks(
                 stream.advance(done[0])
             give_back()
         yield done
+        del done  # the caller has finished with it
+        give_back()
 
 
 def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:

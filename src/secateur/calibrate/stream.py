@@ -87,7 +87,7 @@ class Stream:
         state = {name: tensor.to(self.device, self.dtype) for name, tensor in block.tensors.items()}
         module.load_state_dict(state, assign=True)
         del state  # the module alone holds what was converted
-        with faster(module, self._batch * self._windows.shape[1]):
+        with faster(module, self._windows.numel(), self._batch * self._windows.shape[1]):
             yield module
         module.to("meta")
 
