@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
-from secateur.calibrate.fast_block import faster
+from secateur.calibrate.packed import packed
 from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
 from secateur.models.view import BlockView, ModelView
@@ -87,7 +87,7 @@ class Stream:
         state = {name: tensor.to(self.device, self.dtype) for name, tensor in block.tensors.items()}
         module.load_state_dict(state, assign=True)
         del state  # the module alone holds what was converted
-        with faster(module, self._windows.numel(), self._batch * self._windows.shape[1]):
+        with packed(module, self._windows.numel(), self._batch * self._windows.shape[1]):
             yield module
         module.to("meta")
 
