@@ -146,6 +146,8 @@ def pruned_blocks(
                 stream.advance(done[0])
             give_back()
         yield done
+        del done  # the caller has finished with it
+        give_back()
 
 
 def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finished) -> Iterator[tuple[BlockView, BlockPlan]]:
