@@ -184,6 +184,7 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
                 places[name] = _choose(job, before, run, f"block {index}, after {'attention' if name == 'between' else 'the block'}", watch)
         if done is None:
             plan = BlockPlan(index, places=places)
+            give_back()
             with watch("rotation"):
                 done = cut_block(block, plan), plan
         enter = places["leave"]
@@ -192,6 +193,7 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
         give_back()
         yield done
         del done
+        give_back()  # before the next block is read
 
 
 def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:
@@ -204,6 +206,7 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
 
     with watch("forward"):
         run(listen)
+    give_back()  # what the forward needed, before the eigenproblem needs as much
     if not moment.finite():
         raise NotFiniteError(
             f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"

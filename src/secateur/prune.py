@@ -364,7 +364,7 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
                 writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
             totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
-        del block  # not the weights of two blocks at a time
+        del block, plan  # not the weights and bases of two blocks at a time
     return totals
 
 

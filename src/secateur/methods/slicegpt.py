@@ -104,8 +104,8 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
     Raises:
         HopelessError: there are fewer tokens than directions to keep, or the residual is zero.
     """
-    value_D, vector_DD = torch.linalg.eigh(moment.sum_II / moment.tokens)
-    spectrum_D = value_D.flip(0).clamp(min=0).cpu()
+    value_D, vector_DD = torch.linalg.eigh(moment.sum_II)
+    spectrum_D = (value_D / moment.tokens).flip(0).clamp(min=0).cpu()
     if not spectrum_D[0] > 0:
         raise HopelessError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
     width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
