@@ -149,15 +149,11 @@ def _residuals(view: ModelView, method: Method, options: Any, sparsity: float) -
     return found
 
 
-def parameters_expected(prepared: Prepared) -> int:
-    """All parameters of the result, from shapes alone; as they are where widths follow from the text."""
+def parameters_expected(prepared: Prepared) -> int | None:
+    """All parameters of the result, from shapes alone; None where widths follow from the text."""
     view, job = prepared.job.view, prepared.job
     if job.rotates:
-        return (
-            prepared.checkpoint.view().parameters()
-            if job.sparsity == 0
-            else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
-        )
+        return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
     return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
 
 
@@ -360,7 +356,7 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
                 if plan.places:
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(_plan_part(block.index), plan.tensors(), plan.summary())
-                note = _count(block.tensors) | {"matrices": block.matrix_parameters()}
+                note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block)}
                 writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
             totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
@@ -383,6 +379,11 @@ def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch,
             totals.add(writer.read_note(part))
         parts.append(part)
     return parts
+
+
+def _added(block: BlockView) -> int:
+    """Weights that a method put into a block: adapters on its residual connections."""
+    return sum(tensor.numel() for name, tensor in block.tensors.items() if name.startswith("skips."))
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:

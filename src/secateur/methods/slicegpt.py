@@ -79,9 +79,10 @@ def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
         return hidden
     width = math.floor((1 - sparsity) * hidden + 1e-9) // options.round * options.round
     if width == 0:
+        most = math.floor(10_000 * (1 - options.round / hidden)) / 10_000
         raise UsageError(
             f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down to a multiple of {options.round}: 0; "
-            f"use at most --sparsity {1 - options.round / hidden:.4g}, or a smaller --set round=N"
+            f"use {f'at most --sparsity {most:g}, or ' if most > 0 else ''}a smaller --set round=N"
         )
     return width
 
@@ -148,7 +149,7 @@ def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
 
 def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
     """The smallest form of an aligned adapter: the rank of its distance from the identity, or `dense`, by count; None is the identity."""
-    rank = hidden - min(inputs, outputs)
+    rank = hidden - outputs
     if rank == 0:
         return None
     factors = rank * inputs if inputs == outputs else rank * (inputs + outputs)
