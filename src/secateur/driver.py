@@ -28,6 +28,7 @@ from secateur.plan.plan import BlockPlan, Place
 from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
+_LARGE_BYTES = 1 << 25
 Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
 
 
@@ -236,6 +237,8 @@ def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatc
     if not block.rates:
         return BlockPlan(block.index)
     statistics = None if stream is None else _collect(job, block, stream, watch)
+    if sum(tensor.nbytes for tensor in block.tensors.values()) > _LARGE_BYTES:
+        give_back()  # what the forward freed is of sizes that the plan cannot use; a small block is planned faster in warm memory
     assert job.method.plan_block is not None
     with watch("selection"):
         plan: BlockPlan = job.method.plan_block(block, statistics, job.options)
@@ -265,6 +268,7 @@ def _collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> St
 def _check_weights(block: BlockView) -> None:
     for name in block.names:
         # a sum is one cheap pass and is not finite where an entry is not; it may also overflow, so the entries decide
+        # (in the weight's own dtype: torch would first copy all of it to another)
         weight_OI = block.matrix(name)
-        if not torch.isfinite(weight_OI.sum(dtype=torch.float32)) and not torch.isfinite(weight_OI).all():
+        if not torch.isfinite(weight_OI.sum()) and not torch.isfinite(weight_OI).all():
             raise NotFiniteError(f"block {block.index}: matrix {name} has weights that are not finite (NaN or infinity); the checkpoint is damaged")
