@@ -29,3 +29,16 @@ def test_perplexity_agrees_with_the_cpu(model_type: str, saved: Callable[..., Pa
     dense = saved(model_type)
     cpu, gpu = (api.evaluate(api.EvalRequest(str(dense), text=ids_file, device=d, dtype="float32"))["ppl"] for d in ("cpu", "cuda"))
     assert gpu == pytest.approx(cpu, rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_slicing_and_its_prediction_agree_with_the_cpu(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = str(saved(model_type, dtype=torch.float64))
+    ppl, answers = [], []
+    for device in ("cpu", "cuda"):
+        request = api.Request(dense, "slicegpt", sparsity=0.25, calibration=ids_file, device=device)
+        api.prune(request, tmp_path / device)
+        ppl.append(api.evaluate(api.EvalRequest(str(tmp_path / device), text=ids_file, device="cpu"))["ppl"])
+        answers.append(api.predict_from_spectrum(request, at=[0.25])["predictions"][0]["ppl_ratio"])
+    assert ppl[1] == pytest.approx(ppl[0], rel=1e-4)
+    assert answers[1] == pytest.approx(answers[0], rel=1e-4)

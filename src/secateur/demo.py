@@ -41,10 +41,21 @@ def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
             if record["method"] or not found:
                 found.append(record)
                 say(f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
+    if effort.points is None:
+        _say_laws(out)
     page = out / "report.html"
     api.write_report(records.read([out]), page, title="secateur demo: the bundled model")
     say(f"report: {page}")
     return found
+
+
+def _say_laws(out: Path) -> None:
+    """The law of the representation dimension, for the methods that narrow it."""
+    for name in method_names():
+        if find_method(name).plan_place is not None:
+            law = api.predict([out], metric="ppl", where={"method": name})
+            missed = f"misses points held out by {law['heldout_rmse']:.1%}; best: {law['best']}"
+            say(f"law of {name}: ln PPL0 / ln PPL = {law['a']:.2f} s + {law['b']:.2f}, {missed}")
 
 
 def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float]]]:

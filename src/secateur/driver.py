@@ -30,6 +30,7 @@ from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 from secateur.plan.run import Run
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
+_LARGE_BYTES = 1 << 25
 Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
 
 
@@ -171,6 +172,8 @@ def pruned_blocks(
                 stream.advance(done[0])
             give_back()
         yield done
+        del done  # the caller has finished with it
+        give_back()
 
 
 def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finished) -> Iterator[tuple[BlockView, BlockPlan]]:
@@ -191,7 +194,7 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
         _check_weights(block)
         if enter is None:
             enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch)
-        places = {"enter": enter}
+        places, run = {"enter": enter}, None
         at_end = index == view.blocks - 1 and not job.options.slice_head
         for half, name in _HALVES[halves]:
             before = places["between"] if name == "leave" and halves == 2 else enter
@@ -207,12 +210,16 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
                 places[name] = _choose(job, before, run, f"block {index}, after {'attention' if name == 'between' else 'the block'}", watch)
         if done is None:
             plan = BlockPlan(index, places=places)
+            give_back()
             with watch("rotation"):
                 done = cut_block(block, plan), plan
         enter = places["leave"]
-        del block
+        del block, places, plan
+        run = None  # it held the block
         give_back()
         yield done
+        del done
+        give_back()  # before the next block is read
 
 
 def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:
@@ -225,6 +232,7 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
 
     with watch("forward"):
         run(listen)
+    give_back()  # what the forward needed, before the eigenproblem needs as much
     if not moment.finite():
         raise NotFiniteError(
             f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
@@ -232,13 +240,14 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
     assert job.method.plan_place is not None
     with watch("eigenproblems"):
         place: Place = job.method.plan_place(moment, before, job.sparsity, job.options, job.seed)
-    return place
+    assert place.basis_DW is not None
+    return replace(place, basis_DW=place.basis_DW.contiguous())
 
 
 def _projection(place: Place, stream: Stream) -> Tensor | None:
     """B B^T: onto the directions that are kept."""
-    basis_DW = place.basis_DW
-    assert basis_DW is not None
+    assert place.basis_DW is not None
+    basis_DW = place.basis_DW.clone(memory_format=torch.contiguous_format)  # one that was read from a file is aligned otherwise, and products tell
     return (basis_DW @ basis_DW.t()).to(stream.device, stream.dtype)
 
 
@@ -254,6 +263,8 @@ def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatc
     if not block.rates:  # nor does a sparsity of 0 ask anything of a method that plans the whole model
         return BlockPlan(block.index)
     statistics = None if stream is None else _collect(job, block, stream, watch)
+    if sum(tensor.nbytes for tensor in block.tensors.values()) > _LARGE_BYTES:
+        give_back()  # what the forward freed is of sizes that the plan cannot use; a small block is planned faster in warm memory
     assert job.method.plan_block is not None
     with watch("selection"):
         plan: BlockPlan = job.method.plan_block(block, statistics, job.options)
@@ -284,6 +295,7 @@ def _collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> St
 def _check_weights(block: BlockView) -> None:
     for name in block.names:
         # a sum is one cheap pass and is not finite where an entry is not; it may also overflow, so the entries decide
+        # (in the weight's own dtype: torch would first copy all of it to another)
         weight_OI = block.matrix(name)
-        if not torch.isfinite(weight_OI.sum(dtype=torch.float32)) and not torch.isfinite(weight_OI).all():
+        if not torch.isfinite(weight_OI.sum()) and not torch.isfinite(weight_OI).all():
             raise NotFiniteError(f"block {block.index}: matrix {name} has weights that are not finite (NaN or infinity); the checkpoint is damaged")

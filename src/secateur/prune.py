@@ -18,7 +18,7 @@ from secateur.calibrate.data import calibration_windows, check_ids, check_spec, 
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import NotFiniteError, UsageError
+from secateur.core.errors import HopelessError, UsageError
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after
@@ -154,10 +154,11 @@ def _residuals(view: ModelView, method: Method, options: Any, sparsity: float) -
     return found
 
 
-def parameters_expected(prepared: Prepared) -> int:
-    """All parameters of the result, from shapes alone; as they are where widths follow from the text."""
+def parameters_expected(prepared: Prepared) -> int | None:
+    """All parameters of the result, from shapes alone; None where widths follow from the text."""
     view, job = prepared.job.view, prepared.job
     if job.rotates:
+<<<<<<< HEAD
         return (
             prepared.checkpoint.view().parameters()
             if job.sparsity == 0
@@ -165,6 +166,9 @@ def parameters_expected(prepared: Prepared) -> int:
         )
     if job.learns:
         return round((1 - (job.sparsity or 0.0)) * view.parameters())
+=======
+        return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
+>>>>>>> main
     return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
 
 
@@ -291,7 +295,7 @@ def _run(
             stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=writer.scratch if prepared.request.spill else None)
     try:
         totals = _write_blocks(prepared, windows, writer, stream, watch)
-    except NotFiniteError:
+    except HopelessError:
         writer.discard()
         raise
     weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in range(view.blocks)]
@@ -330,7 +334,7 @@ class _Totals:
         """Count what the plan removes from the matrices it was asked for."""
         self.dims.append(block.dims)
         self.summaries.append(plan.summary())
-        self.ends = (self.ends[0] if self.ends else plan, plan)
+        self.ends = (self.ends[0] if self.ends else _end(plan, "enter"), _end(plan, "leave"))
         for name, place in plan.places.items():
             if (name != "enter" or plan.index == 0) and place.spectrum_D is not None:
                 self.targeted += place.of
@@ -340,6 +344,11 @@ class _Totals:
             self.targeted += rows * columns
             self.removed += rows * columns - rows_after * columns_after
             self.removed += plan.masks[name].removed if name in plan.masks else 0
+
+
+def _end(plan: BlockPlan, name: str) -> BlockPlan:
+    """What embeddings or head need of a plan; the other bases are as large as matrices."""
+    return BlockPlan(plan.index, places={name: plan.places[name]} if plan.places else {})
 
 
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
@@ -364,11 +373,11 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
                 if plan.places:
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(_plan_part(block.index), plan.tensors(), plan.summary())
-                note = _count(block.tensors) | {"matrices": block.matrix_parameters()}
+                note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block)}
                 writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
             totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
-        del block  # not the weights of two blocks at a time
+        del block, plan  # not the weights and bases of two blocks at a time
     return totals
 
 
@@ -387,6 +396,11 @@ def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch,
             totals.add(writer.read_note(part))
         parts.append(part)
     return parts
+
+
+def _added(block: BlockView) -> int:
+    """Weights that a method put into a block: adapters on its residual connections."""
+    return sum(tensor.numel() for name, tensor in block.tensors.items() if name.startswith("skips."))
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:

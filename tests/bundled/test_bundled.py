@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from secateur import api
 from secateur.bundled.text import documents
 from secateur.models.load import bundled_folder
+from secateur.models.save import CheckpointWriter
 
 
 def test_it_is_small_enough_and_says_what_it_is() -> None:
@@ -64,3 +66,35 @@ def test_it_generates_python() -> None:
     out = tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0])
     assert "(" in out
     assert ":" in out
+
+
+@pytest.mark.slow
+def test_a_resumed_slice_has_the_bases_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At this width products show how their operands lie in memory, which those of tiny models do not."""
+    request = api.Request("bundled", "slicegpt", sparsity=0.3, samples=8, seqlen=128)
+    api.prune(request, tmp_path / "whole")
+    write = CheckpointWriter.write
+
+    def interrupted(self: CheckpointWriter, name: str, *args: Any) -> None:
+        if name == "block-00003":
+            raise KeyboardInterrupt
+        write(self, name, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            api.prune(request, tmp_path / "resumed")
+    api.prune(request, tmp_path / "resumed", resume=True)
+    for name in ("plan.json", "plan.safetensors", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_slicing_makes_the_file_smaller_and_the_authors_form_larger(tmp_path: Path) -> None:
+    dense = (bundled_folder() / "model.safetensors").stat().st_size
+    sizes = {}
+    for adapters in ("aligned", "dense"):
+        request = api.Request("bundled", "slicegpt", sparsity=0.1, samples=8, seqlen=128, options={"adapters": adapters, "round": 1})
+        api.prune(request, tmp_path / adapters)
+        sizes[adapters] = (tmp_path / adapters / "model.safetensors").stat().st_size
+    assert sizes["aligned"] < 0.95 * dense < dense < sizes["dense"]

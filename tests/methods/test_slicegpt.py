@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from secateur import api
+from secateur.calibrate.statistics import SecondMoment
 from secateur.calibrate.stream import Stream
 from secateur.core.timing import Stopwatch
 from secateur.driver import Job, pruned_blocks
 from secateur.methods import find_method
-from secateur.methods.slicegpt import residuals
+from secateur.methods.slicegpt import plan_place, residuals, width_after
 from secateur.models.canonical import canonical_view
 from secateur.models.load import build_skeleton
 from secateur.plan.budget import sliced_parameters
-from secateur.plan.plan import Plan
+from secateur.plan.plan import Place, Plan
 from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, MODEL_TYPES, some_ids, tiny_config, tiny_model
 
 METHOD = find_method("slicegpt")
@@ -313,6 +316,67 @@ def test_a_sliced_model_can_be_pruned_by_weights(saved: Callable[..., Path], mod
         assert record["nonzero_after"] < 0.8 * record["params_before"]
 
 
+@pytest.mark.parametrize("adapters", ["aligned", "dense"])
+def test_the_ratio_of_the_blocks_counts_adapters(saved: Callable[..., Path], adapters: str, ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=ids_file, options={"adapters": adapters})
+    record = api.prune(request, tmp_path / "out")
+    kept = sum(t.numel() for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if ".layers." in name)
+    dense = sum(t.numel() for name, t in load_file(tmp_path / "dense-llama" / "model.safetensors").items() if ".layers." in name and t.dim() == 2)
+    assert record["pruning_ratio_blocks"] == pytest.approx(1 - kept / dense)
+
+
+def test_a_dry_run_does_not_guess_widths_that_the_text_decides(saved: Callable[..., Path]) -> None:
+    record = api.estimate(api.prepare(api.Request(str(saved("llama")), "slicegpt", options={"energy": 0.9})))
+    assert record["params_after"] is None
+    assert record["pruning_ratio"] is None
+
+
+@pytest.mark.parametrize(("hidden", "multiple"), [(32, 8), (96, 8), (768, 8), (2560, 8), (3072, 8), (192, 500)])
+def test_the_sparsity_that_a_message_offers_works(hidden: int, multiple: int) -> None:
+    options = METHOD.options({"round": multiple})
+    with pytest.raises(api.UsageError, match="smaller --set round=N") as caught:
+        width_after(hidden, 0.9999, options)
+    offered = re.search(r"at most --sparsity ([0-9.]+),", str(caught.value))
+    assert (offered is None) == (multiple > hidden)
+    assert offered is None or width_after(hidden, float(offered[1]), options) > 0
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(40, 56), (56, 60), (60, 50), (48, 48)])
+def test_an_adapter_between_unequal_places_has_the_rank_that_is_left_out_behind_it(inputs: int, outputs: int) -> None:
+    def place(width: int, before: Place | None, seed: int) -> Place:
+        draw = torch.Generator().manual_seed(seed)
+        moment = SecondMoment(64, torch.device("cpu"))
+        weights = torch.cat([torch.full((width,), 10.0), torch.full((64 - width,), 0.01)]).double()
+        moment.update(torch.randn(500, 64, dtype=torch.float64, generator=draw) * weights @ torch.linalg.qr(torch.randn(64, 64, generator=draw)).Q.double())
+        return plan_place(moment, before, 1 - width / 64, METHOD.options({"round": 1}), 0)
+
+    before = place(inputs, None, 1)
+    after = place(outputs, before, 2)
+    assert before.basis_DW is not None
+    assert after.basis_DW is not None
+    adapter_IO = before.basis_DW.T @ after.basis_DW
+    identity_IO = torch.eye(inputs, outputs, dtype=torch.float64)
+    assert torch.linalg.matrix_rank(identity_IO - adapter_IO, atol=1e-8) <= 64 - outputs
+    if isinstance(after.form, int):
+        assert after.form == 64 - outputs
+        rebuilt_IO = identity_IO - after.skip["left"] @ after.skip.get("right", after.skip["left"]).T
+        torch.testing.assert_close(rebuilt_IO, adapter_IO, rtol=0, atol=1e-9)
+    else:
+        assert after.form == "dense"
+        assert (64 - outputs) * (inputs + outputs) >= inputs * outputs
+        torch.testing.assert_close(after.skip["weight"].T, adapter_IO, rtol=0, atol=1e-12)
+
+
+def test_opt_keeps_its_dropout_in_training(windows: Tensor) -> None:
+    model = tiny_model("opt", dropout=0.5)
+    sliced = api.cut(model, api.plan(model, "slicegpt", windows, sparsity=0.25)).train()
+    block = sliced.get_submodule("model.decoder.layers.0")
+    hidden = torch.randn(1, 8, 24)
+    assert not torch.equal(block.mlp_half(hidden), block.mlp_half(hidden))
+    block.eval()
+    assert torch.equal(block.mlp_half(hidden), block.mlp_half(hidden))
+
+
 def test_slicing_what_is_sliced_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "sliced")
     with pytest.raises(api.SecateurError, match="already rotated and sliced; slice the original"):
@@ -358,6 +422,7 @@ def test_too_few_tokens_say_what_rank_there_is(saved: Callable[..., Path], tmp_p
     np.save(tmp_path / "few.npy", some_ids(1, 20).numpy())
     with pytest.raises(api.SecateurError, match="20 calibration tokens span at most 20 of the 24 directions"):
         api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=str(tmp_path / "few.npy")), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_residual_that_is_not_finite_is_named(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

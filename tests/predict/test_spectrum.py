@@ -120,7 +120,7 @@ def test_one_point_fixes_the_scale(saved: Callable[..., Path], ids_file: str, tm
     assert [p["ppl"] for p in record["predictions"]] == pytest.approx([truth[0.1], truth[0.5]])
     assert record["target"]["sparsity"] == pytest.approx(0.5)
     assert record["heldout_rmse"] is None
-    assert not record["warnings"]
+    assert record["warnings"] == ["sparsity 0.5 is above 0.25, the largest that the scale rests on: extrapolated"]
     several = api.predict_from_spectrum(request, [records(tmp_path, {0: 20.0, **truth})])
     assert several["heldout_rmse"] == pytest.approx(0, abs=1e-9)
     assert several["rmse"] == pytest.approx(0, abs=1e-9)
@@ -136,6 +136,29 @@ def test_without_points_it_says_what_the_scale_is(saved: Callable[..., Path], id
     assert "no point is measured" in record["warnings"][0]
     bare = api.predict_from_spectrum(request, at=[0.2])["predictions"][0]
     assert bare["ppl_ratio"] == pytest.approx(answer["ppl"] / 30)
+
+
+def test_points_of_something_else_are_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = request_for(saved("llama"), ids_file)
+    file = tmp_path / "records.jsonl"
+    protocol = {"spec": "x", "seqlen": 8, "windows": 1, "tokens": 8, "bos": "each", "tail": "drop", "sha256": "0"}
+    for name, said in (("model", "the points are of model 'other'"), ("method", "the points are of method 'wanda'")):
+        facts = {"command": "eval", "model": request.model, "method": "slicegpt", **{name: "other" if name == "model" else "wanda"}, "ppl_protocol": protocol}
+        rows = [facts | {"method": None, "sparsity": 0.0, "sparsity_measured": 0.0, "ppl": 10.0, "pruning_ratio": 0.0}]
+        rows += [facts | {"sparsity": s, "sparsity_measured": s, "ppl": 10 + s} for s in (0.1, 0.2)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(api.SecateurError, match=said):
+            api.predict_from_spectrum(request, [file])
+
+
+def test_questions_past_the_points_are_told(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = request_for(saved("llama"), ids_file)
+    record = api.predict_from_spectrum(request, [records(tmp_path, {0: 10.0, 0.1: 9.99, 0.3: 11.0})], at=[0.2, 0.9], target_ppl=1e300)
+    assert [p["extrapolated"] for p in record["predictions"]] == [False, True]
+    assert any("0.9" in warning and "above 0.3" in warning for warning in record["warnings"])
+    assert record["target"]["extrapolated"]
+    assert record["target"]["sparsity"] == 1 - 1 / HIDDEN, "one direction is left"
+    assert record["heldout_rmse"] is not None, "0.1 is predicted from 0.3; the other way there is nothing to scale by"
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -177,4 +200,4 @@ def test_costs_interpolate_between_whole_widths() -> None:
     assert costs.at(0.25) == 1.0
     assert costs.at(0.375) == 2.0
     assert costs.inverse(2.0) == pytest.approx(0.375)
-    assert costs.inverse(99.0) == 1.0
+    assert costs.inverse(99.0) == 0.75

@@ -80,7 +80,7 @@ class SecondMoment:
         if self.normed:
             x_NI = rms_norm(x_NI, x_NI.shape[-1:])
         for start, end in self._panels:
-            self._sum_II[start:end, start:] += x_NI[:, start:end].t() @ x_NI[:, start:]
+            self._sum_II[start:end, start:] += (x_NI[:, start:end].t() @ x_NI[:, start:]).to(self._sum_II.device)
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:

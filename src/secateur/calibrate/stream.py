@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.calibrate.packed import packed
 from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
 from secateur.models.view import BlockView, ModelView
@@ -84,7 +85,9 @@ class Stream:
         module = skeleton.eval()
         state = {name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype) for name, t in block.tensors.items()}
         module.load_state_dict(state, assign=True)
-        yield module
+        del state  # the module alone holds what was converted
+        with packed(module, self._windows.numel(), self._batch * self._windows.shape[1]):
+            yield module
         module.to("meta")
 
     @torch.inference_mode()

@@ -17,8 +17,12 @@ class UsageError(SecateurError, ValueError):
     """The request itself is wrong: unknown name, value out of range. Exit status 2."""
 
 
-class NotFiniteError(SecateurError):
-    """Weights or activations hold NaN or infinity: going on from where the run stopped would not help."""
+class HopelessError(SecateurError):
+    """The data cannot give a result: going on from where the run stopped would end the same way, so nothing of it is kept."""
+
+
+class NotFiniteError(HopelessError):
+    """Weights or activations hold NaN or infinity."""
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:

@@ -17,11 +17,11 @@ _DISK_BYTES_A_SECOND = 500e6
 
 
 def estimate(prepared: Prepared) -> Record:
-    """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine."""
+    """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine; None where the text decides."""
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
-    zeroed = 0 if after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.request.samples * prepared.seqlen if job.streams else 0
     work = 2 * 2 * tokens * view.matrix_parameters()
@@ -32,11 +32,11 @@ def estimate(prepared: Prepared) -> Record:
         **prepared_settings(prepared, None),
         "params_before": before,
         "params_after": after,
-        "nonzero_after": after - zeroed,
-        "pruning_ratio": 1 - after / before,
+        "nonzero_after": None if after is None else after - zeroed,
+        "pruning_ratio": None if after is None else 1 - after / before,
         "calibration_tokens": tokens,
         "memory_bytes": _memory(prepared, tokens),
-        "disk_bytes": 2 * after * stored,
+        "disk_bytes": 2 * (before if after is None else after) * stored,
         "seconds_estimated": round(seconds, 1),
     }
 

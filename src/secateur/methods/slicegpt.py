@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.statistics import SecondMoment
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import HopelessError, UsageError
 from secateur.models.view import Residual
 from secateur.plan.plan import Place
 
 CALIBRATION = "wikitext2"
-DEMO = [{"sparsities": [0.1, 0.2, 0.3, 0.4]}]
+DEMO = [{"sparsities": [0.1, 0.25, 0.4]}]
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,10 @@ def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
         return hidden
     width = math.floor((1 - sparsity) * hidden + 1e-9) // options.round * options.round
     if width == 0:
+        most = math.floor(10_000 * (1 - options.round / hidden)) / 10_000
         raise UsageError(
             f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down to a multiple of {options.round}: 0; "
-            f"use at most --sparsity {1 - options.round / hidden:.4g}, or a smaller --set round=N"
+            f"use {f'at most --sparsity {most:g}, or ' if most > 0 else ''}a smaller --set round=N"
         )
     return width
 
@@ -102,15 +103,15 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
         seed: of `orientation=random`.
 
     Raises:
-        SecateurError: there are fewer tokens than directions to keep, or the residual is zero.
+        HopelessError: there are fewer tokens than directions to keep, or the residual is zero.
     """
-    value_D, vector_DD = torch.linalg.eigh(moment.sum_II / moment.tokens)
-    spectrum_D = value_D.flip(0).clamp(min=0).cpu()
+    value_D, vector_DD = torch.linalg.eigh(moment.sum_II)
+    spectrum_D = (value_D / moment.tokens).flip(0).clamp(min=0).cpu()
     if not spectrum_D[0] > 0:
-        raise SecateurError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
+        raise HopelessError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
     width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
     if moment.tokens < width:
-        raise SecateurError(
+        raise HopelessError(
             f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions that are to be kept: "
             f"give at least {width} tokens (--samples times --seqlen)"
         )
@@ -148,7 +149,7 @@ def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
 
 def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
     """The smallest form of an aligned adapter: the rank of its distance from the identity, or `dense`, by count; None is the identity."""
-    rank = hidden - min(inputs, outputs)
+    rank = hidden - outputs
     if rank == 0:
         return None
     factors = rank * inputs if inputs == outputs else rank * (inputs + outputs)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import dropout, linear, pad, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -167,6 +167,7 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
             norms = self.parts["norms"]
             normed = self.skips[0].read(getattr(self, norms[0]), hidden)
             attended = _attend(self, normed, arguments)
+<<<<<<< HEAD
             if len(norms) > 1:
                 return self.skips[0].join(hidden, attended)  # type: ignore[no-any-return]
             if len(self.skips) == 1:
@@ -178,6 +179,16 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
             """The residual after the MLP of a sequential block."""
             normed = self.skips[1].read(getattr(self, self.parts["norms"][1]), hidden)
             return self.skips[1].join(hidden, _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
+=======
+            if len(norms) == 1:
+                attended = attended + _run(self, self.parts["mlp"], normed)
+            return self.skips[0](hidden) + _dropped(self, attended)  # type: ignore[no-any-return]
+
+        def mlp_half(self, hidden: Tensor) -> Tensor:
+            """The residual after the MLP of a sequential block."""
+            normed = getattr(self, self.parts["norms"][1])(hidden)
+            return self.skips[1](hidden) + _dropped(self, _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
+>>>>>>> main
 
         def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
             hidden = self.attention_half(hidden_states, **arguments)
@@ -190,6 +201,12 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
 def _attend(block: nn.Module, normed: Tensor, arguments: dict[str, Any]) -> Tensor:
     first, *rest = block.parts["attention"]  # type: ignore[index]
     return _run(block, rest, block.get_submodule(first)(hidden_states=normed, **arguments)[0])
+
+
+def _dropped(block: nn.Module, written: Tensor) -> Tensor:
+    """Dropout that a stock block (OPT) applies by a number of its own and not by a module."""
+    share = getattr(block, "dropout", None)
+    return dropout(written, share, training=block.training) if isinstance(share, float) else written
 
 
 def _run(block: nn.Module, names: Iterable[str], hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -61,25 +62,32 @@ def keep_highest_per_row(score_RC: Tensor, remove: int) -> Tensor:
         return torch.ones(rows, columns, dtype=torch.bool, device=score_RC.device)
     if remove >= columns:
         return torch.zeros(rows, columns, dtype=torch.bool, device=score_RC.device)
-    threshold_R1 = _kth_lowest(score_RC, remove)
-    keep_RC = score_RC > threshold_R1
-    if _count(keep_RC) < rows * (columns - remove):  # rare: several scores of a row equal its threshold
+    if score_RC.device.type == "cpu":
+        keep_RC = torch.from_numpy(_above_kth_lowest(score_RC, remove))
+        kept = int(np.count_nonzero(keep_RC.numpy()))
+    else:
+        keep_RC = score_RC > score_RC.kthvalue(remove, dim=1, keepdim=True).values
+        kept = int(keep_RC.sum())
+    if kept < rows * (columns - remove):  # rare: several scores of a row equal its threshold
         crowded = (keep_RC.sum(1) < columns - remove).nonzero().squeeze(1)
         keep_RC[crowded] = _by_sorting(score_RC[crowded], remove)
     return keep_RC
 
 
-def _count(mask: Tensor) -> int:
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+def _above_kth_lowest(score_RC: Tensor, k: int) -> np.ndarray:
+    """Where a score is above the k-th lowest of its row.
 
-
-def _kth_lowest(score_RC: Tensor, k: int) -> Tensor:
-    if score_RC.device.type != "cpu":
-        return score_RC.kthvalue(k, dim=1, keepdim=True).values
-    # numpy's partition is a vectorised quickselect, many times faster than a sort or torch's kthvalue on a CPU
-    # floats that are not negative sort like the whole numbers of the same bits, which takes half the time on short rows
+    numpy's partition is a vectorised quickselect, many times faster than a sort or torch's kthvalue on a CPU. Floats that are not negative
+    sort like the whole numbers of the same bits, which takes half the time on short rows.
+    """
+    rows, columns = score_RC.shape
     whole_RC = score_RC.contiguous().view(torch.int32 if score_RC.dtype == torch.float32 else score_RC.dtype).numpy()
-    return torch.from_numpy(np.partition(whole_RC, k - 1, axis=1)[:, k - 1 : k].copy()).view(score_RC.dtype)
+    keep_RC = np.empty((rows, columns), np.bool_)
+    few = max(1, _PIECE // columns)
+    for start in range(0, rows, few):  # pieces that stay in the cache
+        piece = whole_RC[start : start + few]
+        np.greater(piece, np.partition(piece, k - 1, axis=1)[:, k - 1 : k], out=keep_RC[start : start + few])
+    return keep_RC
 
 
 def _by_sorting(score_RC: Tensor, remove: int) -> Tensor:
@@ -112,8 +120,7 @@ def keep_n_of_m(score_OI: Tensor, keep: int, group: int) -> Tensor:
 def _keep_n_of_m_flat(score: np.ndarray, keep: int, group: int) -> np.ndarray:
     """The same on a flat array: each score against the one `apart` places later, in pieces that stay in the cache."""
     piece = _PIECE - _PIECE % group
-    place = np.tile(np.arange(group, dtype=np.int8), min(piece, len(score)) // group)
-    same_group = [(place < group - apart).view(np.int8) for apart in range(group)]
+    place, same_group = _places(piece, group)
     kept = np.empty(len(score), np.bool_)
     for start in range(0, len(score), piece):
         part = score[start : start + piece]
@@ -126,3 +133,10 @@ def _keep_n_of_m_flat(score: np.ndarray, keep: int, group: int) -> np.ndarray:
             beaten_by[apart:] -= later_wins
         np.less(beaten_by, keep, out=kept[start : start + size])
     return kept
+
+
+@cache
+def _places(size: int, group: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The place in its group of each of `size` entries, and for every distance whether the entry that far on is of the same group."""
+    place = np.tile(np.arange(group, dtype=np.int8), size // group)
+    return place, [(place < group - apart).view(np.int8) for apart in range(group)]

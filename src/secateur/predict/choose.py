@@ -13,6 +13,7 @@ from secateur.predict.select import Judged, fit_points, interpolation_error, jud
 
 # A rival is named when its held-out error is this much smaller: less is luck with so few points.
 _CLEARLY = 0.9
+_NOISE = 0.002  # below it, held-out errors are those of the measurement
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class Prediction:
         best, held = self.winner, self.verdict.heldout
         if best is None or best.heldout is None or len(self.points.s) < 3 or best.law.name == self.chosen.law.name:
             return False
-        return held is None or best.heldout < _CLEARLY * held
+        return held is None or (held > _NOISE and best.heldout < _CLEARLY * held)
 
 
 def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False) -> Prediction:

@@ -84,7 +84,7 @@ def _outside(chosen: Fit, answers: Sequence[Record], points: Points) -> list[str
     if beyond and chosen.range is not None:
         said.append(
             f"sparsity {', '.join(f'{s:g}' for s in beyond)} is outside the fitted range {chosen.range[0]:g} to {chosen.range[1]:g}: "
-            "extrapolated, and the interval holds only if the law does"
+            "extrapolated" + (", and the interval holds only if the law does" if any(entry["low"] is not None for entry in answers) else "")
         )
     for entry in answers:
         value, s = entry[kind], entry["sparsity"]

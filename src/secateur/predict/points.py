@@ -204,7 +204,7 @@ def _holds_records(path: Path) -> bool:
         raise UsageError(f"'{path}' cannot be read as text ({error.__class__.__name__}): records (JSON lines) or a CSV are expected") from None
     if first.lstrip().startswith("{"):
         return True
-    if "sparsity" not in [name.strip() for name in first.split(",")]:
+    if "sparsity" not in [name.strip() for name in next(csv.reader([first]), [])]:
         start = f"starts with '{first.strip()[:40]}'" if first else "is empty"
         raise UsageError(f"'{path}' is neither records (JSON lines) nor a CSV whose first line names a column sparsity: it {start}")
     return False

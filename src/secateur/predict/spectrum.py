@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,8 +65,8 @@ class Costs:
         total_W = np.sum(list(self.places.values()), axis=0)
         if cost < 0:
             return None
-        if cost >= total_W[0]:
-            return 1.0
+        if cost >= total_W[1]:
+            return 1 - 1 / self.hidden  # one direction is left
         return 1 - float(np.interp(-cost, -total_W, np.arange(self.hidden + 1))) / self.hidden
 
 
@@ -105,7 +106,7 @@ def place_costs(moment_DD: Tensor, fisher_DD: Tensor) -> NDArray[np.float64]:
 
 
 def head_fisher(view: ModelView, stream: Stream) -> Tensor:
-    """F [D, D], float64, of the residual that the stream has at its end."""
+    """F [D, D], float64 on the CPU, of the residual that the stream has at its end."""
     head, described = view.family.head, view.raw_config["pruned_residual"]
     unit_VD = view.source.read(f"{head}.weight").to(stream.device)
     bias_V = view.source.read(f"{head}.bias").to(unit_VD) if described["head_bias"] else None
@@ -126,7 +127,7 @@ def head_fisher(view: ModelView, stream: Stream) -> Tensor:
 
     stream.show(listen)
     wide_VD = unit_VD.double()
-    return (wide_VD.t() * (weighted_V / tokens)) @ wide_VD - outer_DD / tokens
+    return ((wide_VD.t() * (weighted_V / tokens)) @ wide_VD - outer_DD / tokens).cpu()
 
 
 def _moment(view: ModelView, run: Callable[[Callable[[Tensor], None]], None]) -> Tensor:
@@ -143,6 +144,8 @@ def fit_constant(costs: Costs, points: Points) -> float:
     Raises:
         SecateurError: slicing did not raise the perplexity at any of the points, so there is nothing to scale.
     """
+    if not len(points.s):
+        raise SecateurError("no pruned point is measured, so there is nothing to scale by")
     cost_N = np.array([costs.at(float(s)) for s in points.s])
     gain_N = np.log(points.values / points.dense)
     constant = float(cost_N @ gain_N / (cost_N @ cost_N))
@@ -165,6 +168,8 @@ def predict_from_spectrum(
     """
     if points is not None and points.kind != "ppl":
         raise UsageError("--spectrum predicts perplexity: leave --metric and --target-acc out")
+    if points is not None:
+        _check_same(points, prepared)
     dense = points.dense if points is not None else dense
     if dense is not None and not (math.isfinite(dense) and dense > 1):
         raise UsageError(f"--dense-ppl {dense:g}: a finite perplexity above 1 is needed")
@@ -176,11 +181,14 @@ def predict_from_spectrum(
     measured = points is not None and len(points.s) > 0
     constant = fit_constant(costs, points) if measured and points is not None else C_UNFITTED
     factor = None if measured else C_FACTOR
+    reach = float(points.s.max()) if measured and points is not None else _AT[-1]
     aim = None
     if target is not None and dense is not None:
         room = math.log(target / dense)
         cautious = costs.inverse(room / (constant * (factor or 1.0)))
-        aim = {"ppl": target, "sparsity": costs.inverse(room / constant), "cautious": cautious, "extrapolated": False}
+        found = costs.inverse(room / constant)
+        aim = {"ppl": target, "sparsity": found, "cautious": cautious, "extrapolated": found is not None and found > reach}
+    asked = list(at) or (points.s.tolist() if measured and points is not None else list(_AT))
     record: Record = {
         "command": "predict",
         "version": version(),
@@ -196,20 +204,34 @@ def predict_from_spectrum(
         "rmse": _error(costs, constant, points) if measured and points is not None else None,
         "heldout_rmse": _held_out(costs, points) if measured and points is not None else None,
         "places": {name: float(values[int(0.8 * costs.hidden)]) for name, values in costs.places.items()},
-        "predictions": [_answer(costs, s, constant, factor, dense) for s in at or (points.s.tolist() if measured and points is not None else _AT)],
+        "predictions": [_answer(costs, s, constant, factor, dense, reach) for s in asked],
         "target": aim,
-        "warnings": [] if measured else [_UNFITTED],
+        "warnings": [*(points.warnings if points is not None else ()), *([] if measured else [_UNFITTED]), *_beyond(asked, aim, reach)],
     }
     return costs, record
 
 
-def _answer(costs: Costs, s: float, constant: float, factor: float | None, dense: float | None) -> Record:
+def _check_same(points: Points, prepared: Prepared) -> None:
+    """Raises SecateurError where the points say that they are of something else."""
+    for name, here in (("model", prepared.request.model), ("method", prepared.request.method)):
+        there = points.about.get(name)
+        if there is not None and there != here:
+            raise SecateurError(f"the points are of {name} '{there}', --spectrum predicts {name} '{here}': give points of the same, or keep them with --where")
+
+
+def _beyond(asked: Sequence[float], aim: Record | None, reach: float) -> list[str]:
+    """What is said of questions past the largest sparsity that the scale was tested at."""
+    past = list(dict.fromkeys(f"{s:.3g}" for s in [*asked, *([aim["sparsity"]] if aim is not None and aim["extrapolated"] else [])] if s > reach))
+    return [f"sparsity {', '.join(past)} is above {reach:.3g}, the largest that the scale rests on: extrapolated"] if past else []
+
+
+def _answer(costs: Costs, s: float, constant: float, factor: float | None, dense: float | None, reach: float) -> Record:
     gain = constant * costs.at(s)
     ends = (None, None) if factor is None else (gain / factor, gain * factor)
     scale = 1.0 if dense is None else dense
     key = "ppl_ratio" if dense is None else "ppl"
     low, high = (None if end is None else scale * _exp(end) for end in ends)
-    return {"sparsity": float(s), key: scale * _exp(gain), "low": low, "high": high, "extrapolated": False}
+    return {"sparsity": float(s), key: scale * _exp(gain), "low": low, "high": high, "extrapolated": s > reach}
 
 
 def _exp(value: float) -> float:
@@ -222,12 +244,13 @@ def _error(costs: Costs, constant: float, points: Points) -> float:
 
 
 def _held_out(costs: Costs, points: Points) -> float | None:
-    """Root mean square error in ln PPL of every point predicted from the others; None with fewer than two."""
-    if len(points.s) < 2:
-        return None
+    """Root mean square error in ln PPL of every point predicted from the others; None where no others can set the scale."""
     errors = []
     for left_out in range(len(points.s)):
         rest = replace(points, s=np.delete(points.s, left_out), values=np.delete(points.values, left_out))
         gain = math.log(points.values[left_out] / points.dense)
-        errors.append(gain - fit_constant(costs, rest) * costs.at(float(points.s[left_out])))
+        with suppress(SecateurError):
+            errors.append(gain - fit_constant(costs, rest) * costs.at(float(points.s[left_out])))
+    if not errors:
+        return None
     return math.sqrt(sum(e * e for e in errors) / len(errors))
