@@ -158,17 +158,9 @@ def parameters_expected(prepared: Prepared) -> int | None:
     """All parameters of the result, from shapes alone; None where widths follow from the text."""
     view, job = prepared.job.view, prepared.job
     if job.rotates:
-<<<<<<< HEAD
-        return (
-            prepared.checkpoint.view().parameters()
-            if job.sparsity == 0
-            else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
-        )
+        return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
     if job.learns:
         return round((1 - (job.sparsity or 0.0)) * view.parameters())
-=======
-        return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
->>>>>>> main
     return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
 
 

@@ -167,9 +167,8 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
             norms = self.parts["norms"]
             normed = self.skips[0].read(getattr(self, norms[0]), hidden)
             attended = _attend(self, normed, arguments)
-<<<<<<< HEAD
             if len(norms) > 1:
-                return self.skips[0].join(hidden, attended)  # type: ignore[no-any-return]
+                return self.skips[0].join(hidden, _dropped(self, attended))  # type: ignore[no-any-return]
             if len(self.skips) == 1:
                 return self.skips[0].join(hidden, attended + _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
             second = self.skips[1].read(getattr(self, SECOND_NORM if self.skips[1].form == SELECT_FIRST else norms[0]), hidden)
@@ -178,17 +177,7 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
         def mlp_half(self, hidden: Tensor) -> Tensor:
             """The residual after the MLP of a sequential block."""
             normed = self.skips[1].read(getattr(self, self.parts["norms"][1]), hidden)
-            return self.skips[1].join(hidden, _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
-=======
-            if len(norms) == 1:
-                attended = attended + _run(self, self.parts["mlp"], normed)
-            return self.skips[0](hidden) + _dropped(self, attended)  # type: ignore[no-any-return]
-
-        def mlp_half(self, hidden: Tensor) -> Tensor:
-            """The residual after the MLP of a sequential block."""
-            normed = getattr(self, self.parts["norms"][1])(hidden)
-            return self.skips[1](hidden) + _dropped(self, _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
->>>>>>> main
+            return self.skips[1].join(hidden, _dropped(self, _run(self, self.parts["mlp"], normed)))  # type: ignore[no-any-return]
 
         def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
             hidden = self.attention_half(hidden_states, **arguments)
