@@ -214,7 +214,9 @@ def _gather(parts: Sequence[Path], folder: Path) -> None:
     for number, (part, (header, begin)) in enumerate(zip(parts, headers, strict=True), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         total += part.stat().st_size - begin
-        shutil.copyfile(part, folder / name)
+        alone = _joined_header([header])
+        assert alone is not None, "a part is aligned as it was saved"
+        _concatenate([part], [begin], alone, folder / name)  # not a copy: the order of a part's metadata is drawn at random by safetensors
         weight_map |= dict.fromkeys(header, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
