@@ -77,6 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window (default 256)")
     parser.add_argument("--batch", type=int, default=16, help="windows of a batch of the straightforward implementation (default 16, the authors')")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of the straightforward side; the authors' code has eager attention")
     parser.add_argument("--width192-only", action="store_true", help="the small model alone")
     parser.add_argument("--median", action="store_true", help="report medians instead of minima")
     options = parser.parse_args()
@@ -92,12 +93,12 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> dict[str, An
     write_ids(ids, samples, options.seqlen, shape.vocab)
     write_ids(few, 4, options.seqlen, shape.vocab)
     secateur_slicegpt(model, few, out)  # the first call of a process is slower
-    PlainSliceGPT(options.batch).run(model, few, out)
+    PlainSliceGPT(options.batch, options.attention).run(model, few, out)
     ours, theirs, rates = [], [], []
     for _ in range(options.repeats):
         rates.append(matrix_rate())
         ours.append(_timed(lambda: secateur_slicegpt(model, ids, out)))
-        plain = PlainSliceGPT(options.batch)
+        plain = PlainSliceGPT(options.batch, options.attention)
         theirs.append(_timed(lambda plain=plain: plain.run(model, ids, folder / "plain")))  # type: ignore[misc]
     difference = _difference(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), plain.model, shape)
     summary = statistics.median if options.median else min
@@ -167,15 +168,15 @@ class _Catcher(nn.Module):
 class PlainSliceGPT:
     """arXiv:2401.15024, section 3, as it is written."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch, self.watch = batch, Stopwatch()
+    def __init__(self, batch: int, attention: str = "sdpa") -> None:
+        self.batch, self.attention, self.watch = batch, attention, Stopwatch()
         self.model: PreTrainedModel
 
     @torch.no_grad()
     def run(self, folder: Path, ids: Path, out: Path) -> Times:
         watch = self.watch
         with watch("files"):
-            self.model = model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            self.model = model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=self.attention).eval()
             model.config.use_cache = False
             self._fold()
         with watch("text"):
@@ -315,6 +316,7 @@ def _summary(name: str, shape: Shape, tokens: int, options: argparse.Namespace, 
         "repeats": options.repeats,
         "figure": "median" if options.median else "minimum",
         "batch_of_straightforward": options.batch,
+        "attention_of_straightforward": options.attention,
         "secateur": _rounded(ours),
         "straightforward": _rounded(theirs),
         "ratio": _rounded({part: theirs[part] / ours[part] for part in (*PARTS[:5], "total")}),

@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window (default 256)")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of the straightforward side; the authors' code has eager attention")
     parser.add_argument("--width192-only", action="store_true", help="the small model alone")
     options = parser.parse_args()
     if options.width192_only:
@@ -86,15 +88,16 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[st
     write_ids(ids, options.samples, options.seqlen, shape.vocab)
     write_ids(few, 2, options.seqlen, shape.vocab)
     results = []
+    theirs_wanda = partial(plain_wanda, attention=options.attention)
     for pattern in options.patterns:
-        for side in (secateur_wanda, plain_wanda):
-            side(folder / "model", few, folder / side.__name__, pattern)  # the first call of a process is slower
+        for side in (secateur_wanda, theirs_wanda):
+            side(folder / "model", few, folder / "few", pattern)  # the first call of a process is slower
         ours, theirs, rates = [], [], []
         for _ in range(options.repeats):
             rates.append(matrix_rate())
-            ours.append(_timed(secateur_wanda, folder, ids, pattern))
-            theirs.append(_timed(plain_wanda, folder, ids, pattern))
-        differing = _differing(folder / secateur_wanda.__name__, folder / plain_wanda.__name__, shape)
+            ours.append(_timed(partial(secateur_wanda, folder / "model", ids, folder / "ours", pattern)))
+            theirs.append(_timed(partial(theirs_wanda, folder / "model", ids, folder / "theirs", pattern)))
+        differing = _differing(folder / "ours", folder / "theirs", shape)
         result = _summary(name, pattern, shape, options, _medians(ours), _medians(theirs), statistics.median(rates), differing)
         _print(result)
         results.append(result)
@@ -102,9 +105,9 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[st
     return results
 
 
-def _timed(side: Callable[[Path, Path, Path, str], Times], folder: Path, ids: Path, pattern: str) -> Times:
+def _timed(run: Callable[[], Times]) -> Times:
     started = time.perf_counter()
-    times = side(folder / "model", ids, folder / side.__name__, pattern)
+    times = run()
     total = time.perf_counter() - started
     named = {part: times.get(part, 0.0) for part in PARTS[:-1]}
     return {**named, "other": total - sum(named.values()), "total": total, "work": sum(named[part] for part in WORK)}
@@ -128,10 +131,10 @@ def secateur_wanda(model: Path, ids: Path, out: Path, pattern: str) -> Times:
 
 
 @torch.no_grad()
-def plain_wanda(folder: Path, ids: Path, out: Path, pattern: str) -> Times:
+def plain_wanda(folder: Path, ids: Path, out: Path, pattern: str, attention: str = "sdpa") -> Times:
     watch = Stopwatch()
     with watch("files"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     with watch("text"):
         windows = torch.from_numpy(np.load(ids))
     model.config.use_cache = False
@@ -250,6 +253,7 @@ def _summary(name: str, pattern: str, shape: Shape, options: argparse.Namespace,
     return {
         "model": name,
         "pattern": pattern,
+        "attention_of_straightforward": options.attention,
         "parameters": shape.parameters,
         "repeats": options.repeats,
         "secateur": _rounded(ours),
