@@ -126,7 +126,7 @@ def plan(
         stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)
     blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, windows, stream, Stopwatch()))
     pattern = getattr(settings, "pattern", None)
-    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": pattern}, blocks)
+    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": pattern, **job.notes}, blocks)
 
 
 def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

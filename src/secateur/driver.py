@@ -44,7 +44,7 @@ class Job:
         sparsity: of the residual stream, or of the parameters of the whole model.
         seed: of every random choice.
         device, dtype: of the computation of a plan for all blocks at once.
-        checkpoint: see `plan.run.Run`.
+        checkpoint, notes: see `plan.run.Run`.
     """
 
     view: ModelView
@@ -56,6 +56,7 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def learns(self) -> bool:
@@ -253,7 +254,7 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 
 def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     assert job.method.plan_model is not None
-    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint)
+    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes)
     with watch("selection"):
         plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
     return plans

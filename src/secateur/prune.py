@@ -451,4 +451,5 @@ def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
         "params_before": before,
         "params_after": totals.parameters,
         "nonzero_after": totals.nonzero,
+        **prepared.job.notes,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids
     request = api.Request(str(saved("llama")), "disp_llm", params_removed=0.35, calibration=ids_file, options={"steps": 2})
     record = api.prune(request, tmp_path / "out")
     assert record["pruning_ratio"] == record["sparsity_measured"] == pytest.approx(0.35, abs=0.01)
+    learning = api.read_plan(tmp_path / "out").settings["learning"]
+    assert record["learning"] == learning
+    assert learning["step"] == [2]
+    assert learning["budget"] == [pytest.approx(math.log(learning["left"][0] / 0.65), abs=1e-3)]
+    assert learning["removed_half"] < 0.35
     found = api.inspect(str(tmp_path / "out"))
     assert found["parameters"] == record["params_after"] == sum(b["parameters"] for b in found["blocks"]) + 2 * 64 * 32 + 32
     assert found["blocks"][0]["residual"]["skips"] == ("norm, select",) * 2

@@ -26,6 +26,7 @@ from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
 from secateur.train.choose import choose, smallest
 from secateur.train.gates import GATES
+from secateur.train.history import history
 from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
 from secateur.train.learn import Learning, learn
 from secateur.train.masked import MaskedModel
@@ -133,10 +134,11 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         temperature=options.tau,
         seed=run.seed,
     )
-    learn(network, masked, data, target, how, run.checkpoint)
+    seen = learn(network, masked, data, target, how, run.checkpoint)
     logit_N = network() + options.bias
     keep = choose(logit_N, structures, target=target, multiple=options.round, half=options.cut == "half")
-    _tell(logit_N, structures, keep, target)
+    half = _tell(logit_N, structures, keep, target)
+    run.notes["learning"] = {**history(seen, structures.total), "removed_half": half}
     return tuple(_block_plan(structures, keep, index, _FORMS[options.norm]) for index in range(view.blocks))
 
 
@@ -144,11 +146,12 @@ def _structures(view: ModelView, options: DispLLM) -> Structures:
     return find_structures(view, constrained=options.constrained, form=_FORMS[options.norm], whole=options.budget == "model")
 
 
-def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float) -> None:
-    """How far the learned gates were from the budget, and what the choice removes."""
+def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float) -> float:
+    """Say how far the learned gates were from the budget, and what the choice removes; returns what gates open half of the time would remove."""
     halves = [float((part > 0).sum()) for part in structures.split(logit_N)]
     learned, chosen = (1 - float(structures.parameters(kept)) / structures.total for kept in (halves, [float(len(indices)) for indices in keep]))
     say(f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}")
+    return learned
 
 
 def _block_plan(structures: Structures, keep: list[Tensor], index: int, form: str) -> BlockPlan:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ class Run:
         seed: of every random choice.
         device, dtype: of the computation.
         checkpoint: a file for what an interrupted run needs to go on, of a method that learns; None keeps none. The caller removes it.
+        notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into the plan and the record.
     """
 
     sparsity: float
@@ -24,3 +26,4 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     checkpoint: Path | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
