@@ -44,7 +44,7 @@ class Job:
         sparsity: of the residual stream, or of the parameters of the whole model.
         seed: of every random choice.
         device, dtype: of the computation of a plan for all blocks at once.
-        checkpoint, notes: see `plan.run.Run`.
+        checkpoint, notes, spill: see `plan.run.Run`.
     """
 
     view: ModelView
@@ -57,6 +57,7 @@ class Job:
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    spill: Path | None = None
 
     @property
     def learns(self) -> bool:
@@ -254,7 +255,7 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 
 def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     assert job.method.plan_model is not None
-    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes)
+    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes, job.spill)
     with watch("selection"):
         plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
     return plans

@@ -344,7 +344,7 @@ def _end(plan: BlockPlan, name: str) -> BlockPlan:
 
 
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
-    job = replace(prepared.job, checkpoint=writer.part(_LEARNING))
+    job = replace(prepared.job, checkpoint=writer.part(_LEARNING), spill=writer.scratch if prepared.request.spill else None)
     view, rates = job.view, job.rates
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:

@@ -62,11 +62,11 @@ class Stream:
         self.view, self.device, self.dtype = view, device, dtype
         self._windows = windows
         self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
-        self._skeleton = build_skeleton(view.config)
-        self._blocks: nn.ModuleList = self._skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]
+        self.skeleton = build_skeleton(view.config)
+        self._blocks: nn.ModuleList = self.skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]
         self._classes = [type(block) for block in self._blocks]
         self._enters_as_embedded = False
-        self._arguments = {size: self._capture(size) for size in {rows.stop - rows.start for rows in self._slices()}}
+        self._arguments = {size: self._capture(size) for size in {rows.stop - rows.start for rows in self.slices()}}
         self.hidden_STD = self._buffer(spill)
         self._embed()
 
@@ -76,17 +76,25 @@ class Stream:
         return self.hidden_STD.numel() * self.hidden_STD.element_size()
 
     @contextmanager
-    def _loaded(self, block: BlockView) -> Iterator[nn.Module]:
-        """The block as a module that can run, for as long as it is needed; float32 weights are not copied on a CPU."""
+    def loaded(self, block: BlockView, *, forward_only: bool = True) -> Iterator[nn.Module]:
+        """The block as a module that can run, for as long as it is needed; float32 weights are not copied on a CPU.
+
+        Args:
+            block: the block.
+            forward_only: whether nothing is to be differentiated, so that its weights may be packed.
+        """
         skeleton = self._blocks[block.index]
         if block.dims != self.view.dims(block.index):
             with torch.device("meta"):
-                skeleton = block_with_widths(self._classes[block.index], self._skeleton.config, block.index, block.dims.widths())
+                skeleton = block_with_widths(self._classes[block.index], self.skeleton.config, block.index, block.dims.widths())
         module = skeleton.eval()
         state = {name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype) for name, t in block.tensors.items()}
         module.load_state_dict(state, assign=True)
         del state  # the module alone holds what was converted
-        with packed(module, self._windows.numel(), self._batch * self._windows.shape[1]):
+        if forward_only:
+            with packed(module, self._windows.numel(), self._batch * self._windows.shape[1]):
+                yield module
+        else:
             yield module
         module.to("meta")
 
@@ -99,21 +107,21 @@ class Stream:
             listeners: path of a linear module in the block -> what to call with its input. A forward ends when all have heard.
         """
         heard: set[str] = set()
-        with self._loaded(block) as module:
+        with self.loaded(block) as module:
             hooks = [module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners))) for path, call in listeners.items()]
-            for rows, arguments in self._batches(block.index):
+            for rows, arguments in self.batches(block.index):
                 heard.clear()
                 with suppress(_Stop):
-                    module(self._hidden(rows, block.dims.enters), **arguments)
+                    module(self.hidden(rows, block.dims.enters), **arguments)
             for hook in hooks:
                 hook.remove()
 
     @torch.inference_mode()
     def advance(self, block: BlockView) -> None:
         """Carry the residual stream through the block, in place."""
-        with self._loaded(block) as module:
-            for rows, arguments in self._batches(block.index):
-                self.hidden_STD[rows, :, : block.dims.leaves] = module(self._hidden(rows, block.dims.enters), **arguments)
+        with self.loaded(block) as module:
+            for rows, arguments in self.batches(block.index):
+                self.hidden_STD[rows, :, : block.dims.leaves] = module(self.hidden(rows, block.dims.enters), **arguments)
 
     @torch.inference_mode()
     def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:
@@ -125,9 +133,9 @@ class Stream:
             project_DD: what to multiply the residual with before; None leaves it.
             listener: what to call with the residual after, [B·T, D] a batch.
         """
-        with self._loaded(block) as module:
+        with self.loaded(block) as module:
             run = getattr(module, half)
-            for rows, arguments in self._batches(block.index):
+            for rows, arguments in self.batches(block.index):
                 hidden_BTD = self.hidden_STD[rows].to(self.device)
                 if project_DD is not None:
                     hidden_BTD = hidden_BTD @ project_DD
@@ -139,22 +147,24 @@ class Stream:
     @torch.inference_mode()
     def show(self, listener: Listener) -> None:
         """Call `listener` with the residual stream where it is, [B·T, D] a batch."""
-        for rows in self._slices():
+        for rows in self.slices():
             listener(self.hidden_STD[rows].to(self.device).flatten(0, -2))
 
-    def _hidden(self, rows: slice, width: int) -> Tensor:
+    def hidden(self, rows: slice, width: int) -> Tensor:
         """The residual of some windows, on the device; a sliced model uses the first features of the buffer."""
         return self.hidden_STD[rows, :, :width].to(self.device)
 
-    def _slices(self) -> Iterator[slice]:
+    def slices(self) -> Iterator[slice]:
+        """Some windows at a time."""
         for start in range(0, len(self._windows), self._batch):
             yield slice(start, min(start + self._batch, len(self._windows)))
 
-    def _batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
-        for rows in self._slices():
+    def batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """Some windows at a time, with the other arguments that a block receives for so many."""
+        for rows in self.slices():
             yield rows, self._arguments[rows.stop - rows.start][index]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and not in inference mode: these tensors may enter a graph (`backward.py`)
     def _capture(self, batch: int) -> list[dict[str, Any]]:
         """The arguments of every block for this many windows; they depend on the number of windows, not on the tokens."""
         decoder = self._decoder()
@@ -179,7 +189,7 @@ class Stream:
         first = self._blocks[0]
         recorder = _Recorder(last=True)
         self._blocks[0] = recorder
-        for rows in self._slices():
+        for rows in self.slices():
             embedded = self.view.source.rows(table, self._windows[rows]).to(self.device, self.dtype)
             if not self._enters_as_embedded:  # OPT adds positions, say
                 with suppress(_Stop):
@@ -190,7 +200,7 @@ class Stream:
 
     def _decoder(self) -> nn.Module:
         """The base model with everything before the first block ready to run."""
-        family, model = self.view.family, self._skeleton
+        family, model = self.view.family, self.skeleton
         for path in family.embeddings[1:]:
             module = model.get_submodule(path)
             if next(module.parameters()).is_meta:
@@ -203,13 +213,17 @@ class Stream:
     def _buffer(self, spill: Path | None) -> Tensor:
         samples, seqlen = self._windows.shape
         widths = [width for index in range(self.view.blocks) for width in (self.view.dims(index).enters, self.view.dims(index).leaves)]
-        shape = (samples, seqlen, max(widths))
-        if spill is None:
-            return torch.empty(shape, dtype=self.dtype)
-        size = torch.Size(shape).numel() * self.dtype.itemsize
-        with spill.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a disk too full is an error here, and a bus error later
-        return torch.from_file(str(spill), shared=True, size=torch.Size(shape).numel(), dtype=self.dtype).view(shape)
+        return new_buffer((samples, seqlen, max(widths)), self.dtype, spill)
+
+
+def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> Tensor:
+    """A tensor to be filled, in memory or in a file."""
+    if spill is None:
+        return torch.empty(shape, dtype=dtype)
+    size = torch.Size(shape).numel()
+    with spill.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a disk too full is an error here, and a bus error later
+    return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape)
 
 
 def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

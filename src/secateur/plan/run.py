@@ -19,6 +19,7 @@ class Run:
         device, dtype: of the computation.
         checkpoint: a file for what an interrupted run needs to go on, of a method that learns; None keeps none. The caller removes it.
         notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into the plan and the record.
+        spill: a file for activations; None keeps them in memory. The caller removes it.
     """
 
     sparsity: float
@@ -27,3 +28,4 @@ class Run:
     dtype: torch.dtype
     checkpoint: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    spill: Path | None = None
