@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from secateur import api
 from secateur.plan.plan import BlockPlan, Mask, Plan, read_plan
@@ -66,3 +69,34 @@ def test_plans_differ_in_their_tensors_alone() -> None:
     assert a.summary() == b.summary()
     assert a != b
     assert a == BlockPlan(0, {"q": Mask.pack(one)})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])  # matrices of their own, and fused ones
+def test_new_weights_are_cut_in_and_named_by_hash(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type, dtype=torch.bfloat16)
+    view = api.view_model(model)
+    new_OI = torch.randn(view.matrix_shapes(1)["k"])
+    keep_OI = torch.rand(new_OI.shape) > 0.5
+    blocks = [BlockPlan(0), BlockPlan(1, {"k": Mask.pack(keep_OI)}, updates={"k": new_OI}), BlockPlan(2)]
+    plan = Plan({}, tuple(blocks))
+    changed = api.view_model(api.cut(model, plan)).block(1)
+    expected_OI = new_OI.to(torch.bfloat16).masked_fill(~keep_OI, 0)
+    assert torch.equal(changed.matrix("k").view(torch.int16), expected_OI.view(torch.int16))  # no minus zero
+    for name in set(changed.names) - {"k"}:
+        assert torch.equal(changed.matrix(name), view.block(1).matrix(name))
+
+    units = api.plan(model, "magnitude", modules="attention=0.5", pattern="rows")
+    narrow = api.view_model(api.cut(model, units.merge(plan))).block(1).matrix("k")
+    group, width = int(units.blocks[1].keep["groups"]), view.dims(1).head_width
+    assert torch.equal(narrow, expected_OI[group * width : (group + 1) * width])
+
+    plan.save(tmp_path)
+    assert set(load_file(tmp_path / "plan.safetensors")) == {"blocks.1.k.mask"}
+    read = read_plan(tmp_path)
+    assert read == plan
+    assert read.blocks[1].updated == {"k": hashlib.sha256(new_OI.numpy().tobytes()).hexdigest()}
+    with pytest.raises(api.SecateurError, match="block 1: this plan was read from disk, which names the new weights of k by hash alone"):
+        api.cut(model, read)
+    assert replace(blocks[1], updates={"k": new_OI + 1}) != blocks[1]
+    with pytest.raises(api.SecateurError, match="block 1: both plans have new weights for k"):
+        plan.merge(read)

@@ -1,4 +1,4 @@
-"""The cut: zero what masks remove, drop the rows and columns of removed units, rotate and slice the residual stream."""
+"""The cut: put new weights in place, zero what masks remove, drop the rows and columns of removed units, rotate and slice the residual stream."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from secateur.core.errors import SecateurError
 from secateur.cut.rotate import residual_after, rotate_block, rotate_outer
 from secateur.models.family import ATTENTION, MLP
 from secateur.models.runtime import SECOND_NORM, SELECT_FIRST
@@ -19,10 +20,20 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
-    """The block after the plan; the tensors of the given one are left as they are."""
+    """The block after the plan; the tensors of the given one are left as they are.
+
+    Raises:
+        SecateurError: the plan was read from disk, where new weights are named by their hashes alone.
+    """
+    if elsewhere := plan.updated.keys() - plan.updates.keys():
+        raise SecateurError(
+            f"block {plan.index}: this plan was read from disk, which names the new weights of {', '.join(sorted(elsewhere))} by hash alone: "
+            "load the checkpoint that was written with it, or plan again"
+        )
     if plan.places:
+        assert not plan.updates, "new weights are of the model as it was before the rotation"
         return rotate_block(block, plan)
-    block = _masked(block, plan)
+    block = _rewritten(block, plan)
     return _narrowed(block, plan) if plan.keep else block
 
 
@@ -45,10 +56,13 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     return dims.with_units(groups, ffn)
 
 
-def _masked(block: BlockView, plan: BlockPlan) -> BlockView:
-    touched = {f"{block.family.matrices[name]}.weight" for name in plan.masks}
+def _rewritten(block: BlockView, plan: BlockPlan) -> BlockView:
+    touched = {f"{block.family.matrices[name]}.weight" for name in (*plan.masks, *plan.updates)}
     tensors = {name: _own_copy(tensor) if name in touched else tensor for name, tensor in block.tensors.items()}
     block = replace(block, tensors=tensors)
+    for name, new_OI in plan.updates.items():
+        assert new_OI.shape == block.matrix(name).shape, "new weights are of the block before it is narrowed"
+        block.matrix(name).copy_(new_OI)
     for name, mask in plan.masks.items():
         weight_OI = block.matrix(name)
         # as whole numbers, a product with 0 or 1 is exact and leaves no minus zero; masked_fill takes twenty times as long

@@ -31,7 +31,7 @@ TASKS = ("cloze",)
 # What an evaluation repeats from the folder's plan.json.
 _FROM_PLAN = (
     "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_measured", "modules", "pattern", "pruning_ratio",
-    "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "calibration",
+    "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "updated", "calibration",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A plan: what to keep and what to change, as data that can be saved, read, compared and merged.
 
 Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every block) and
-`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too).
+`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too). New weights are in neither.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from torch import Tensor
 from secateur.core.errors import SecateurError
 
 FORMAT = 1
+
+
+def sha256_of(tensor: Tensor) -> str:
+    """Of the bytes of a tensor: the name of weights that are kept elsewhere."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Place:
     @cached_property
     def sha256(self) -> str | None:
         """Of the basis: the name of the weights that follow from it."""
-        return None if self.basis_DW is None else hashlib.sha256(self.basis_DW.contiguous().cpu().numpy().data).hexdigest()
+        return None if self.basis_DW is None else sha256_of(self.basis_DW)
 
     def summary(self) -> dict[str, Any]:
         """What goes into plan.json."""
@@ -113,6 +118,9 @@ class BlockPlan:
         select: how those features are read, see `runtime.Select`; None where all are.
         places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it
             `leave`s. What leaves one block enters the next.
+        updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype of the computation or of
+            the checkpoint; masks and kept units apply to it. Weights live in the written checkpoint alone: a plan on disk names them by hash.
+        hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is elsewhere.
     """
 
     index: int
@@ -121,6 +129,13 @@ class BlockPlan:
     of: Mapping[str, int] = field(default_factory=dict)
     places: Mapping[str, Place] = field(default_factory=dict)
     select: str | None = None
+    updates: Mapping[str, Tensor] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def updated(self) -> dict[str, str]:
+        """Canonical matrix name -> SHA-256 of its new weight, for every matrix that has one."""
+        return {**self.hashes, **{name: sha256_of(weight_OI) for name, weight_OI in self.updates.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
         """What the plan.safetensors of a checkpoint holds."""
@@ -141,11 +156,13 @@ class BlockPlan:
         masks = {name: {"shape": list(mask.shape), "removed": mask.removed} for name, mask in self.masks.items()}
         keep = {space: {"kept": len(indices), "of": self.of[space]} for space, indices in self.keep.items()}
         places = {name: place.summary() for name, place in self.places.items()}
-        return {"index": self.index, "masks": masks, "keep": keep} | ({"places": places} if places else {}) | ({"select": self.select} if self.select else {})
+        sometimes = {"places": places, "select": self.select, "updates": self.updated}
+        return {"index": self.index, "masks": masks, "keep": keep} | {name: content for name, content in sometimes.items() if content}
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
-        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the block before."""
+        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the block before.
+        New weights come back as their hashes alone."""
         index: int = summary["index"]
         prefix = f"blocks.{index}."
         masks = {name: Mask((m["shape"][0], m["shape"][1]), tensors[f"{prefix}{name}.mask"]) for name, m in summary["masks"].items()}
@@ -155,7 +172,8 @@ class BlockPlan:
             start = f"blocks.{index - 1}.leave." if name == "enter" and index else f"{prefix}{name}."
             own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
             places[name] = Place.read(content, own if start.startswith(prefix) else {k: own[k] for k in ("basis", "spectrum") if k in own})
-        return BlockPlan(index, masks, keep, {space: k["of"] for space, k in summary["keep"].items()}, places, summary.get("select"))
+        of = {space: k["of"] for space, k in summary["keep"].items()}
+        return BlockPlan(index, masks, keep, of, places, summary.get("select"), hashes=summary.get("updates", {}))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPlan) or self.summary() != other.summary():
@@ -169,8 +187,11 @@ class BlockPlan:
         """What both keep.
 
         Raises:
-            SecateurError: nothing of a space would be left, one of them rotates the residual stream, or they read it in different ways.
+            SecateurError: nothing of a space would be left, one of them rotates the residual stream, they read it in different ways, or both
+                have a new weight for the same matrix.
         """
+        if both := sorted(self.updated.keys() & other.updated.keys()):
+            raise SecateurError(f"block {self.index}: both plans have new weights for {', '.join(both)}: prune the result of the one with the other instead")
         if self.select and other.select and self.select != other.select:
             raise SecateurError(
                 f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': plan both with the same norm"
@@ -185,7 +206,8 @@ class BlockPlan:
             keep[space] = indices[torch.isin(indices, keep[space])] if space in keep else indices
             if not len(keep[space]):
                 raise SecateurError(f"block {self.index}: the two plans keep no common {space}, so merging them would leave nothing")
-        return replace(self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select)
+        updates, hashes = {**self.updates, **other.updates}, {**self.hashes, **other.hashes}
+        return replace(self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select, updates=updates, hashes=hashes)
 
 
 @dataclass(frozen=True)

@@ -207,12 +207,18 @@ def settings(rows: Sequence[Row]) -> Table:
         Column("Folder", lambda row: _text(row.get("out")), text=True),
         Column("Model", lambda row: _text(row.model), text=True),
         Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
+        Column("Weights updated", lambda row: _updated(row), "whether weights that stay were changed to make up for those that went", text=True, optional=True),
         Column("Seed", lambda row: _text(row.get("seed"))),
         Column("Pruned on", lambda row: _where(row.pruning), "device, dtype", text=True, optional=True),
         Column("Measured on", lambda row: _where(row.measuring), "device, dtype", text=True, optional=True),
         Column("Measuring time", lambda row: _number(words.duration, as_number(row.measuring.get("seconds"))), optional=True),
     ]
     return table(columns, rows)
+
+
+def _updated(row: Row) -> Cell | None:
+    updated = None if row.dense else row.get("updated")
+    return None if updated is None else Cell(_said(updated))
 
 
 def _where(record: Record) -> Cell | None:
