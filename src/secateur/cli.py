@@ -27,6 +27,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+study = typer.Typer(help="Studies: many runs that answer one question, each run a record.", no_args_is_help=True)
+app.add_typer(study, name="study")
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder, a hub name, or 'bundled' for the model in the package.")]
 Json = Annotated[bool, typer.Option("--json", help="End stdout with one JSON object, the record; all else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -166,6 +169,57 @@ def sweep(
             found.append(record)
             _tell(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {record['ppl']:.4f}")
         _print_all(found, json)
+
+    _guard(run, debug, resume=RESUME)
+
+
+@study.command(name="disp-llm")
+def study_disp_llm(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder for the checkpoints and records.jsonl.")],
+    sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="The fractions of all parameters to remove.")] = "0.3,0.5",
+    parts: Annotated[str, typer.Option(help="Parts of the study, comma-separated; an unknown one lists them. Default: all.")] = "",
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: Set = None,
+    text: Text = None,
+    protocol: ProtocolOption = None,
+    tasks: Tasks = "",
+    limit: Limit = None,
+    against: Annotated[bool, typer.Option("--against-dense", help="Also measure the shift from the dense model.")] = False,
+    records: Records = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The ablations of DISP-LLM: hypernetwork, constraint, estimator, norm, lambda and seeds, each run a record."""
+
+    def run() -> None:
+        api = _api()
+        from secateur.study import disp_llm
+
+        request = api.Request(
+            model, disp_llm.METHOD, None, None, None, None, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
+        )  # fmt: skip
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype)
+        wanted, chosen = _numbers(sparsity, "--sparsity"), _names(parts)
+        found = []
+        for record in disp_llm.run(request, wanted, out, measure, parts=chosen, resume=resume, overwrite=overwrite, records_file=records):
+            found.append(record)
+            _tell(f"{Path(record['out']).name}: ppl {record['ppl']:.4f}")
+        table = disp_llm.summary(request, wanted, found, parts=chosen)
+        if json:
+            _emit({"records": found, "study": table})
+            return
+        from secateur.terminal import study_table
+
+        _show(study_table(table, found[0]["ppl"]))
 
     _guard(run, debug, resume=RESUME)
 

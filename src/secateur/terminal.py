@@ -56,6 +56,20 @@ def _pattern(record: Record) -> str:
     return {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}.get(pattern, pattern) if scope else pattern
 
 
+def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
+    """Perplexities of a study of variants: a line a variant, a column a sparsity."""
+    sparsities = sorted({entry["sparsity"] for entry in entries})
+    table = Table("part", "variant", *(f"{s:.0%} removed" for s in sparsities), title=f"perplexity, dense {dense_ppl:.2f}")
+    for part, variant in dict.fromkeys((entry["part"], entry["variant"]) for entry in entries):
+        own = {entry["sparsity"]: entry for entry in entries if (entry["part"], entry["variant"]) == (part, variant)}
+        table.add_row(part, variant, *(_mean(own[s]) if s in own else "" for s in sparsities))
+    return table
+
+
+def _mean(entry: Record) -> str:
+    return f"{entry['ppl']:.2f}" + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)")
+
+
 _CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where laws can be
 compared; held out: each point predicted from the others. The best comes first."""
 

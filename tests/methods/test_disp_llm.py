@@ -91,6 +91,14 @@ def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids
         api.prepare(api.Request(str(tmp_path / "out"), "slicegpt", sparsity=0.5))
 
 
+def test_the_constrained_choice_is_one_for_all_and_is_written(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "disp_llm", 0.4, calibration=ids_file, options={"steps": 2, "constrained": True})
+    api.prune(request, tmp_path / "out")
+    blocks = api.read_plan(tmp_path / "out").blocks
+    shared = [block.keep[space] for block in blocks for space in ("attention_in", "attention_out", "mlp_in", "mlp_out")]
+    assert all(torch.equal(indices, shared[0]) for indices in shared)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.95}, r"--sparsity 0.95 leaves next to nothing; it must be below 0.95"),
     ({"sparsity": 0.9}, r"--sparsity 0.9 cannot be reached: .* leave at most 0\.\d+; use --sparsity 0\.\d+ or less"),

@@ -156,4 +156,4 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
 
 def _block_plan(structures: Structures, keep: list[Tensor], index: int, form: str) -> BlockPlan:
     uses = structures.uses[index]
-    return BlockPlan(index, keep={s: keep[n] for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)
+    return BlockPlan(index, keep={s: keep[n].clone() for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)
