@@ -50,7 +50,10 @@ def methods_index(names: list[str]) -> str:
 def cli_page() -> str:
     """Every command with its arguments and options."""
     parts = ["# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.\n"]
-    for name, command in sorted(get_command(app).commands.items()):  # type: ignore[attr-defined]
+    top = get_command(app).commands  # type: ignore[attr-defined]
+    groups = {name: command.commands for name, command in top.items() if hasattr(command, "commands")}
+    flat = {name: c for name, c in top.items() if name not in groups} | {f"{name} {sub}": c for name, inner in groups.items() for sub, c in inner.items()}
+    for name, command in sorted(flat.items()):
         rows = []
         for parameter in command.params:
             flags = ", ".join(f"`{flag}`" for flag in parameter.opts if flag.startswith("-")) or f"`{parameter.metavar or parameter.name}`"

@@ -282,26 +282,26 @@ def sweep(
         overwrite: replace checkpoints that are there.
         records_file: where records go instead.
     """
-    requests = [replace(request, sparsity=s) for s in sparsities if s != 0]
+    requests = {point_name(request, s): replace(request, sparsity=s) for s in sparsities if s != 0}
     yield from prune_and_measure(
         requests, out, replace(measure, model=request.model, revision=request.revision), resume=resume, overwrite=overwrite, records_file=records_file
     )
 
 
 def prune_and_measure(
-    requests: Sequence[Request], out: Path, measure: EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+    requests: Mapping[str, Request], out: Path, measure: EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
 ) -> Iterator[records.Record]:
     """Prune as each request says and measure each, and the dense model first; yields the evaluation records as they come.
 
     Args:
-        requests: the prunes, of one model; each one's sparsity is set.
-        out: the folder that receives one checkpoint a request, named by `point_name`, and `records.jsonl`.
+        requests: the prunes, of one model, by the names of their folders.
+        out: the folder that receives the checkpoints, and `records.jsonl`.
         measure: the evaluation; its model is that of the requests.
         resume, overwrite, records_file: as for `sweep`.
     """
     out = out.absolute()
     records_file = records_file or out / "records.jsonl"
-    points = [(request, out / point_name(request)) for request in requests]
+    points = [(request, out / name) for name, request in requests.items()]
     for once, target in points:  # what is wrong with any of them shows before the work
         prepare(once)
         if not (resume and (target / "plan.json").is_file()):
@@ -312,7 +312,7 @@ def prune_and_measure(
         yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
 
 
-def point_name(request: Request) -> str:
+def point_name(request: Request, sparsity: float) -> str:
     """The folder name of one point of a sweep."""
-    parts = [request.method, (request.pattern or "").replace(":", "of"), *(f"{k}={v}" for k, v in sorted(request.options.items()))]
-    return "-".join(part for part in [*parts, f"seed={request.seed}" if request.seed else "", f"{request.sparsity:g}"] if part)
+    parts = [request.method, (request.pattern or "").replace(":", "of"), *(f"{k}={v}" for k, v in sorted(request.options.items())), f"{sparsity:g}"]
+    return "-".join(part for part in parts if part)

@@ -108,8 +108,14 @@ def run(
     distinct: dict[str, api.Request] = {}
     for cell in cells(base, sparsities, parts):
         request = replace(cell.request, options=_without_defaults(cell.request.options))
-        distinct.setdefault(api.point_name(request), request)
-    yield from api.prune_and_measure(list(distinct.values()), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+        distinct.setdefault(_name(request), request)
+    yield from api.prune_and_measure(distinct, out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+
+
+def _name(request: api.Request) -> str:
+    assert request.sparsity is not None
+    seed = {"seed": request.seed} if request.seed else {}
+    return api.point_name(replace(request, options={**request.options, **seed}), request.sparsity)
 
 
 def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
