@@ -20,6 +20,7 @@ from secateur.evaluate.cloze import CHANCE, cloze_items, items_hash
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.protocols import PROTOCOLS, evaluation_windows, find_protocol, wikitext_rows, window_length
 from secateur.evaluate.shift import functionality_shift, repetition_rate
+from secateur.models import loss
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
 
 
@@ -33,7 +34,7 @@ class Letters:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_equals_the_mean_loss_of_whole_logits(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
+    monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
     monkeypatch.setattr(module, "_TOKENS_A_BATCH", 48)
     model = tiny_model(model_type, dtype=dtype)
     windows = [*some_ids(7, 16), some_ids(1, 5)[0]]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.bundled.text import documents
 from secateur.core.errors import SecateurError
 from secateur.core.progress import track
-from secateur.evaluate.perplexity import hidden_states, token_losses
+from secateur.models.loss import hidden_states, token_losses
 
 ITEMS = 300
 CHANCE = 0.25

@@ -1,6 +1,6 @@
 """Perplexity: exp of the mean loss per predicted token, summed in float64, without ever holding the logits of a whole window.
 
-Shape letters: B windows, T tokens, D residual, V vocabulary, N positions.
+Shape letters: B windows, T tokens, D residual, N positions.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.core.errors import SecateurError
-from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
+from secateur.models.loss import hidden_states, token_losses
 
-_LOGITS_BYTES = 64 * 2**20
 _TOKENS_A_BATCH = 2048
 
 
@@ -66,36 +64,6 @@ def window_losses(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     hidden_BTD = hidden_states(model, ids_BT)
     losses_N = token_losses(model, hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
     return losses_N.double().view(len(ids_BT), -1).sum(1)
-
-
-def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """What the head reads, [B, T, D]."""
-    out: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
-    return out
-
-
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """The output projection."""
-    head: nn.Module = model.get_output_embeddings()
-    return head
-
-
-def positions_a_chunk(vocabulary: int) -> int:
-    """How many positions' float32 logits fit the memory set aside for them."""
-    return max(1, _LOGITS_BYTES // (4 * vocabulary))
-
-
-def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[Tensor]:
-    """The loss of a few positions at a time, [n]."""
-    head, size = head_of(model), positions_a_chunk(model.config.vocab_size)
-    for hidden_nD, targets_n in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
-        logits_nV = at_least_float32(head(hidden_nD))
-        yield cross_entropy(logits_nV, targets_n, reduction="none")
-
-
-def token_losses(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """The loss of each position in nats, [N]."""
-    return torch.cat(list(_chunks(model, hidden_ND, targets_N)))
 
 
 def equal_batches(windows: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError
 from secateur.core.progress import track
-from secateur.evaluate.perplexity import equal_batches, head_of, hidden_states, positions_a_chunk
+from secateur.evaluate.perplexity import equal_batches
+from secateur.models.loss import head_of, hidden_states, positions_a_chunk
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
 _GRAM = 4

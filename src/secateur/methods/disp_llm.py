@@ -47,8 +47,10 @@ class DispLLM:
     Attributes:
         steps: of the optimiser.
         batch: windows a step.
+        accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among processes; it saves memory alone.
         lr: the learning rate, constant.
         weight_decay: of AdamW.
+        clip: the largest norm of a step's gradient; 0 lets any pass.
         strength: lambda, the weight of the budget term.
         gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel` (soft).
         bias: c; gates begin open with probability sigmoid(c).
@@ -59,12 +61,15 @@ class DispLLM:
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
         cut: keep what the `budget` allows, or what is open `half` of the time.
         round: widths are multiples of this.
+        save_every: steps between two saves of the state that `--resume` goes on from.
     """
 
     steps: int = 10_000
     batch: int = 1
+    accumulate: int = 1
     lr: float = 1e-3
     weight_decay: float = 0.05
+    clip: float = 0.0
     strength: float = 6.0
     gate: str = "reinmax"
     bias: float = 3.0
@@ -75,20 +80,23 @@ class DispLLM:
     budget: str = "model"
     cut: str = "budget"
     round: int = 1
+    save_every: int = 100
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
-        for name in ("steps", "batch", "round"):
+        for name in ("steps", "batch", "accumulate", "round", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name)}; it is a count, at least 1")
         for name in ("lr", "tau"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be above 0")
-        for name in ("weight_decay", "strength"):
+        for name in ("weight_decay", "strength", "clip"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be at least 0")
+        if self.batch % self.accumulate:
+            raise UsageError(f"disp_llm: batch={self.batch} windows cannot be split into accumulate={self.accumulate} equal parts")
 
 
 def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
@@ -133,6 +141,9 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         bias=options.bias,
         temperature=options.tau,
         seed=run.seed,
+        accumulate=options.accumulate,
+        clip=options.clip,
+        save_every=options.save_every,
     )
     seen = learn(network, masked, data, target, how, run.checkpoint)
     logit_N = network() + options.bias

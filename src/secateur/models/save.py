@@ -13,7 +13,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,22 @@ class CheckpointWriter:
         """The file of a part."""
         return self.partial / f"{_PART}{name}.safetensors"
 
-    @contextmanager
-    def disk(self) -> Iterator[None]:
+    def disk(self) -> AbstractContextManager[None]:
         """Turns a full or forbidden disk into words."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise SecateurError(f"no space left on the disk of '{self.out.parent}'; free some and go on with --resume, or choose another --out") from error
-            if isinstance(error, PermissionError):
-                raise SecateurError(f"'{self.out.parent}' cannot be written ({error.strerror}); choose another --out") from error
-            raise
+        return disk(self.out.parent)
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Turns a disk that is full, or a folder that may not be written, into words."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise SecateurError(f"no space left on the disk of '{folder}'; free some and go on with --resume, or choose another --out") from error
+        if isinstance(error, PermissionError):
+            raise SecateurError(f"'{folder}' cannot be written ({error.strerror}); choose another --out") from error
+        raise
 
 
 def clean(folder: Path) -> None:
@@ -155,10 +160,13 @@ def clean(folder: Path) -> None:
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first setting that two runs do not share, in words, or None."""
-    now = json.loads(json.dumps(dict(now), default=str))
-    for key, value in now.items():
-        if before.get(key) != value:
-            return f"had {key} = {_short(before.get(key))}, this one has {_short(value)}"
+    for key, value in json.loads(json.dumps(dict(now), default=str)).items():
+        had = before.get(key)
+        if isinstance(had, dict) and isinstance(value, dict) and had.keys() == value.keys():
+            if (inner := differing(had, value)) is not None:
+                return inner.replace("had ", f"had {key}.", 1)
+        elif had != value:
+            return f"had {key} = {_short(had)}, this one has {_short(value)}"
     return None
 
 

@@ -2,21 +2,23 @@
 
     loss = cross-entropy + lambda |log(T(s) / (p T_total))|
 
-One draw of the gates serves both terms (the authors' code draws twice). Noise comes from a seeded generator on the device. The host waits for the device
-when progress is shown, and not between.
+One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a seeded generator on the device.
+Gradients of the first term are taken in the gates, part by part of the step's windows, summed in the order of the parts, and go through the network
+once. The host waits for the device when the losses are looked at or the state is saved, and not between.
 
-Shape letters: S windows, B windows of a batch, T tokens, N gates.
+Shape letters: S windows, B windows of a part, T tokens, N gates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from secateur.core.errors import NotFiniteError
+from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.core.progress import say, track
 from secateur.train.gates import draw_gates
 from secateur.train.hypernetwork import Hypernetwork
@@ -24,7 +26,6 @@ from secateur.train.masked import MaskedModel
 from secateur.train.state import load_state, save_state
 
 LOOK_EVERY = 20  # steps between two looks at the losses
-SAVE_EVERY = 100  # steps between two saves; a multiple of the other, so that no sum of losses has to be kept
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Learning:
     bias: float
     temperature: float
     seed: int
+    accumulate: int = 1
+    clip: float = 0.0
+    save_every: int = 100
 
 
 def budget_term(left: Tensor | float, target: float) -> Tensor:
@@ -64,58 +68,116 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; the step is named.
+        SecateurError: the same after a state was saved, which is kept; or the disk is full.
     """
-    device = next(network.parameters()).device
-    noise = torch.Generator(device).manual_seed(how.seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, weight_decay=how.weight_decay)
-    seen: list[dict[str, float]] = []
-    if checkpoint is not None and checkpoint.is_file():
-        seen = load_state(checkpoint, network, optimizer, noise)["seen"]
-    losses = torch.zeros((), device=device)
-    since = 0
-    done = int(seen[-1]["step"]) if seen else 0
+    learner = _Learner(network, masked, windows, target, how, checkpoint)
+    done = learner.resume()
     if done:
         say(f"disp_llm: going on from step {done} of {how.steps}")
-    for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=lambda: _status(seen, masked)):
-        logit_N = network()
-        noise_N = torch.rand(logit_N.shape, generator=noise, device=device)
-        gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
-        left = masked.structures.parameters([part.sum() for part in masked.structures.split(gate_N)])
-        budget = budget_term(left, target)
-        loss = masked.loss(windows[rows_of_step(step - 1, len(windows), how.batch, how.seed)].to(device), gate_N)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + how.strength * budget).backward()
-        optimizer.step()
-        losses, since = losses + loss.detach(), since + 1
+    for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=learner.status):
+        learner.step(step)
         if step % LOOK_EVERY == 0 or step == how.steps:
-            seen.append({"step": step, "loss": float(losses) / since, "budget": float(budget.detach()), "left": float(torch.as_tensor(left).detach())})
-            losses, since = torch.zeros_like(losses), 0
-            _check(seen[-1])
-            if checkpoint is not None and (step % SAVE_EVERY == 0 or step == how.steps):
-                save_state(checkpoint, network, optimizer, noise, {"seen": seen})
-    return seen
+            learner.look(step)
+        if checkpoint is not None and (step % how.save_every == 0 or step == how.steps):
+            learner.save(step, checkpoint)
+    return learner.seen
 
 
-def rows_of_step(step: int, windows: int, batch: int, seed: int) -> list[int]:
-    """The windows of a step: every window once an epoch, in an order that follows from the step and the seed alone."""
-    return [_order(position // windows, windows, seed)[position % windows] for position in range(step * batch, (step + 1) * batch)]
+class _Learner:
+    """What a step changes, and what it needs."""
 
+    def __init__(self, network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None) -> None:
+        self.network, self.masked, self.target, self.how, self.checkpoint = network, masked, target, how, checkpoint
+        self.device = next(network.parameters()).device
+        self.windows = windows.to(self.device, torch.int32)
+        self.noise = torch.Generator(self.device).manual_seed(how.seed)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, weight_decay=how.weight_decay, fused=True)
+        self.seen: list[dict[str, float]] = []
+        self.loss = torch.zeros((), device=self.device)  # sum since the last look
+        self.budget = self.left = torch.zeros((), device=self.device)
+        self.wrong = torch.zeros((), device=self.device, dtype=torch.int64)  # the first step whose loss was not finite
 
-def _order(epoch: int, windows: int, seed: int) -> list[int]:
-    found: list[int] = torch.randperm(windows, generator=torch.Generator().manual_seed((seed << 20) + epoch)).tolist()
-    return found
+    def step(self, step: int) -> None:
+        """One step of the optimiser, the first being 1."""
+        how, structures = self.how, self.masked.structures
+        logit_N = self.network()
+        noise_N = torch.rand(logit_N.shape, generator=self.noise, device=self.device)
+        gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
+        left = torch.as_tensor(structures.parameters([part.sum() for part in structures.split(gate_N)]))
+        budget = budget_term(left, self.target)
+        loss, slope_N = self._model_loss(step, gate_N.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward((gate_N, how.strength * budget), (slope_N, None))
+        if how.clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), how.clip)
+        self.optimizer.step()
+        self.loss, self.budget, self.left = self.loss + loss, budget.detach(), left.detach()
+        self.wrong = torch.where((self.wrong == 0) & ~torch.isfinite(loss + self.budget), step, self.wrong)
 
+    def _model_loss(self, step: int, gate_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the language model over the windows of a step, and its gradient in the gates."""
+        how, total_N1 = self.how, gate_N.new_zeros(len(gate_N) + 1)
+        rows = rows_of_step(step - 1, len(self.windows), how.batch, how.seed).to(self.device, non_blocking=True)
+        for rows_B in rows.chunk(how.accumulate):
+            part_N = gate_N.clone().requires_grad_()
+            loss = self.masked.loss(self.windows[rows_B].long(), part_N)
+            (slope_N,) = torch.autograd.grad(loss, part_N)
+            total_N1 = total_N1 + torch.cat([slope_N, loss.detach().to(slope_N.dtype)[None]])
+        mean_N1 = total_N1 / how.accumulate
+        return mean_N1[-1], mean_N1[:-1]
 
-def _check(seen: dict[str, float]) -> None:
-    if not all(torch.isfinite(torch.tensor([seen["loss"], seen["left"]]))):
-        raise NotFiniteError(
-            f"disp_llm: the loss is {seen['loss']:g} by step {seen['step']:.0f}; the checkpoint is damaged, its dtype is too narrow (try --dtype float32), "
+    def look(self, step: int) -> None:
+        """Bring the losses to the host, and stop where they are not finite."""
+        self._check(step)
+        since = step - (int(self.seen[-1]["step"]) if self.seen else 0)
+        self.seen.append({"step": step, "loss": float(self.loss) / since, "budget": float(self.budget), "left": float(self.left)})
+        self.loss = torch.zeros_like(self.loss)
+
+    def save(self, step: int, file: Path) -> None:
+        """Write the state, but never one that is not finite over one that is."""
+        self._check(step)
+        save_state(file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen})
+
+    def resume(self) -> int:
+        """Go on from the saved state, where there is one; the number of steps that are done."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return 0
+        tensors, note = load_state(self.checkpoint, self.network, self.optimizer, self.noise)
+        self.loss, self.seen = tensors["loss"].to(self.device), note["seen"]
+        return int(note["step"])
+
+    def status(self) -> str:
+        """What the progress line says of the last look."""
+        if not self.seen:
+            return ""
+        last = self.seen[-1]
+        return f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed {1 - last['left'] / self.masked.structures.total:.4f}"
+
+    def _check(self, step: int) -> None:
+        wrong = int(self.wrong)
+        if not wrong and all_finite(self.network):
+            return
+        found = f"the loss is not finite (NaN or infinity) at step {wrong}" if wrong else f"a gradient by step {step} is not finite (NaN or infinity)"
+        why = (
+            f"disp_llm: {found}; the checkpoint is damaged, its dtype is too narrow (try --dtype float32), "
             "or the learning rate is too high (try a smaller --set lr=...)"
         )
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            raise NotFiniteError(why)
+        raise SecateurError(f"{why}; the last state saved is kept: --resume goes on from it, --overwrite starts again")
 
 
-def _status(seen: list[dict[str, float]], masked: MaskedModel) -> str:
-    if not seen:
-        return ""
-    last = seen[-1]
-    return f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed {1 - last['left'] / masked.structures.total:.4f}"
+def all_finite(network: torch.nn.Module) -> bool:
+    """Whether all parameters are; the host waits once."""
+    return bool(torch.stack([torch.isfinite(parameter).all() for parameter in network.parameters()]).all())
+
+
+def rows_of_step(step: int, windows: int, batch: int, seed: int) -> Tensor:
+    """The windows of a step, int64 [batch]: every window once an epoch, in an order that follows from the step and the seed alone."""
+    positions = range(step * batch, (step + 1) * batch)
+    return torch.stack([_order(position // windows, windows, seed)[position % windows] for position in positions])
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, windows: int, seed: int) -> Tensor:
+    return torch.randperm(windows, generator=torch.Generator().manual_seed((seed << 20) + epoch))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from secateur.calibrate.stream import make_computed_tables
 from secateur.models.load import build_skeleton
+from secateur.models.loss import hidden_states, mean_loss
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.view import ModelView
 from secateur.train.structures import Structures
@@ -56,10 +57,10 @@ class MaskedModel:
         return logits_BTV
 
     def loss(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """Cross-entropy of the next token, nats a token, float32 or better."""
-        logits_BTV = self.logits(ids_BT, gate_N)[:, :-1]
-        precise = torch.promote_types(logits_BTV.dtype, torch.float32)
-        return nn.functional.cross_entropy(logits_BTV.flatten(0, 1).to(precise), ids_BT[:, 1:].flatten())
+        """Cross-entropy of the next token, nats a token, float32 or better. No logits are kept; see `models/loss.py`."""
+        self._gates = self.structures.split(gate_N.to(self.dtype))
+        hidden_BTD = hidden_states(self.model, ids_BT)[:, :-1]
+        return mean_loss(self.model, hidden_BTD.flatten(0, 1), ids_BT[:, 1:].flatten())
 
     def _gate(self, index: int, selection: str) -> Tensor:
         return self._gates[self.structures.uses[index][selection]]

@@ -7,39 +7,52 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+
+from secateur.models.save import disk
 
 
-def save_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator, note: dict[str, Any]) -> None:
-    """Write the state, whole or not at all. `note` is what JSON can say."""
+def save_state(
+    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator, more: Mapping[str, Tensor], note: Mapping[str, Any]
+) -> None:
+    """Write the state, whole or not at all: with `more` tensors, and a `note` of what JSON can say.
+
+    Raises:
+        SecateurError: the disk is full, or may not be written.
+    """
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
-    tensors["noise"] = noise.get_state()
+    tensors |= {"noise": noise.get_state()} | {f"more.{name}": tensor for name, tensor in more.items()}
     temporary = file.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"note": json.dumps(note)})
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.rename(file)
+    with disk(file.parent):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"note": json.dumps(note)})
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.rename(file)
 
 
-def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator) -> dict[str, Any]:
-    """Put a saved state in place, and return its note."""
+def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put a saved state in place, and return what was saved with it: tensors and note."""
     with safe_open(file, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # the handle has no iterator
         note: dict[str, Any] = json.loads(handle.metadata()["note"])
-    network.load_state_dict({name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")})
+    network.load_state_dict(_under("network.", tensors))
     states: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".")
-            states.setdefault(int(number), {})[key] = tensor
+    for name, tensor in _under("optimizer.", tensors).items():
+        number, key = name.split(".")
+        states.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     noise.set_state(tensors["noise"])
-    return note
+    return _under("more.", tensors), note
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

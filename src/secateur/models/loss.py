@@ -1,0 +1,83 @@
+"""The loss of the next token, without ever holding the logits of a whole window.
+
+Shape letters: B windows, T tokens, D residual, V vocabulary, N positions, n positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from secateur.core.numbers import at_least_float32
+
+_LOGITS_BYTES = 64 * 2**20
+
+
+def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """What the head reads, [B, T, D]."""
+    out: Tensor = model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return out
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The output projection."""
+    head: nn.Module = model.get_output_embeddings()
+    return head
+
+
+def positions_a_chunk(vocabulary: int) -> int:
+    """How many positions' float32 logits fit the memory set aside for them."""
+    return max(1, _LOGITS_BYTES // (4 * vocabulary))
+
+
+def token_losses(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """The loss of each position in nats, [N]."""
+    return torch.cat(list(_chunks(model, hidden_ND, targets_N)))
+
+
+def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Iterator[Tensor]:
+    """The loss of a few positions at a time, [n]."""
+    head, size = head_of(model), positions_a_chunk(model.config.vocab_size)
+    for hidden_nD, targets_n in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
+        logits_nV = at_least_float32(head(hidden_nD))
+        yield cross_entropy(logits_nV, targets_n, reduction="none")
+
+
+def mean_loss(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """The mean loss in nats, with gradients to `hidden_ND` alone: the head is taken as frozen. Float32 or better."""
+    loss: Tensor = _MeanLoss.apply(hidden_ND, targets_N, head_of(model), positions_a_chunk(model.config.vocab_size))  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _MeanLoss(torch.autograd.Function):
+    """Loss and gradient of a chunk together, on the way forward: logits are neither kept nor made a second time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, size: int) -> Tensor:
+        wanted, count = ctx.needs_input_grad[0], len(targets_N)
+        gradient_ND = torch.empty_like(hidden_ND) if wanted else None
+        total = torch.zeros((), device=hidden_ND.device, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            with torch.set_grad_enabled(wanted):
+                hidden_nD = hidden_ND[rows].detach().requires_grad_(wanted)
+                logits_nV = head(hidden_nD)
+            scores_nV, target_n1 = at_least_float32(logits_nV.detach()), targets_N[rows, None]
+            normaliser_n1 = scores_nV.logsumexp(1, keepdim=True)
+            total += (normaliser_n1 - scores_nV.gather(1, target_n1)).sum()
+            if gradient_ND is not None:  # softmax minus one-hot, in the place of the logits
+                slope_nV = scores_nV.sub_(normaliser_n1).exp_().div_(count)
+                slope_nV.scatter_add_(1, target_n1, slope_nV.new_full((1, 1), -1 / count).expand_as(target_n1))
+                (gradient_ND[rows],) = torch.autograd.grad(logits_nV, hidden_nD, slope_nV.to(logits_nV.dtype))
+        ctx.save_for_backward(gradient_ND)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * slopes[0].to(gradient_ND.dtype), None, None, None
