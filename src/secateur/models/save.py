@@ -13,9 +13,9 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,8 @@ from secateur.core.errors import SecateurError, UsageError
 JOURNAL = "journal.json"
 _PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
-_ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
+_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+_PIECE = 1 << 22
 _COPIED = (
     "tokenizer*",
     "vocab*",
@@ -205,26 +206,21 @@ def _join(parts: Sequence[Path], target: Path) -> None:
     """The tensors of all parts in one file; nothing is written where there are none."""
     headers = [_header(part) for part in parts]
     if any(header for header, _ in headers):
-        joined = _joined_header([header for header, _ in headers])
-        assert joined is not None, "a plan's tensors have one dtype"
-        _concatenate(parts, [begin for _, begin in headers], joined, target)
+        _concatenate(parts, headers, target)
 
 
 def _gather(parts: Sequence[Path], folder: Path) -> None:
-    """Parts become `model.safetensors`, or, where that would be large or badly aligned, one shard each with an index."""
+    """Parts become `model.safetensors`, or, where that would be large, one shard each with an index."""
     headers = [_header(part) for part in parts]
-    joined = _joined_header([header for header, _ in headers])
-    if joined is not None and sum(part.stat().st_size for part in parts) <= ONE_FILE_UP_TO:
-        _concatenate(parts, [begin for _, begin in headers], joined, folder / "model.safetensors")
+    if sum(part.stat().st_size for part in parts) <= ONE_FILE_UP_TO:
+        _concatenate(parts, headers, folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     total = 0
     for number, (part, (header, begin)) in enumerate(zip(parts, headers, strict=True), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         total += part.stat().st_size - begin
-        alone = _joined_header([header])
-        assert alone is not None, "a part is aligned as it was saved"
-        _concatenate([part], [begin], alone, folder / name)  # not a copy: the order of a part's metadata is drawn at random by safetensors
+        _concatenate([part], [(header, begin)], folder / name)  # not a copy: the order of a part's metadata is drawn at random by safetensors
         weight_map |= dict.fromkeys(header, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -239,32 +235,36 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _joined_header(headers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The header of the parts one after the other; None where a tensor would not be aligned to its own items."""
+def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], int]], target: Path) -> None:
+    """One safetensors file from several, data copied in streams: no tensor is in memory.
+
+    Tensors of larger items come first, as in every safetensors file, so that each is aligned whatever the parts hold: the format has no padding.
+    """
+    order = sorted((-_ITEM_BYTES[e["dtype"]], number, *e["data_offsets"], name) for number, (header, _) in enumerate(headers) for name, e in header.items())
     joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for header in headers:
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            if (start + offset) % _ITEM_BYTES.get(entry["dtype"], 8):
-                return None
-            joined[name] = {**entry, "data_offsets": [start + offset, end + offset]}
-        offset += max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    return joined
-
-
-def _concatenate(parts: Sequence[Path], begins: Sequence[int], joined: Mapping[str, Any], target: Path) -> None:
-    """One safetensors file from several, data copied in streams: no tensor is in memory."""
+    for _, number, start, end, name in order:
+        joined[name] = {**headers[number][0][name], "data_offsets": [offset, offset + end - start]}
+        offset += end - start
     text = json.dumps(joined, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    with target.open("wb") as out:
+    with target.open("wb") as out, ExitStack() as opened:
+        handles = [opened.enter_context(part.open("rb")) for part in parts]
         out.write(struct.pack("<Q", len(text)) + text)
-        for part, begin in zip(parts, begins, strict=True):
-            with part.open("rb") as handle:
-                handle.seek(begin)
-                shutil.copyfileobj(handle, out, 1 << 22)
+        for _, number, start, end, _name in order:
+            handles[number].seek(headers[number][1] + start)
+            _copy(handles[number], out, end - start)
         out.flush()
         os.fsync(out.fileno())
+
+
+def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    while count:
+        piece = source.read(min(count, _PIECE))
+        if not piece:
+            raise SecateurError(f"'{source.name}' ends {count} bytes too early: the disk lost data; start again with --overwrite")
+        target.write(piece)
+        count -= len(piece)
 
 
 def _copy_companions(source: Path, target: Path) -> None:
