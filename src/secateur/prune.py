@@ -21,7 +21,7 @@ from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import HopelessError, UsageError
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
-from secateur.cut import cut_outer, dims_after
+from secateur.cut import cut_outer, dims_after, family_after
 from secateur.driver import Job, make_job, pruned_blocks
 from secateur.methods import Method, find_method
 from secateur.models import card, runtime
@@ -355,7 +355,7 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
             tensors |= writer.read(part)[0] if job.rotates and writer.has(part) else {}
         plan = BlockPlan.read(summary, tensors)
         weights = {name.removeprefix(view.block_prefix(index)): t for name, t in writer.read(_block_part(index))[0].items()}
-        return BlockView(view.family, dims_after(view.dims(index), plan), index, weights, rates[index]), plan
+        return BlockView(family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]), plan
 
     totals = _Totals()
     for block, plan in track(pruned_blocks(job, windows, stream, watch, finished), f"{job.method.name}: blocks", view.blocks):
@@ -392,7 +392,7 @@ def _write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch,
 
 def _added(block: BlockView) -> int:
     """Weights that a method put into a block: adapters on its residual connections."""
-    return sum(tensor.numel() for name, tensor in block.tensors.items() if name.startswith("skips."))
+    return sum(tensor.numel() for name, tensor in block.tensors.items() if name.startswith("skips.") and not runtime.is_index_map(name))
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:

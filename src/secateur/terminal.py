@@ -160,7 +160,8 @@ def _residual(residual: Record | None) -> str:
     if residual is None:
         return ""
     if residual["skips"][0] in SELECT_FORMS:
-        return ", ".join(f"{reads} to {writes}" for reads, writes in (residual["attention"], residual["mlp"]))
+        reads = ["+".join(str(width) for width in residual["readers"] or residual["attention"][:1]), residual["mlp"][0]]
+        return ", ".join(f"{read} to {writes}" for read, writes in zip(reads, (residual["attention"][1], residual["mlp"][1]), strict=True))
     between = residual["attention"][1:] if len(residual["skips"]) > 1 else []
     return ", ".join(str(width) for width in (residual["attention"][0], *between, residual["mlp"][1]))
 

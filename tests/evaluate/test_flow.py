@@ -334,8 +334,8 @@ def test_what_inspect_says_of_a_sliced_checkpoint(sliced: Callable[..., Path], t
     assert status == 0, stderr
     assert "24, 24, 32" in stdout
     blocks = api.inspect(str(folder))["blocks"]
-    assert blocks[0]["residual"] == {"attention": (24, 24), "mlp": (24, 24), "skips": (8, 8)}
-    assert blocks[-1]["residual"] == {"attention": (24, 24), "mlp": (24, 32), "skips": (8, None)}
+    assert blocks[0]["residual"] == {"attention": (24, 24), "mlp": (24, 24), "skips": (8, 8), "readers": None}
+    assert blocks[-1]["residual"] == {"attention": (24, 24), "mlp": (24, 32), "skips": (8, None), "readers": None}
 
 
 def test_inspect_counts_the_products_of_a_dense_checkpoint(saved: Callable[..., Path]) -> None:

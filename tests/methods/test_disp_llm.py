@@ -10,23 +10,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from secateur import api
 from secateur.models.runtime import SELECT_FORMS
 from secateur.train.masked import MaskedModel, keep_gates
 from secateur.train.structures import find_structures
-from tests.tiny import MODEL_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("norm", ["full", "selected"])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(("norm", "tied"), [("full", False), ("selected", True)])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool, windows: Tensor) -> None:
+def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool, separate: bool, windows: Tensor) -> None:
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
-    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, steps=2, norm=norm)
+    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, steps=2, norm=norm, separate=separate)
     form = SELECT_FORMS[norm == "selected"]
     view = api.view_model(model)
-    structures = find_structures(view, constrained=False, form=form, whole=True)
+    structures = find_structures(view, constrained=False, form=form, whole=True, separate=separate)
     keep = [torch.empty(0)] * len(structures.widths)
     for block, uses in zip(plan.blocks, structures.uses, strict=True):
         assert block.select == form
@@ -36,6 +37,9 @@ def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool,
     narrow = api.cut(model, plan)
     torch.testing.assert_close(narrow(some_ids()).logits, masked.logits(some_ids(), keep_gates(structures, keep)), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(narrow(some_ids()).logits, model(some_ids()).logits, atol=1e-2)
+    assert structures.parameters([float(len(indices)) for indices in keep]) == sum(p.numel() for p in narrow.parameters())
+    if separate:
+        assert len({tuple(plan.blocks[0].keep[f"{name}_in"].tolist()) for name in "qkv"}) == 3
 
 
 @pytest.mark.slow
@@ -66,6 +70,7 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
         {"hypernetwork": "linear"},
         {"hypernetwork": "none"},
         {"constrained": True},
+        {"separate": True},
         {"round": 8},
     ):
         assert blocks(**asked) != first, asked
@@ -85,6 +90,8 @@ def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids
     found = api.inspect(str(tmp_path / "out"))
     assert found["parameters"] == record["params_after"] == sum(b["parameters"] for b in found["blocks"]) + 2 * 64 * 32 + 32
     assert found["blocks"][0]["residual"]["skips"] == ("norm, select",) * 2
+    dense = sum(m["shape"][0] * m["shape"][1] for b in api.inspect(str(saved("llama")))["blocks"] for m in b["matrices"].values())
+    assert record["pruning_ratio_blocks"] == pytest.approx(1 - found["parameters_blocks"] / dense), "index maps are no weights"
     with pytest.raises(api.SecateurError, match="pruned already; prune the original model"):
         api.prepare(api.Request(str(tmp_path / "out"), "disp_llm", sparsity=0.5))
     with pytest.raises(api.SecateurError, match="already selected from"):
@@ -99,6 +106,34 @@ def test_the_constrained_choice_is_one_for_all_and_is_written(saved: Callable[..
     assert all(torch.equal(indices, shared[0]) for indices in shared)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_a_result_whose_readers_select_apart_is_pruned_further(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    """q, k and v are three matrices then, each with an input of its own, also where a stock block has one module for them."""
+    first = api.Request(str(saved(model_type)), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 2, "separate": True})
+    api.prune(first, tmp_path / "apart")
+    record = api.prune(api.Request(str(tmp_path / "apart"), "wanda", modules="k=0.5", calibration=ids_file), tmp_path / "sparse")
+    assert record["params_after"] == record["params_before"]
+    before, after = (api.inspect(str(tmp_path / name))["blocks"] for name in ("apart", "sparse"))
+    assert after[1]["residual"]["readers"] == before[1]["residual"]["readers"]
+    assert len({block["matrices"][name]["shape"][1] for block in before for name in "qkv"}) > 2
+    sparsities = {name: matrix["sparsity"] for name, matrix in after[1]["matrices"].items()}
+    assert sparsities == {name: pytest.approx(0.5, abs=0.05) if name == "k" else 0 for name in sparsities}
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "selected", "separate": True}])
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_the_pruned_model_compiles_without_breaks_or_recompiles(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
+    model = tiny_model(model_type, num_hidden_layers=1)
+    narrow = api.cut(model, api.plan(model, "disp_llm", windows, sparsity=0.3, steps=1, **options))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(narrow, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for seed in (1, 2):
+            assert torch.equal(compiled(input_ids=some_ids(seed=seed), use_cache=False).logits, narrow(some_ids(seed=seed), use_cache=False).logits)
+    assert counter.frame_count == 1
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.95}, r"--sparsity 0.95 leaves next to nothing; it must be below 0.95"),
     ({"sparsity": 0.9}, r"--sparsity 0.9 cannot be reached: .* leave at most 0\.\d+; use --sparsity 0\.\d+ or less"),
@@ -106,6 +141,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 1.2}, r"outside \[0, 1\)"),
     ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with disp_llm"),
     ({"sparsity": 0.5, "options": {"gate": "hard"}}, r"unknown gate 'hard' \(allowed: reinmax"),
+    ({"sparsity": 0.5, "options": {"separate": "true", "constrained": "true"}}, r"constrained=true has one .*; set one of them"),
     ({"sparsity": 0.5, "options": {"steps": "0"}}, r"steps is 0; it is a count, at least 1"),
     ({"sparsity": 0.5, "options": {"lr": "nan"}}, r"lr is nan; it must be above 0"),
     ({"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}}, r"batch=6 windows cannot be split into accumulate=4 equal parts"),

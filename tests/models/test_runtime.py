@@ -40,7 +40,7 @@ def unequal(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(params=["unequal", "sliced", "sliced by spectrum", "selected", "selected, then normed"])
+@pytest.fixture(params=["unequal", "sliced", "sliced by spectrum", "selected", "selected apart, then normed"])
 def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
     """Writes a tiny model that no stock class can load."""
 
@@ -51,7 +51,8 @@ def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: 
         return tmp_path / f"pruned-{model_type}"
 
     def selected(model_type: str, **how: object) -> Path:
-        options = {"steps": 2, "norm": "full" if request.param == "selected" else "selected"}
+        apart = request.param != "selected"
+        options = {"steps": 2, "norm": "selected" if apart else "full", "separate": apart}
         asked = api.Request(str(saved(model_type, **how)), "disp_llm", sparsity=0.4, calibration=ids_file, options=options)
         assert not api.prune(asked, tmp_path / f"pruned-{model_type}")["stock"]
         return tmp_path / f"pruned-{model_type}"

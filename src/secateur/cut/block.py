@@ -10,12 +10,13 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError
 from secateur.cut.rotate import residual_after, rotate_block, rotate_outer
-from secateur.models.family import ATTENTION, MLP
+from secateur.models.family import ATTENTION, MLP, Family
 from secateur.models.runtime import SECOND_NORM, SELECT_FIRST
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan
 
 READS, WRITES = ("attention_in", "mlp_in"), ("attention_out", "mlp_out")
+READERS = {"q": "q_in", "k": "k_in", "v": "v_in"}  # in place of `attention_in`, where each selects for itself
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -49,11 +50,23 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     if plan.places:
         return replace(dims, residual=residual_after(plan))
     if plan.select:
-        reads, writes = (tuple(len(plan.keep[space]) for space in spaces) for spaces in (READS, WRITES))
-        dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select)))
+        reads, writes = ([len(plan.keep[space]) if space in plan.keep else dims.hidden for space in spaces] for spaces in (READS, WRITES))
+        q, k, v = (len(plan.keep.get(space, ())) for space in READERS.values())
+        readers = (q, k, v) if separates(plan) else None
+        dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers))
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
     return dims.with_units(groups, ffn)
+
+
+def separates(plan: BlockPlan) -> bool:
+    """Whether q, k and v select for themselves what they read."""
+    return READERS["q"] in plan.keep
+
+
+def family_after(family: Family, plan: BlockPlan) -> Family:
+    """How the block after the plan is seen."""
+    return family.separated() if separates(plan) else family
 
 
 def _rewritten(block: BlockView, plan: BlockPlan) -> BlockView:
@@ -79,17 +92,18 @@ def _own_copy(tensor: Tensor) -> Tensor:
 
 
 def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
-    tensors = dict(block.tensors)
     rows, columns = _kept_rows_and_columns(block, plan)
-    for path in {block.family.matrices[name] for name in block.names}:
-        members = [name for name in block.names if block.family.matrices[name] == path]
+    family = family_after(block.family, plan)
+    tensors = {name: tensor for name, tensor in block.tensors.items() if name.rpartition(".")[0] not in block.family.matrices.values()}
+    for path in dict.fromkeys(family.matrices.values()):
+        members = [name for name in block.names if family.matrices[name] == path]
         tensors[f"{path}.weight"] = _stack([_pick(block.matrix(n), rows.get(n), columns.get(n)) for n in members])
         biases = [block.bias(name) for name in members]
         if biases[0] is not None:
             tensors[f"{path}.bias"] = _stack([b[rows[n]] if n in rows else b for n, b in zip(members, biases, strict=True) if b is not None])
     if plan.select:
-        tensors |= _index_maps(plan) | (_narrowed_norms(block, plan) if plan.select == SELECT_FIRST else {})
-    return replace(block, tensors=tensors, dims=dims_after(block.dims, plan))
+        tensors = _narrowed_norms(block, plan, tensors) | _index_maps(block.family, plan)
+    return replace(block, family=family, tensors=tensors, dims=dims_after(block.dims, plan))
 
 
 def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -106,26 +120,42 @@ def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str,
         rows |= {"q": of_query, "k": of_key, "v": of_key}
         columns[ATTENTION[3]] = of_query
     if plan.select:
-        attention_in, mlp_in = (plan.keep[space].long() for space in READS)
-        columns |= dict.fromkeys(ATTENTION[:3], attention_in) | dict.fromkeys(MLP[:2], mlp_in)
+        reads = READERS if separates(plan) else dict.fromkeys(ATTENTION[:3], READS[0])
+        columns |= {name: plan.keep[space].long() for name, space in (reads | dict.fromkeys(MLP[:2], READS[1])).items()}
         rows |= dict(zip(("o", "down"), (plan.keep[space].long() for space in WRITES), strict=True))
     return rows, columns
 
 
-def _index_maps(plan: BlockPlan) -> dict[str, Tensor]:
-    """Which features are read and written, by their names in `runtime.Select`."""
-    ends = {"read": READS, "write": WRITES}
-    return {f"skips.{number}.{end}_index_map": plan.keep[space] for end, spaces in ends.items() for number, space in enumerate(spaces)}
+def _index_maps(family: Family, plan: BlockPlan) -> dict[str, Tensor]:
+    """Which features are read and written, by their names in `runtime.Select` and `runtime.Reader`."""
+    maps = {f"skips.{number}.write_index_map": space for number, space in enumerate(WRITES)}
+    maps |= {f"skips.{number}.read_index_map": space for number, space in enumerate(READS)}
+    if separates(plan):
+        del maps["skips.0.read_index_map"]
+        maps |= {f"{_reader(family, name)}.read_index_map": space for name, space in READERS.items()}
+    return {name: plan.keep[space].long() for name, space in maps.items()}
 
 
-def _narrowed_norms(block: BlockView, plan: BlockPlan) -> dict[str, Tensor]:
-    """The gains and biases of the selected features. A norm that attention and MLP of a parallel block share becomes two."""
-    norms, made = block.family.norms, {}
-    for space, source, target in zip(READS, (norms[0], norms[-1]), (*norms, SECOND_NORM), strict=False):
+def _reader(family: Family, name: str) -> str:
+    """The path of the `runtime.Reader` of one of q, k and v."""
+    return family.separated().matrices[name].rpartition(".")[0]
+
+
+def _narrowed_norms(block: BlockView, plan: BlockPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the gains and biases of the selected features alone. A norm that several read becomes several."""
+    norms = block.family.norms
+    targets = {(*norms, SECOND_NORM)[1]: (norms[-1], READS[1])}
+    if not separates(plan):
+        targets[norms[0]] = (norms[0], READS[0])
+    elif plan.select == SELECT_FIRST:
+        targets |= {f"{_reader(block.family, name)}.norm": (norms[0], space) for name, space in READERS.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != norms[0]}
+    made = {}
+    for target, (source, space) in targets.items():
         for kind in ("weight", "bias"):
             if f"{source}.{kind}" in block.tensors:
                 made[f"{target}.{kind}"] = block.tensors[f"{source}.{kind}"][plan.keep[space].long()]
-    return made
+    return tensors | made
 
 
 def _spread(groups: Tensor, width: int) -> Tensor:

@@ -57,6 +57,7 @@ class DispLLM:
         tau: the temperature of the gates.
         hypernetwork: `gru`, `linear` (without the Bi-GRU), or `none` (one logit a gate).
         constrained: one selection of the residual for all blocks, reading and writing.
+        separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed and leaves it out).
         norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
         cut: keep what the `budget` allows, or what is open `half` of the time.
@@ -76,6 +77,7 @@ class DispLLM:
     tau: float = 1.0
     hypernetwork: str = "gru"
     constrained: bool = False
+    separate: bool = False
     norm: str = "full"
     budget: str = "model"
     cut: str = "budget"
@@ -86,6 +88,8 @@ class DispLLM:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
+        if self.constrained and self.separate:
+            raise UsageError("disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and v; set one of them")
         for name in ("steps", "batch", "accumulate", "round", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name)}; it is a count, at least 1")
@@ -154,7 +158,7 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
 
 
 def _structures(view: ModelView, options: DispLLM) -> Structures:
-    return find_structures(view, constrained=options.constrained, form=_FORMS[options.norm], whole=options.budget == "model")
+    return find_structures(view, constrained=options.constrained, form=_FORMS[options.norm], whole=options.budget == "model", separate=options.separate)
 
 
 def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -57,6 +57,7 @@ class Family:
         heads, groups, ffn: names of the configuration fields: query heads, key-value heads, feed-forward units.
         stock_heads: whether the stock configuration can say a head width other than hidden size / heads, so that
             a model with fewer heads in every block is still a stock one.
+        separate: whether q, k and v select for themselves what they read: never of a stock model, see `separated`.
         refuse: why this configuration cannot be done, or None.
     """
 
@@ -77,6 +78,7 @@ class Family:
     groups: str = "num_key_value_heads"
     ffn: str = "intermediate_size"
     stock_heads: bool = True
+    separate: bool = False
     refuse: Callable[[PreTrainedConfig], str | None] = _never
 
     @property
@@ -97,10 +99,17 @@ class Family:
         """The norm that a reader of the residual reads through."""
         return self.norms[0] if name in ATTENTION else self.norms[-1]
 
+    def separated(self) -> Family:
+        """As seen in a checkpoint whose q, k and v select for themselves what they read (see `runtime.Reader`)."""
+        if self.separate:
+            return self
+        own = {name: f"{self.matrices[name]}{f'.{name}' * (len(self.fused(name)) > 1)}.linear" for name in ATTENTION[:3]}
+        return replace(self, matrices={**self.matrices, **own}, separate=True)
+
     def input_of(self, name: str, *, apart: bool = False) -> str:
         """The matrix that stands for the input of `name`: the first one listed that reads the same tensor. `apart` says that attention and MLP select
         for themselves what they read, also in a parallel block (see `runtime.Select`)."""
-        if name in ("o", "down"):
+        if name in ("o", "down") or (self.separate and name in ATTENTION[:3]):
             return name
         readers = ATTENTION[:3] + MLP[:2] if self.parallel and not apart else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
         return next(other for other in self.matrices if other in readers)
@@ -125,6 +134,7 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
         if model_type in family.model_types:
             if reason := family.refuse(config):
                 raise SecateurError(f"{source}: {reason}")
-            return family
+            widths = getattr(config, "pruned_widths", None) or [{}]
+            return family.separated() if "readers" in widths[0] else family
     known = sorted(t for family in all_families().values() for t in family.model_types)
     raise SecateurError(f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: docs/add-a-family.md")

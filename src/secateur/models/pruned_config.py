@@ -52,10 +52,10 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     config["auto_map"] = auto_map(model_class)
     config["pruned_widths"] = [dims.widths() for dims in after]
     first, last = after[0].residual, after[-1].residual
-    if first is not None and first.selected:
+    if first is not None and first.selected and "pruned_residual" not in raw:
         parts = {"norms": family.norms, "attention": family.attention, "mlp": family.mlp}
         config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {"matrices": dict(family.matrices)}
-    elif first is not None and last is not None:
+    elif first is not None and last is not None and not first.selected:
         config["pruned_residual"] = {**raw["pruned_residual"], "enter": first.attention[0], "leave": last.mlp[1]}
     return config
 

@@ -13,7 +13,8 @@ write, and `"skips"`, what lies on the two residual connections (on the one of a
 the stock ones; what changes is the line between them: norms without gain, and a `Skip` from one basis of the residual to the next.
 
 Where blocks read and write parts of a residual that stays whole (DISP-LLM, arXiv:2410.11988, algorithm 1), the same fields give the widths of the
-parts, and a `Select` lies where a `Skip` would: it holds which features are read and which are written, as index maps in the safetensors file.
+parts, and a `Select` lies where a `Skip` would: it holds which features are read and which are written, as index maps in the safetensors file. With
+`"readers": [q, k, v]` those three select for themselves, and a `Reader` stands where each was. How long this takes: docs/inference.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, linear, pad, rms_norm
+from torch.nn.functional import dropout, layer_norm, linear, pad, rms_norm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -118,27 +119,71 @@ class Skip(nn.Module):
         return f"{self.inputs}, {self.outputs}, form={self.form}"
 
 
+def _pick(hidden: Tensor, index_map: Tensor) -> Tensor:
+    """[..., D] to the selected features [..., W]. On a CPU a gather takes a sixth of the time of an `index_select` along the last of three dimensions."""
+    return hidden.gather(-1, index_map.expand(*hidden.shape[:-1], -1))
+
+
+class PartNorm(nn.Module):
+    """A norm over all features, of which some are wanted: [..., D] to [..., width]. Gain and bias are those of the selected features.
+
+    Without them a norm is one fused operation in torch, and what follows touches the selected features alone.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, norm: Any, width: int) -> None:
+        super().__init__()
+        self.centred = isinstance(norm, nn.LayerNorm)
+        self.epsilon = norm.eps if self.centred else norm.variance_epsilon
+        parameters = dict(norm.named_parameters())
+        for name in ("weight", "bias"):
+            like = parameters.get(name)
+            self.register_parameter(name, None if like is None else nn.Parameter(torch.empty(width, dtype=like.dtype, device=like.device)))
+
+    def forward(self, hidden: Tensor, index_map: Tensor) -> Tensor:
+        """16-bit input is normed in float32."""
+        unit = (layer_norm if self.centred else rms_norm)(hidden, hidden.shape[-1:], eps=self.epsilon)
+        part = _pick(unit, index_map)
+        if self.weight is None:
+            return part
+        return part * self.weight if self.bias is None else torch.addcmul(self.bias, part, self.weight)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{0 if self.weight is None else len(self.weight)}, centred={self.centred}, eps={self.epsilon:.3g}"
+
+
 class Select(nn.Module):
     """A residual connection that keeps all features, beside something that reads `inputs` and writes `outputs` of them.
 
     Two forms: `"norm, select"` norms all features and then selects; `"select, norm"` selects first, so that the norm is over the selected ones
     alone, divides by their number, and has a gain for each of them (arXiv:2410.11988, algorithm 1).
+
+    Args:
+        inputs: None where q, k and v select for themselves, see `Reader`.
+        outputs: how many features are written.
+        form: one of `SELECT_FORMS`.
     """
 
-    read_index_map: Tensor
+    read_index_map: Tensor | None
     write_index_map: Tensor
 
-    def __init__(self, inputs: int, outputs: int, form: str) -> None:
+    def __init__(self, inputs: int | None, outputs: int, form: str) -> None:
         super().__init__()
         self.form = form
-        for name, width in ((_READ, inputs), (_WRITE, outputs)):
-            self.register_buffer(name, torch.zeros(width, dtype=torch.int32))
+        # as int64: with int32 maps index_add along the last dimension has no fast path on a CPU, and takes thirty times as long
+        self.register_buffer(_READ, None if inputs is None else torch.zeros(inputs, dtype=torch.int64))
+        self.register_buffer(_WRITE, torch.zeros(outputs, dtype=torch.int64))
 
     def read(self, norm: nn.Module, hidden: Tensor) -> Tensor:
         """What attention or MLP receives: [..., D] to [..., inputs]."""
+        if self.read_index_map is None:
+            return norm(hidden)  # type: ignore[no-any-return]
         if self.form == SELECT_FIRST:
-            return norm(hidden.index_select(-1, self.read_index_map))  # type: ignore[no-any-return]
-        return norm(hidden).index_select(-1, self.read_index_map)  # type: ignore[no-any-return]
+            return norm(_pick(hidden, self.read_index_map))  # type: ignore[no-any-return]
+        return norm(hidden, self.read_index_map)  # type: ignore[no-any-return]
 
     def join(self, hidden: Tensor, update: Tensor) -> Tensor:
         """[..., D] with `update` [..., outputs] added in its places."""
@@ -146,7 +191,40 @@ class Select(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{len(self.read_index_map)}, {len(self.write_index_map)}, form={self.form}"
+        reads = "q, k, v" if self.read_index_map is None else len(self.read_index_map)
+        return f"{reads}, {len(self.write_index_map)}, form={self.form}"
+
+
+class Reader(nn.Module):
+    """One of q, k and v, where each selects for itself what it reads of [..., D] (arXiv:2410.11988, section 4.1).
+
+    `norm` is over the selected features; None where all features were normed before.
+    """
+
+    read_index_map: Tensor
+
+    def __init__(self, linear: nn.Linear, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.linear, self.norm = linear, norm
+        self.register_buffer(_READ, torch.zeros(linear.in_features, dtype=torch.int64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., outputs]."""
+        part = _pick(hidden, self.read_index_map)
+        return self.linear(part if self.norm is None else self.norm(part))  # type: ignore[no-any-return]
+
+
+class Readers(nn.Module):
+    """q, k and v where a stock block has one module for the three: `Reader`s by these names, their outputs side by side."""
+
+    def __init__(self, readers: dict[str, Reader]) -> None:
+        super().__init__()
+        for name, reader in readers.items():
+            self.add_module(name, reader)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., outputs of q, k and v]."""
+        return torch.cat([reader(hidden) for reader in self.children()], -1)
 
 
 def is_index_map(name: str) -> bool:
@@ -171,7 +249,7 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
                 return self.skips[0].join(hidden, _dropped(self, attended))  # type: ignore[no-any-return]
             if len(self.skips) == 1:
                 return self.skips[0].join(hidden, attended + _run(self, self.parts["mlp"], normed))  # type: ignore[no-any-return]
-            second = self.skips[1].read(getattr(self, SECOND_NORM if self.skips[1].form == SELECT_FIRST else norms[0]), hidden)
+            second = self.skips[1].read(getattr(self, SECOND_NORM), hidden)
             return self.skips[1].join(self.skips[0].join(hidden, attended), _run(self, self.parts["mlp"], second))  # type: ignore[no-any-return]
 
         def mlp_half(self, hidden: Tensor) -> Tensor:
@@ -212,26 +290,64 @@ def block_with_widths(block_class: type[nn.Module], config: PreTrainedConfig, in
 
 def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Module:
     """Give a stock block other widths of what it reads and writes, norms that go with them, and skips."""
-    parts, attention, mlp = config.pruned_residual, widths["attention"], widths["mlp"]
+    parts, attention, mlp, readers = config.pruned_residual, widths["attention"], widths["mlp"], widths.get("readers")
     inputs = dict.fromkeys("qkv", attention[0]) | dict.fromkeys(("gate", "up"), mlp[0])
     outputs = {"o": attention[1], "down": mlp[1]}
-    for name, path in parts["matrices"].items():
-        _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts.get("reader_bias", False))
     selects = widths["skips"][0] in SELECT_FORMS
-    if not selects:
+    if readers:
+        _separate_readers(block, parts, dict(zip("qkv", readers, strict=True)), widths)
+    for name, path in parts["matrices"].items():
+        if not (readers and name in "qkv"):
+            _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts.get("reader_bias", False))
+    if selects:
+        _part_norms(block, parts["norms"], widths)
+    else:
         for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one
             block.set_submodule(path, UnitNorm(width, config.hidden_size, parts["epsilon"]))
-    elif widths["skips"][0] == SELECT_FIRST:
-        if len(parts["norms"]) == 1:
-            block.add_module(SECOND_NORM, copy.deepcopy(block.get_submodule(parts["norms"][0])))
-        for path, width in zip([*parts["norms"], SECOND_NORM][:2], (attention[0], mlp[0]), strict=True):
-            _narrow_norm(block.get_submodule(path), width)
     block.__class__ = _lined_class(type(block))  # type: ignore[arg-type]  # a class is hashable
     block.parts = parts
     # beside a residual that stays whole, attention and MLP of a parallel block select for themselves
     ends = [attention, mlp] if selects else [attention, mlp][: len(parts["norms"])]
-    block.skips = nn.ModuleList((Select if selects else Skip)(end[0], end[1], form) for end, form in zip(ends, widths["skips"], strict=True))
+    reads = [None if readers else attention[0], mlp[0]]
+    lines = zip(reads, ends, widths["skips"], strict=False)
+    block.skips = nn.ModuleList((Select(read, end[1], form) if selects else Skip(end[0], end[1], form)) for read, end, form in lines)
     return block
+
+
+def _part_norms(block: nn.Module, paths: list[str], widths: dict[str, Any]) -> None:
+    """The norms of a block that selects what it reads; one that attention and MLP of a parallel block share becomes two."""
+    if len(paths) == 1:
+        block.add_module(SECOND_NORM, copy.deepcopy(block.get_submodule(paths[0])))
+    for part, path, form in zip(("attention", "mlp"), [*paths, SECOND_NORM], widths["skips"], strict=False):
+        norm = block.get_submodule(path)
+        if part == "attention" and "readers" in widths:
+            if form == SELECT_FIRST:
+                block.set_submodule(path, nn.Identity())  # q, k and v have norms of their own
+        elif form == SELECT_FIRST:
+            _narrow_norm(norm, widths[part][0])
+        else:
+            block.set_submodule(path, PartNorm(norm, widths[part][0]))
+
+
+def _separate_readers(block: nn.Module, parts: dict[str, Any], inputs: dict[str, int], widths: dict[str, Any]) -> None:
+    """Put a `Reader` in place of each of q, k and v, or `Readers` in place of the module that has all three."""
+    paths = {name: parts["matrices"][name] for name in "qkv"}
+    fused = len(set(paths.values())) == 1
+    heads = {"q": widths["heads"], "k": widths["groups"], "v": widths["groups"]}
+    readers = {}
+    for name, path in paths.items():
+        old: Any = block.get_submodule(path)
+        outputs = old.out_features // sum(heads.values()) * heads[name] if fused else old.out_features
+        norm = None
+        if widths["skips"][0] == SELECT_FIRST:
+            norm = copy.deepcopy(block.get_submodule(parts["norms"][0]))
+            _narrow_norm(norm, inputs[name])
+        readers[name] = Reader(nn.Linear(inputs[name], outputs, bias=old.bias is not None), norm)
+    if fused:
+        block.set_submodule(paths["q"], Readers(readers))
+        return
+    for name, path in paths.items():
+        block.set_submodule(path, readers[name])
 
 
 def _narrow_norm(norm: Any, width: int) -> None:

@@ -42,11 +42,13 @@ class Residual:
     Attributes:
         attention, mlp: what attention and MLP read and write: (in, out).
         skips: the form of the residual connections: see `runtime.Skip`, one of a parallel block, two otherwise; or `runtime.Select`, two.
+        readers: what q, k and v read, where each selects for itself; attention then reads all of the residual.
     """
 
     attention: tuple[int, int]
     mlp: tuple[int, int]
     skips: tuple[int | str | None, ...]
+    readers: tuple[int, int, int] | None = None
 
     @property
     def selected(self) -> bool:
@@ -75,10 +77,11 @@ class BlockDims:
         heads, groups, all_of_it = self.heads * self.head_width, self.groups * self.head_width, (self.hidden, self.hidden)
         attention_in, attention_out = self.residual.attention if self.residual else all_of_it
         mlp_in, mlp_out = self.residual.mlp if self.residual else all_of_it
+        q_in, k_in, v_in = (self.residual and self.residual.readers) or (attention_in,) * 3
         return {
-            "q": (heads, attention_in),
-            "k": (groups, attention_in),
-            "v": (groups, attention_in),
+            "q": (heads, q_in),
+            "k": (groups, k_in),
+            "v": (groups, v_in),
             "o": (attention_out, heads),
             "gate": (self.ffn, mlp_in),
             "up": (self.ffn, mlp_in),
@@ -104,6 +107,7 @@ class BlockDims:
         widths: dict[str, Any] = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
         if self.residual is not None:
             widths |= {name: list(getattr(self.residual, name)) for name in ("attention", "mlp", "skips")}
+            widths |= {"readers": list(self.residual.readers)} if self.residual.readers else {}
         return widths
 
 
@@ -114,7 +118,7 @@ def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
     head_width = getattr(config, "head_dim", None) or hidden // dense
     if getattr(config, "pruned_widths", None):
         widths = config.pruned_widths[index]
-        residual = Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips"))) if "attention" in widths else None
+        residual = Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips", "readers") if name in widths)) if "attention" in widths else None
         return BlockDims(hidden, widths["heads"], widths["groups"], head_width, widths["ffn"], residual)
     return BlockDims(hidden, dense, getattr(config, family.groups), head_width, getattr(config, family.ffn))
 

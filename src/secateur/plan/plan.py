@@ -113,7 +113,8 @@ class BlockPlan:
         index: the block.
         masks: canonical matrix name -> its mask.
         keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads); and with
-            `select` the features of the residual that are read and written: `attention_in`, `attention_out`, `mlp_in`, `mlp_out`.
+            `select` the features of the residual that are read and written: `attention_in` (or `q_in`, `k_in`, `v_in`, where each selects for
+            itself), `attention_out`, `mlp_in`, `mlp_out`.
         of: space -> how many there were.
         select: how those features are read, see `runtime.Select`; None where all are.
         places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it

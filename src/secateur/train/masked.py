@@ -3,14 +3,15 @@
     x + S2 attention(S1 norm(x)),    x + S5 down(S4 middle(S3 norm(x)))
 
 Biases of what writes are masked with it, since the cut drops them. The MLP's middle is masked once, where `down` reads it. A norm that attention and
-MLP share (Phi) is read twice. Weights are frozen: gradients reach the gates alone. A step sets one list of tensors and walks no modules.
+MLP share (Phi) is read twice; where q, k and v choose for themselves, each reads it. Weights are frozen: gradients reach the gates alone. A step sets
+one list of tensors and walks no modules.
 
 Shape letters: B windows, T tokens, D residual, N gates of a structure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,11 +79,15 @@ class MaskedModel:
             def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 if also is not None:
                     self._second[index] = self._read(norm, inputs[0], output, self._gate(index, also))
+                if selection not in self.structures.uses[index]:  # q, k and v read for themselves
+                    return inputs[0] if self.form == SELECT_FIRST else output
                 return self._read(norm, inputs[0], output, self._gate(index, selection))
 
             return hook
 
         norms = [block.get_submodule(path) for path in family.norms]
+        if "q_in" in self.structures.uses[index]:
+            self._separate(block, index, view)
         if family.parallel:
             norms[0].register_forward_hook(read("attention_in", also="mlp_in"))
             block.get_submodule(family.mlp[0]).register_forward_pre_hook(lambda module, inputs: (self._second.pop(index), *inputs[1:]))
@@ -93,10 +98,37 @@ class MaskedModel:
         block.get_submodule(family.matrices["down"]).register_forward_pre_hook(middle)
         block.get_submodule(family.matrices["down"]).register_forward_hook(scale("mlp_out"))
 
+    def _separate(self, block: nn.Module, index: int, view: ModelView) -> None:
+        """Let q, k and v read through gates of their own; a module that has all three becomes three products."""
+        norm, paths = block.get_submodule(view.family.norms[0]), {name: view.family.matrices[name] for name in "qkv"}
+
+        def read(hidden: Tensor, name: str) -> Tensor:  # receives what the hook of the norm lets through
+            return self._read(norm, hidden, hidden, self._gate(index, f"{name}_in"))
+
+        if len(set(paths.values())) == 1:
+            rows = [view.dims(index).shape(name)[0] for name in paths]
+            block.set_submodule(paths["q"], _ThreeLinears(block.get_submodule(paths["q"]), rows, lambda hidden: [read(hidden, name) for name in paths]))
+            return
+        for name, path in paths.items():
+            block.get_submodule(path).register_forward_pre_hook(lambda module, inputs, name=name: (read(inputs[0], name), *inputs[1:]))
+
     def _read(self, norm: Any, hidden_BTD: Tensor, normed_BTD: Tensor, gate_D: Tensor) -> Tensor:
         if self.form != SELECT_FIRST:
             return normed_BTD * gate_D
         return masked_norm(hidden_BTD, gate_D, norm.weight, getattr(norm, "bias", None), self.epsilon, centred=self.centred)
+
+
+class _ThreeLinears(nn.Module):
+    """q, k and v of one module, each with an input of its own."""
+
+    def __init__(self, linear: Any, rows: list[int], reads: Callable[[Tensor], list[Tensor]]) -> None:
+        super().__init__()
+        self.linear, self.rows, self.reads = linear, rows, reads
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        biases = [None] * 3 if self.linear.bias is None else self.linear.bias.split(self.rows)
+        parts = zip(self.reads(hidden_BTD), self.linear.weight.split(self.rows), biases, strict=True)
+        return torch.cat([nn.functional.linear(*part) for part in parts], -1)
 
 
 def masked_norm(hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool) -> Tensor:

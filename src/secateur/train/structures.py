@@ -1,7 +1,8 @@
 """Where gates are, and what a choice of them costs in parameters (arXiv:2410.11988, section 4).
 
 Five selections a block: S1 `attention_in`, S2 `attention_out`, S3 `mlp_in`, S4 `ffn` (the MLP's middle), S5 `mlp_out`. S1, S2, S3 and S5 choose among the
-residual's features, and may differ from block to block, since the residual itself keeps all of them. Attention keeps its heads.
+residual's features, and may differ from block to block, since the residual itself keeps all of them. Attention keeps its heads. Separate (its section 4.1):
+`q_in`, `k_in` and `v_in` stand in place of S1.
 
 Constrained (the paper's comparison): one choice serves S1, S2, S3 and S5 of every block.
 
@@ -21,6 +22,7 @@ from secateur.models.runtime import SELECT_FIRST, is_index_map
 from secateur.models.view import ModelView
 
 SELECTIONS = ("attention_in", "attention_out", "mlp_in", "ffn", "mlp_out")
+SEPARATE = ("q_in", "k_in", "v_in", *SELECTIONS[1:])
 Count = TypeVar("Count", float, Tensor)
 
 
@@ -72,7 +74,7 @@ class BlockCost:
         return total
 
 
-def find_structures(view: ModelView, *, constrained: bool, form: str, whole: bool) -> Structures:
+def find_structures(view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False) -> Structures:
     """The gates of a model.
 
     Args:
@@ -80,22 +82,24 @@ def find_structures(view: ModelView, *, constrained: bool, form: str, whole: boo
         constrained: one choice among the residual's features for all blocks.
         form: how blocks read, see `runtime.Select`.
         whole: count all parameters; otherwise the matrices, biases and norms of the blocks alone.
+        separate: q, k and v choose for themselves.
     """
     hidden = int(view.config.hidden_size)
     widths = [hidden] if constrained else []
     uses, costs = [], []
     for index in range(view.blocks):
         use = {}
-        for selection in SELECTIONS:
+        for selection in SEPARATE if separate else SELECTIONS:
             if constrained and selection != "ffn":
                 use[selection] = 0
                 continue
             use[selection] = len(widths)
             widths.append(view.dims(index).ffn if selection == "ffn" else hidden)
         uses.append(use)
-        costs.append(_block_cost(view, index, form))
+        costs.append(_block_cost(view, index, form, separate))
     full = sum(float(cost.parameters({s: float(widths[n]) for s, n in use.items()})) for cost, use in zip(costs, uses, strict=True))
-    added = hidden * _norm_tensors(view, 0) * view.blocks if view.family.parallel and form == SELECT_FIRST else 0  # a second norm
+    norms = 4 if separate and form == SELECT_FIRST else 2  # of a block that selects: a norm that several read becomes several
+    added = hidden * _norm_tensors(view, 0) * view.blocks * (norms - len(view.family.norms))
     total = view.parameters() if whole else sum(_size(view, n) for n in view.source.names() if n.startswith(view.family.blocks + "."))
     return Structures(tuple(widths), tuple(uses), tuple(costs), total + added - round(full), total)
 
@@ -110,18 +114,19 @@ def _norm_tensors(view: ModelView, index: int) -> int:
     return sum(name.startswith(prefix) for name in view.source.names())
 
 
-def _block_cost(view: ModelView, index: int, form: str) -> BlockCost:
+def _block_cost(view: ModelView, index: int, form: str, separate: bool) -> BlockCost:
     dims, family, stored = view.dims(index), view.family, set(view.source.names())
 
     def bias(name: str) -> int:
         return int(f"{view.block_prefix(index)}{family.matrices[name]}.bias" in stored)
 
-    inner = dims.heads * dims.head_width
-    norm = _norm_tensors(view, index) if form == SELECT_FIRST else 0
+    inner, keys, norm = dims.heads * dims.head_width, dims.groups * dims.head_width, _norm_tensors(view, index)
+    own = norm if form == SELECT_FIRST else 0  # where all features are normed first, one norm serves q, k and v, and keeps all of its gains
+    reads = {"q_in": inner + own, "k_in": keys + own, "v_in": keys + own} if separate else {"attention_in": inner + 2 * keys + norm}
     wide = [name for name in ("gate", "up") if name in family.matrices]
     return BlockCost(
-        {
-            ("attention_in",): inner + 2 * dims.groups * dims.head_width + norm,
+        {(selection,): each for selection, each in reads.items()}
+        | {
             ("attention_out",): inner + bias("o"),
             ("mlp_in", "ffn"): len(wide),
             ("mlp_in",): norm,
