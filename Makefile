@@ -37,7 +37,7 @@ bench: .venv/.package
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable .
+	$(PIP) --editable ".[heal]"
 	touch $@
 
 .venv/.dev: .venv/.package

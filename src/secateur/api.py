@@ -21,6 +21,7 @@ from secateur.evaluate.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.size import inspect
+from secateur.heal.heal import HealRequest, heal
 from secateur.methods import find_method
 from secateur.models.canonical import canonical_view
 from secateur.models.family import PRUNED_PREFIX, find_family
@@ -37,6 +38,7 @@ from secateur.prune import Request, prepare, prune, read_windows
 __all__ = [
     "EvalRequest",
     "Flow",
+    "HealRequest",
     "Plan",
     "Request",
     "SecateurError",
@@ -45,10 +47,12 @@ __all__ = [
     "estimate",
     "evaluate",
     "find_method",
+    "heal",
     "inspect",
     "inspect_flow",
     "plan",
     "plot_flow",
+    "point_name",
     "predict",
     "predict_from_spectrum",
     "prepare",

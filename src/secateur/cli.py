@@ -225,6 +225,53 @@ def study_disp_llm(
 
 
 @app.command()
+def heal(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that 'secateur prune' wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="Text or instructions to heal on: builtin, wikitext2, c4, alpaca, or a file. Default: what it was pruned with.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 4,
+    lr: Annotated[float, typer.Option(help="The learning rate at its highest.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
+    rank: Annotated[int, typer.Option(help="The rank of the adapters.")] = 32,
+    alpha: Annotated[float, typer.Option(help="Updates are scaled by alpha / rank.")] = 10.0,
+    targets: Annotated[str, typer.Option(metavar="NAME,...", help="What gets an adapter: names as in --modules.")] = "all",
+    completion_only: Annotated[bool, typer.Option("--completion-only", help="Of instructions, learn the answers alone.")] = False,
+    keep_adapter: Annotated[bool, typer.Option("--keep-adapter", help="Write the adapter (in peft's form) instead of merging it.")] = False,
+    samples: Annotated[int, typer.Option(help="Windows, or instructions, to draw from.")] = 1024,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens of a window. Default: min(1024, the model's maximum).")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between two saves, from which --resume goes on.")] = 100,
+    checkpointing: Annotated[bool, typer.Option(help="Keep one activation a block: a third more time, much less memory.")] = True,
+    seed: Seed = 0,
+    text: Text = None,
+    protocol: ProtocolOption = None,
+    limit: Limit = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    text_field: TextField = "text",
+    records: Records = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Recover a pruned model with low-rank adapters: zeros stay zero, shapes stay as they are."""
+
+    def run() -> None:
+        api = _api()
+        request = api.HealRequest(
+            model, calibration, steps, batch, lr, schedule, weight_decay, rank, alpha, _names(targets), completion_only, keep_adapter, samples, seqlen,
+            save_every, checkpointing, seed, text, protocol, limit, device, dtype, text_field,
+        )  # fmt: skip
+        _print(api.heal(request, out, resume=resume, overwrite=overwrite, records_file=records), json)
+
+    _guard(run, debug, resume=RESUME)
+
+
+@app.command()
 def predict(
     points: Annotated[
         list[Path] | None, typer.Argument(metavar="POINTS...", help="Records of a sweep (files or folders), or one CSV: sparsity,ppl or sparsity,acc.")

@@ -5,7 +5,8 @@ A method takes part because its file is there: it says with `DEMO`, a list of op
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ class Effort:
     windows: int | None
     tasks: tuple[str, ...]
     points: int | None
+    heal_steps: int
 
 
-FULL = Effort(samples=64, seqlen=256, windows=None, tasks=("cloze",), points=None)
-QUICK = Effort(samples=8, seqlen=128, windows=8, tasks=(), points=2)
+FULL = Effort(samples=64, seqlen=256, windows=None, tasks=("cloze",), points=None, heal_steps=60)
+QUICK = Effort(samples=8, seqlen=128, windows=8, tasks=(), points=2, heal_steps=2)
 
 
 def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
@@ -36,17 +38,31 @@ def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
     effort = QUICK if quick else FULL
     measure = api.EvalRequest(BUNDLED, tasks=effort.tasks, limit=effort.windows)
     found: list[records.Record] = []
-    for request, sparsities in demo_requests(effort):
+    for request, sparsities, heal in demo_requests(effort):
         for record in api.sweep(request, sparsities, out, measure, resume=True, overwrite=True):
             if record["method"] or not found:
                 found.append(record)
                 say(f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
+        if heal and importlib.util.find_spec("peft") is None:
+            say("heal: left out, peft is not installed (pip install 'secateur[heal]')")
+        elif heal:
+            found.append(_healed(out / api.point_name(request, sparsities[-1]), effort, measure))
     if effort.points is None:
         _say_laws(out)
     page = out / "report.html"
     api.write_report(records.read([out]), page, title="secateur demo: the bundled model")
     say(f"report: {page}")
     return found
+
+
+def _healed(folder: Path, effort: Effort, measure: api.EvalRequest) -> records.Record:
+    """A short recovery of a result, measured."""
+    target = folder.with_name(f"{folder.name}-healed")
+    asked = api.HealRequest(str(folder), steps=effort.heal_steps, lr=2e-3, samples=4 * effort.heal_steps, seqlen=effort.seqlen, limit=8, checkpointing=False)
+    api.heal(asked, target, resume=True, overwrite=True)
+    record = api.evaluate(replace(measure, model=str(target)), resume=True)
+    say(f"{record['method']} + LoRA {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
+    return record
 
 
 def _say_laws(out: Path) -> None:
@@ -58,13 +74,13 @@ def _say_laws(out: Path) -> None:
             say(f"law of {name}: ln PPL0 / ln PPL = {law['a']:.2f} s + {law['b']:.2f}, {missed}")
 
 
-def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float]]]:
-    """One sweep for each entry of each method's `DEMO`: {"options": {...}, "sparsities": [...]}."""
+def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float], bool]]:
+    """One sweep for each entry of each method's `DEMO`: {"options": {...}, "sparsities": [...], "heal": whether the last of them is healed}."""
     requests = []
     for name in method_names():
         for entry in getattr(find_method(name).module, "DEMO", []):
             options: dict[str, Any] = dict(entry.get("options", {}))
             pattern = options.pop("pattern", None)
             request = api.Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
-            requests.append((request, entry["sparsities"][: effort.points]))
+            requests.append((request, entry["sparsities"][: effort.points], bool(entry.get("heal"))))
     return requests

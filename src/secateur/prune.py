@@ -180,18 +180,23 @@ def _check_stock(prepared: Prepared) -> None:
 
 def read_windows(prepared: Prepared) -> Tensor | None:
     """The calibration windows [S, T]; None where the method needs none."""
-    request, checkpoint, spec = prepared.request, prepared.checkpoint, prepared.calibration
+    request, spec = prepared.request, prepared.calibration
     if spec is None:
         return None
+    return windows_of(prepared.checkpoint, spec, samples=request.samples, seqlen=prepared.seqlen, seed=request.seed, text_field=request.text_field)
+
+
+def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str) -> Tensor:
+    """Windows [S, T] of the calibration part of a text SPEC, in the tokens of a model."""
     tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
-    text = read_text(spec, "calibration", text_field=request.text_field)
+    text = read_text(spec, "calibration", text_field=text_field)
 
     def tokenize(row: str) -> list[int]:
         assert tokenizer is not None
         found: list[int] = tokenizer(row, verbose=False)["input_ids"]
         return found
 
-    windows = calibration_windows(text, tokenize, samples=request.samples, seqlen=prepared.seqlen, seed=request.seed)
+    windows = calibration_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
     check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec)
     return windows
 
@@ -280,7 +285,7 @@ def _run(
     checkpoint, view = prepared.checkpoint, prepared.job.view
     buffer = 0 if windows is None or not prepared.job.streams else windows.numel() * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
-    writer = CheckpointWriter(out, {**settings, "source": _identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed)
+    writer = CheckpointWriter(out, {**settings, "source": identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed)
     stream = None
     if windows is not None and prepared.job.streams:
         with watch("forward"), writer.disk():
@@ -433,7 +438,7 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
     }
 
 
-def _identity(checkpoint: Checkpoint) -> str:
+def identity(checkpoint: Checkpoint) -> str:
     """A fingerprint of the original's files that costs no reading: a resumed run must start from the same ones."""
     files = sorted({file for file, _ in checkpoint.index.values()})
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -33,7 +33,7 @@ def runs_table(found: Sequence[Record]) -> Table:
     table = Table(*headings, *(["cloze"] if with_tasks else []), *(["KL", "top-1"] if with_shift else []))
     for record in found:
         row = [
-            record.get("method") or "dense",
+            f"{record.get('method') or 'dense'}{' + LoRA' if record.get('heal') else ''}",
             _pattern(record),
             f"{record.get('sparsity_measured') or 0:.3f}",
             *(f"{record[key] / 1e6:.3f}" if record.get(key) else "" for key in ("params_after", "nonzero_after")),

@@ -126,6 +126,33 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     return Text(spec, rows)
 
 
+def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
+    """Rows with `instruction`, `output` and perhaps `input`, of `alpaca` or a `.json`, `.jsonl` or `.parquet` file.
+
+    Raises:
+        UsageError: the SPEC is neither.
+        SecateurError: a row lacks one of the fields.
+    """
+    name, _, revision = spec.partition("@")
+    if name == "alpaca":
+        return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
+    path = Path(spec).expanduser()
+    if path.suffix not in (".json", ".jsonl", ".parquet") or name in NAMED:
+        raise UsageError(f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'")
+    check_spec(spec)
+    rows: Any
+    if path.suffix == ".json":
+        rows = _json(_plain(path), str(path))
+    elif path.suffix == ".jsonl":
+        rows = [_json(line, f"{path}, line {n}") for n, line in enumerate(_plain(path).split("\n"), 1) if line.strip()]
+    else:
+        rows = _parquet(path).to_pylist()
+    if not _in_alpaca_form(rows):
+        has = f", its first row has {', '.join(rows[0])}" if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
+        raise SecateurError(f"{path}: rows need the fields 'instruction' and 'output' (and perhaps 'input'){has}")
+    return rows  # type: ignore[no-any-return]
+
+
 def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> Tensor:
     """Windows of calibration text: int64 [S, T].
 
@@ -192,22 +219,30 @@ def _rows(path: Path, field: str) -> Sequence[str]:
         return [_field(_json(line, f"{path}, line {n}"), field, path) for n, line in enumerate(_plain(path).split("\n"), 1) if line.strip()]
     if path.suffix == ".json":
         rows = _json(_plain(path), str(path))
-        if not isinstance(rows, list) or not all(isinstance(r, dict) and {"instruction", "output"} <= r.keys() for r in rows):
+        if not _in_alpaca_form(rows):
             raise SecateurError(
                 f"{path}: .json is read in Alpaca form, a list of objects with 'instruction', 'output' and perhaps 'input'; use .jsonl for other text"
             )
         return [alpaca_prompt(row) for row in rows]
     if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        try:
-            table = parquet.read_table(path)
-        except Exception as error:
-            raise SecateurError(f"{path}: not a parquet file ({error})") from error
+        table = _parquet(path)
         if field not in table.column_names:
             raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
         return [_string(value) for value in table.column(field).to_pylist()]
     return [_plain(path)]
+
+
+def _in_alpaca_form(rows: Any) -> bool:
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and {"instruction", "output"} <= row.keys() for row in rows)
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.read_table(path)
+    except Exception as error:
+        raise SecateurError(f"{path}: not a parquet file ({error})") from error
 
 
 def _plain(path: Path) -> str:
@@ -237,13 +272,17 @@ def _string(value: Any) -> str:
 
 
 def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
+    return HubRows(_hub_data(name, role, revision), HUB_TEXTS[name].render)
+
+
+def _hub_data(name: str, role: Role, revision: str | None) -> Any:
+    """The rows of a data set, by number."""
     source = HUB_TEXTS[name]
     import datasets
 
     part = source.split[role]
     files = {part: source.files[role]} if source.files else None
     try:
-        data = datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
+        return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
     except Exception as error:
         raise SecateurError(f"text '{name}': the hub did not give {source.path} ({error}); check the network, or give a local file") from error
-    return HubRows(data, source.render)

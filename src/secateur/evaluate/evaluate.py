@@ -31,7 +31,7 @@ TASKS = ("cloze",)
 # What an evaluation repeats from the folder's plan.json.
 _FROM_PLAN = (
     "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_measured", "modules", "pattern", "pruning_ratio",
-    "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "updated", "calibration",
+    "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "updated", "calibration", "heal",
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
     facts = {
-        "ppl_protocol": _protocol_facts(protocol, windows),
+        "ppl_protocol": protocol_facts(protocol, windows),
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "out": _place(request.model),
@@ -178,7 +178,8 @@ def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any]
     return {**dict.fromkeys(_FROM_PLAN), "model": request.model, "model_revision": checkpoint.revision, **zeros, **counts}
 
 
-def _protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:
+def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:
+    """`ppl_protocol` of a record."""
     return {
         "name": protocol.name,
         "spec": protocol.spec,

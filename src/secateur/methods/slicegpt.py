@@ -30,7 +30,7 @@ from secateur.models.view import Residual
 from secateur.plan.plan import Place
 
 CALIBRATION = "wikitext2"
-DEMO = [{"sparsities": [0.1, 0.25, 0.4]}]
+DEMO = [{"sparsities": [0.1, 0.25, 0.4], "heal": True}]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ _BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
 
 
 def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mapping[str, Any], not_stock: str | None) -> str:
-    """The README.md of a checkpoint; it holds nothing that varies between equal runs."""
-    name = Path(checkpoint.name).name if Path(checkpoint.name).is_dir() else checkpoint.name
+    """The README.md of a checkpoint; it holds nothing that varies between equal runs. `checkpoint` is the original, or what was healed."""
+    name = Path(settings["model"]).name if Path(settings["model"]).is_dir() else settings["model"]
     calibration = settings["calibration"]
     rows = {
         "base model": name,
@@ -30,6 +30,12 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
         if calibration
         else "none needed",
     }
+    if heal := facts.get("heal"):
+        data = heal["calibration"]
+        rows["healed"] = (
+            f"LoRA of rank {heal['rank']}, alpha {heal['alpha']:g}, on {heal['targets']}, {heal['steps']} steps of {heal['batch']} from "
+            f"{data['spec']} ({data['samples']} x {data['seqlen']} tokens), seed {heal['seed']}" + (", kept apart" if heal["keep_adapter"] else ", merged")
+        )
     loading = (
         f"The blocks are not those of a stock architecture ({not_stock}): load with `trust_remote_code=True`, or `import secateur` first."
         if not_stock

@@ -157,6 +157,8 @@ def _locate(model: str, revision: str | None) -> Path:
 def _read_config(folder: Path, model: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise SecateurError(f"'{model}' holds a LoRA adapter, not a model: put it on its checkpoint with peft, or heal without --keep-adapter")
         raise SecateurError(f"'{model}' is no model: the folder has no config.json")
     try:
         raw = json.loads(file.read_text("utf-8"))

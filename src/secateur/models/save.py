@@ -123,6 +123,13 @@ class CheckpointWriter:
             _gather([self.part(name) for name in weights], self.partial)
             _join([self.part(name) for name in plan], self.partial / "plan.safetensors")
             _write_whole(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
+            self.publish({})
+
+    def publish(self, files: Mapping[str, str]) -> None:
+        """Add text files by name, and rename the folder."""
+        with self.disk():
+            for name, content in files.items():
+                _write_whole(self.partial / name, content)
             _swap(self.partial, self.out)
             clean(self.out)
 

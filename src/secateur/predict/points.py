@@ -263,6 +263,11 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
         raise SecateurError(f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or 'secateur sweep'")
     dense = [record for record in measured.values() if _is_dense(record)]
     pruned = [record for record in measured.values() if not _is_dense(record) and all(_said(_field(record, k)) == v for k, v in where.items())]
+    healed = [record for record in pruned if record.get("heal")]
+    if len(healed) < len(pruned):  # recovery is no part of a law of pruning
+        pruned = [record for record in pruned if not record.get("heal")]
+    else:
+        healed = []
     if where and not pruned:
         choices = "; ".join(f"{name}: {', '.join(sorted({_said(_field(r, name)) for r in measured.values() if not _is_dense(r)})) or 'none'}" for name in where)
         raise UsageError(f"no pruned record has {', '.join(f'{k}={v}' for k, v in where.items())} (there are {choices})")
@@ -278,7 +283,7 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
     if not with_value:
         model = _model(pruned[0]) if pruned else "the model"
         raise SecateurError(f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol")
-    points, said = [], []
+    points, said = [], [f"{_place(record)}: was healed; left out" for record in healed]
     for record in pruned:
         point = read(record)
         if point is None:

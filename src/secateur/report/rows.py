@@ -37,9 +37,10 @@ class Row:
     measuring: Record
 
     def get(self, name: str) -> Any:
-        """The field, of the pruning record where it has it; None where neither does."""
+        """The field, of the pruning record where it has it; None where neither does. A healed result has a method of its own."""
         value = self.pruning.get(name)
-        return self.measuring.get(name) if value is None else value
+        value = self.measuring.get(name) if value is None else value
+        return f"{value} + LoRA" if name == "method" and value and self.measuring.get("heal") else value
 
     def number(self, name: str) -> float | None:
         """The field, where it is a number."""

@@ -20,9 +20,9 @@ from secateur.models.save import disk
 
 
 def save_state(
-    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator, more: Mapping[str, Tensor], note: Mapping[str, Any]
+    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None, more: Mapping[str, Tensor], note: Mapping[str, Any]
 ) -> None:
-    """Write the state, whole or not at all: with `more` tensors, and a `note` of what JSON can say.
+    """Write the state, whole or not at all: with `more` tensors, and a `note` of what JSON can say. `noise` is None where nothing is drawn.
 
     Raises:
         SecateurError: the disk is full, or may not be written.
@@ -30,7 +30,7 @@ def save_state(
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
-    tensors |= {"noise": noise.get_state()} | {f"more.{name}": tensor for name, tensor in more.items()}
+    tensors |= ({} if noise is None else {"noise": noise.get_state()}) | {f"more.{name}": tensor for name, tensor in more.items()}
     temporary = file.with_suffix(".tmp")
     with disk(file.parent):
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"note": json.dumps(note)})
@@ -39,7 +39,7 @@ def save_state(
         temporary.rename(file)
 
 
-def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Put a saved state in place, and return what was saved with it: tensors and note."""
     with safe_open(file, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # the handle has no iterator
@@ -50,7 +50,8 @@ def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer,
         number, key = name.split(".")
         states.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
-    noise.set_state(tensors["noise"])
+    if noise is not None:
+        noise.set_state(tensors["noise"])
     return _under("more.", tensors), note
 
 

@@ -1,0 +1,1 @@
+"""Recovery: low-rank adapters learned on a pruned model, and merged into it."""

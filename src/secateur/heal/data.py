@@ -1,0 +1,71 @@
+"""What a pruned model is healed on: windows of text, or instructions with their answers.
+
+Shape letters: S examples, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from secateur.calibrate.backward import IGNORE
+from secateur.calibrate.data import alpaca_prompt, read_instructions
+from secateur.core.errors import SecateurError
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids and what is to be predicted, int64 [S, T] each. `label_ST` is `ids_ST` where a token counts, and `IGNORE` elsewhere."""
+
+    ids_ST: Tensor
+    label_ST: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count; the first of an example is given, not predicted."""
+        return int((self.label_ST[:, 1:] != IGNORE).sum())
+
+
+def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, seqlen: int, seed: int) -> Examples:
+    """Instructions with their answers, one an example, of which the answers alone count (and the end of text behind them).
+
+    Args:
+        spec: `alpaca`, or a `.json` file in Alpaca form.
+        tokenizer: of the model.
+        samples: how many are drawn.
+        seqlen: longer ones are cut off.
+        seed: of the draw.
+
+    Raises:
+        UsageError: the SPEC is no instruction data.
+        SecateurError: it has fewer examples than asked for whose answer begins within `seqlen` tokens.
+    """
+    found = read_instructions(spec)
+    rows: list[tuple[list[int], list[int]]] = []
+    for number in np.random.default_rng(seed).permutation(len(found)):
+        ids, given = _example(found[int(number)], tokenizer)
+        if given < min(len(ids), seqlen):
+            rows.append((ids[:seqlen], [IGNORE] * given + ids[given:seqlen]))
+        if len(rows) == samples:
+            break
+    if len(rows) < samples:
+        raise SecateurError(
+            f"{spec}: has {len(rows)} instructions whose answers begin within {seqlen} tokens, but {samples} are asked for; lower --samples, or raise --seqlen"
+        )
+    longest = max(len(ids) for ids, _ in rows)
+    ids_ST = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])  # what pads stands behind what counts, which attention does not reach
+    label_ST = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in rows])
+    return Examples(ids_ST, label_ST)
+
+
+def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """The tokens of a row, and how many of them are given."""
+    given: list[int] = tokenizer(alpaca_prompt({**row, "output": ""}), verbose=False)["input_ids"]
+    answer: list[int] = tokenizer(str(row["output"]), add_special_tokens=False, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return given + answer + end, len(given)

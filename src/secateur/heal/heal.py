@@ -1,0 +1,321 @@
+"""From a pruned checkpoint to a healed one: low-rank adapters are trained on it and merged, or kept apart.
+
+SliceGPT's published tables have LoRA of rank 32, alpha 10 (arXiv:2401.15024, section 4); LLM-Pruner's of rank 8, alpha 16 (arXiv:2305.11627).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.calibrate.data import check_ids, check_spec, holds_ids, ids_hash, same_text
+from secateur.core import records
+from secateur.core.device import resolve_device, resolve_dtype
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say, track
+from secateur.evaluate.evaluate import protocol_facts
+from secateur.evaluate.perplexity import perplexity
+from secateur.evaluate.protocols import Protocol, evaluation_windows, find_protocol, window_length
+from secateur.heal.data import Examples, answers_alone
+from secateur.heal.lora import Adapters, add_adapters, find_targets, merged, need_peft, recompute
+from secateur.heal.tune import SCHEDULES, Tuning, tune
+from secateur.models import card, runtime
+from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
+from secateur.models.pruned_config import stock_problem
+from secateur.models.save import CheckpointWriter, differing, refuse_existing, refuse_inside
+from secateur.models.view import ModelView
+from secateur.plan.plan import plan_json, read_plan_json
+from secateur.prune import identity, windows_of
+
+_TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
+_PLAN_TENSORS = "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """What the user asks of `heal`; the defaults of the command line are these.
+
+    Attributes:
+        model: the folder of a checkpoint that secateur wrote.
+        calibration: a text SPEC, or instruction data; None takes the text it was pruned with.
+        steps: of the optimiser.
+        batch: windows (or instructions) a step.
+        lr, schedule: the learning rate at its highest, and `cosine` or `constant` after the first twentieth.
+        weight_decay: of AdamW.
+        rank, alpha: of the adapters.
+        targets: which matrices get one: names as in `--modules`.
+        completion_only: of instruction data, learn the answers alone.
+        keep_adapter: write the adapter, in peft's form, instead of merging it.
+        samples, seqlen: windows and their length; seqlen None is min(1024, the model's maximum).
+        save_every: steps between two saves.
+        checkpointing: keep one activation a block and compute the others again: a third more time, much less memory.
+        text, protocol, limit: what perplexity is measured on before and after; see `EvalRequest`.
+    """
+
+    model: str
+    calibration: str | None = None
+    steps: int = 1000
+    batch: int = 4
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    rank: int = 32
+    alpha: float = 10.0
+    targets: Sequence[str] = ("all",)
+    completion_only: bool = False
+    keep_adapter: bool = False
+    samples: int = 1024
+    seqlen: int | None = None
+    save_every: int = 100
+    checkpointing: bool = True
+    seed: int = 0
+    text: str | None = None
+    protocol: str | None = None
+    limit: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request checked against its model."""
+
+    request: HealRequest
+    checkpoint: Checkpoint
+    plan: dict[str, Any]
+    targets: list[str]
+    spec: str
+    device: torch.device
+    dtype: torch.dtype
+    protocol: Protocol
+    held_out: list[Tensor]
+    examples: Examples
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, but for the learning rate, which may change where an interrupted run goes on."""
+        request, label_ST = self.request, self.examples.label_ST
+        names = ("steps", "batch", "schedule", "weight_decay", "rank", "alpha", "completion_only", "keep_adapter", "save_every", "seed")
+        return {
+            **{name: getattr(request, name) for name in names},
+            "targets": ",".join(request.targets),
+            "calibration": {"spec": self.spec, "samples": len(label_ST), "seqlen": label_ST.shape[1], "sha256": ids_hash(self.examples.ids_ST)},
+            "tokens": self.examples.tokens,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **({"before": self.plan["heal"]} if self.plan.get("heal") else {}),
+        }
+
+
+def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+    """Train adapters on a pruned checkpoint and write the result to `out`; returns the record, which is also appended to `records_file`.
+
+    Args:
+        request: what to do.
+        out: the folder to write: a checkpoint of the same shapes, or an adapter in peft's form.
+        resume: go on with an interrupted run, or one that diverged (then with a smaller learning rate).
+        overwrite: replace what is in `out`.
+        records_file: None is `records.jsonl` in the parent of `out`.
+
+    Raises:
+        UsageError, SecateurError: nothing that looks like a result is left behind.
+    """
+    started = time.perf_counter()
+    out = out.absolute()
+    records_file = records_file or out.parent / "records.jsonl"
+    finished = resume and (out / "plan.json").is_file()
+    if not finished:
+        refuse_existing(out, overwrite)
+    _check_request(request)
+    need_peft()
+    prepared = _prepare(request)
+    refuse_inside(out, {"the model": prepared.checkpoint.folder.resolve(), "the records": records_file})
+    settings = prepared.settings()
+    if finished:
+        if (found := _finished(out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
+            return found
+        refuse_existing(out, overwrite)
+    weights = {file for file, _ in prepared.checkpoint.index.values()}
+    journal = {"heal": settings, "source": identity(prepared.checkpoint)}
+    writer = CheckpointWriter(out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights))
+    try:
+        facts = _run(prepared, settings, writer)
+    except SecateurError:
+        if not writer.part(_TUNING).is_file():
+            writer.discard()
+        raise
+    record = {
+        "command": "heal",
+        "version": records.version(),
+        **{key: value for key, value in prepared.plan.items() if key not in ("format", "blocks")},
+        **facts,
+        "healed": prepared.request.model,
+        "ppl_protocol": protocol_facts(prepared.protocol, prepared.held_out),
+        "device": settings["device"],
+        "dtype": settings["dtype"],
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_rss_bytes": records.peak_rss_bytes(),
+        "versions": records.versions(),
+        "out": str(out),
+    }
+    records.append(records_file, record)
+    if not request.keep_adapter:
+        card.note_measurement(out, record)
+    return record
+
+
+def _check_request(request: HealRequest) -> None:
+    for name in ("steps", "batch", "rank", "samples", "save_every"):
+        if getattr(request, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(request, name)}: a count of at least 1 is needed")
+    for name in ("lr", "alpha"):
+        if not getattr(request, name) > 0:
+            raise UsageError(f"--{name} {getattr(request, name):g}: it must be above 0")
+    if request.schedule not in SCHEDULES:
+        raise UsageError(f"unknown --schedule '{request.schedule}' (allowed: {', '.join(SCHEDULES)})")
+    if request.limit is not None and request.limit < 1:
+        raise UsageError(f"--limit {request.limit}: at least one window is needed")
+    if request.calibration is not None:
+        check_spec(request.calibration)
+
+
+def _prepare(request: HealRequest) -> _Prepared:
+    checkpoint = open_checkpoint(request.model)
+    plan = read_plan_json(checkpoint.folder)
+    if plan is None:
+        raise UsageError(f"'{request.model}' has no plan.json: it was not written by secateur; heal mends what 'secateur prune' made")
+    targets = find_targets(checkpoint.view(), request.targets)
+    bundled = plan["model"] == BUNDLED
+    spec = request.calibration or (plan["calibration"] or {}).get("spec") or ("builtin" if bundled else None)
+    if spec is None:
+        raise UsageError("--calibration SPEC is missing: the text to heal on (the pruning itself needed none)")
+    longest = checkpoint.max_length()
+    seqlen = min(1024, longest) if request.seqlen is None else request.seqlen
+    if not 1 < seqlen <= longest:
+        raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
+    protocol = find_protocol(request.protocol, request.text, bundled=bundled)
+    tokenizer = None if holds_ids(protocol.spec) else checkpoint.tokenizer()
+    held_out = evaluation_windows(protocol, window_length(protocol, None, longest), tokenizer, request.text_field)[: request.limit]
+    if same_text(spec, protocol.spec):
+        say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
+    if request.completion_only:
+        examples = answers_alone(spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed)
+    else:
+        ids_ST = windows_of(checkpoint, spec, samples=request.samples, seqlen=seqlen, seed=request.seed, text_field=request.text_field)
+        examples = Examples(ids_ST, ids_ST)
+    for ids, where in ((examples.ids_ST, spec), *((window, protocol.spec) for window in held_out)):
+        check_ids(ids, checkpoint.config.vocab_size, longest, where)
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
+    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
+
+
+def _finished(out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
+    """The record of a run that was complete already; None to measure, or to start, again."""
+    made = read_plan_json(out)
+    assert made is not None
+    if difference := differing(made.get("heal") or {}, settings):
+        if overwrite:
+            return None
+        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
+    found = [r for r in records.read([records_file]) if r.get("command") == "heal" and r.get("out") == str(out)] if records_file.is_file() else []
+    if not found:
+        raise SecateurError(
+            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', or start again with --overwrite"
+        )
+    say(f"{out}: already there")
+    return found[-1]
+
+
+def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
+    """The work. Returns what the record says of it."""
+    request, checkpoint = prepared.request, prepared.checkpoint
+    model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
+    if not writer.has(_BEFORE):
+        writer.write(_BEFORE, {}, {"ppl": perplexity(model, prepared.held_out).ppl})
+    before = writer.read_note(_BEFORE)["ppl"]
+    adapters = add_adapters(model, prepared.targets, rank=request.rank, alpha=request.alpha, seed=request.seed, masked=not request.keep_adapter)
+    if request.checkpointing:
+        recompute(model.get_submodule(checkpoint.view().family.blocks).children())
+    how = Tuning(request.steps, request.batch, request.lr, request.schedule, request.weight_decay, request.save_every, request.seed)
+    trainable = adapters.trainable
+    say(f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {before:.4f}")
+    seen = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
+    done = {**settings, "lr": request.lr, "trainable": sum(p.numel() for p in trainable), "losses": [look["loss"] for look in _thinned(seen)]}
+    rates = sorted({look["lr"] for look in seen}, reverse=True)
+    heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
+    if request.keep_adapter:
+        after = perplexity(model, prepared.held_out).ppl
+        facts: dict[str, Any] = {"heal": heal_facts}
+        _write_adapter(prepared, adapters, facts, writer)
+    else:
+        facts = {"heal": heal_facts, "nonzero_after": _write_merged(prepared, adapters, writer)}
+        _finish(prepared, facts, writer)
+        del model, adapters, trainable
+        after = perplexity(_reload(prepared, writer.out), prepared.held_out).ppl
+    return {**facts, "ppl_before": before, "ppl": after}
+
+
+def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:
+    return load_model(open_checkpoint(str(out)), device=prepared.device, dtype=prepared.dtype)
+
+
+def _thinned(seen: list[dict[str, float]], most: int = 50) -> list[dict[str, float]]:
+    """Some of the looks, the last one among them."""
+    every = -(-len(seen) // most)
+    return seen[::-1][::every][::-1]
+
+
+def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
+    """Every tensor, with its update where it has one, a block at a time. Returns how many weights are not zero."""
+    view = prepared.checkpoint.view()
+    nonzero = 0
+    for part, names in track(list(_parts(view).items()), "heal: merging"):
+        tensors = {}
+        for name in names:
+            tensor, path = view.source.read(name), name.removesuffix(".weight")
+            tensors[name] = merged(tensor, adapters.delta(path).to(tensor.device)) if path in adapters.layers and name.endswith(".weight") else tensor
+        nonzero += sum(int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name))
+        writer.write(part, tensors)
+    return nonzero
+
+
+def _parts(view: ModelView) -> dict[str, list[str]]:
+    """Part of the checkpoint -> its tensors; the parts and their order are those of `prune`."""
+    names, prefixes = view.source.names(), [view.block_prefix(index) for index in range(view.blocks)]
+    blocks = {f"block-{index:05}": [name for name in names if name.startswith(prefix)] for index, prefix in enumerate(prefixes)}
+    return {f"outer-{name}": [name] for name in view.outer_names()} | blocks
+
+
+def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter) -> None:
+    checkpoint, view = prepared.checkpoint, prepared.checkpoint.view()
+    problem = stock_problem(view.raw_config, view.family, [view.dims(index) for index in range(view.blocks)])
+    files = _words(prepared, facts, problem)
+    if problem:
+        files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
+    if (plan_tensors := checkpoint.folder / _PLAN_TENSORS).is_file():
+        with writer.disk():
+            (writer.partial / _PLAN_TENSORS).write_bytes(plan_tensors.read_bytes())
+    writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files)
+
+
+def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
+    """The plan and the card: what the pruning said, and the healing."""
+    plan = {**prepared.plan, **facts}
+    content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
+    return {"README.md": card.model_card(prepared.checkpoint, plan, plan, problem), "plan.json": plan_json(content, plan["blocks"])}
+
+
+def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
+    """peft's own form: `PeftModel.from_pretrained(model, OUT)` puts it on the checkpoint it was trained for."""
+    adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
+    with writer.disk():
+        adapters.peft.save_pretrained(writer.partial, safe_serialization=True)
+    writer.publish(_words(prepared, facts, None))

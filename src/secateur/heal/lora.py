@@ -1,0 +1,134 @@
+"""Low-rank adapters (arXiv:2106.09685) by peft, on any model that secateur writes, and their merge into sparse weights.
+
+    W + M * (alpha / r) B A        M is 0 where W is 0, and 1 elsewhere
+
+What was pruned stays pruned: a weight that is zero, in whatever pattern, gets no update. The forward uses the masked update while it learns, so that what is
+merged is what was trained. An adapter that is kept apart is peft's own, without the mask, since others load it so.
+
+Shape letters: O outputs, I inputs, R rank, B T tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from secateur.core.errors import SecateurError, UsageError
+from secateur.models.family import CANONICAL, Family
+from secateur.models.view import ModelView
+from secateur.plan.rates import matching
+
+_ADAPTER = "default"  # peft's name for the only one
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A model with adapters.
+
+    Attributes:
+        peft: peft's wrapper; the model inside has its linear modules replaced.
+        layers: path of a linear module in the model -> its layer.
+    """
+
+    peft: Any
+    layers: Mapping[str, Any]
+
+    @property
+    def trainable(self) -> nn.ParameterList:
+        """A and B of every layer."""
+        return nn.ParameterList([layer[_ADAPTER].weight for path in self.layers for layer in (self.layers[path].lora_A, self.layers[path].lora_B)])
+
+    def delta(self, path: str) -> Tensor:
+        """(alpha / r) B A of a module [O, I], float32."""
+        return _delta(self.layers[path]).detach()
+
+
+def find_targets(view: ModelView, names: Sequence[str]) -> list[str]:
+    """The paths of the linear modules that get adapters.
+
+    Args:
+        view: the model.
+        names: as in `--modules`: canonical names, `attention`, `mlp`, `all`, the family's own names, or globs. A module that several matrices are fused in
+            is taken whole.
+
+    Raises:
+        UsageError: a name matches nothing.
+    """
+    family, found = view.family, set()
+    for name in names:
+        here = {(index, family.matrices[m]) for index in range(view.blocks) for m in matching(family, index, name)}
+        if not here:
+            raise UsageError(f"--targets: '{name}' matches no linear module of family {family.name} ({_known(family)})")
+        found |= here
+    order = list(dict.fromkeys(family.matrices.values()))
+    return [f"{family.blocks}.{index}.{path}" for index, path in sorted(found, key=lambda at: (at[0], order.index(at[1])))]
+
+
+def _known(family: Family) -> str:
+    own = sorted({path.rpartition(".")[2] for path in family.matrices.values()})
+    return f"known: {', '.join([*(n for n in CANONICAL if n in family.matrices), 'attention', 'mlp', 'all', *own])}, or a glob"
+
+
+def need_peft() -> None:
+    """Raises SecateurError where peft is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise SecateurError("heal needs peft, which is not installed: pip install 'secateur[heal]'") from None
+
+
+def add_adapters(model: PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, masked: bool) -> Adapters:
+    """Put adapters on a model, in place; all else is frozen.
+
+    Args:
+        model: the model, on its device.
+        targets: paths of linear modules.
+        rank, alpha: r, and the scale's numerator.
+        seed: of A; B begins at zero, so that the function is the model's own.
+        masked: keep zeros zero.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none", task_type="CAUSAL_LM")  # type: ignore[arg-type]  # a fraction serves as well
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, config)
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in targets}
+    if masked:
+        for layer in layers.values():
+            layer.forward = partial(_masked_forward, layer)
+    return Adapters(wrapped, layers)
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Keep one activation a block, and compute the others again in the backward pass."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def merged(weight_OI: Tensor, delta_OI: Tensor) -> Tensor:
+    """The weight with its update, in its own dtype; zeros keep their bits."""
+    updated_OI = (weight_OI.to(delta_OI.dtype) + delta_OI).to(weight_OI.dtype)
+    return torch.where(weight_OI == 0, weight_OI, updated_OI)
+
+
+def _delta(layer: Any) -> Tensor:
+    delta_OI: Tensor = layer.lora_B[_ADAPTER].weight @ layer.lora_A[_ADAPTER].weight * layer.scaling[_ADAPTER]
+    return delta_OI
+
+
+def _masked_forward(layer: Any, x_BTI: Tensor) -> Tensor:
+    weight_OI = layer.base_layer.weight
+    delta_OI = _delta(layer) * (weight_OI != 0)
+    base_BTO: Tensor = layer.base_layer(x_BTI)
+    return base_BTO + linear(x_BTI, delta_OI.to(x_BTI.dtype))

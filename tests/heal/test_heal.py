@@ -1,0 +1,214 @@
+"""Healing: what a merge gives, zeros that stay zero, runs that go on, and what is refused."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from secateur import api
+from secateur.evaluate.perplexity import perplexity
+from secateur.heal import tune as tuning
+from secateur.calibrate.backward import IGNORE
+from secateur.heal.data import answers_alone
+from secateur.heal.lora import add_adapters, merged
+from secateur.report.rows import collect
+from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
+
+ASKED: dict[str, dict[str, Any]] = {
+    "wanda": {"sparsity": 0.5},
+    "slicegpt": {"sparsity": 0.25},
+    "disp_llm": {"sparsity": 0.2, "options": {"steps": 2}},
+}
+CASES = [(m, f) for i, f in enumerate(FAMILY_TYPES) for j, m in enumerate(ASKED) if (i + j) % 2 == 0]  # every family with a runtime model, every method twice
+
+
+@pytest.fixture
+def pruned(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
+    """Prunes a tiny model: `pruned("opt", "wanda")`."""
+
+    def prune(model_type: str, method: str, **how: Any) -> Path:
+        out = tmp_path / f"{method}-{model_type}"
+        asked = how or ASKED[method]
+        api.prune(api.Request(str(saved(model_type, dtype=torch.bfloat16)), method, calibration=ids_file, **asked), out)
+        return out
+
+    return prune
+
+
+@pytest.fixture
+def quick(ids_file: str) -> api.HealRequest:
+    return api.HealRequest("", ids_file, steps=4, batch=2, lr=1e-2, rank=4, seqlen=20, save_every=2, text=ids_file)
+
+
+@pytest.mark.parametrize(("method", "model_type"), CASES)
+def test_healing_trains_what_it_writes(method: str, model_type: str, pruned: Callable[..., Path], quick: api.HealRequest, windows: Any, tmp_path: Path) -> None:
+    """Perplexity falls (the tiny model is healed on what it is measured on), and the record, the plan and the files agree; zeros are the same bits."""
+    folder = pruned(model_type, method)
+    record = api.heal(replace(quick, model=str(folder)), tmp_path / "healed")
+    assert record["ppl"] < record["ppl_before"]
+    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (folder, tmp_path / "healed"))
+    assert type(before) is type(after)
+    assert after.dtype == torch.bfloat16
+    assert perplexity(after.float(), list(windows)).ppl == pytest.approx(record["ppl"], rel=1e-6)
+    changed = 0
+    for name, tensor in after.state_dict().items():
+        old = before.state_dict()[name]
+        assert tensor.shape == old.shape
+        assert bool((tensor[old == 0] == 0).all()), f"{name}: zeros are no longer zero"
+        changed += not torch.equal(tensor.to(old.dtype), old)
+    view = api.view_model(before)
+    assert changed == view.blocks * len(set(view.family.matrices.values()))
+    plan, pruning = (json.loads((path / "plan.json").read_text()) for path in (tmp_path / "healed", folder))
+    assert (plan["method"], plan["blocks"], plan["heal"]["rank"]) == (method, pruning["blocks"], 4)
+    assert api.read_plan(tmp_path / "healed").blocks == api.read_plan(folder).blocks
+    assert record["nonzero_after"] == plan["nonzero_after"] == sum(int(p.count_nonzero()) for p in after.parameters())
+    measured = api.evaluate(api.EvalRequest(str(tmp_path / "healed"), text=quick.text))
+    assert measured["heal"] == plan["heal"]
+    assert [row.get("method") for row in collect([measured])] == [f"{method} + LoRA"]
+    assert "| healed | LoRA of rank 4" in (tmp_path / "healed" / "README.md").read_text()
+
+
+def test_n_of_m_stays(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
+    folder = pruned("phi3", "wanda", pattern="2:4")
+    api.heal(replace(quick, model=str(folder)), tmp_path / "healed")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    for path in ("self_attn.qkv_proj", "mlp.down_proj"):
+        weight = model.get_submodule(f"model.layers.1.{path}").weight
+        assert int((weight.view(-1, 4) != 0).sum(1).max()) == 2
+
+
+def test_the_masked_forward_is_that_of_the_merged_weights() -> None:
+    model, other = (tiny_model("llama", dtype=torch.float64) for _ in range(2))
+    path = "model.layers.1.mlp.up_proj"
+    for each in (model, other):
+        each.get_submodule(path).weight.data[:, ::2] = 0
+    adapters = add_adapters(model, [path], rank=3, alpha=6, seed=0, masked=True)
+    torch.testing.assert_close(model(some_ids()).logits, other(some_ids()).logits)
+    for parameter in adapters.trainable:
+        parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    weight = other.get_submodule(path).weight
+    left, right = (adapters.layers[path].lora_B["default"].weight, adapters.layers[path].lora_A["default"].weight)
+    expected = weight + (weight != 0) * (left @ right * 2.0)
+    weight.data = merged(weight.data, adapters.delta(path))
+    torch.testing.assert_close(weight.data, expected.data)
+    torch.testing.assert_close(model(some_ids()).logits, other(some_ids()).logits)
+
+
+def test_a_resumed_run_has_the_same_bytes(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(quick, model=str(pruned("llama", "slicegpt")))
+    whole = api.heal(request, tmp_path / "whole")
+    count, real = [0], tuning.next_token_loss
+
+    def interrupted(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "next_token_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            api.heal(request, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    resumed = api.heal(request, tmp_path / "resumed", resume=True)
+    assert resumed["ppl"] == whole["ppl"]
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "resumed").iterdir())
+    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "resumed", names, shallow=False)[1:] == ([], [])
+    assert api.heal(request, tmp_path / "resumed", resume=True) == resumed | {"seconds": resumed["seconds"]}
+    with pytest.raises(api.UsageError, match=r"had lr = 0\.01"):
+        api.heal(replace(request, lr=0.02), tmp_path / "resumed", resume=True)
+
+
+def test_divergence_keeps_the_last_good_state(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = replace(quick, model=str(pruned("llama", "wanda")))
+    count, real = [0], tuning.next_token_loss
+
+    def broken(*args: Any) -> Any:
+        count[0] += 1
+        return real(*args) * (float("nan") if count[0] == 3 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "next_token_loss", broken)
+        with pytest.raises(api.SecateurError, match=r"not finite .* by step 4; the state of step 2 is kept: .* --resume and a smaller --lr"):
+            api.heal(request, tmp_path / "healed")
+    assert not (tmp_path / "healed").exists()
+    record = api.heal(replace(request, lr=5e-3), tmp_path / "healed", resume=True)
+    assert record["heal"]["lrs"] == [1e-2, 5e-3]
+    assert record["ppl"] < record["ppl_before"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "next_token_loss", lambda *given: real(*given) + next(rises))
+        rises = iter([0.0, 0.0, 5.0, 5.0])
+        with pytest.raises(api.SecateurError, match=r"rose to .* from .* by step 4; the state of step 2 is kept"):
+            api.heal(request, tmp_path / "risen")
+        patch.setattr(tuning, "next_token_loss", lambda *given: real(*given) * float("inf"))
+        with pytest.raises(api.SecateurError, match=r"not finite .* by step 2; use a smaller --lr"):
+            api.heal(request, tmp_path / "hopeless")
+    assert not list(tmp_path.glob("hopeless*"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for a property by its old name
+def test_an_adapter_kept_apart_loads_with_peft(pruned: Callable[..., Path], quick: api.HealRequest, windows: torch.Tensor, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = pruned("opt", "disp_llm")
+    record = api.heal(replace(quick, model=str(folder), keep_adapter=True, targets=("q", "mlp")), tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    healed = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+    assert perplexity(healed, list(windows)).ppl == pytest.approx(record["ppl"], rel=1e-5)
+    assert record["ppl"] < record["ppl_before"]
+    with pytest.raises(api.SecateurError, match="holds a LoRA adapter, not a model"):
+        api.evaluate(api.EvalRequest(str(tmp_path / "adapter")))
+
+
+def test_answers_alone_count(tmp_path: Path) -> None:
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+    rows = [{"instruction": "add", "input": "1 1", "output": "two"}, {"instruction": "say", "output": "hello"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = answers_alone(str(tmp_path / "rows.json"), Letters(), samples=2, seqlen=200, seed=0)  # type: ignore[arg-type]
+    said = sorted("".join(chr(i) for i in label[label != IGNORE].tolist()) for label in found.label_ST)
+    assert said == ["hello\0", "two\0"]
+    assert found.tokens == len("hello\0two\0")
+    text = "".join(chr(i) for i in found.ids_ST[0].tolist()[1:]).rstrip("\0")
+    assert text.startswith("### Instruction:\n")
+    with pytest.raises(api.SecateurError, match="0 instructions whose answers begin within 5 tokens, but 2"):
+        answers_alone(str(tmp_path / "rows.json"), Letters(), samples=2, seqlen=5, seed=0)  # type: ignore[arg-type]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    with pytest.raises(api.SecateurError, match=r"rows need the fields 'instruction' and 'output' .*has prompt, completion"):
+        answers_alone(str(tmp_path / "rows.jsonl"), Letters(), samples=1, seqlen=5, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"targets": ("q", "experts")}, r"--targets: 'experts' matches no linear module of family llama \(known: q, k, v, o, gate"),
+        ({"rank": 0}, "--rank 0: a count of at least 1"),
+        ({"schedule": "linear"}, r"unknown --schedule 'linear' \(allowed: cosine, constant\)"),
+        ({"calibration": "builtin", "completion_only": True}, "no tokenizer|holds no instructions"),
+        ({"seqlen": 9999}, r"--seqlen 9999 is outside \[2, 64\]"),
+    ],
+)
+def test_wrong_requests_are_refused_before_the_work(
+    wrong: dict[str, Any], words: str, pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path
+) -> None:
+    with pytest.raises(api.SecateurError, match=words):
+        api.heal(replace(quick, model=str(pruned("llama", "wanda")), **wrong), tmp_path / "healed")
+    assert not list(tmp_path.glob("healed*"))
+
+
+def test_a_model_of_others_is_refused(saved: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
+    with pytest.raises(api.UsageError, match=r"has no plan.json: it was not written by secateur"):
+        api.heal(replace(quick, model=str(saved("llama"))), tmp_path / "healed")
