@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur import api
+from secateur.calibrate.backward import IGNORE
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal import tune as tuning
-from secateur.calibrate.backward import IGNORE
 from secateur.heal.data import answers_alone
 from secateur.heal.lora import add_adapters, merged
 from secateur.report.rows import collect

@@ -18,6 +18,7 @@ from secateur.calibrate.backward import IGNORE
 from secateur.calibrate.data import alpaca_prompt, read_instructions
 from secateur.core.errors import SecateurError
 
+
 @dataclass(frozen=True)
 class Examples:
     """Token ids and what is to be predicted, int64 [S, T] each. `label_ST` is `ids_ST` where a token counts, and `IGNORE` elsewhere."""

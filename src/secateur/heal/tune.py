@@ -45,9 +45,7 @@ def rate_at(step: int, how: Tuning) -> float:
     return how.lr * rise * (1.0 if how.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / how.steps)))
 
 
-def tune(
-    model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples, how: Tuning, state: Path
-) -> list[dict[str, float]]:
+def tune(model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples, how: Tuning, state: Path) -> list[dict[str, float]]:
     """Train in place.
 
     Args:
