@@ -18,6 +18,7 @@ from secateur.report.layers import Layers
 from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, plain, png
 
 MAXIMUM = 6
+_SHARES = (0, 0.25, 0.5, 0.75, 1)
 _NUMBERED = 12  # blocks up to which the panels have room for numbers
 
 
@@ -67,7 +68,8 @@ def _caption(layers: Sequence[Layers]) -> str:
     if any(not plan.kept for plan in layers):
         said.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
     if any(plan.kept for plan in layers):
-        said.append("Lines are the kept share of feed-forward units (ffn) and of key-value heads with their query heads (groups); numbers are widths.")
+        said.append("Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads (groups), and of the features of the")
+        said.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
     return " ".join(said)
 
 
@@ -103,17 +105,19 @@ def _heat_map(axes: Axes, plan: Layers, scale: Normalize) -> AxesImage:
 
 
 def _widths(axes: Axes, plan: Layers) -> None:
+    few = len(plan.parts) <= 2
     for part, colour, marker in zip(plan.parts, COLOURS, MARKERS, strict=False):
         shares, most = [kept / of for kept, of in plan.kept[part]], max(of for _, of in plan.kept[part])
-        axes.plot(shares, color=colour, marker=marker, markersize=4, linewidth=1.4, label=f"{plain(part)}, of {most:,}")
-    if plan.blocks <= _NUMBERED:
+        axes.plot(shares, color=colour, marker=marker, markersize=4, linewidth=1.4, label=f"{plain(part)}, of {most:,}" if few else plain(part))
+    if few and plan.blocks <= _NUMBERED:
         _number_widths(axes, plan)
-    axes.set_ylim(0, 1.18)
+    axes.set_ylim(0, 1.18 if few else 1.6)
+    axes.set_yticks(_SHARES)
     axes.set_ylabel("kept", fontsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False, loc="lower left", ncols=len(plan.parts))
+    axes.legend(fontsize=7 if few else 6.5, frameon=False, loc="lower left" if few else "upper left", ncols=min(3, len(plan.parts)), columnspacing=1.0)
 
 
 def _number_widths(axes: Axes, plan: Layers) -> None:

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from secateur.core.errors import SecateurError
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
-from secateur.report import block_plots, law_plots, laws, plots, tables, words
+from secateur.report import block_plots, law_plots, laws, learned, learned_plots, plots, tables, words
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import Group, Row, collect, group, task_names
@@ -34,12 +34,14 @@ class Findings:
         groups: the rows by what may be compared; plots and the headline are about the first.
         layers: what was removed block by block, of the runs whose folder is still there.
         laws: fits to the curves of the first group.
+        learned: the runs of the first group whose selections were learned.
     """
 
     rows: list[Row]
     groups: list[Group]
     layers: list[Layers]
     laws: list[laws.Law]
+    learned: list[learned.Run]
 
     @property
     def main(self) -> Group:
@@ -58,8 +60,13 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     """
     rows = collect(records)
     groups = group(rows)
-    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(groups[0].rows)))
-    drawn = {"curves": _curves(findings), "laws": _laws(findings), "blocks": _blocks(findings)}
+    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(groups[0].rows)), learned.learned(groups[0].rows))
+    drawn = {
+        "curves": _curves(findings),
+        "laws": _laws(findings),
+        "blocks": _blocks(findings),
+        "learned": learned_plots.pictures(findings.learned, groups[0]),
+    }
     pictures = [picture for several in drawn.values() for picture in several]
     page = _render(findings, drawn, title, others=_others(records))
     folder = out.parent / f"{out.stem}-plots"
@@ -125,6 +132,7 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
         laws={"table": laws.table(findings.laws), "verdicts": laws.verdicts(findings.laws)} if findings.laws else None,
         undrawn_laws=max(0, len(findings.laws) - laws.MAXIMUM),
         published=[row for row in TABLE_3 if row.kind == "ppl"],
+        learned=_learned(findings),
         uniform=uniform,
         undrawn=max(0, len(findings.layers) - len(uniform) - block_plots.MAXIMUM),
         samples=[_sample(row) for row in findings.rows if row.part("shift").get("sample") is not None],
@@ -133,6 +141,25 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
         settings=tables.settings(findings.rows),
         versions=tables.versions(findings.rows),
     )
+
+
+def _learned(findings: Findings) -> dict[str, Any] | None:
+    """The tables of what was learned, and those of the paper."""
+    runs = findings.learned
+    if not runs:
+        return None
+    return {
+        "tables": [
+            (name, found)
+            for name, found in (
+                ("Perplexity by variant", learned.table(runs)),
+                ("The weight of the budget term", learned.strength_table(runs)),
+                ("What learning took", learned.cost_table(runs)),
+            )
+            if found is not None
+        ],
+        "printed": learned.printed(runs),
+    }
 
 
 def _measured(findings: Findings) -> dict[str, Any]:
