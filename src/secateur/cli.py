@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import launched, speaks
 
 if TYPE_CHECKING:
     from secateur.core.records import Record
@@ -97,7 +98,7 @@ def prune(
             raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
         _print(api.prune(request, out, resume=resume, overwrite=overwrite, records_file=records), json)
 
-    _guard(run, debug, resume=RESUME)
+    _guard(run, debug, resume=RESUME, together=True)
 
 
 @app.command(name="eval")
@@ -449,8 +450,10 @@ def _api() -> Any:
     return api
 
 
-def _guard(run: Callable[[], None], debug: bool, *, resume: str = "nothing was written") -> None:
-    """Run a command and turn failures into one line and an exit status."""
+def _guard(run: Callable[[], None], debug: bool, *, resume: str = "nothing was written", together: bool = False) -> None:
+    """Run a command and turn failures into one line and an exit status. `together`: it may run in several processes."""
+    if launched() and not together:
+        _stop("error: torchrun: `secateur prune` alone can use several processes; start this command without it", USAGE)
     try:
         run()
     except KeyboardInterrupt:
@@ -458,6 +461,8 @@ def _guard(run: Callable[[], None], debug: bool, *, resume: str = "nothing was w
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if not speaks() and not isinstance(error, SecateurError):  # the failure of one process; those that all share the first one tells
+            typer.echo(f"process {os.environ['RANK']}: {_words(error)}", err=True)
         _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
 
 
@@ -480,7 +485,8 @@ def _stop(line: str, status: int) -> NoReturn:
 
 
 def _tell(line: str) -> None:
-    typer.echo(line, err=True)
+    if speaks():
+        typer.echo(line, err=True)
 
 
 def _show(table: Any) -> None:
@@ -490,6 +496,8 @@ def _show(table: Any) -> None:
 
 
 def _print(record: Record, as_json: bool) -> None:
+    if not speaks():
+        return
     if as_json:
         _emit(record)
         return
@@ -549,3 +557,7 @@ def _options(given: list[str] | None, option: str = "--set") -> dict[str, str]:
 def main() -> None:
     """The `secateur` command."""
     app()
+
+
+if __name__ == "__main__":  # torchrun -m secateur.cli prune ...
+    main()

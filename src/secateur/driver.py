@@ -157,7 +157,7 @@ def pruned_blocks(
         assert stream is not None
         yield from _rotated_blocks(job, stream, watch, finished)
         return
-    plans = _whole_model_plan(job, windows, watch) if job.whole_model else None
+    plans = whole_model_plan(job, windows, watch) if job.whole_model else None
     for index in range(job.view.blocks):
         done = finished(index)
         if done is None:
@@ -253,7 +253,8 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
     return (basis_DW @ basis_DW.t()).to(stream.device, stream.dtype)
 
 
-def _whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
+def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
+    """The plans of all blocks, made at once."""
     assert job.method.plan_model is not None
     run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes, job.spill)
     with watch("selection"):

@@ -18,11 +18,12 @@ from secateur.calibrate.data import calibration_windows, check_ids, check_spec, 
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
+from secateur.core.distributed import on_first, processes, rank, size
 from secateur.core.errors import HopelessError, UsageError
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after, family_after
-from secateur.driver import Job, make_job, pruned_blocks
+from secateur.driver import Job, make_job, pruned_blocks, whole_model_plan
 from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
@@ -201,8 +202,11 @@ def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, 
     return windows
 
 
+@processes()
 def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
     """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
+
+    Started by torchrun, a method that learns does so in all processes together; the first writes, and the others return an empty record.
 
     Args:
         request: what to do.
@@ -221,14 +225,19 @@ def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool 
     if not finished:
         refuse_existing(out, overwrite)
     prepared = prepare(request)
+    _refuse_together(prepared)
     _refuse_out(prepared, out, records_file)
     watch = Stopwatch()
     with watch("text"):
         windows = read_windows(prepared)
     settings = prepared_settings(prepared, windows)
-    if finished and (record := _finished(out, settings, records_file, overwrite)) is not None:
-        return record
-    facts, stock, buffer_bytes = _run(prepared, windows, settings, out, watch, resume=resume, overwrite=overwrite)
+    if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
+        return record if rank() == 0 else {}
+    writer, buffer_bytes = on_first(lambda: _writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite))
+    if rank() > 0:
+        whole_model_plan(replace(prepared.job, checkpoint=writer.part(_LEARNING)), windows, watch)
+        return {}
+    facts, stock = _run(prepared, windows, settings, writer, watch)
     record = {
         "command": "prune",
         "version": records.version(),
@@ -278,14 +287,27 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
     return record
 
 
-def _run(
-    prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], out: Path, watch: Stopwatch, *, resume: bool, overwrite: bool
-) -> tuple[dict[str, Any], bool, int]:
-    """The work: blocks, the rest, the finish. Returns the facts, whether the result is stock, and the size of the activation buffer."""
+def _refuse_together(prepared: Prepared) -> None:
+    """What several processes cannot do together."""
+    if size() > 1 and not prepared.job.learns:
+        raise UsageError(f"torchrun: {prepared.job.method.name} works in one process, at this sparsity; start it without torchrun")
+    if size() > 1 and prepared.device.index is not None:
+        raise UsageError(f"torchrun: --device {prepared.device} is one device for {size()} processes; use --device {prepared.device.type}")
+
+
+def _writer(
+    prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool
+) -> tuple[CheckpointWriter, int]:
+    """What writes the result, and the size of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
     buffer = 0 if windows is None or not prepared.job.streams else windows.numel() * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
-    writer = CheckpointWriter(out, {**settings, "source": identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed)
+    return CheckpointWriter(out, {**settings, "source": identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed), buffer
+
+
+def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:
+    """The work: blocks, the rest, the finish. Returns the facts, and whether the result is stock."""
+    checkpoint, view = prepared.checkpoint, prepared.job.view
     stream = None
     if windows is not None and prepared.job.streams:
         with watch("forward"), writer.disk():
@@ -305,7 +327,7 @@ def _run(
         if problem:
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
         writer.finish(weights, [_plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
-    return facts, problem is None, buffer
+    return facts, problem is None
 
 
 @dataclass

@@ -21,9 +21,9 @@ from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, MODEL_TYPES, some_ids,
 CPU = torch.device("cpu")
 
 
-def masked_of(model: Any, form: str = SELECT_FORMS[0], *, constrained: bool = False, dtype: torch.dtype = torch.float64) -> MaskedModel:
+def masked_of(model: Any, form: str = SELECT_FORMS[0], *, dtype: torch.dtype = torch.float64, **how: bool) -> MaskedModel:
     view = api.view_model(model)
-    return MaskedModel(view, find_structures(view, constrained=constrained, form=form, whole=True), form, device=CPU, dtype=dtype)
+    return MaskedModel(view, find_structures(view, constrained=False, form=form, whole=True), form, device=CPU, dtype=dtype, **how)
 
 
 def random_gates(count: int, seed: int = 0) -> Tensor:
@@ -144,6 +144,42 @@ def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(model_typ
         slopes.append((found.detach().double(), gate.grad))
     exact = dtype == torch.float64
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9 if exact else 0.1, atol=1e-12 if exact else 0.05)
+
+
+def loss_and_slope(masked: MaskedModel) -> tuple[Tensor, Tensor, int]:
+    """With the bytes that are kept for the way back, weights aside."""
+    weights, kept = {p.data_ptr() for p in masked.model.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    gate = random_gates(sum(masked.structures.widths)).float().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = masked.loss(some_ids(3, 11), gate)
+    (slope,) = torch.autograd.grad(found, gate)
+    return found.detach(), slope, sum(kept.values())
+
+
+@pytest.mark.parametrize("form", SELECT_FORMS)
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_running_blocks_again_gives_the_same_bytes_and_keeps_less(model_type: str, form: str) -> None:
+    model = tiny_model(model_type)
+    (loss, slope, kept), (loss_again, slope_again, kept_again) = (
+        loss_and_slope(masked_of(model, form, dtype=torch.float32, checkpointing=again)) for again in (False, True)
+    )
+    assert torch.equal(loss, loss_again)
+    assert torch.equal(slope, slope_again)
+    assert kept_again < kept / 4
+
+
+def test_products_in_bfloat16_give_nearly_the_same_gradient() -> None:
+    model = tiny_model("llama")
+    (loss, slope, _), (loss_narrow, slope_narrow, _) = (loss_and_slope(masked_of(model, dtype=torch.float32, autocast=narrow)) for narrow in (False, True))
+    assert 0 < abs(loss - loss_narrow) < 0.01 * loss
+    assert slope_narrow.dtype == torch.float32
+    assert 0.999 < torch.cosine_similarity(slope, slope_narrow, dim=0) < 1
 
 
 @pytest.mark.parametrize("kind", HYPERNETWORKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -16,7 +17,9 @@ def track(items: Iterable[T], description: str, total: int | None = None, status
     """Yield the items and show how many are done, the time left, and what `status` says; `total` defaults to `len(items)` where it has one."""
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if sys.stderr.isatty():
+    if not speaks():
+        yield from items
+    elif sys.stderr.isatty():
         yield from _bar(items, description, total, status)
     else:
         yield from _lines(items, description, total, status)
@@ -24,7 +27,18 @@ def track(items: Iterable[T], description: str, total: int | None = None, status
 
 def say(line: str) -> None:
     """One line for the user, on stderr (stdout is for results)."""
-    print(line, file=sys.stderr, flush=True)
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process tells the user anything: of several, the first alone does."""
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def _bar(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:

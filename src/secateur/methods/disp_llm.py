@@ -14,10 +14,13 @@ selected; `norm=selected` is the paper's order. The constrained variant shares o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from secateur.core.distributed import size
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
@@ -37,7 +40,14 @@ DEMO: list[dict[str, object]] = []
 MOST = 0.95
 
 _FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
-_CHOICES = {"gate": GATES, "hypernetwork": HYPERNETWORKS, "norm": tuple(_FORMS), "budget": ("model", "blocks"), "cut": ("budget", "half")}
+_CHOICES = {
+    "gate": GATES,
+    "hypernetwork": HYPERNETWORKS,
+    "norm": tuple(_FORMS),
+    "budget": ("model", "blocks"),
+    "cut": ("budget", "half"),
+    "autocast": ("auto", "on", "off"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class DispLLM:
         accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among processes; it saves memory alone.
         lr: the learning rate, constant.
         weight_decay: of AdamW.
+        checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory, about a third more time.
+        autocast: products in bfloat16: `auto` where an accelerator computes in float32, `on` or `off`.
         clip: the largest norm of a step's gradient; 0 lets any pass.
         strength: lambda, the weight of the budget term.
         gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel` (soft).
@@ -68,6 +80,8 @@ class DispLLM:
     steps: int = 10_000
     batch: int = 1
     accumulate: int = 1
+    checkpointing: bool = False
+    autocast: str = "auto"
     lr: float = 1e-3
     weight_decay: float = 0.05
     clip: float = 0.0
@@ -116,6 +130,10 @@ def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
         )
     if sparsity >= MOST:
         raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves next to nothing; it must be below {MOST:g}")
+    if options.batch % (parts := math.lcm(options.accumulate, size())):
+        raise UsageError(
+            f"disp_llm: batch={options.batch} windows a step cannot be shared equally among {size()} processes; use --set batch={parts}, or a multiple"
+        )
     structures = _structures(view, options)
     most = 1 - smallest(structures, options.round) / structures.total
     if sparsity > most:
@@ -133,7 +151,15 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
     """
     structures = _structures(view, options)
     target = (1 - run.sparsity) * structures.total
-    masked = MaskedModel(view, structures, _FORMS[options.norm], device=run.device, dtype=run.dtype)
+    masked = MaskedModel(
+        view,
+        structures,
+        _FORMS[options.norm],
+        device=run.device,
+        dtype=run.dtype,
+        autocast=options.autocast == "on" or (options.autocast == "auto" and run.device.type != "cpu" and run.dtype == torch.float32),
+        checkpointing=options.checkpointing,
+    )
     network = Hypernetwork(structures.widths, options.hypernetwork, seed=run.seed).to(run.device)
     how = Learning(
         steps=options.steps,

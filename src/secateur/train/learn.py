@@ -4,13 +4,15 @@
 
 One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a seeded generator on the device.
 Gradients of the first term are taken in the gates, part by part of the step's windows, summed in the order of the parts, and go through the network
-once. The host waits for the device when the losses are looked at or the state is saved, and not between.
+once. Several processes share the parts of a step and nothing else: all of them draw the same gates and take the same step of the optimiser, so that
+their number does not change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
 
 Shape letters: S windows, B windows of a part, T tokens, N gates.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.core.distributed import check_same, gather, on_first, rank, size
 from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.core.progress import say, track
 from secateur.train.gates import draw_gates
 from secateur.train.hypernetwork import Hypernetwork
 from secateur.train.masked import MaskedModel
-from secateur.train.state import load_state, save_state
+from secateur.train.state import read_state, restore_state, save_state
 
 LOOK_EVERY = 20  # steps between two looks at the losses
 
@@ -68,7 +71,7 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; the step is named.
-        SecateurError: the same after a state was saved, which is kept; or the disk is full.
+        SecateurError: the same after a state was saved, which is kept; the disk is full; or the networks of two processes are no longer the same.
     """
     learner = _Learner(network, masked, windows, target, how, checkpoint)
     done = learner.resume()
@@ -118,12 +121,14 @@ class _Learner:
         """The loss of the language model over the windows of a step, and its gradient in the gates."""
         how, total_N1 = self.how, gate_N.new_zeros(len(gate_N) + 1)
         rows = rows_of_step(step - 1, len(self.windows), how.batch, how.seed).to(self.device, non_blocking=True)
-        for rows_B in rows.chunk(how.accumulate):
+        parts = rows.chunk(math.lcm(how.accumulate, size()))
+        for rows_B in parts[rank() :: size()]:
             part_N = gate_N.clone().requires_grad_()
             loss = self.masked.loss(self.windows[rows_B].long(), part_N)
             (slope_N,) = torch.autograd.grad(loss, part_N)
-            total_N1 = total_N1 + torch.cat([slope_N, loss.detach().to(slope_N.dtype)[None]])
-        mean_N1 = total_N1 / how.accumulate
+            for found_N1 in gather(torch.cat([slope_N, loss.detach().to(slope_N.dtype)[None]])):
+                total_N1 = total_N1 + found_N1  # in the order of the parts, however many processes there are
+        mean_N1 = total_N1 / len(parts)
         return mean_N1[-1], mean_N1[:-1]
 
     def look(self, step: int) -> None:
@@ -136,15 +141,20 @@ class _Learner:
     def save(self, step: int, file: Path) -> None:
         """Write the state, but never one that is not finite over one that is."""
         self._check(step)
-        save_state(file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen})
+        check_same(self.network.state_dict().values(), f"disp_llm: step {step}: the hypernetwork")
+        on_first(lambda: save_state(file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen}))
 
     def resume(self) -> int:
         """Go on from the saved state, where there is one; the number of steps that are done."""
-        if self.checkpoint is None or not self.checkpoint.is_file():
-            return 0
-        tensors, note = load_state(self.checkpoint, self.network, self.optimizer, self.noise)
-        self.loss, self.seen = tensors["loss"].to(self.device), note["seen"]
-        return int(note["step"])
+        file = self.checkpoint
+        found = on_first(lambda: read_state(file) if file is not None and file.is_file() else None)
+        done = 0
+        if found is not None:
+            tensors, note = found
+            more = restore_state(tensors, self.network, self.optimizer, self.noise)
+            self.loss, self.seen, done = more["loss"].to(self.device), note["seen"], int(note["step"])
+        check_same(self.network.state_dict().values(), "disp_llm: at the start, the hypernetwork")
+        return done
 
     def status(self) -> str:
         """What the progress line says of the last look."""

@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from secateur.calibrate.stream import make_computed_tables
+from secateur.core.distributed import size
 from secateur.models.load import build_skeleton
 from secateur.models.loss import hidden_states, mean_loss
 from secateur.models.runtime import SELECT_FIRST
@@ -33,23 +37,52 @@ class MaskedModel:
         structures: where its gates are.
         form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see `runtime.Select`.
         device, dtype: of the computation.
+        autocast: compute products in bfloat16 whatever the dtype.
+        checkpointing: keep of each block its input alone, and run the block again on the way back.
+
+    Where several processes work together, each holds its share of every block (FSDP2), and embeddings and head whole.
     """
 
-    def __init__(self, view: ModelView, structures: Structures, form: str, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.structures, self.form, self.dtype = structures, form, dtype
+    def __init__(
+        self,
+        view: ModelView,
+        structures: Structures,
+        form: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        autocast: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
+        self.structures, self.form, self.device, self.dtype, self.autocast = structures, form, device, dtype, autocast
         self._gates: list[Tensor] = []
         self._second: dict[int, Tensor] = {}
         family = view.family
         self.centred = family.centred
         self.epsilon = float(getattr(view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon)
-        self.model = build_skeleton(view.config)
-        names = view.source.names()
-        self.model.load_state_dict({name: view.source.read(name).to(device, dtype) for name in names}, strict=False, assign=True)
+        self.model = build_skeleton(view.config).requires_grad_(False)
+        for index in range(view.blocks):
+            block = self.model.get_submodule(f"{family.blocks}.{index}")
+            self._load(view, block, view.block_prefix(index))
+            self._hook_block(block, index, view)
+            if checkpointing:
+                _run_again_on_the_way_back(block)
+            if size() > 1:
+                fully_shard(block)
+        self._load(view, self.model, "")
         self.model.tie_weights()
         make_computed_tables(self.model, device)
         self.model.requires_grad_(False).eval()
-        for index in range(view.blocks):
-            self._hook_block(self.model.get_submodule(f"{family.blocks}.{index}"), index, view)
+        if size() > 1:  # fetches the next block while one computes
+            decoder = self.model.get_decoder()
+            fully_shard(decoder, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
+
+    def _load(self, view: ModelView, module: nn.Module, prefix: str) -> None:
+        """Put the weights in that are not there yet."""
+        missing = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
+        names = [name for name in view.source.names() if name.startswith(prefix) and name.removeprefix(prefix) in missing]
+        state = {name.removeprefix(prefix): view.source.read(name).to(self.device, self.dtype) for name in names}
+        module.load_state_dict(state, strict=False, assign=True)
 
     def logits(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
         """The logits [B, T, V] with these gates, those of all structures one after the other."""
@@ -59,9 +92,10 @@ class MaskedModel:
 
     def loss(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
         """Cross-entropy of the next token, nats a token, float32 or better. No logits are kept; see `models/loss.py`."""
-        self._gates = self.structures.split(gate_N.to(self.dtype))
-        hidden_BTD = hidden_states(self.model, ids_BT)[:, :-1]
-        return mean_loss(self.model, hidden_BTD.flatten(0, 1), ids_BT[:, 1:].flatten())
+        self._gates = self.structures.split(gate_N.to(torch.bfloat16 if self.autocast else self.dtype))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden_BTD = hidden_states(self.model, ids_BT)[:, :-1]
+            return mean_loss(self.model, hidden_BTD.flatten(0, 1), ids_BT[:, 1:].flatten())
 
     def _gate(self, index: int, selection: str) -> Tensor:
         return self._gates[self.structures.uses[index][selection]]
@@ -129,6 +163,12 @@ class _ThreeLinears(nn.Module):
         biases = [None] * 3 if self.linear.bias is None else self.linear.bias.split(self.rows)
         parts = zip(self.reads(hidden_BTD), self.linear.weight.split(self.rows), biases, strict=True)
         return torch.cat([nn.functional.linear(*part) for part in parts], -1)
+
+
+def _run_again_on_the_way_back(block: nn.Module) -> None:
+    forward = block.forward
+    # nothing in a frozen block is random, so no state of generators has to be kept
+    block.forward = lambda *inputs, **named: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def masked_norm(hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool) -> Tensor:

@@ -39,11 +39,16 @@ def save_state(
         temporary.rename(file)
 
 
-def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a saved state in place, and return what was saved with it: tensors and note."""
+def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the note of a saved state."""
     with safe_open(file, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # the handle has no iterator
         note: dict[str, Any] = json.loads(handle.metadata()["note"])
+    return tensors, note
+
+
+def restore_state(tensors: Mapping[str, Tensor], network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None) -> dict[str, Tensor]:
+    """Put a state that was read in place; returns the tensors that were saved with it."""
     network.load_state_dict(_under("network.", tensors))
     states: dict[int, dict[str, Any]] = {}
     for name, tensor in _under("optimizer.", tensors).items():
@@ -52,7 +57,13 @@ def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer,
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     if noise is not None:
         noise.set_state(tensors["noise"])
-    return _under("more.", tensors), note
+    return _under("more.", tensors)
+
+
+def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Put a saved state in place, and return what was saved with it: tensors and note."""
+    tensors, note = read_state(file)
+    return restore_state(tensors, network, optimizer, noise), note
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
