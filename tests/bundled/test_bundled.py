@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import api
 from secateur.bundled.text import documents
+from secateur.calibrate.statistics import Statistics
+from secateur.methods import sparsegpt
 from secateur.models.load import bundled_folder
 from secateur.models.save import CheckpointWriter
+from secateur.models.view import BlockView
+from secateur.plan.pattern import keep_highest
+from secateur.plan.plan import BlockPlan
 
 
 def test_it_is_small_enough_and_says_what_it_is() -> None:
@@ -40,8 +45,8 @@ def test_documents_are_split_by_name_alone() -> None:
 
 
 @pytest.mark.slow
-def test_pruning_destroys_something_and_wanda_less_than_magnitude(tmp_path: Path) -> None:
-    """Like with like: both within matrices, both within rows. (The defaults differ, and at 50% they tie on this model.)"""
+def test_pruning_destroys_something_and_sparsegpt_less_than_wanda_less_than_magnitude(tmp_path: Path) -> None:
+    """Like with like: Wanda and magnitude both within matrices, both within rows. (The defaults differ, and at 50% they tie on this model.)"""
     ppl: dict[tuple[str, str], float] = {}
     dense = 0.0
     for method, options in (
@@ -50,6 +55,9 @@ def test_pruning_destroys_something_and_wanda_less_than_magnitude(tmp_path: Path
         ("wanda", {"scope": "matrix"}),
         ("wanda", {"scope": "row"}),
         ("wanda", {"pattern": "2:4"}),
+        ("magnitude", {"pattern": "2:4"}),
+        ("sparsegpt", {"pattern": "unstructured"}),
+        ("sparsegpt", {"pattern": "2:4"}),
     ):
         request = api.Request("bundled", method, options=options, samples=32, seqlen=256)
         found = list(api.sweep(request, [0.5], tmp_path, api.EvalRequest("", limit=24), resume=True))
@@ -57,6 +65,28 @@ def test_pruning_destroys_something_and_wanda_less_than_magnitude(tmp_path: Path
     for scope in ("matrix", "row"):
         assert 1.05 * dense < ppl["wanda", scope] < 0.98 * ppl["magnitude", scope]
         assert ppl["wanda", scope] < 0.95 * ppl["wanda", "2:4"]
+        assert 1.03 * dense < ppl["sparsegpt", "unstructured"] < 0.98 * ppl["wanda", scope]
+    assert ppl["sparsegpt", "2:4"] < 0.95 * ppl["wanda", "2:4"] < 0.95 * 0.98 * ppl["magnitude", "2:4"]
+
+
+def test_sparsegpt_errs_less_than_magnitude_on_every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of the outputs on the calibration tokens, tr(D H D^T), of the weights as they are when their block's turn comes."""
+    plan_block, ratios = sparsegpt.plan_block, {}
+
+    def measured(block: BlockView, statistics: Statistics, options: sparsegpt.SparseGPT) -> BlockPlan:
+        plan = plan_block(block, statistics, options)
+        for name, new_OI in plan.updates.items():
+            old_OI, hessian_II = block.matrix(name).double(), statistics[name].sum_II  # type: ignore[attr-defined]
+            magnitude_OI = old_OI * keep_highest(old_OI.abs(), old_OI.numel() // 2)
+            ours, theirs = (float(((old_OI - other) @ hessian_II * (old_OI - other)).sum()) for other in (new_OI.double(), magnitude_OI))
+            ratios[block.index, name] = ours / theirs
+        return plan
+
+    monkeypatch.setattr(sparsegpt, "plan_block", measured)
+    windows = api.read_windows(api.prepare(api.Request("bundled", "sparsegpt", sparsity=0.5, samples=16, seqlen=128)))
+    api.plan(AutoModelForCausalLM.from_pretrained(bundled_folder()), "sparsegpt", windows, sparsity=0.5)
+    assert len(ratios) == 6 * 7
+    assert max(ratios.values()) < 1, ratios
 
 
 def test_it_generates_python() -> None:
