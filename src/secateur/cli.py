@@ -40,8 +40,10 @@ Revision = Annotated[str | None, typer.Option(help="The hub revision.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...: the dtype to compute in.")]
 Calibration = Annotated[str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, alpaca, or a file. Default: that of the method's paper.")]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-Seqlen = Annotated[int | None, typer.Option(help="Tokens of a window. Default: min(2048, the model's maximum).")]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default: those of the method's paper, or 128.")]
+Seqlen = Annotated[
+    int | None, typer.Option(help="Tokens of a window. Default: that of the method's paper or of the protocol, or 2048; at most the model's maximum.")
+]
 Seed = Annotated[int, typer.Option(help="The seed of every random choice.")]
 Modules = Annotated[str | None, typer.Option(help="Per-module sparsity, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs.")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="unstructured, N:M, rows, columns.")]
@@ -65,7 +67,7 @@ def prune(
     modules: Modules = None,
     pattern: PatternOption = None,
     calibration: Calibration = None,
-    samples: Samples = 128,
+    samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Seed = 0,
     revision: Revision = None,
@@ -138,7 +140,7 @@ def sweep(
     modules: Modules = None,
     pattern: PatternOption = None,
     calibration: Calibration = None,
-    samples: Samples = 128,
+    samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Seed = 0,
     revision: Revision = None,
@@ -181,7 +183,7 @@ def study_disp_llm(
     sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="The fractions of all parameters to remove.")] = "0.3,0.5",
     parts: Annotated[str, typer.Option(help="Parts of the study, comma-separated; an unknown one lists them. Default: all.")] = "",
     calibration: Calibration = None,
-    samples: Samples = 128,
+    samples: Samples = None,
     seqlen: Seqlen = None,
     seed: Seed = 0,
     revision: Revision = None,
@@ -291,7 +293,7 @@ def predict(
     ] = None,
     dense_ppl: Annotated[float | None, typer.Option(help="With --spectrum and no POINTS: the perplexity of the dense model.")] = None,
     calibration: Calibration = None,
-    samples: Samples = 128,
+    samples: Samples = None,
     seqlen: Seqlen = None,
     json: Json = False,
     debug: Debug = False,
@@ -345,7 +347,12 @@ def predict(
 def inspect(
     model: Model,
     flow: Annotated[bool, typer.Option("--flow", help="Every linear map in terms of the model's widths; parameters and FLOPs as functions of s.")] = False,
-    context: Annotated[int | None, typer.Option(help="With --flow: the positions attention looks at. Default: min(2048, the model's maximum).")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="With --flow: the positions attention looks at. Default: that of the method's paper or of the protocol, or 2048; at most the model's maximum."
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --flow: draw it.")] = None,
     revision: Revision = None,
     json: Json = False,

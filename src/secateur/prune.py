@@ -50,7 +50,7 @@ class Request:
         modules: per-module sparsity, `NAME=S,...`.
         pattern: None takes the method's default.
         calibration: a text SPEC; None takes the method's default.
-        samples, seqlen: calibration windows and their length; seqlen None is min(2048, the model's maximum).
+        samples, seqlen: calibration windows and their length; None is what the method's paper uses, or 128 and 2048, and never more than the model's maximum.
         seed: of every random choice.
         device, dtype: `auto`, or a name.
         options: the method's own.
@@ -65,7 +65,7 @@ class Request:
     modules: str | None = None
     pattern: str | None = None
     calibration: str | None = None
-    samples: int = 128
+    samples: int | None = None
     seqlen: int | None = None
     seed: int = 0
     revision: str | None = None
@@ -88,6 +88,7 @@ class Prepared:
     sparsity: float | None
     device: torch.device
     dtype: torch.dtype
+    samples: int
     seqlen: int
 
     @property
@@ -109,8 +110,9 @@ def prepare(request: Request) -> Prepared:
     method = find_method(request.method)
     options = method.options(_options(request))
     pattern = parse_pattern(options.pattern) if hasattr(options, "pattern") else None
-    if request.samples < 1:
-        raise UsageError(f"--samples {request.samples}: at least one window is needed")
+    samples = getattr(method.module, "SAMPLES", 128) if request.samples is None else request.samples
+    if samples < 1:
+        raise UsageError(f"--samples {samples}: at least one window is needed")
     if request.calibration is not None:
         check_spec(request.calibration)
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -118,11 +120,11 @@ def prepare(request: Request) -> Prepared:
     sparsity = _sparsity(request, view, pattern, method, options)
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
-    seqlen = min(2048, checkpoint.max_length()) if request.seqlen is None else request.seqlen
+    seqlen = min(getattr(method.module, "SEQLEN", 2048), checkpoint.max_length()) if request.seqlen is None else request.seqlen
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    prepared = Prepared(request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, seqlen)
+    prepared = Prepared(request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen)
     if request.stock_only:
         _check_stock(prepared)
     return prepared
@@ -184,7 +186,7 @@ def read_windows(prepared: Prepared) -> Tensor | None:
     request, spec = prepared.request, prepared.calibration
     if spec is None:
         return None
-    return windows_of(prepared.checkpoint, spec, samples=request.samples, seqlen=prepared.seqlen, seed=request.seed, text_field=request.text_field)
+    return windows_of(prepared.checkpoint, spec, samples=prepared.samples, seqlen=prepared.seqlen, seed=request.seed, text_field=request.text_field)
 
 
 def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str) -> Tensor:

@@ -23,7 +23,7 @@ def estimate(prepared: Prepared) -> Record:
     after = parameters_expected(prepared)
     zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.request.samples * prepared.seqlen if job.streams else 0
+    tokens = prepared.samples * prepared.seqlen if job.streams else 0
     work = 2 * 2 * tokens * view.matrix_parameters()
     seconds = work / _matrix_rate(prepared) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {

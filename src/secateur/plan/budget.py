@@ -51,7 +51,7 @@ def parameters_left(view: ModelView, rates: Rates) -> int:
         dims = view.dims(index)
         for space, units in (("ffn", dims.ffn), ("groups", dims.groups)):
             reader = MEMBERS[space].reader
-            left -= removed_units(rate.get(reader, 0.0), units) * _unit_parameters(view, index, space) // units
+            left -= removed_units(rate.get(reader, 0.0), units) * unit_parameters(view, index, space)
     return left
 
 
@@ -117,8 +117,9 @@ def _skip_parameters(inputs: int, outputs: int, form: int | str | None) -> int:
     return form * (inputs if inputs == outputs else inputs + outputs)
 
 
-def _unit_parameters(view: ModelView, index: int, space: str) -> int:
-    """Weights and biases of all units of a space together."""
+def unit_parameters(view: ModelView, index: int, space: str) -> int:
+    """Weights and biases of one unit: a feed-forward unit, or a key-value head with its query heads."""
+    dims = view.dims(index)
     shapes, prefix, stored = view.matrix_shapes(index), view.block_prefix(index), set(view.source.names())
     members = MEMBERS[space]
     total = shapes[members.reader][0] * shapes[members.reader][1]
@@ -126,4 +127,4 @@ def _unit_parameters(view: ModelView, index: int, space: str) -> int:
         if name in shapes:
             rows, columns = shapes[name]
             total += rows * columns + (rows if f"{prefix}{view.family.matrices[name]}.bias" in stored else 0)
-    return total
+    return total // (dims.ffn if space == "ffn" else dims.groups)

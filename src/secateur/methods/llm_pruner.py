@@ -1,0 +1,240 @@
+"""LLM-Pruner: coupled units go whole, those whose removal changes the loss least by its Taylor expansion.
+
+From arXiv:2305.11627 (NeurIPS 2023), equations 3 to 5. A group is what must go together: a key-value head with the query heads that use it and their
+part of the output projection; a feed-forward unit with its rows of gate and up and its column of down. With g the gradient of the mean loss of a few
+windows and g_j that of window j, removing a weight w changes the loss by
+
+    first     -w g
+    second    w^2 F / 2, with F the mean of g_j^2 (the diagonal of the empirical Fisher)
+    mixed     their sum
+
+The importance of a group's part of one matrix, biases with it, is |sum of the changes of its weights| (granularity `vector`, equation 3) or the sum
+of their sizes (`parameter`, equation 5); that of the group is the sum, mean, largest or product over its matrices, or that of the last alone. Blocks at
+both ends stay whole. Weights that stay are unchanged. The sparsity is the fraction of the parameters of the whole model to remove.
+
+Differences from the authors' code: gradients are reduced to scores block by block on the way back (`calibrate/backward.py`; they keep one for every
+weight); with shared key-value heads the query heads of a group are those that use it (they fold head h onto h modulo the number of groups); the part
+of a head in a matrix is one structure (they take sizes channel by channel); biases count; global ranking is by importance a parameter; the blocks left
+out scale with the depth. Any text will do in place of BookCorpus, which can no longer be loaded. Ties: the unit with the lower index is removed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.backward import Backward, weight_gradient
+from secateur.core.errors import HopelessError, UsageError
+from secateur.core.numbers import at_least_float32
+from secateur.models.view import BlockView, ModelView
+from secateur.plan.allocate import MEMBERS
+from secateur.plan.budget import unit_parameters
+from secateur.plan.plan import BlockPlan
+from secateur.plan.run import Run
+
+CALIBRATION = "c4"
+SAMPLES, SEQLEN = 10, 128
+DEMO = [{"sparsities": [0.2]}]
+
+Scores = list[dict[str, Tensor]]
+"""One entry a block: space -> score_U, float64; empty for a block that stays whole."""
+
+_REDUCE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda score_MU: score_MU.sum(0),
+    "mean": lambda score_MU: score_MU.mean(0),
+    "max": lambda score_MU: score_MU.amax(0),
+    "product": lambda score_MU: score_MU.prod(0),
+    "last": lambda score_MU: score_MU[-1],
+}
+_READERS = tuple(members.reader for members in MEMBERS.values())
+_CHOICES = {"order": ("first", "second", "mixed"), "granularity": ("parameter", "vector"), "reduce": tuple(_REDUCE), "ranking": ("local", "global")}
+
+
+@dataclass(frozen=True)
+class LLMPruner:
+    """Options.
+
+    Attributes:
+        order: of the Taylor expansion: `first`, `second`, or `mixed`.
+        granularity: what the size of the change is taken of, before sizes are summed: every `parameter`, or the `vector` of a group's weights in one matrix.
+        reduce: from the matrices of a group to the group: `sum`, `mean`, `max`, `product`, or `last` (the matrix that reads the unit).
+        ranking: `local` (the same share of every space of every block, to a unit) or `global` (the units of all blocks compete, by importance a parameter).
+        keep_first: how many blocks stay whole at the beginning (default: 4 of 32, in proportion, rounded down).
+        keep_last: the same at the end (default: 2 of 32).
+    """
+
+    order: str = "first"
+    granularity: str = "parameter"
+    reduce: str = "sum"
+    ranking: str = "local"
+    keep_first: int | None = None
+    keep_last: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"llm_pruner: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
+        for name in ("keep_first", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise UsageError(f"llm_pruner: {name} is {value}; it is a number of blocks, 0 or more")
+
+    def pruned_blocks(self, blocks: int) -> range:
+        """The blocks that may lose units."""
+        first = blocks * 4 // 32 if self.keep_first is None else self.keep_first
+        last = blocks * 2 // 32 if self.keep_last is None else self.keep_last
+        return range(first, blocks - last)
+
+
+def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
+    """Refuse before the work what cannot be done.
+
+    Raises:
+        UsageError: no block is left to prune, or the sparsity would empty one.
+    """
+    inside = options.pruned_blocks(view.blocks)
+    if not inside:
+        raise UsageError(f"llm_pruner: keep_first and keep_last leave none of {view.blocks} blocks to prune; lower them")
+    most = sum(_most(view, index) for index in inside) / view.parameters()
+    if sparsity > most:
+        raise UsageError(
+            f"llm_pruner: --sparsity {sparsity:g} would empty a block: with a key-value head and a feed-forward unit left in each of blocks "
+            f"{inside.start} to {inside.stop - 1}, at most {most:.4f} of the parameters go; use --sparsity {int(most * 100) / 100:g} or less"
+        )
+
+
+def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> tuple[BlockPlan, ...]:
+    """Score the units on windows `data` [S, T], and choose.
+
+    Raises:
+        UsageError: one window is too few for an empirical Fisher.
+        HopelessError: all gradients are zero.
+        NotFiniteError: a loss or a gradient is NaN or infinite.
+    """
+    scores = group_scores(view, data, options, run)
+    keep = _choose(view, scores, options.ranking, run.sparsity)
+    return tuple(BlockPlan(index, keep=keep[index], of={space: len(score_U) for space, score_U in scores[index].items()}) for index in range(view.blocks))
+
+
+def group_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run) -> Scores:
+    """The importance of each unit."""
+    if options.order != "first" and len(windows) < 2:
+        raise UsageError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
+    inside = options.pruned_blocks(view.blocks)
+    backward = Backward(view, windows, device=run.device, dtype=run.dtype, first=inside.start, spill=run.spill)
+    scores: Scores = [{} for _ in range(view.blocks)]
+    for block in backward.blocks():
+        names = [name for name in _vectors(block) if block.index in inside]
+        sums = {name: _Changes(block, name, fisher=options.order != "first", device=run.device) for name in names}
+        backward.retreat(block, {name: changes.update for name, changes in sums.items()})
+        if names:
+            scores[block.index] = _unit_scores(block, {name: changes.of(options.order) for name, changes in sums.items()}, options)
+    if not any(score_U.any() for score in scores for score_U in score.values()):
+        raise HopelessError(
+            "llm_pruner: all gradients are zero, so no unit is less important than another; the model does not react to its weights, or give other text"
+        )
+    return scores
+
+
+class _Changes:
+    """The gradient of the mean loss and the diagonal Fisher of one matrix, [O, I], float32 or better. The bias of what computes units is one more input."""
+
+    def __init__(self, block: BlockView, name: str, *, fisher: bool, device: torch.device) -> None:
+        self.weight_OI = at_least_float32(block.matrix(name)).to(device)
+        bias_O = None if name in _READERS else block.bias(name)
+        self.biased = bias_O is not None
+        if bias_O is not None:
+            self.weight_OI = torch.cat([self.weight_OI, at_least_float32(bias_O)[:, None].to(device)], dim=1)
+        self.gradient_OI = torch.zeros_like(self.weight_OI)
+        self.fisher_OI = torch.zeros_like(self.weight_OI) if fisher else None
+        self.windows = 0
+
+    def update(self, x_BTI: Tensor, g_BTO: Tensor) -> None:
+        """Add some windows."""
+        if self.biased:
+            x_BTI = torch.nn.functional.pad(x_BTI, (0, 1), value=1)
+        predicted = x_BTI.shape[1] - 1
+        self.windows += len(x_BTI)
+        if self.fisher_OI is None:
+            self.gradient_OI += weight_gradient(x_BTI.flatten(0, 1), g_BTO.flatten(0, 1)) / predicted
+            return
+        for x_TI, g_TO in zip(x_BTI, g_BTO, strict=True):
+            gradient_OI = weight_gradient(x_TI, g_TO) / predicted
+            self.gradient_OI += gradient_OI
+            self.fisher_OI += gradient_OI.square_()
+
+    def of(self, order: str) -> Tensor:
+        """How the loss would change without each weight."""
+        first_OI = self.weight_OI * self.gradient_OI / -self.windows
+        if self.fisher_OI is None:
+            return first_OI
+        second_OI = self.weight_OI.square() * self.fisher_OI / (2 * self.windows)
+        return second_OI if order == "second" else first_OI + second_OI
+
+
+def _vectors(block: BlockView) -> list[str]:
+    """The matrices that hold parts of units."""
+    return [name for members in MEMBERS.values() for name in (*members.writers, members.reader) if name in block.names]
+
+
+def _unit_scores(block: BlockView, changes: Mapping[str, Tensor], options: LLMPruner) -> dict[str, Tensor]:
+    scores = {}
+    for space, members in MEMBERS.items():
+        units = block.dims.ffn if space == "ffn" else block.dims.groups
+        score_MU = []
+        for name in (*members.writers, members.reader):
+            if name not in changes:
+                continue
+            change_OI = changes[name] if options.granularity == "vector" else changes[name].abs()
+            change_R = change_OI.sum(0 if name == members.reader else 1, dtype=torch.float64)
+            score_MU.append(change_R.view(units, -1).sum(1).abs().cpu())  # the rows of a unit are neighbours, and so are the query heads of a group
+        scores[space] = _REDUCE[options.reduce](torch.stack(score_MU))
+    return scores
+
+
+def _most(view: ModelView, index: int) -> int:
+    """The parameters that go with all units of a block but one of each space."""
+    dims = view.dims(index)
+    return sum(unit_parameters(view, index, space) * (units - 1) for space, units in (("ffn", dims.ffn), ("groups", dims.groups)))
+
+
+def _choose(view: ModelView, scores: Scores, ranking: str, sparsity: float) -> list[dict[str, Tensor]]:
+    """The kept units: the others are the first of an order, as many as it takes. The best unit of each space of a block stays."""
+    places = [(index, space) for index, score in enumerate(scores) for space in score]
+    values, shares, sizes = [], [], []  # importance a parameter; the share of its space that has gone when the unit goes; parameters
+    for index, space in places:
+        score_U, size = scores[index][space], unit_parameters(view, index, space)
+        rank_U = score_U.sort(stable=True).indices.argsort() + 1
+        values.append(score_U / size)
+        shares.append(torch.where(rank_U == len(rank_U), torch.inf, rank_U / len(rank_U)))
+        sizes += [size] * len(score_U)
+    value_N, share_N = torch.cat(values), torch.cat(shares)
+    order_N = value_N.sort(stable=True).indices
+    first_N = share_N if ranking == "local" else share_N.isinf().float()
+    order_N = order_N[first_N[order_N].sort(stable=True).indices]
+    gone = _first(order_N.tolist(), sizes, sparsity * view.parameters())
+    keep_N = torch.ones(len(order_N), dtype=torch.bool).index_fill_(0, torch.tensor(gone), False)
+    keep: list[dict[str, Tensor]] = [{} for _ in scores]
+    for (index, space), keep_U in zip(places, keep_N.split([len(value_U) for value_U in values]), strict=True):
+        keep[index][space] = keep_U.nonzero().squeeze(1).to(torch.int32)
+    return keep
+
+
+def _first(order: list[int], sizes: list[int], wanted: float) -> list[int]:
+    """The first units that together have the wanted size, without those, from the last on, that are not needed for it."""
+    gone, removed = [], 0
+    for unit in order:
+        if removed >= wanted:
+            break
+        gone.append(unit)
+        removed += sizes[unit]
+    needed = []
+    for unit in reversed(gone):
+        if removed - sizes[unit] >= wanted:
+            removed -= sizes[unit]
+        else:
+            needed.append(unit)
+    return needed
