@@ -7,9 +7,9 @@ A method is a module with one frozen dataclass (its options) and one of three fu
     plan_model(view, data, options, run) -> BlockPlans      the whole model is needed at once; data is token ids [S, T], or None; run is
                                                             `plan.run.Run`: the seed, where to compute, how much to remove of the whole
 
-It says with `CALIBRATION` which text its paper calibrates with (None: it needs no tokens), with `SAMPLES` and `SEQLEN` how much of it, with `STATISTICS` what to collect for each
-distinct input of a block, and with `DEMO` what `secateur demo` shows of it. Other packages add methods by
-the entry point `secateur.methods`.
+It says with `CALIBRATION` which text its paper calibrates with (None: it needs no tokens), with `SAMPLES` and `SEQLEN` how much of it, with
+`STATISTICS` what to collect for each distinct input of a block, and with `DEMO` what `secateur demo` shows of it. Other packages add methods by the
+entry point `secateur.methods`.
 """
 
 from __future__ import annotations
