@@ -386,7 +386,6 @@ def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, 
     ("args", "status", "words"),
     [
         (["--protocol", "slicgpt"], 2, "unknown protocol 'slicgpt'; did you mean slicegpt"),
-        (["--tasks", "close"], 2, "unknown task 'close'; did you mean cloze"),
         (["--protocol", "slicegpt", "--text", "IDS"], 2, "windows of 2048 tokens (protocol slicegpt) are outside [2, 64]"),
         (["--text", "wikitext2"], 1, "no tokenizer"),
         (["--text", "IDS", "--tasks", "cloze"], 1, "no tokenizer"),

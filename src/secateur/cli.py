@@ -52,7 +52,8 @@ Records = Annotated[Path | None, typer.Option(help="Where the record is appended
 TextField = Annotated[str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")]
 Text = Annotated[str | None, typer.Option(help="Evaluation text: builtin, wikitext2, c4, or a file.")]
 ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="A named perplexity protocol; an unknown name lists them.")]
-Tasks = Annotated[str, typer.Option(help="Tasks, comma-separated: cloze.")]
+Tasks = Annotated[str, typer.Option(metavar="TASK,...", help="cloze, any task of lm-eval, or the presets disp-llm and modules.")]
+IncludePath = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of task files for lm-eval.")]
 Limit = Annotated[int | None, typer.Option(help="Use the first so many windows and items.")]
 Against = Annotated[str | None, typer.Option(metavar="DENSE", help="Also say how behaviour shifted from this model.")]
 
@@ -110,6 +111,7 @@ def eval_(
     protocol: ProtocolOption = None,
     seqlen: Seqlen = None,
     tasks: Tasks = "",
+    include_path: IncludePath = None,
     limit: Limit = None,
     against: Against = None,
     revision: Revision = None,
@@ -125,7 +127,7 @@ def eval_(
 
     def run() -> None:
         api = _api()
-        request = api.EvalRequest(model, text, protocol, seqlen, _names(tasks), limit, against, None, revision, device, dtype, text_field)
+        request = api.EvalRequest(model, text, protocol, seqlen, _names(tasks), limit, against, None, revision, device, dtype, text_field, include_path)
         _print(api.evaluate(request, records_file=records, resume=resume), json)
 
     _guard(run, debug, resume=RESUME)
@@ -150,6 +152,7 @@ def sweep(
     text: Text = None,
     protocol: ProtocolOption = None,
     tasks: Tasks = "",
+    include_path: IncludePath = None,
     limit: Limit = None,
     against: Annotated[bool, typer.Option("--against-dense", help="Also measure the shift from the dense model.")] = False,
     records: Records = None,
@@ -165,7 +168,9 @@ def sweep(
         request = api.Request(
             model, method, None, None, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
         )  # fmt: skip
-        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype)
+        measure = api.EvalRequest(
+            model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=include_path
+        )  # fmt: skip
         points = api.sweep(request, _numbers(sparsity, "--sparsity"), out, measure, resume=resume, overwrite=overwrite, records_file=records)
         found = []
         for record in points:

@@ -27,10 +27,10 @@ def record_table(record: Record) -> Table:
 
 def runs_table(found: Sequence[Record]) -> Table:
     """Evaluations, a line each."""
-    with_tasks = any(record.get("tasks") for record in found)
+    tasks = list(dict.fromkeys(task for record in found for task in record.get("tasks") or {}))
     with_shift = any(record.get("shift") for record in found)
     headings = ["method", "pattern", "sparsity", "params M", "nonzero M", "PPL"]
-    table = Table(*headings, *(["cloze"] if with_tasks else []), *(["KL", "top-1"] if with_shift else []))
+    table = Table(*headings, *tasks, *(["KL", "top-1"] if with_shift else []))
     for record in found:
         row = [
             f"{record.get('method') or 'dense'}{' + LoRA' if record.get('heal') else ''}",
@@ -39,9 +39,8 @@ def runs_table(found: Sequence[Record]) -> Table:
             *(f"{record[key] / 1e6:.3f}" if record.get(key) else "" for key in ("params_after", "nonzero_after")),
             f"{record['ppl']:.2f}",
         ]
-        if with_tasks:
-            cloze = (record.get("tasks") or {}).get("cloze")
-            row.append(f"{cloze['acc']:.3f}" if cloze else "")
+        accuracies = [((record.get("tasks") or {}).get(task) or {}).get("acc") for task in tasks]
+        row += ["" if acc is None else f"{acc:.3f}" for acc in accuracies]
         if with_shift:
             shift = record.get("shift")
             row += [f"{shift['kl']:.3f}", f"{shift['top1_agreement']:.3f}"] if shift else ["", ""]

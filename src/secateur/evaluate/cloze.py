@@ -14,19 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.bundled.text import documents
 from secateur.core.errors import SecateurError
-from secateur.core.progress import track
-from secateur.models.loss import hidden_states, token_losses
+from secateur.evaluate.continuations import score_continuations
 
+CLOZE = "cloze"
 ITEMS = 300
 CHANCE = 0.25
 _CONTEXT, _CONTINUATION = 320, 64  # characters
 _SHORTEST = 8 * (_CONTEXT + _CONTINUATION)
-_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -74,36 +72,12 @@ def items_hash(items: Sequence[Item]) -> str:
 def evaluate_cloze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> tuple[dict[str, Any], list[int]]:
     """Accuracy with its standard error, and the answers given (by `acc`), to compare with another model's."""
     rows = [(tokenizer(item.context)["input_ids"], tokenizer(choice, add_special_tokens=False)["input_ids"]) for item in items for choice in item.choices]
-    scores_I4 = torch.tensor(_scores(model, rows)).view(len(items), 4)
+    scores_I4 = torch.tensor([score.logp for score in score_continuations(model, rows, CLOZE)]).view(len(items), 4)
     bytes_I4 = torch.tensor([[len(c.encode()) for c in item.choices] for item in items])
     truth_I = torch.tensor([item.answer for item in items])
     answers_I, normed_I = scores_I4.argmax(1), (scores_I4 / bytes_I4).argmax(1)
-    acc, acc_norm = ((found == truth_I).double().mean().item() for found in (answers_I, normed_I))
     n = len(items)
-    result = {"acc": acc, "acc_norm": acc_norm, "stderr": math.sqrt(acc * (1 - acc) / max(1, n - 1)), "n": n, "sha256": items_hash(items)}
+    acc, acc_norm = ((found == truth_I).double().mean().item() for found in (answers_I, normed_I))
+    stderr, stderr_norm = (math.sqrt(value * (1 - value) / max(1, n - 1)) for value in (acc, acc_norm))
+    result = {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "stderr_norm": stderr_norm, "n": n, "sha256": items_hash(items)}
     return result, answers_I.tolist()
-
-
-@torch.inference_mode()
-def _scores(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-    """Log-probability of each continuation after its context; sequences of like length go together."""
-    longest = model.config.max_position_embeddings
-    rows = [(context[-(longest - len(rest)) :], rest) for context, rest in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
-    scores = [0.0] * len(rows)
-    batches = [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
-    for batch in track(batches, "cloze: batches"):
-        for i, score in zip(batch, _batch_scores(model, [rows[i] for i in batch]), strict=True):
-            scores[i] = score
-    return scores
-
-
-def _batch_scores(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> list[float]:
-    length = max(len(context) + len(rest) for context, rest in rows)
-    # padding on the right needs no mask: causal attention does not look there
-    ids_BT = torch.tensor([context + rest + [0] * (length - len(context) - len(rest)) for context, rest in rows], device=model.device)
-    hidden_BTD = hidden_states(model, ids_BT)
-    wanted: list[Tensor] = [hidden_BTD[b, len(context) - 1 : len(context) + len(rest) - 1] for b, (context, rest) in enumerate(rows)]
-    targets_N = torch.tensor([i for _, rest in rows for i in rest], device=model.device)
-    losses = token_losses(model, torch.cat(wanted), targets_N).double().split([len(rest) for _, rest in rows])
-    return [-float(loss.sum()) for loss in losses]

@@ -17,17 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.calibrate.data import check_ids, holds_ids, ids_hash, same_text
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import SecateurError, UsageError, unknown
+from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
-from secateur.evaluate.cloze import Item, cloze_items, evaluate_cloze, items_hash
+from secateur.evaluate.answers import Answers
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.evaluate.shift import functionality_shift
+from secateur.evaluate.tasks import Tasks, find_tasks
 from secateur.models import card
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.plan.plan import read_plan_json
 
-TASKS = ("cloze",)
 # What an evaluation repeats from the folder's plan.json.
 _FROM_PLAN = (
     "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_measured", "modules", "pattern", "pruning_ratio",
@@ -44,9 +44,10 @@ class EvalRequest:
         text: a text SPEC; None takes that of the protocol.
         protocol: a name from `PROTOCOLS`; None takes the one that goes with the text.
         seqlen: None takes that of the protocol.
-        tasks: names of tasks; `cloze` is built in.
+        tasks: names of tasks of lm-eval, or presets of them; `cloze` is built in.
         limit: use the first so many windows, and items of a task.
         against: the dense model to compare with, and its hub revision.
+        include_path: a folder of task files for lm-eval.
     """
 
     model: str
@@ -61,6 +62,7 @@ class EvalRequest:
     device: str = "auto"
     dtype: str = "auto"
     text_field: str = "text"
+    include_path: str | Path | None = None
 
 
 def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
@@ -75,9 +77,6 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         UsageError, SecateurError: nothing is recorded.
     """
     started = time.perf_counter()
-    for task in request.tasks:
-        if task not in TASKS:
-            raise unknown("task", task, TASKS)
     if request.limit is not None and request.limit < 1:
         raise UsageError(f"--limit {request.limit}: at least one window is needed")
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -85,11 +84,11 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     bundled = request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
+    tasks = find_tasks(request.tasks, request.include_path, request.limit)
     tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
     windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
     for window in windows:
         check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec)
-    items = cloze_items()[: request.limit] if "cloze" in request.tasks else []
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
@@ -99,14 +98,16 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         "dtype": str(dtype).removeprefix("torch."),
         "out": _place(request.model),
     }
-    key = _key(facts, checkpoint, against, items)
+    key = _key(facts, checkpoint, against, tasks)
     records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
     if resume and (found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []):
         return found[-1]
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
-    measured = perplexity(model, windows, progress=_progress_file(records_file, key, resume))
     dense = load_model(against, device=device, dtype=dtype) if against is not None else None
+    both = None if dense is None or against is None else (dense, against)
+    task_results = _run_tasks(tasks, (model, checkpoint), both, tokenizer, records_file.parent, resume)
+    measured = perplexity(model, windows, progress=_progress_file(records_file, key, resume))
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
@@ -114,11 +115,11 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         "ppl": measured.ppl,
         **facts,
         "key": key,
-        "tasks": _tasks(items, model, tokenizer, dense),
+        "tasks": task_results,
         **({"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}} if dense is not None else {}),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": records.peak_rss_bytes(),
-        "versions": records.versions(),
+        "versions": records.versions() | tasks.versions(),
     }
     records.append(records_file, record)
     if plan is not None and Path(request.model).is_dir():
@@ -157,15 +158,24 @@ def _tokenizer(checkpoint: Checkpoint, *, needed: bool) -> PreTrainedTokenizerBa
         return None
 
 
-def _tasks(items: Sequence[Item], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dense: PreTrainedModel | None) -> dict[str, Any]:
-    if not items:
+def _run_tasks(
+    tasks: Tasks,
+    model: tuple[PreTrainedModel, Checkpoint],
+    dense: tuple[PreTrainedModel, Checkpoint] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    resume: bool,
+) -> dict[str, Any]:
+    """Results by task. Answers are kept by model, so that the same question is not asked again by another evaluation that resumes."""
+    if not tasks:
         return {}
     assert tokenizer is not None
-    result, answers = evaluate_cloze(model, tokenizer, items)
-    if dense is not None:
-        others = evaluate_cloze(dense, tokenizer, items)[1]
-        result["flipped"] = sum(a != b for a, b in zip(answers, others, strict=True)) / len(items)
-    return {"cloze": result}
+
+    def answers(asked: tuple[PreTrainedModel, Checkpoint]) -> Answers:
+        about = [_fingerprint(asked[1]), str(asked[0].device), str(asked[0].dtype)]
+        return Answers(folder / f".answers-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl", resume=resume)
+
+    return tasks.run(model[0], tokenizer, answers(model), dense and (dense[0], answers(dense)))
 
 
 def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any]:
@@ -200,9 +210,9 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, items: Sequence[Item]) -> str:
+def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, tasks: Tasks) -> str:
     """Two evaluations with one key are the same: weights, protocol, tasks, comparison, device and dtype."""
-    everything = {**facts, "weights": _fingerprint(checkpoint), "against": against and _fingerprint(against), "cloze": items and items_hash(items)}
+    everything = {**facts, "weights": _fingerprint(checkpoint), "against": against and _fingerprint(against), **tasks.facts()}
     return hashlib.sha256(records.to_json(everything).encode()).hexdigest()[:16]
 
 

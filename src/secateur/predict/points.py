@@ -23,7 +23,7 @@ from secateur.core.records import Record
 from secateur.evaluate.cloze import CHANCE as CLOZE_CHANCE
 from secateur.predict.laws import Array, Kind
 
-# What guessing scores, where that is known: each item of the bundled cloze task has four choices.
+# What guessing scores, where that is known: each item of the bundled cloze task has four choices. Records of lm-eval's tasks say it themselves.
 CHANCE = {"cloze": CLOZE_CHANCE}
 
 _PROTOCOL = ("spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
@@ -80,7 +80,7 @@ def read_points(paths: Sequence[Path], metric: str | None = None, *, chance: flo
     Args:
         paths: the files.
         metric: "ppl", the name of a task (its `acc`), or "TASK:acc_norm"; None takes perplexity where there is one, else accuracy.
-        chance: what guessing scores on the task; None takes it from `CHANCE`.
+        chance: what guessing scores on the task; None takes it from `CHANCE`, or from the records.
         where: keep the records whose field has this value: {"method": "wanda", "options.scope": "row"}.
 
     Raises:
@@ -96,13 +96,15 @@ def read_points(paths: Sequence[Path], metric: str | None = None, *, chance: flo
         raise UsageError(f"'{tables[0]}' is a CSV and was given with other files: give one CSV, or records files only")
     if tables and where:
         raise UsageError(f"--where chooses among records, and '{tables[0]}' is a CSV: remove the rows that are not wanted")
+    recorded = None
     if tables:
         name, dense, found, notes = _from_csv(tables[0], metric)
         about: dict[str, Any] = {}
     else:
         name, dense, found, about, notes = _from_records(records.read(paths), metric, where or {})
+        recorded = about.pop("chance", None)
     if chance is None:
-        chance = CHANCE.get(name.partition(":")[0])
+        chance = CHANCE.get(name.partition(":")[0], recorded)
     return make_points(name, dense, found, chance=chance, about=about, notes=notes)
 
 
@@ -295,6 +297,7 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
     about = {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")} if pruned else {"model": dense[0].get("model")}
     base = read(with_value[-1])
     assert base is not None
+    about["chance"] = (with_value[-1].get("tasks") or {}).get(name.partition(":")[0], {}).get("chance")
     return name, base, points, about, said
 
 
@@ -317,7 +320,7 @@ def _reader(found: list[Record], metric: str | None) -> tuple[str, Callable[[Rec
         s = record.get("sparsity_measured", record.get("sparsity"))
         if value is None or (s is None and not _is_dense(record)):
             return None
-        return Point(float(s or 0.0), float(value), task.get("stderr"), _place(record))
+        return Point(float(s or 0.0), float(value), task.get("stderr_norm" if variant == "acc_norm" else "stderr"), _place(record))
 
     return metric, read
 

@@ -103,7 +103,7 @@ def _task_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def _accuracy(row: Row, task: str, metric: str) -> Cell | None:
-    value, error = row.task(task, metric), row.task(task, "stderr") if metric == "acc" else None
+    value, error = row.task(task, metric), row.task(task, "stderr" if metric == "acc" else "stderr_norm")
     if value is None:
         return None
     n = row.task(task, "n")

@@ -1,0 +1,58 @@
+"""What a model answered to requests, kept in a file as it comes, so that no request is run twice.
+
+One JSON object a batch and line. A line that a kill cut short is left out; several processes may write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from secateur.core import records
+
+
+def request_key(*parts: Any) -> str:
+    """Names a request by what it asks."""
+    return hashlib.blake2b(json.dumps(parts, default=list).encode(), digest_size=12).hexdigest()
+
+
+class Answers:
+    """Answers by the keys of their requests."""
+
+    def __init__(self, file: Path | None = None, *, resume: bool = True) -> None:
+        """Args:
+        file: where they are kept; None keeps them in memory alone.
+        resume: use those that are there; otherwise they are removed.
+        """
+        self._file = file
+        self._known: dict[str, Any] = {}
+        if file is not None and file.is_file():
+            if resume:
+                self._known = _read(file)
+            else:
+                file.unlink()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep the answers of one batch."""
+        self._known |= answers
+        if self._file is not None:
+            records.append(self._file, dict(answers))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    known: dict[str, Any] = {}
+    for line in file.read_text("utf-8").splitlines():
+        try:
+            known |= json.loads(line)
+        except (ValueError, TypeError):
+            continue
+    return known

@@ -1,0 +1,325 @@
+"""Zero-shot tasks through lm-eval (the extra `eval`): any of its tasks by name, and task files of one's own.
+
+lm-eval builds the requests, and turns answers into metrics. The answers come from `continuations.py`: the same numbers as those of
+lm-eval's own Hugging Face backend, without the logits of whole sequences, and remembered one by one. Generation is that backend's.
+
+lm-eval takes seconds to import: only `tasks.py` imports this module, when a task asks for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.api.task
+import numpy as np
+import tqdm
+from lm_eval.evaluator import evaluate as run_lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.records import to_json
+from secateur.evaluate.answers import Answers, request_key
+from secateur.evaluate.classification import classification_scores
+from secateur.evaluate.continuations import Score, score_continuations
+
+OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
+_FEWSHOT_SEED = 1234  # lm-eval's own
+_BOOTSTRAPS = 1000  # for the standard errors of metrics that are no mean
+_GENERATE_TOGETHER = {"cuda": 32}
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process a core for a second's work
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tasks of lm-eval with their data and requests, ready to be asked.
+
+    Attributes:
+        found: what lm-eval's manager gave: tasks, groups.
+        limit: items of each task; None is all.
+        hashes: task -> SHA-256 of its requests and targets.
+        local: the tasks defined in the user's own files.
+    """
+
+    found: dict[str, Any]
+    limit: int | None
+    hashes: dict[str, str]
+    local: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results by the names of tasks and groups, and the choice made on each item of a task with choices."""
+
+    results: dict[str, dict[str, Any]]
+    choices: dict[str, list[int]]
+
+
+def version() -> str:
+    """The version of lm-eval."""
+    return str(lm_eval.__version__)
+
+
+def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | None = None, *, builtin: Sequence[str] = ()) -> Loaded:
+    """Find the tasks, read their data and build their requests.
+
+    Args:
+        names: of tasks, groups and tags.
+        include: a folder of task files; they come before lm-eval's own of the same name.
+        limit: use the first so many items of each task.
+        builtin: names that need no lm-eval, to offer where a name is unknown.
+
+    Raises:
+        UsageError: a name that is none (the nearest are offered), or a folder without task files.
+        SecateurError: data that cannot be read, for want of a network perhaps.
+    """
+    folders = [OWN_TASKS] if include is None else [OWN_TASKS, _checked(include)]
+    manager = _manager(tuple(folders), False)
+    own = set(manager.all_tasks)
+    if not own.issuperset(names):  # reading the thirteen thousand files of lm-eval takes ten seconds
+        manager = _manager(tuple(folders), True)
+    for name in names:
+        if name not in manager.all_tasks:
+            raise _unknown(name, manager.all_tasks, builtin, include)
+    found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in names:
+        one = _load(manager, name)
+        for part in found:
+            found[part] |= one.get(part, {})
+    for name, task in found["tasks"].items():
+        _prepare(name, task)
+    with _quiet():
+        hashes = {name: _hash(name, task, limit) for name, task in found["tasks"].items()}
+    return Loaded(found, limit, hashes, frozenset(own & found["tasks"].keys()) - _names_in(OWN_TASKS))
+
+
+@functools.cache
+def _manager(folders: tuple[Path, ...], defaults: bool) -> Any:
+    return TaskManager(include_path=list(folders), include_defaults=defaults)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return set(_manager((folder,), False).all_tasks)
+
+
+def _checked(include: Path) -> Path:
+    """The folder of task files, found to hold some."""
+    if not include.is_dir():
+        raise UsageError(f"--include-path {include}: no such folder; give the folder of lm-eval task files (*.yaml)")
+    folder = include.resolve()
+    if not _names_in(folder):
+        files = len(list(folder.glob("**/*.yaml")))
+        held = f"none of its {files} .yaml files is one" if files else "it has no .yaml files"
+        raise UsageError(f"--include-path {include}: no task files of lm-eval ({held}); a task file is a .yaml that names 'task:' and its data")
+    return folder
+
+
+def _unknown(name: str, known: Sequence[str], builtin: Sequence[str], include: Path | None) -> UsageError:
+    near = difflib.get_close_matches(name, [*builtin, *known], n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    local = ", ".join(sorted(_names_in(include.resolve()))) if include else "none, for want of --include-path"
+    listed = f"`lm-eval ls tasks` lists the {len(known):,} names that lm-eval {version()} knows"
+    return UsageError(f"unknown task '{name}'{hint} ({listed}; task files of your own: {local})")
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    try:
+        with _quiet():
+            loaded: dict[str, Any] = manager.load([name])
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"task '{name}' cannot be loaded ({said})"
+        if isinstance(error, ConnectionError | TimeoutError) or os.environ.get("HF_DATASETS_OFFLINE") == "1":
+            message += "; its data is on the hub: check the network, or give --include-path DIR of task files that read files on this machine (docs/tasks.md)"
+        raise SecateurError(message) from error
+    return loaded
+
+
+def _prepare(name: str, task: Any) -> None:
+    """What lm-eval does to tasks before it asks them: none of their own means zero shots."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise SecateurError(f"task '{name}' runs code that the model wrote, which is not done here; use lm-eval itself, in a container")
+    if getattr(task, "MULTIMODAL", False):
+        raise SecateurError(f"task '{name}' shows pictures or sounds, which a text model cannot take")
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+def _hash(name: str, task: Any, limit: int | None) -> str:
+    """Of every request with its target: what a number stands for, wherever the data came from."""
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    if not task.instances:
+        raise SecateurError(f"task '{name}' has no items")
+    digest = hashlib.sha256()
+    for instance in task.instances:
+        digest.update(to_json({"args": instance.args, "target": task.doc_to_target(instance.doc), "item": instance.doc_id}).encode())
+    return digest.hexdigest()
+
+
+def run_tasks(loaded: Loaded, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> Outcome:
+    """Ask a model, and let lm-eval score what it answers.
+
+    Args:
+        loaded: the tasks.
+        model: on its device, in evaluation mode.
+        tokenizer: of the model.
+        answers: those that are known are not asked for again, the others are added.
+
+    Returns:
+        For each task (and group): `acc`, `acc_norm` (None where the task has none), `stderr` and `stderr_norm`, `n`, what else it
+        measures under `metrics`, `chance` where there are choices, `precision`, `recall`, `f1` where its choices are classes, and what makes it comparable.
+    """
+    with _quiet():
+        said = run_lm_eval(lm=_Backend(model, tokenizer, answers), task_dict=loaded.found, limit=loaded.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=True)
+    results, choices = {}, {}
+    for name, metrics in said["results"].items():
+        results[name] = _result(metrics)
+        if name in loaded.hashes:
+            task = loaded.found["tasks"][name]
+            results[name] |= _facts(loaded, name, task)
+            if task.OUTPUT_TYPE == "multiple_choice":
+                items = _first_filter(said["samples"][name])
+                choices[name] = [_chosen(task, item) for item in items]
+                results[name] |= {"chance": _chance(task, items), **_classes(task, items, choices[name])}
+    return Outcome(results, choices)
+
+
+def _result(metrics: dict[str, Any]) -> dict[str, Any]:
+    """lm-eval writes `metric,filter` and `metric_stderr,filter`; the first filter of `acc` is the one that counts."""
+
+    def first(metric: str) -> float | None:
+        values = (value for key, value in metrics.items() if key.partition(",")[0] == metric and isinstance(value, int | float))
+        return next((float(value) for value in values), None)
+
+    known = {"acc": first("acc"), "acc_norm": first("acc_norm"), "stderr": first("acc_stderr"), "stderr_norm": first("acc_norm_stderr")}
+    others = {
+        key.removesuffix(",none"): value
+        for key, value in metrics.items()
+        if "," in key and key.partition(",")[0].removesuffix("_stderr") not in ("acc", "acc_norm") and isinstance(value, int | float)
+    }
+    return {**known, "n": metrics.get("sample_len"), **({"metrics": others} if others else {})}
+
+
+def _facts(loaded: Loaded, name: str, task: Any) -> dict[str, Any]:
+    return {
+        "sha256": loaded.hashes[name],
+        "shots": task.get_config("num_fewshot"),
+        "task_version": task.VERSION,
+        **({"local": True} if name in loaded.local else {}),
+    }
+
+
+def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+
+
+def _chosen(task: Any, sample: dict[str, Any]) -> int:
+    scores = [answer[0] for answer in sample["filtered_resps"]][: len(task.doc_to_choice(sample["doc"]))]
+    return int(np.argmax(scores))
+
+
+def _chance(task: Any, items: list[dict[str, Any]]) -> float:
+    """What guessing scores."""
+    return sum(1 / len(task.doc_to_choice(item["doc"])) for item in items) / len(items)
+
+
+def _classes(task: Any, items: list[dict[str, Any]], chosen: list[int]) -> dict[str, Any]:
+    """Precision, recall and F1, where every item has the same choices, and they are more than letters."""
+    labels = task.doc_to_choice(items[0]["doc"])
+    if getattr(task, "multiple_input", 0) or len(items) < 2 or any(task.doc_to_choice(item["doc"]) != labels for item in items):
+        return {}
+    truth = [labels.index(t) if isinstance(t, str) and t in labels else t for t in (item["target"] for item in items)]
+    letters = all(len(label.strip(" .()")) == 1 and label.strip(" .()").isalpha() for label in labels)
+    if letters or not all(isinstance(t, int) and 0 <= t < len(labels) for t in truth):
+        return {}
+    return classification_scores(truth, chosen, [label.strip() for label in labels])
+
+
+class _Backend(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    """lm-eval's Hugging Face backend with our scores in place of its own, and answers that are known taken from where they are."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers) -> None:
+        super().__init__(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it may be given a padding token
+            backend="causal",
+            batch_size=_GENERATE_TOGETHER.get(model.device.type, 4),
+            max_length=int(model.config.max_position_embeddings),
+        )
+        self._answers = answers
+        self.cache_hook = _Hook(answers)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> list[Score]:
+        rows = [(context, rest) for _, context, rest in requests]
+        keys = [request_key("logp", context, rest) for context, rest in rows]
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._answers}
+        names = list(missing)
+        score_continuations(
+            self.model,
+            list(missing.values()),
+            "tasks",
+            done=lambda places, scores: self._answers.add({names[place]: score for place, score in zip(places, scores, strict=True)}),
+        )
+        return [Score(*self._answers[key]) for key in keys]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        if any(request.args[1].get("do_sample") for request in requests):
+            return list(super().generate_until(requests, disable_tqdm=True))  # what is drawn anew each time has no answer to remember
+        keys = [_generation_key(*request.args) for request in requests]
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
+        if missing:
+            super().generate_until(list(missing.values()), disable_tqdm=True)  # the hook takes each answer as it comes
+        return [self._answers[key] for key in keys]
+
+
+class _Hook:
+    """Where lm-eval's backend puts each generated text."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    def add_partial(self, kind: str, args: tuple[Any, ...], answer: Any) -> None:
+        if kind == "generate_until":
+            self._answers.add({_generation_key(*args): answer})
+
+
+def _generation_key(context: str, settings: dict[str, Any]) -> str:
+    return request_key("text", version(), context, sorted(settings.items()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets print and draw bars of their own; stdout is for results."""
+    bars = [(module, module.tqdm) for module in (lm_eval.api.task, tqdm)]
+    for module, _ in bars:
+        module.tqdm = lambda items, **_: items
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for module, bar in bars:
+            module.tqdm = bar
+        if shown:
+            datasets.enable_progress_bars()
