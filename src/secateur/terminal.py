@@ -20,9 +20,25 @@ def record_table(record: Record) -> Table:
     """The fields of one record, a line each; what is null is left out."""
     table = Table(show_header=False)
     for key, value in record.items():
-        if key not in _NOT_SHOWN and value is not None:
+        if key == "tasks":
+            for task, result in value.items():
+                table.add_row(task, _task(result))
+        elif key not in _NOT_SHOWN and value is not None:
             table.add_row(key, _text(value))
     return table
+
+
+def _task(result: Record) -> str:
+    """Every figure of a task with its standard error, where there is one."""
+    errors = {"acc": "stderr", "acc_norm": "stderr_norm"}
+    figures = {name: result.get(name) for name in (*errors, "precision", "recall", "f1", "flipped", "n")} | result.get("metrics", {})
+    shown = {name: value for name, value in figures.items() if value is not None}
+    return ", ".join(f"{name} {_small_text(value, result.get(errors.get(name, '')))}" for name, value in shown.items())
+
+
+def _small_text(value: float, error: float | None) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+    return text if error is None else f"{text} ± {error:.2g}"
 
 
 def runs_table(found: Sequence[Record]) -> Table:

@@ -301,6 +301,7 @@ def test_presets_are_tasks_that_lm_eval_defines() -> None:
 
 
 def test_the_task_files_of_the_benchmarks_when_their_data_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SECATEUR_DATA", raising=False)
     with pytest.raises(SecateurError, match=r"task 'arc_easy' cannot be loaded \(the environment variable SECATEUR_DATA must name"):
         find_tasks(["arc_easy"], TASK_FILES)
     if not DATA.is_dir():
