@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.allocation.allocate import allocate
 from secateur.calibrate.stream import Stream, make_computed_tables
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
@@ -125,8 +128,12 @@ def plan(
     job = make_job(view_model(model), model.dtype, chosen, settings, sparsity, modules, seed)
     job = replace(job, device=model.device, dtype=dtype or model.dtype)
     stream = None
-    if windows is None and (job.streams or job.learns):
-        raise UsageError(f"method '{method}' calibrates: give windows, token ids [samples, seqlen]")
+    if windows is None and (job.streams or job.learns or job.allocation):
+        raise UsageError(f"{f'modules={modules!r}' if job.allocation else f'method {method!r}'} calibrates: give windows, token ids [samples, seqlen]")
+    if job.allocation:
+        assert windows is not None
+        decided = allocate(job, partial(deepcopy, model), windows)
+        job = replace(job, rates=decided.rates, notes={"allocation": decided.facts})
     if job.streams:
         assert windows is not None
         stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)

@@ -45,7 +45,7 @@ Seqlen = Annotated[
     int | None, typer.Option(help="Tokens of a window. Default: that of the method's paper or of the protocol, or 2048; at most the model's maximum.")
 ]
 Seed = Annotated[int, typer.Option(help="The seed of every random choice.")]
-Modules = Annotated[str | None, typer.Option(help="Per-module sparsity, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs.")]
+Modules = Annotated[str | None, typer.Option(help="Per-module sparsity, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs; or auto, owl.")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help="unstructured, N:M, rows, columns.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An option of the method; may be repeated.")]
 Records = Annotated[Path | None, typer.Option(help="Where the record is appended. Default: records.jsonl beside the output.")]

@@ -26,7 +26,7 @@ from secateur.models.canonical import canonical_view
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan, Place
-from secateur.plan.rates import Rates, check_sparsity, resolve_rates
+from secateur.plan.rates import ALLOCATIONS, Rates, check_allocation, check_sparsity, resolve_rates
 from secateur.plan.run import Run
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
@@ -42,6 +42,7 @@ class Job:
         view: the model as the method sees it: in canonical form where its residual stream is to be rotated.
         rates: the sparsity of every matrix of every block; empty for a method that narrows the residual stream.
         sparsity: of the residual stream, or of the parameters of the whole model.
+        allocation: how the sparsity of each matrix is still to be chosen, from `rates.ALLOCATIONS`; the rates then hold one for all, which sets the budget.
         seed: of every random choice.
         device, dtype: of the computation of a plan for all blocks at once.
         checkpoint, notes, spill: see `plan.run.Run`.
@@ -58,6 +59,7 @@ class Job:
     checkpoint: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     spill: Path | None = None
+    allocation: str | None = None
 
     @property
     def learns(self) -> bool:
@@ -110,8 +112,12 @@ def make_job(
     if method.counts_parameters:
         return _whole_job(view, method, options, sparsity, modules, seed)
     if method.plan_place is None:
-        rates = resolve_rates(view, sparsity, modules, parse_pattern(getattr(options, "pattern", "unstructured")))
-        return Job(view, method, options, rates, seed=seed)
+        pattern = parse_pattern(getattr(options, "pattern", "unstructured"))
+        allocation = modules if modules in ALLOCATIONS else None
+        if allocation is not None:
+            check_allocation(allocation, sparsity, pattern)
+        rates = resolve_rates(view, sparsity, None if allocation else modules, pattern)
+        return Job(view, method, options, rates, seed=seed, allocation=allocation if sparsity else None)
     if modules is not None:
         raise UsageError(f"--modules does not go with {method.name}: it narrows the residual stream, which all matrices share; use --sparsity")
     if options.implied_sparsity:
@@ -265,7 +271,7 @@ def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequ
 def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatch) -> BlockPlan:
     if not block.rates:  # nor does a sparsity of 0 ask anything of a method that plans the whole model
         return BlockPlan(block.index)
-    statistics = None if stream is None else _collect(job, block, stream, watch)
+    statistics = None if stream is None else collect(job, block, stream, watch)
     if sum(tensor.nbytes for tensor in block.tensors.values()) > _LARGE_BYTES:
         give_back()  # what the forward freed is of sizes that the plan cannot use; a small block is planned faster in warm memory
     assert job.method.plan_block is not None
@@ -274,7 +280,8 @@ def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatc
     return plan
 
 
-def _collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Statistics:
+def collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Statistics:
+    """The statistics of the matrices of a block that anything is asked of; the stream stays where it is."""
     assert job.method.statistics is not None
     family = block.family
     apart = block.dims.residual is not None and block.dims.residual.selected

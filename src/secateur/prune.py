@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.allocation.allocate import Allocation, allocate
 from secateur.calibrate.data import calibration_windows, check_ids, check_spec, holds_ids, ids_hash, read_text
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.distributed import on_first, processes, rank, size
 from secateur.core.errors import HopelessError, UsageError
+from secateur.core.memory import give_back
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after, family_after
 from secateur.driver import Job, make_job, pruned_blocks, whole_model_plan
 from secateur.methods import Method, find_method
 from secateur.models import card, runtime
-from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
+from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import pruned_config, stock_problem
 from secateur.models.save import CheckpointWriter, clean, differing, refuse_existing, refuse_inside
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
@@ -35,6 +37,7 @@ from secateur.plan.budget import find_sliced, find_sparsity, parameters_left, sl
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 
+_ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix
 _LEARNING = "learning"  # the part that a method that learns goes on from
 
 
@@ -94,9 +97,10 @@ class Prepared:
     @property
     def calibration(self) -> str | None:
         """The text SPEC, None where the method needs no calibration."""
-        if self.job.method.module.CALIBRATION is None or not (self.job.rotates or self.job.learns or any(self.job.rates)):
+        own = self.job.method.module.CALIBRATION or ("c4" if self.job.allocation else None)
+        if own is None or not (self.job.rotates or self.job.learns or any(self.job.rates)):
             return None
-        default = "builtin" if self.request.model == BUNDLED else self.job.method.module.CALIBRATION
+        default = "builtin" if self.request.model == BUNDLED else own
         return self.request.calibration or default
 
 
@@ -309,6 +313,11 @@ def _writer(
 
 def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:
     """The work: blocks, the rest, the finish. Returns the facts, and whether the result is stock."""
+    try:
+        prepared = _allocated(prepared, windows, writer, watch)
+    except HopelessError:
+        writer.discard()
+        raise
     checkpoint, view = prepared.checkpoint, prepared.job.view
     stream = None
     if windows is not None and prepared.job.streams:
@@ -330,6 +339,21 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
         writer.finish(weights, [_plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
     return facts, problem is None
+
+
+def _allocated(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, watch: Stopwatch) -> Prepared:
+    """With the sparsity of each matrix decided, where that was left open; an interrupted run keeps its decision."""
+    job = prepared.job
+    if job.allocation is None:
+        return prepared
+    assert windows is not None, "an allocation has a calibration text"
+    if not writer.has(_ALLOCATION):
+        with watch("allocation"):
+            found = allocate(job, partial(load_model, prepared.checkpoint, device=job.device, dtype=job.dtype), windows)
+        give_back()
+        writer.write(_ALLOCATION, {}, found.facts)
+    chosen = Allocation.read(writer.read_note(_ALLOCATION))
+    return replace(prepared, job=replace(job, rates=chosen.rates, notes={**job.notes, "allocation": chosen.facts}))
 
 
 @dataclass

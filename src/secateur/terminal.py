@@ -13,7 +13,7 @@ from secateur.core.records import Record
 from secateur.evaluate.flow import ranges
 from secateur.models.runtime import SELECT_FORMS
 
-_NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version")
+_NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version", "allocation")
 
 
 def record_table(record: Record) -> Table:

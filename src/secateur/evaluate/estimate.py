@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from secateur.allocation.allocate import TOKENS, cells_to_measure
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.records import Record
 from secateur.models.view import ModelView
@@ -23,8 +24,8 @@ def estimate(prepared: Prepared) -> Record:
     after = parameters_expected(prepared)
     zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.samples * prepared.seqlen if job.streams else 0
-    work = 2 * 2 * tokens * view.matrix_parameters()
+    tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation else 0
+    work = 2 * (2 * tokens + TOKENS * cells_to_measure(job)) * view.matrix_parameters()
     seconds = work / _matrix_rate(prepared) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {
         "command": "prune",
@@ -56,7 +57,8 @@ def _memory(prepared: Prepared, tokens: int) -> int:
         return 2 * max(block, outer) * stored
     buffer = tokens * view.config.hidden_size * width
     batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
-    return int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
+    streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
+    return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed
 
 
 def _matrix_rate(prepared: Prepared) -> float:

@@ -13,6 +13,9 @@ from secateur.plan.pattern import Pattern
 Rates = tuple[dict[str, float], ...]
 """One entry a block: canonical matrix name -> sparsity. A matrix without an entry is left as it is."""
 
+ALLOCATIONS = ("auto", "owl")
+"""Values of `--modules` that leave the sparsity of each matrix to `secateur.allocation`."""
+
 _GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": CANONICAL}
 
 
@@ -53,6 +56,16 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
             raise UsageError(f"module '{name}' matches nothing in family {view.family.name} (known: {', '.join([*canonical, *_GROUPS, *own])}, or a glob)")
     _check_pattern(view, rates, pattern)
     return rates
+
+
+def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> None:
+    """Raises UsageError where there is nothing to allocate."""
+    if pattern.kind == "n:m":
+        raise UsageError(f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so nothing is left to allocate; use pattern unstructured")
+    if pattern.structured:
+        raise UsageError(f"--modules {name} goes with pattern unstructured: {pattern} removes units that several matrices share, so they cannot differ")
+    if sparsity is None:
+        raise UsageError(f"--modules {name} needs --sparsity S: as many weights are removed as at S in every matrix")
 
 
 def matching(family: Family, index: int, name: str) -> Sequence[str]:
