@@ -33,7 +33,7 @@ from secateur.models.pruned_config import pruned_config, stock_problem
 from secateur.models.save import CheckpointWriter, clean, differing, refuse_existing, refuse_inside
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.allocate import units_left
-from secateur.plan.budget import find_sliced, find_sparsity, parameters_left, sliced_parameters
+from secateur.plan.budget import dims_parameters, find_heads, find_sliced, find_sparsity, parameters_left, sliced_parameters
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 
@@ -145,6 +145,8 @@ def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method
         raise UsageError("give --sparsity or --params-removed, not both")
     if getattr(options, "whole_model", False):
         raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
+    if method.removes == "heads":
+        return find_heads(view, request.params_removed, partial(method.module.dims_left, view, options))
     if method.counts_parameters:
         return request.params_removed
     if method.plan_place is not None:
@@ -166,6 +168,8 @@ def parameters_expected(prepared: Prepared) -> int | None:
     view, job = prepared.job.view, prepared.job
     if job.rotates:
         return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
+    if job.learns and job.method.removes == "heads":
+        return dims_parameters(view, job.method.module.dims_left(view, job.options, job.sparsity))
     if job.learns:
         return round((1 - (job.sparsity or 0.0)) * view.parameters())
     return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
@@ -493,12 +497,19 @@ def identity(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([checkpoint.raw_config, facts]).encode()).hexdigest()
 
 
+def _share_gone(view: ModelView, totals: _Totals, what: str) -> float:
+    """Of parameters, or of query heads."""
+    if what == "heads":
+        return 1 - sum(dims.heads for dims in totals.dims) / sum(view.dims(index).heads for index in range(view.blocks))
+    return 1 - totals.parameters / view.parameters()
+
+
 def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
     view = prepared.checkpoint.view()
     before, matrices = view.parameters(), view.matrix_parameters()
     targeted = totals.removed / totals.targeted if totals.targeted else 0.0
     return {
-        "sparsity_measured": 1 - totals.parameters / before if prepared.job.learns else targeted,
+        "sparsity_measured": _share_gone(view, totals, prepared.job.method.removes) if prepared.job.learns else targeted,
         "pruning_ratio": 1 - totals.parameters / before,
         "pruning_ratio_blocks": 1 - totals.matrices / matrices,
         "params_before": before,

@@ -13,7 +13,7 @@ Shape letters: S windows, B windows of a batch, T tokens, D residual, L blocks, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.calibrate.stream import Stream, new_buffer
-from secateur.core.errors import NotFiniteError, UsageError
+from secateur.core.errors import HopelessError, NotFiniteError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
@@ -178,6 +178,12 @@ def _listen(module: nn.Module, block: BlockView, listeners: Mapping[str, PairLis
 
     fused = {block.family.matrices[name]: block.family.fused(name) for name in listeners}
     return [module.get_submodule(path).register_forward_hook(partial(after, names)) for path, names in fused.items()]
+
+
+def check_reacts(method: str, scores: Iterable[Tensor]) -> None:
+    """Raises HopelessError where all scores are zero, because all gradients are."""
+    if not any(score.any() for score in scores):
+        raise HopelessError(f"{method}: all gradients are zero, so nothing is less important than anything else; the model is degenerate, or give other text")
 
 
 def weight_gradient(x_NI: Tensor, g_NO: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
         dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers))
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
-    return dims.with_units(groups, ffn)
+    queries = len(plan.keep["heads"]) // dims.groups if "heads" in plan.keep else dims.queries
+    return dims.with_units(groups, ffn, queries)
 
 
 def separates(plan: BlockPlan) -> bool:
@@ -113,10 +114,13 @@ def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str,
         units = plan.keep["ffn"].long()
         rows |= {name: units for name in MLP[:2] if name in block.names}
         columns["down"] = units
-    if "groups" in plan.keep:
-        groups = plan.keep["groups"].long()
-        of_key = _spread(groups, block.dims.head_width)
-        of_query = _spread(groups, block.dims.head_width * block.dims.queries)  # the query heads of a group are neighbours
+    if "groups" in plan.keep or "heads" in plan.keep:
+        dims = block.dims
+        groups, heads = (
+            plan.keep[space].long() if space in plan.keep else torch.arange(units) for space, units in (("groups", dims.groups), ("heads", dims.heads))
+        )
+        of_key = _spread(groups, dims.head_width)
+        of_query = _spread(heads[torch.isin(heads // dims.queries, groups)], dims.head_width)  # the query heads of a group are neighbours
         rows |= {"q": of_query, "k": of_key, "v": of_key}
         columns[ATTENTION[3]] = of_query
     if plan.select:

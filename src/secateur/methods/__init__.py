@@ -61,6 +61,11 @@ class Method:
         """Whether its sparsity is of the parameters of the whole model: it plans that alone, and not matrix by matrix."""
         return self.plan_model is not None and self.plan_block is None
 
+    @property
+    def removes(self) -> str:
+        """What that sparsity is a fraction of, where it is not parameters: `REMOVES` in its file."""
+        return getattr(self.module, "REMOVES", "parameters")
+
     def options(self, given: Mapping[str, Any]) -> Any:
         """The options from their values, or from text as `--set` gives it.
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.calibrate.backward import Backward, weight_gradient
-from secateur.core.errors import HopelessError, UsageError
+from secateur.calibrate.backward import Backward, check_reacts, weight_gradient
+from secateur.core.errors import UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.allocate import MEMBERS
@@ -132,10 +132,7 @@ def group_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run)
         backward.retreat(block, {name: changes.update for name, changes in sums.items()})
         if names:
             scores[block.index] = _unit_scores(block, {name: changes.of(options.order) for name, changes in sums.items()}, options)
-    if not any(score_U.any() for score in scores for score_U in score.values()):
-        raise HopelessError(
-            "llm_pruner: all gradients are zero, so no unit is less important than another; the model does not react to its weights, or give other text"
-        )
+    check_reacts("llm_pruner", (score_U for score in scores for score_U in score.values()))
     return scores
 
 

@@ -134,6 +134,9 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
         if model_type in family.model_types:
             if reason := family.refuse(config):
                 raise SecateurError(f"{source}: {reason}")
+            heads, groups = getattr(config, family.heads), getattr(config, family.groups)
+            if heads % groups:
+                raise SecateurError(f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not divide; no such model runs")
             widths = getattr(config, "pruned_widths", None) or [{}]
             return family.separated() if "readers" in widths[0] else family
     known = sorted(t for family in all_families().values() for t in family.model_types)

@@ -98,9 +98,9 @@ class BlockDims:
         """The width of the residual where it leaves the block."""
         return self.residual.mlp[1] if self.residual and not self.residual.selected else self.hidden
 
-    def with_units(self, groups: int, ffn: int) -> BlockDims:
-        """The sizes with so many key-value heads, each with its query heads, and feed-forward units."""
-        return replace(self, groups=groups, heads=groups * self.queries, ffn=ffn)
+    def with_units(self, groups: int, ffn: int, queries: int | None = None) -> BlockDims:
+        """The sizes with so many key-value heads, each with its query heads (or with `queries` of them), and feed-forward units."""
+        return replace(self, groups=groups, heads=groups * (queries or self.queries), ffn=ffn)
 
     def widths(self) -> dict[str, Any]:
         """What a pruned configuration keeps of them (`pruned_widths`)."""

@@ -10,7 +10,7 @@ import torch
 
 from secateur.core.errors import UsageError
 from secateur.models.canonical import canonical_view
-from secateur.models.view import ModelView, Residual
+from secateur.models.view import BlockDims, ModelView, Residual
 from secateur.plan.allocate import MEMBERS, removed_units
 from secateur.plan.pattern import Pattern
 from secateur.plan.rates import Rates, resolve_rates
@@ -52,6 +52,41 @@ def parameters_left(view: ModelView, rates: Rates) -> int:
         for space, units in (("ffn", dims.ffn), ("groups", dims.groups)):
             reader = MEMBERS[space].reader
             left -= removed_units(rate.get(reader, 0.0), units) * unit_parameters(view, index, space)
+    return left
+
+
+def find_heads(view: ModelView, wanted: float, dims_left: Callable[[float], Sequence[BlockDims]]) -> float:
+    """The smallest sparsity of heads whose pruning ratio, over all parameters, is at least `wanted`.
+
+    Args:
+        view: a model whose blocks have heads of one size.
+        wanted: the ratio.
+        dims_left: sparsity -> the sizes of blocks that have lost as many heads, wherever these are.
+
+    Raises:
+        UsageError: so much cannot be removed.
+    """
+    if not 0 <= wanted < 1:
+        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
+    before, heads = view.parameters(), sum(view.dims(index).heads for index in range(view.blocks))
+    most = 0.0
+    for gone in range(heads):
+        sparsity = gone / heads
+        most = max(most, 1 - dims_parameters(view, dims_left(sparsity)) / before)
+        if most >= wanted:
+            return sparsity
+    raise UsageError(f"--params-removed {wanted:g}: without heads at most {most:.3f} of this model goes")
+
+
+def dims_parameters(view: ModelView, after: Sequence[BlockDims]) -> int:
+    """All parameters of a model whose blocks are narrowed to these heads and feed-forward units."""
+    left, stored = view.parameters(), set(view.source.names())
+    for index, dims in enumerate(after):
+        before = view.dims(index)
+        for name in view.matrix_shapes(index):
+            (rows, columns), (rows_after, columns_after) = before.shape(name), dims.shape(name)
+            biased = f"{view.block_prefix(index)}{view.family.matrices[name]}.bias" in stored
+            left -= rows * columns - rows_after * columns_after + (rows - rows_after if biased else 0)
     return left
 
 

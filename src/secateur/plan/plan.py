@@ -112,9 +112,9 @@ class BlockPlan:
     Attributes:
         index: the block.
         masks: canonical matrix name -> its mask.
-        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads); and with
-            `select` the features of the residual that are read and written: `attention_in` (or `q_in`, `k_in`, `v_in`, where each selects for
-            itself), `attention_out`, `mlp_in`, `mlp_out`.
+        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads), `heads`
+            (query heads, as many of every group); and with `select` the features of the residual that are read and written: `attention_in` (or
+            `q_in`, `k_in`, `v_in`, where each selects for itself), `attention_out`, `mlp_in`, `mlp_out`.
         of: space -> how many there were.
         select: how those features are read, see `runtime.Select`; None where all are.
         places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it
@@ -199,6 +199,8 @@ class BlockPlan:
             )
         if self.places or other.places:
             raise SecateurError("a plan that rotates the residual stream cannot be merged: prune its result with the other method instead")
+        if "heads" in self.keep and "heads" in other.keep:
+            raise SecateurError(f"block {self.index}: both plans choose among the query heads, and what both keep may differ from group to group: plan once")
         masks = dict(self.masks)
         for name, mask in other.masks.items():
             masks[name] = Mask(mask.shape, mask.bits & masks[name].bits) if name in masks else mask

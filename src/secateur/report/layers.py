@@ -12,7 +12,7 @@ from secateur.models.family import CANONICAL
 from secateur.plan.plan import read_plan_json
 from secateur.report.rows import Row
 
-_ORDER = (*CANONICAL, "groups", "ffn")
+_ORDER = (*CANONICAL, "groups", "heads", "ffn")
 _UNIFORM = 0.01  # of a part: N:M and whole rows round the removed fraction a little from block to block
 
 

@@ -1,0 +1,143 @@
+"""Heads: attention heads go whose masks the loss feels least.
+
+From Michel et al., arXiv:1905.10650, equation 2: with a mask xi_h, at 1, on what head h gives, its importance is the mean over texts x of
+|dL(x) / d xi_h|, where L is the loss and a text is a window. It is divided by the Euclidean norm of the importances of its block, and the least important
+heads of the whole model go; every block keeps one. The sparsity is the fraction of query heads. Any text serves: that of a task, where the model is for one.
+
+Where several query heads share a key-value head, `unit=groups` removes a key-value head with all its query heads, under one mask; `unit=heads` removes
+query heads, the same number of every group of a block, so that what is left is grouped as before: the least important heads of all groups go together.
+That saves nothing of the key-value cache.
+
+Masks are not put into the model: their gradients follow from what the output projection receives and the gradient of what it gives
+(`calibrate/backward.py`). Ties: of the earlier block, the head with the lower index is removed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.backward import Backward, check_reacts, mask_gradient
+from secateur.core.errors import UsageError
+from secateur.models.view import BlockDims, ModelView
+from secateur.plan.plan import BlockPlan
+from secateur.plan.run import Run
+
+CALIBRATION = "wikitext2"
+REMOVES = "heads"
+DEMO = [{"sparsities": [0.34]}]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Options.
+
+    Attributes:
+        unit: what goes: `groups` (key-value heads with their query heads), or `heads` (query heads, as many of every group).
+        normalise: divide by the norm of the importances of the block.
+    """
+
+    unit: str = "groups"
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("groups", "heads"):
+            raise UsageError(f"heads: unknown unit '{self.unit}' (allowed: groups, heads)")
+
+    def step(self, dims: BlockDims) -> int:
+        """How many query heads of a block go at once."""
+        return dims.queries if self.unit == "groups" else dims.groups
+
+
+def check(view: ModelView, sparsity: float, options: Heads) -> None:
+    """Refuse before the work what cannot be done.
+
+    Raises:
+        UsageError: the sparsity is less than one unit, or would empty a block; or there are no query heads to choose among.
+    """
+    dims = [view.dims(index) for index in range(view.blocks)]
+    heads = sum(d.heads for d in dims)
+    if options.unit == "heads" and all(d.queries == 1 for d in dims):
+        raise UsageError("heads: unit=heads takes query heads off key-value heads that several share; here each has its own, so use unit=groups")
+    most = sum(d.heads - options.step(d) for d in dims) / heads
+    if sparsity > most:
+        raise UsageError(f"heads: --sparsity {sparsity:g} would empty a block: with one of {options.unit} left in each, at most {most:.4f} of the heads go")
+    least = min(options.step(d) for d in dims)
+    if int(sparsity * heads + 1e-9) < least:
+        raise UsageError(f"heads: --sparsity {sparsity:g} of {heads} heads is less than what goes at once, {least}; the least is {least / heads + 5e-5:.4f}")
+
+
+def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple[BlockPlan, ...]:
+    """Measure the importance of the heads on windows `data` [S, T], and remove the least important.
+
+    Raises:
+        HopelessError: all gradients are zero.
+        NotFiniteError: a loss or a gradient is NaN or infinite.
+    """
+    scores = head_importance(view, data, options, run)
+    orders = [_order(score_GQ) for score_GQ in scores]
+    gone = _fewest(view, options, [score for score, _ in orders], run.sparsity)
+    plans = []
+    for index, (number, (_, order)) in enumerate(zip(gone, orders, strict=True)):
+        units = view.dims(index).groups if options.unit == "groups" else view.dims(index).heads
+        keep_U = torch.ones(units, dtype=torch.bool).index_fill_(0, order[:number].flatten(), False)
+        plans.append(
+            BlockPlan(index, keep={options.unit: keep_U.nonzero().squeeze(1).to(torch.int32)} if number else {}, of={options.unit: units} if number else {})
+        )
+    return tuple(plans)
+
+
+def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) -> list[Tensor]:
+    """For each block, [1, G] with `unit=groups` and [G, Q] with `unit=heads` (Q query heads of a group), float64; nats a token."""
+    backward = Backward(view, windows, device=run.device, dtype=run.dtype, spill=run.spill)
+    scores: list[Tensor] = [torch.empty(0)] * view.blocks
+    for block in backward.blocks():
+        dims, weight_OI = block.dims, block.matrix("o").to(run.device)
+        across = dims.queries * dims.head_width if options.unit == "groups" else dims.head_width
+        total_U = torch.zeros(dims.heads * dims.head_width // across, dtype=torch.float64, device=run.device)
+
+        def listen(total_U: Tensor, across: int, weight_OI: Tensor, x_BTI: Tensor, g_BTO: Tensor) -> None:
+            of_window_BI = mask_gradient(x_BTI, g_BTO, weight_OI)
+            total_U += of_window_BI.unflatten(1, (-1, across)).sum(2, dtype=torch.float64).abs().sum(0)
+
+        backward.retreat(block, {"o": partial(listen, total_U, across, weight_OI)})
+        score_U = total_U.cpu() / backward.targets
+        if options.normalise and score_U.any():
+            score_U = score_U / score_U.norm()
+        scores[block.index] = score_U[None] if options.unit == "groups" else score_U.view(dims.groups, dims.queries)
+    check_reacts("heads", scores)
+    return scores
+
+
+def dims_left(view: ModelView, options: Heads, sparsity: float) -> Sequence[BlockDims]:
+    """The sizes of the blocks, were the heads of the first ones the least important."""
+    dims = [view.dims(index) for index in range(view.blocks)]
+    gone = _fewest(view, options, [torch.zeros(d.heads // options.step(d)) for d in dims], sparsity)
+    if options.unit == "groups":
+        return [d.with_units(d.groups - number, d.ffn) for d, number in zip(dims, gone, strict=True)]
+    return [replace(d, heads=d.heads - number * d.groups) for d, number in zip(dims, gone, strict=True)]
+
+
+def _order(score_GQ: Tensor) -> tuple[Tensor, Tensor]:
+    """What goes first, second, ...: its score [steps], and the indices of its units [steps, units at once], one of each row."""
+    rows, columns = score_GQ.shape
+    value_GQ, order_GQ = score_GQ.sort(dim=1, stable=True)
+    return value_GQ.sum(0), (order_GQ + torch.arange(rows)[:, None] * columns).t()
+
+
+def _fewest(view: ModelView, options: Heads, scores: Sequence[Tensor], sparsity: float) -> list[int]:
+    """How many steps each block takes: those of the lowest scores of all blocks, as many as the sparsity allows; the last one of a block is not taken."""
+    steps = [options.step(view.dims(index)) for index in range(view.blocks)]
+    allowed = sparsity * sum(view.dims(index).heads for index in range(view.blocks)) + 1e-9
+    ranked = sorted((float(value), index, number) for index, score in enumerate(scores) for number, value in enumerate(score[:-1]))
+    gone = [0] * view.blocks
+    for _, index, _ in ranked:
+        allowed -= steps[index]
+        if allowed < 0:
+            break
+        gone[index] += 1
+    return gone
