@@ -7,10 +7,14 @@ others stays small (Linux counts the peak of a parent into the peak of its child
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -52,8 +56,16 @@ class Shape:
         norms = (2 * self.blocks + 1) * self.hidden
         return self.blocks * self.block_parameters + 2 * self.vocab * self.hidden + norms
 
+    @property
+    def weights_bytes(self) -> int:
+        return self.parameters * ITEM_BYTES[self.dtype]
+
     def deeper(self, times: int) -> Shape:
         return replace(self, blocks=self.blocks * times)
+
+
+BILLION = Shape(hidden=2048, ffn=5632, heads=32, kv_heads=4, vocab=32000, blocks=20, dtype="bfloat16")
+SMALL = Shape(hidden=256, ffn=688, heads=8, kv_heads=2, vocab=4096, blocks=4, dtype="bfloat16")
 
 
 def write_llama(folder: Path, shape: Shape, seed: int = 0) -> None:
@@ -108,6 +120,20 @@ def write_ids(file: Path, samples: int, seqlen: int, vocab: int, seed: int = 0) 
     import numpy as np
 
     np.save(file, np.random.default_rng(seed).integers(0, vocab, (samples, seqlen), dtype=np.int64))
+
+
+def run_child(script: str, child: str, **arguments: Any) -> dict[str, Any]:
+    """Run a benchmark's script in a process of its own, as `--child NAME --arguments JSON`; the last line it prints is its answer."""
+    command = [sys.executable, script, "--child", child, "--arguments", json.dumps(arguments)]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return answer
+
+
+def peak_rss() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def matrix_rate(seconds: float = 1.0) -> float:

@@ -15,20 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from _common import ITEM_BYTES, Shape, table, write_ids, write_llama
+from _common import BILLION, ITEM_BYTES, SMALL, Shape, peak_rss, run_child, table, write_ids, write_llama
 
-BILLION = Shape(hidden=2048, ffn=5632, heads=32, kv_heads=4, vocab=32000, blocks=20, dtype="bfloat16")
-SMALL = Shape(hidden=256, ffn=688, heads=8, kv_heads=2, vocab=4096, blocks=4, dtype="bfloat16")
 SPARSITY = {"wanda": 0.5, "slicegpt": 0.25}
 SHARE = 0.35  # of the weights, that may be in memory beside the activation buffer
 GROWTH = 1.03  # of the peak, when the depth doubles
@@ -76,9 +71,9 @@ def _options() -> argparse.Namespace:
 def _measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     """Write one model and prune it, both in other processes."""
     model, out, ids = folder / f"blocks-{shape.blocks}", folder / f"blocks-{shape.blocks}-{options.method}", folder / "ids.npy"
-    _run("write", model=str(model), ids=str(ids), shape=asdict(shape), samples=options.samples, seqlen=options.seqlen)
-    result = _run("prune", model=str(model), ids=str(ids), out=str(out), method=options.method)
-    weights = shape.parameters * ITEM_BYTES[shape.dtype]
+    run_child(__file__, "write", model=str(model), ids=str(ids), shape=asdict(shape), samples=options.samples, seqlen=options.seqlen)
+    result = run_child(__file__, "prune", model=str(model), ids=str(ids), out=str(out), method=options.method)
+    weights = shape.weights_bytes
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     assert 0 <= stored - weights < 1e-3 * weights + 1e6, (stored, weights)
     bound = SHARE * weights + result["buffer_bytes"]
@@ -103,12 +98,6 @@ def _measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[st
     }
 
 
-def _run(child: str, **arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", child, "--arguments", json.dumps(arguments)]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])
-
-
 def _child_write(model: str, ids: str, shape: dict[str, Any], samples: int, seqlen: int) -> None:
     write_llama(Path(model), Shape(**shape))
     write_ids(Path(ids), samples, seqlen, shape["vocab"])
@@ -116,24 +105,20 @@ def _child_write(model: str, ids: str, shape: dict[str, Any], samples: int, seql
 
 
 def _child_prune(model: str, ids: str, out: str, method: str) -> None:
-    before = _peak()
+    before = peak_rss()
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from secateur.prune import Request, prune
 
-    baseline = _peak()
+    baseline = peak_rss()
     assert baseline > before, "the parent's peak hides that of the imports"
     started = time.perf_counter()
     request = Request(model=model, method=method, sparsity=SPARSITY[method], calibration=ids, device="cpu")
     record = prune(request, Path(out), overwrite=True)
     seconds = round(time.perf_counter() - started, 2)
-    print(json.dumps({"baseline": baseline, "peak": _peak(), "seconds": seconds, "seconds_by": record["seconds_by"], "buffer_bytes": record["buffer_bytes"]}))
-
-
-def _peak() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    print(
+        json.dumps({"baseline": baseline, "peak": peak_rss(), "seconds": seconds, "seconds_by": record["seconds_by"], "buffer_bytes": record["buffer_bytes"]})
+    )
 
 
 def _print(runs: list[dict[str, Any]], growth: float, options: argparse.Namespace) -> None:
