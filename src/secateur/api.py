@@ -29,10 +29,10 @@ from secateur.methods import find_method
 from secateur.models.canonical import canonical_view
 from secateur.models.family import PRUNED_PREFIX, find_family
 from secateur.models.load import build_skeleton
-from secateur.models.pruned_config import pruned_config, stock_problem
+from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
 from secateur.models.runtime import pruned_class
 from secateur.models.save import refuse_existing
-from secateur.models.view import ModelView
+from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
@@ -158,13 +158,16 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     if plan.rotates:
         view = canonical_view(view, model.dtype)
     state = {name: cut_outer(view, name, plan.blocks[0], plan.blocks[-1]) for name in view.outer_names()}
-    dims = []
+    dims: list[BlockDims] = []
     for block, block_plan in zip(view.iterate(), plan.blocks, strict=True):
+        if block_plan.dropped:
+            continue
         after = cut_block(block, block_plan)
+        state |= {view.block_prefix(len(dims)) + name: tensor for name, tensor in after.tensors.items()}
         dims.append(after.dims)
-        state |= {view.block_prefix(block.index) + name: tensor for name, tensor in after.tensors.items()}
-    problem = stock_problem(view.raw_config, view.family, dims)
-    content = pruned_config(view.raw_config, view.family, dims, stock=problem is None)
+    raw = drop_blocks(view.raw_config, view.config, [block_plan.index for block_plan in plan.blocks if not block_plan.dropped])
+    problem = stock_problem(raw, view.family, dims)
+    content = pruned_config(raw, view.family, dims, stock=problem is None)
     config_class = type(model.config) if problem is None else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
     return _assemble(config_class.from_dict(content), state, model)
 

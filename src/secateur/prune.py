@@ -29,11 +29,20 @@ from secateur.driver import Job, make_job, pruned_blocks, whole_model_plan
 from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
-from secateur.models.pruned_config import pruned_config, stock_problem
+from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
 from secateur.models.save import CheckpointWriter, clean, differing, refuse_existing, refuse_inside
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
-from secateur.plan.allocate import units_left
-from secateur.plan.budget import dims_parameters, find_heads, find_sliced, find_sparsity, parameters_left, sliced_parameters
+from secateur.plan.allocate import removed_blocks, units_left
+from secateur.plan.budget import (
+    dims_parameters,
+    find_dropped,
+    find_heads,
+    find_sliced,
+    find_sparsity,
+    mean_block,
+    parameters_left,
+    sliced_parameters,
+)
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 
@@ -145,6 +154,8 @@ def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method
         raise UsageError("give --sparsity or --params-removed, not both")
     if getattr(options, "whole_model", False):
         raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
+    if method.removes == "blocks":
+        return find_dropped(view, request.params_removed)
     if method.removes == "heads":
         return find_heads(view, request.params_removed, partial(method.module.dims_left, view, options))
     if method.counts_parameters:
@@ -168,6 +179,8 @@ def parameters_expected(prepared: Prepared) -> int | None:
     view, job = prepared.job.view, prepared.job
     if job.rotates:
         return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
+    if job.learns and job.method.removes == "blocks":
+        return round(view.parameters() - removed_blocks(job.sparsity or 0.0, view.blocks) * mean_block(view))
     if job.learns and job.method.removes == "heads":
         return dims_parameters(view, job.method.module.dims_left(view, job.options, job.sparsity))
     if job.learns:
@@ -178,9 +191,9 @@ def parameters_expected(prepared: Prepared) -> int | None:
 def _check_stock(prepared: Prepared) -> None:
     """Refuse before the work what shapes alone tell."""
     view = prepared.job.view
-    if prepared.job.learns:
+    if prepared.job.learns and prepared.job.method.removes != "blocks":
         raise UsageError(f"--stock-only: {prepared.job.method.name} gives every block its own widths, which no stock architecture has; use another method")
-    if prepared.job.whole_model:
+    if prepared.job.whole_model and not prepared.job.learns:
         raise UsageError("--stock-only: ranking all blocks together gives every block its own widths, which no stock architecture has; use scope=block")
     dims = [view.dims(index) for index in range(view.blocks)]
     if prepared.pattern is not None and prepared.pattern.structured:
@@ -332,12 +345,13 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
     except HopelessError:
         writer.discard()
         raise
-    weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in range(view.blocks)]
-    problem = stock_problem(view.raw_config, view.family, totals.dims)
+    weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in totals.kept]
+    raw = drop_blocks(view.raw_config, view.config, totals.kept)
+    problem = stock_problem(raw, view.family, totals.dims)
     assert not (problem and prepared.request.stock_only), "prepare has refused it"
     facts = _facts(prepared, totals)
     with watch("files"):
-        config = pruned_config(view.raw_config, view.family, totals.dims, stock=problem is None)
+        config = pruned_config(raw, view.family, totals.dims, stock=problem is None)
         files = {"README.md": card.model_card(checkpoint, settings, facts, problem), "plan.json": plan_json({**settings, **facts}, totals.summaries)}
         if problem:
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
@@ -370,6 +384,7 @@ class _Totals:
     removed: int = 0
     targeted: int = 0
     dims: list[BlockDims] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
     ends: tuple[BlockPlan, BlockPlan] | None = None
 
@@ -381,8 +396,10 @@ class _Totals:
 
     def add_block(self, before: BlockDims, block: BlockView, plan: BlockPlan) -> None:
         """Count what the plan removes from the matrices it was asked for."""
-        self.dims.append(block.dims)
         self.summaries.append(plan.summary())
+        if not plan.dropped:
+            self.dims.append(block.dims)
+            self.kept.append(plan.index)
         self.ends = (self.ends[0] if self.ends else _end(plan, "enter"), _end(plan, "leave"))
         for name, place in plan.places.items():
             if (name != "enter" or plan.index == 0) and place.spectrum_D is not None:
@@ -405,13 +422,14 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
     view, rates = job.view, job.rates
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
-        if not (writer.has(_plan_part(index)) and writer.has(_block_part(index))):
+        if not writer.has(_plan_part(index)) or not (writer.has(_block_part(index)) or writer.read_note(_plan_part(index)).get("dropped")):
             return None
         tensors, summary = writer.read(_plan_part(index))
         for part in (_basis_part(index - 1), _basis_part(index), _plan_part(index - 1)):
             tensors |= writer.read(part)[0] if job.rotates and writer.has(part) else {}
         plan = BlockPlan.read(summary, tensors)
-        weights = {name.removeprefix(view.block_prefix(index)): t for name, t in writer.read(_block_part(index))[0].items()}
+        written = {} if plan.dropped else writer.read(_block_part(index))[0]
+        weights = {name.removeprefix(view.block_prefix(len(totals.kept))): t for name, t in written.items()}
         return BlockView(family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]), plan
 
     totals = _Totals()
@@ -422,9 +440,11 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
                 if plan.places:
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(_plan_part(block.index), plan.tensors(), plan.summary())
+            if not plan.dropped and not writer.has(part):
                 note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block)}
-                writer.write(part, {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}, note)
-            totals.add(writer.read_note(part))
+                writer.write(part, {view.block_prefix(len(totals.kept)) + name: tensor for name, tensor in block.tensors.items()}, note)
+            if not plan.dropped:
+                totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
         del block, plan  # not the weights and bases of two blocks at a time
     return totals
@@ -498,7 +518,9 @@ def identity(checkpoint: Checkpoint) -> str:
 
 
 def _share_gone(view: ModelView, totals: _Totals, what: str) -> float:
-    """Of parameters, or of query heads."""
+    """Of parameters, of query heads, or of blocks."""
+    if what == "blocks":
+        return 1 - len(totals.kept) / view.blocks
     if what == "heads":
         return 1 - sum(dims.heads for dims in totals.dims) / sum(view.dims(index).heads for index in range(view.blocks))
     return 1 - totals.parameters / view.parameters()

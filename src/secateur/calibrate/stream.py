@@ -117,11 +117,15 @@ class Stream:
                 hook.remove()
 
     @torch.inference_mode()
-    def advance(self, block: BlockView) -> None:
-        """Carry the residual stream through the block, in place."""
+    def advance(self, block: BlockView, listener: Callable[[Tensor, Tensor], None] | None = None) -> None:
+        """Carry the residual stream through the block, in place. `listener` is called with what enters and what leaves, [B·T, D] a batch."""
         with self.loaded(block) as module:
             for rows, arguments in self.batches(block.index):
-                self.hidden_STD[rows, :, : block.dims.leaves] = module(self.hidden(rows, block.dims.enters), **arguments)
+                entering_BTD = self.hidden(rows, block.dims.enters)
+                leaving_BTD = module(entering_BTD, **arguments)
+                if listener is not None:
+                    listener(entering_BTD.flatten(0, -2), leaving_BTD.flatten(0, -2))
+                self.hidden_STD[rows, :, : block.dims.leaves] = leaving_BTD
 
     @torch.inference_mode()
     def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:

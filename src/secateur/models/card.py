@@ -25,7 +25,7 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
         "modules": settings["modules"] or "all matrices of the blocks",
         "parameters": f"{facts['params_after']:,} of {facts['params_before']:,} (pruning ratio {facts['pruning_ratio']:.4f})",
         "not zero": f"{facts['nonzero_after']:,}",
-        "weights that stay": "changed, to make up for those that went" if facts["updated"] else "as they were",
+        "weights that stay": "changed, to make up for those that went" if facts.get("updated") else "as they were",
         "calibration": f"{calibration['spec']}, {calibration['samples']} x {calibration['seqlen']} tokens, seed {settings['seed']}"
         if calibration
         else "none needed",

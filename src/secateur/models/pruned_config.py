@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -58,6 +59,28 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     elif first is not None and last is not None and not first.selected:
         config["pruned_residual"] = {**raw["pruned_residual"], "enter": first.attention[0], "leave": last.mlp[1]}
     return config
+
+
+def drop_blocks(raw: Mapping[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The content of config.json of a model that has some of the blocks alone.
+
+    Args:
+        raw: the original's config.json; `config` is the same as an object.
+        config: says which kind of attention each block has, also where the file leaves that to be computed (sliding windows of Qwen).
+        kept: the blocks that stay, ascending.
+    """
+    before = int(config.num_hidden_layers)
+    if len(kept) == before:
+        return dict(raw)
+    per_block = {name: value for name, value in raw.items() if "layer" in name and isinstance(value, list) and len(value) == before}
+    if getattr(config, "layer_types", None):
+        per_block["layer_types"] = list(config.layer_types)
+    content = {**raw, **{name: [value[index] for index in kept] for name, value in per_block.items()}, "num_hidden_layers": len(kept)}
+    if "max_window_layers" in raw:  # blocks from there on have a window
+        content["max_window_layers"] = sum(index < raw["max_window_layers"] for index in kept)
+    if "pruned_widths" in raw:
+        content["pruned_widths"] = [raw["pruned_widths"][index] for index in kept]
+    return content
 
 
 def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock_type: str) -> dict[str, Any]:

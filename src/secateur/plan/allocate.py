@@ -63,6 +63,11 @@ def removed_units(rate: float, units: int) -> int:
     return math.floor(units * rate)
 
 
+def removed_blocks(sparsity: float, blocks: int) -> int:
+    """How many of `blocks` a sparsity removes: the nearest whole number, of a half the higher."""
+    return math.floor(sparsity * blocks + 0.5)
+
+
 def units_left(dims: BlockDims, rate: Mapping[str, float]) -> BlockDims:
     """The sizes of a block after whole units are removed at these rates."""
     groups = dims.groups - removed_units(rate.get(MEMBERS["groups"].reader, 0.0), dims.groups)

@@ -44,6 +44,27 @@ def find_sparsity(view: ModelView, pattern: Pattern, modules: str | None, wanted
     return steps[low]
 
 
+def find_dropped(view: ModelView, wanted: float) -> float:
+    """The smallest fraction of whole blocks whose pruning ratio, over all parameters, is at least `wanted`, as if all blocks were as large as their mean.
+
+    Raises:
+        UsageError: the blocks do not hold so much.
+    """
+    if not 0 <= wanted < 1:
+        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
+    share = mean_block(view) / view.parameters()
+    remove = math.ceil(wanted / share - _EDGE)
+    if remove >= view.blocks:
+        raise UsageError(f"--params-removed {wanted:g}: dropping blocks can remove at most {share * (view.blocks - 1):.3f} of this model")
+    return remove / view.blocks
+
+
+def mean_block(view: ModelView) -> float:
+    """The parameters of a block, in the mean."""
+    outer = sum(math.prod(view.source.shape(name)) for name in view.outer_names())
+    return (view.parameters() - outer) / view.blocks
+
+
 def parameters_left(view: ModelView, rates: Rates) -> int:
     """All parameters after whole units are removed at these rates."""
     left = view.parameters()

@@ -121,6 +121,8 @@ class BlockPlan:
             `leave`s. What leaves one block enters the next.
         updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype of the computation or of
             the checkpoint; masks and kept units apply to it. Weights live in the written checkpoint alone: a plan on disk names them by hash.
+        dropped: the whole block goes.
+        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None where that was not measured.
         hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is elsewhere.
     """
 
@@ -132,6 +134,8 @@ class BlockPlan:
     select: str | None = None
     updates: Mapping[str, Tensor] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
+    dropped: bool = False
+    influence: float | None = None
 
     @cached_property
     def updated(self) -> dict[str, str]:
@@ -157,8 +161,9 @@ class BlockPlan:
         masks = {name: {"shape": list(mask.shape), "removed": mask.removed} for name, mask in self.masks.items()}
         keep = {space: {"kept": len(indices), "of": self.of[space]} for space, indices in self.keep.items()}
         places = {name: place.summary() for name, place in self.places.items()}
-        sometimes = {"places": places, "select": self.select, "updates": self.updated}
-        return {"index": self.index, "masks": masks, "keep": keep} | {name: content for name, content in sometimes.items() if content}
+        sometimes = {"places": places, "select": self.select, "updates": self.updated, "dropped": self.dropped}
+        measured = {} if self.influence is None else {"influence": self.influence}
+        return {"index": self.index, "masks": masks, "keep": keep} | {name: content for name, content in sometimes.items() if content} | measured
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
@@ -174,7 +179,17 @@ class BlockPlan:
             own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
             places[name] = Place.read(content, own if start.startswith(prefix) else {k: own[k] for k in ("basis", "spectrum") if k in own})
         of = {space: k["of"] for space, k in summary["keep"].items()}
-        return BlockPlan(index, masks, keep, of, places, summary.get("select"), hashes=summary.get("updates", {}))
+        return BlockPlan(
+            index,
+            masks,
+            keep,
+            of,
+            places,
+            summary.get("select"),
+            hashes=summary.get("updates", {}),
+            dropped="dropped" in summary,
+            influence=summary.get("influence"),
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPlan) or self.summary() != other.summary():
@@ -210,7 +225,11 @@ class BlockPlan:
             if not len(keep[space]):
                 raise SecateurError(f"block {self.index}: the two plans keep no common {space}, so merging them would leave nothing")
         updates, hashes = {**self.updates, **other.updates}, {**self.hashes, **other.hashes}
-        return replace(self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select, updates=updates, hashes=hashes)
+        dropped, influence = self.dropped or other.dropped, other.influence if self.influence is None else self.influence
+        return replace(
+            self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select, updates=updates, hashes=hashes,
+            dropped=dropped, influence=influence,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,12 +251,15 @@ class Plan:
         """The plan that keeps what both keep.
 
         Raises:
-            SecateurError: the two are for models of different depth.
+            SecateurError: the two are for models of different depth, or no block would be left.
         """
         if len(self.blocks) != len(other.blocks):
             raise SecateurError(f"plans for models of {len(self.blocks)} and {len(other.blocks)} blocks cannot be merged")
         both = {**self.settings, "merged_with": dict(other.settings)}
-        return Plan(both, tuple(a.merge(b) for a, b in zip(self.blocks, other.blocks, strict=True)))
+        blocks = tuple(a.merge(b) for a, b in zip(self.blocks, other.blocks, strict=True))
+        if all(block.dropped for block in blocks):
+            raise SecateurError("the two plans keep no common block, so merging them would leave nothing")
+        return Plan(both, blocks)
 
     def save(self, folder: Path) -> None:
         """Write `plan.json` and, where there are tensors, `plan.safetensors`."""

@@ -1,0 +1,107 @@
+"""ShortGPT: whole blocks go that change the residual stream least.
+
+From arXiv:2403.03853. The block influence (its equation 1) is one minus the cosine between what enters a block and what leaves it, mean over tokens; the
+blocks of the lowest influence are dropped, all chosen at once from one pass of the dense model. The sparsity is the fraction of blocks, rounded to whole
+ones, and the result is a stock model with fewer blocks.
+
+Differences from the paper's description: calibration is any text (the paper's PG19 is a set of books). Of equal influences the earlier block goes. Blocks at
+either end can be kept (`first`, `last`).
+
+Shape letters: N tokens, D residual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.stream import Stream
+from secateur.core.errors import NotFiniteError, SecateurError, UsageError
+from secateur.core.memory import give_back
+from secateur.core.numbers import at_least_float32
+from secateur.core.progress import say, track
+from secateur.models.view import ModelView
+from secateur.plan.allocate import removed_blocks
+from secateur.plan.plan import BlockPlan
+from secateur.plan.run import Run
+
+CALIBRATION = "wikitext2"
+REMOVES = "blocks"
+DEMO = [{"sparsities": [0.17, 0.34]}]
+
+
+@dataclass(frozen=True)
+class ShortGPT:
+    """Options.
+
+    Attributes:
+        first: so many blocks at the beginning stay.
+        last: so many blocks at the end stay.
+    """
+
+    first: int = 0
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"shortgpt: {name} is {getattr(self, name)}; it is a count of blocks, at least 0")
+
+
+def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
+    """Refuse before the work what cannot be done.
+
+    Raises:
+        UsageError: less than half a block is asked for, or more blocks than may go.
+        SecateurError: the residual stream of the model is rotated, so that neighbours alone fit one another.
+    """
+    if (residual := view.dims(0).residual) is not None and not residual.selected:
+        raise SecateurError(
+            f"{view.name}: its residual stream is rotated, and every block goes from one basis to the next, so none can be left out; "
+            "drop blocks of the original model"
+        )
+    remove, free = removed_blocks(sparsity, view.blocks), view.blocks - options.first - options.last
+    if not remove:
+        raise UsageError(f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks is less than half a block; the least is {0.5 / view.blocks:.4g}")
+    if remove == view.blocks:
+        raise UsageError(f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks would leave nothing; use less than {1 - 0.5 / view.blocks:.4g}")
+    if remove > free:
+        raise UsageError(
+            f"shortgpt: {remove} of {view.blocks} blocks are to go, but first={options.first} and last={options.last} leave {max(0, free)} that may"
+        )
+
+
+def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> tuple[BlockPlan, ...]:
+    """Measure the influence of every block on windows `data` [S, T], and drop the lowest.
+
+    Raises:
+        NotFiniteError: the residual stream holds NaN or infinity; the block is named.
+    """
+    influence = block_influence(view, data, run)
+    may_go = influence[options.first : view.blocks - options.last]
+    lowest = sorted(range(len(may_go)), key=lambda number: (may_go[number], number))[: removed_blocks(run.sparsity, view.blocks)]
+    gone = {options.first + number for number in lowest}
+    say(f"shortgpt: dropping {', '.join(map(str, sorted(gone)))} of blocks 0 to {view.blocks - 1}")
+    return tuple(BlockPlan(index, dropped=index in gone, influence=value) for index, value in enumerate(influence))
+
+
+def block_influence(view: ModelView, windows: Tensor, run: Run) -> list[float]:
+    """1 - E[cos(x_l, x_(l+1))] of every block, in float64 over all tokens of the windows [S, T]; one block is in memory at a time."""
+    stream = Stream(view, windows, device=run.device, dtype=run.dtype, spill=run.spill)
+    found = []
+    for block in track(view.iterate(), "shortgpt: blocks", view.blocks):
+        total = torch.zeros((), dtype=torch.float64, device=run.device)
+
+        def listen(before_ND: Tensor, after_ND: Tensor, total: Tensor = total) -> None:
+            total += torch.nn.functional.cosine_similarity(at_least_float32(before_ND), at_least_float32(after_ND), dim=-1).sum(dtype=torch.float64)
+
+        stream.advance(block, listen)
+        found.append(1 - float(total) / windows.numel())
+        if not math.isfinite(found[-1]):
+            raise NotFiniteError(f"block {block.index}: what leaves it is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32")
+        del block
+        give_back()
+    return found

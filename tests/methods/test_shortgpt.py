@@ -1,0 +1,104 @@
+"""ShortGPT against a naive float64 reference, and what a shorter model must keep right: caches, windows, widths, configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from secateur import api
+from tests.tiny import BLOCKS, FAMILY_TYPES, some_ids, tiny_model
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+
+def _reference(model: Any, windows: torch.Tensor) -> list[float]:
+    """1 - mean cosine of what enters and what leaves each block, token by token."""
+    seen: list[list[float]] = [[] for _ in range(BLOCKS)]
+
+    def hook(index: int) -> Any:
+        def listen(_: Any, inputs: Any, output: torch.Tensor) -> None:
+            for x, y in zip(inputs[0].flatten(0, 1).double(), output.flatten(0, 1).double(), strict=True):
+                seen[index].append(float(x @ y / (x @ x).sqrt() / (y @ y).sqrt()))
+
+        return listen
+
+    view = api.view_model(model)
+    for index in range(BLOCKS):
+        model.get_submodule(f"{view.family.blocks}.{index}").register_forward_hook(hook(index))
+    with torch.no_grad():
+        model(windows)
+    return [1 - sum(values) / len(values) for values in seen]
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_influence_is_that_of_the_definition_and_the_lowest_go(model_type: str, windows: torch.Tensor) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    plan = api.plan(model, "shortgpt", windows, sparsity=1 / 3)
+    expected = _reference(tiny_model(model_type, dtype=torch.float64), windows)
+    assert [block.influence for block in plan.blocks] == pytest.approx(expected, rel=1e-9)
+    assert [block.dropped for block in plan.blocks] == [value == min(expected) for value in expected]
+    ends = api.plan(model, "shortgpt", windows, sparsity=1 / 3, first=1, last=1)
+    assert [block.dropped for block in ends.blocks] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "how"), [*((t, {}) for t in FAMILY_TYPES), ("qwen2", WINDOWED), ("qwen3", WINDOWED), ("mistral", {"sliding_window": 5})]
+)
+def test_a_shorter_model_is_the_stock_one_without_those_blocks(
+    model_type: str, how: dict[str, Any], saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    """The first block goes, so that every number behind it changes; it loads as a stock model, with a cache and without."""
+    dense = saved(model_type, **how)
+    record = api.prune(api.Request(str(dense), "shortgpt", sparsity=0.3, calibration=ids_file, stock_only=True, options={"last": 2}), tmp_path / "out")
+    assert record["sparsity_measured"] == pytest.approx(1 / 3)
+    model, shorter = (AutoModelForCausalLM.from_pretrained(path) for path in (dense, tmp_path / "out"))
+    assert type(model) is type(shorter)
+    blocks = model.get_submodule(api.view_model(model).family.blocks)
+    del blocks[0]
+    for index, block in enumerate(blocks):
+        block.self_attn.layer_idx = index
+    model.config.num_hidden_layers = 2
+    if getattr(model.config, "layer_types", None):
+        assert shorter.config.layer_types == model.config.layer_types[1:]
+        model.config.layer_types = model.config.layer_types[1:]
+    ids = some_ids(2, 20)
+    torch.testing.assert_close(shorter(ids).logits, model(ids).logits)
+    mask = torch.ones_like(ids)
+    with_cache, without = (shorter.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=c) for c in (True, False))
+    assert torch.equal(with_cache, without)
+    assert record["params_after"] == sum(p.numel() for p in shorter.parameters())
+    shorter.save_pretrained(tmp_path / "again")
+
+
+def test_blocks_of_unequal_widths_keep_their_own(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("opt")), "magnitude", pattern="rows", options={"scope": "model"}, sparsity=0.4)
+    api.prune(request, tmp_path / "narrow")
+    api.prune(api.Request(str(tmp_path / "narrow"), "shortgpt", sparsity=0.3, calibration=ids_file, options={"last": 2}), tmp_path / "short")
+    narrow, short = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("narrow", "short"))
+    assert short.config.pruned_widths == narrow.config.pruned_widths[1:]
+    del narrow.model.decoder.layers[0]
+    torch.testing.assert_close(short(some_ids()).logits, narrow(some_ids(), use_cache=False).logits)
+
+
+def test_params_removed_and_what_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = str(saved("llama"))
+    record = api.prune(api.Request(dense, "shortgpt", params_removed=0.4, calibration=ids_file), tmp_path / "out")
+    assert record["pruning_ratio"] >= 0.4
+    assert record["sparsity_measured"] == pytest.approx(2 / 3)
+    for wrong, words in (
+        ({"sparsity": 0.9}, "of 3 blocks would leave nothing; use less than 0.8333"),
+        ({"sparsity": 0.1}, "of 3 blocks is less than half a block; the least is 0.1667"),
+        ({"params_removed": 0.95}, "dropping blocks can remove at most"),
+        ({"sparsity": 0.6, "options": {"first": 2}}, "2 of 3 blocks are to go, but first=2 and last=0 leave 1 that may"),
+        ({"sparsity": 0.6, "modules": "mlp"}, "--modules does not go with shortgpt"),
+    ):
+        with pytest.raises(api.UsageError, match=words):
+            api.prepare(api.Request(dense, "shortgpt", **wrong))
+    api.prune(api.Request(dense, "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "sliced")
+    with pytest.raises(api.SecateurError, match="its residual stream is rotated"):
+        api.prepare(api.Request(str(tmp_path / "sliced"), "shortgpt", sparsity=0.3))
