@@ -85,7 +85,7 @@ def test_plans_round_trip(method: str, pattern: str | None, model_type: str, win
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), WIDE)
 def test_cutting_equals_masking(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
-    """Removed units and units whose output is zeroed give the same logits."""
+    """Removed units and units whose output is zeroed give the same logits, and so do blocks."""
     model = tiny_model(model_type, dtype=torch.float64)
     plan = api.plan(model, method, windows, **_asked(pattern), **_quick(method))
     if any(block.select or block.places for block in plan.blocks):
@@ -95,6 +95,12 @@ def test_cutting_equals_masking(method: str, pattern: str | None, model_type: st
     for block, block_plan in zip(view.iterate(), plan.blocks, strict=True):
         width = block.dims.head_width * block.dims.queries
         assert set(block_plan.keep) <= {"ffn", "groups", "heads"}
+        for name, new_OI in block_plan.updates.items():
+            block.matrix(name).copy_(new_OI)
+        for name in ("o", "down") if block_plan.dropped else ():  # a block that writes nothing
+            for tensor in (block.matrix(name), block.bias(name)):
+                if tensor is not None:
+                    tensor.zero_()
         for reader, space, each in (("down", "ffn", 1), ("o", "groups", width), ("o", "heads", block.dims.head_width)):
             if space not in block_plan.keep:
                 continue
