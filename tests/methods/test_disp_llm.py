@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from secateur import api
+from secateur.methods import disp_llm
 from secateur.models.runtime import SELECT_FORMS
 from secateur.train.masked import MaskedModel, keep_gates
 from secateur.train.structures import find_structures
@@ -40,6 +41,28 @@ def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool,
     assert structures.parameters([float(len(indices)) for indices in keep]) == sum(p.numel() for p in narrow.parameters())
     if separate:
         assert len({tuple(plan.blocks[0].keep[f"{name}_in"].tolist()) for name in "qkv"}) == 3
+
+
+@pytest.mark.parametrize(("norm", "separate"), [("full", False), ("selected", False), ("full", True)])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_scales_are_folded_into_the_weights(model_type: str, norm: str, separate: bool, windows: Tensor) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    form, view = SELECT_FORMS[norm == "selected"], api.view_model(model)
+    structures = find_structures(view, constrained=False, form=form, whole=True, separate=separate)
+    keep = [torch.arange(0, width, 2, dtype=torch.int32) for width in structures.widths]
+    scales = [torch.linspace(0.5, 1.5, width, dtype=torch.float64) for width in structures.widths]
+    plan = api.Plan({}, tuple(disp_llm._block_plan(view, structures, keep, scales, index, form) for index in range(view.blocks)))
+    masked = MaskedModel(view, structures, form, device=torch.device("cpu"), dtype=torch.float64)
+    expected = masked.logits(some_ids(), torch.cat([keep_gates(structures, keep).double(), *scales]))
+    torch.testing.assert_close(api.cut(model, plan).double()(some_ids()).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, masked.logits(some_ids(), keep_gates(structures, keep).double()), atol=1e-2)
+
+
+def test_a_scale_is_learned_only_when_asked_for_and_the_plan_says_so(windows: Tensor) -> None:
+    model = tiny_model("llama")
+    frozen, scaled = (api.plan(model, "disp_llm", windows, sparsity=0.4, steps=2, scale=scale).blocks[0] for scale in (False, True))
+    assert not frozen.updated
+    assert set(scaled.updated) == {"q", "k", "v", "o", "gate", "up", "down"}
 
 
 @pytest.mark.slow
@@ -72,6 +95,9 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
         {"constrained": True},
         {"separate": True},
         {"round": 8},
+        {"warm": 2},
+        {"settle": 1.0},
+        {"scale": True},
     ):
         assert blocks(**asked) != first, asked
     assert blocks() == first
@@ -145,6 +171,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "options": {"steps": "0"}}, r"steps is 0; it is a count, at least 1"),
     ({"sparsity": 0.5, "options": {"lr": "nan"}}, r"lr is nan; it must be above 0"),
     ({"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}}, r"batch=6 windows cannot be split into accumulate=4 equal parts"),
+    ({"sparsity": 0.5, "options": {"settle": "2"}}, r"settle is 2; it is a share of the steps, in \[0, 1\]"),
+    ({"sparsity": 0.5, "options": {"warm": "-1"}}, r"warm is -1; it is a count, 0 for none"),
     ({"sparsity": 0.5, "options": {"strength": "-1"}}, r"strength is -1; it must be at least 0"),
     ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: disp_llm gives every block its own widths"),
 ]

@@ -15,7 +15,7 @@ selected; `norm=selected` is the paper's order. The constrained variant shares o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from secateur.core.distributed import size
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
-from secateur.models.view import ModelView
+from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
 from secateur.train.choose import choose, smallest
@@ -34,6 +34,7 @@ from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
 from secateur.train.learn import Learning, learn
 from secateur.train.masked import MaskedModel
 from secateur.train.structures import Structures, find_structures
+from secateur.train.warm import begin, importance
 
 CALIBRATION = "wikitext2"
 DEMO: list[dict[str, object]] = []
@@ -72,6 +73,9 @@ class DispLLM:
         separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed and leaves it out).
         norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
+        warm: windows whose gradients say which gates begin open, see `train/warm.py`; 0 begins with all of them likely open, as the paper does.
+        settle: the share of the steps, the last ones, over which the noise of the gates fades, so that what is trained is what is cut.
+        scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated then, as the record says.
         cut: keep what the `budget` allows, or what is open `half` of the time.
         round: widths are multiples of this.
         save_every: steps between two saves of the state that `--resume` goes on from.
@@ -93,6 +97,9 @@ class DispLLM:
     constrained: bool = False
     separate: bool = False
     norm: str = "full"
+    warm: int = 0
+    settle: float = 0.0
+    scale: bool = False
     budget: str = "model"
     cut: str = "budget"
     round: int = 1
@@ -110,6 +117,10 @@ class DispLLM:
         for name in ("lr", "tau"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be above 0")
+        if self.warm < 0:
+            raise UsageError(f"disp_llm: warm is {self.warm}; it is a count, 0 for none")
+        if not 0 <= self.settle <= 1:
+            raise UsageError(f"disp_llm: settle is {self.settle:g}; it is a share of the steps, in [0, 1]")
         for name in ("weight_decay", "strength", "clip"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be at least 0")
@@ -160,7 +171,8 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         autocast=options.autocast == "on" or (options.autocast == "auto" and run.device.type != "cpu" and run.dtype == torch.float32),
         checkpointing=options.checkpointing,
     )
-    network = Hypernetwork(structures.widths, options.hypernetwork, seed=run.seed).to(run.device)
+    begin_N = begin(importance(masked, data[: options.warm]), masked, target) - options.bias if options.warm else None
+    network = Hypernetwork(structures.widths, options.hypernetwork, seed=run.seed, begin_N=begin_N, scaled=options.scale).to(run.device)
     how = Learning(
         steps=options.steps,
         batch=options.batch,
@@ -174,13 +186,15 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         accumulate=options.accumulate,
         clip=options.clip,
         save_every=options.save_every,
+        settle=options.settle,
     )
     seen = learn(network, masked, data, target, how, run.checkpoint)
     logit_N = network() + options.bias
     keep = choose(logit_N, structures, target=target, multiple=options.round, half=options.cut == "half")
     half = _tell(logit_N, structures, keep, target)
     run.notes["learning"] = {**history(seen, structures.total), "removed_half": half}
-    return tuple(_block_plan(structures, keep, index, _FORMS[options.norm]) for index in range(view.blocks))
+    scales = None if (scale_N := network.scales()) is None else structures.split(scale_N.detach().cpu())
+    return tuple(_block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks))
 
 
 def _structures(view: ModelView, options: DispLLM) -> Structures:
@@ -195,6 +209,21 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
     return learned
 
 
-def _block_plan(structures: Structures, keep: list[Tensor], index: int, form: str) -> BlockPlan:
+def _block_plan(view: ModelView, structures: Structures, keep: list[Tensor], scales: list[Tensor] | None, index: int, form: str) -> BlockPlan:
     uses = structures.uses[index]
-    return BlockPlan(index, keep={s: keep[n].clone() for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)
+    # a choice that several selections share is written once for each
+    plan = BlockPlan(index, keep={s: keep[n].clone() for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)
+    return plan if scales is None else replace(plan, updates=_folded(view.block(index), {s: scales[n] for s, n in uses.items()}))
+
+
+def _folded(block: BlockView, scale: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights [O, I] with the scales in them: rows of what writes a selection, columns of what reads one."""
+    reads = {name: f"{name}_in" if f"{name}_in" in scale else "attention_in" for name in "qkv"} | {"gate": "mlp_in", "up": "mlp_in", "down": "ffn"}
+    writes = {"o": "attention_out", "down": "mlp_out"}
+    folded = {}
+    for name in block.names:
+        weight_OI = block.matrix(name)
+        weight_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
+        weight_OI = weight_OI * scale[reads[name]] if name in reads else weight_OI
+        folded[name] = weight_OI * scale[writes[name]][:, None] if name in writes else weight_OI
+    return folded

@@ -27,13 +27,18 @@ class Hypernetwork(nn.Module):
         widths: how many gates each structure has.
         kind: one of `HYPERNETWORKS`.
         seed: of the fixed input and of the initial weights.
+        begin_N: added to all logits; None adds nothing.
+        scaled: learn a scale beside each gate too, see `scales`.
     """
 
     input_SI: Tensor
+    begin_N: Tensor | None
 
-    def __init__(self, widths: Sequence[int], kind: str = "gru", *, seed: int = 0) -> None:
+    def __init__(self, widths: Sequence[int], kind: str = "gru", *, seed: int = 0, begin_N: Tensor | None = None, scaled: bool = False) -> None:
         super().__init__()
         self.kind = kind
+        self.register_buffer("begin_N", begin_N)
+        self.stretch_N = nn.Parameter(torch.zeros(sum(widths))) if scaled else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if kind == "none":
@@ -47,7 +52,13 @@ class Hypernetwork(nn.Module):
 
     def forward(self) -> Tensor:
         """The logits [N], structure after structure."""
-        if self.kind == "none":
-            return self.logit_N
+        logit_N = self.logit_N if self.kind == "none" else self._generated()
+        return logit_N if self.begin_N is None else logit_N + self.begin_N
+
+    def scales(self) -> Tensor | None:
+        """The scale [N] beside each gate, 1 at first; weight decay draws it back there. None where none are learned."""
+        return None if self.stretch_N is None else 1 + self.stretch_N
+
+    def _generated(self) -> Tensor:
         hidden_SH = gelu(self.norm(self.gru(self.input_SI)[0])) if self.kind == "gru" else self.input_SI
         return torch.cat([linear(hidden_H) for linear, hidden_H in zip(self.linears, hidden_SH, strict=True)])

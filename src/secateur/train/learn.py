@@ -7,7 +7,7 @@ Gradients of the first term are taken in the gates, part by part of the step's w
 once. Several processes share the parts of a step and nothing else: all of them draw the same gates and take the same step of the optimiser, so that
 their number does not change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
 
-Shape letters: S windows, B windows of a part, T tokens, N gates.
+Shape letters: S windows, B windows of a part, T tokens, N gates, M gates and, where they are learned, scales.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Learning:
     accumulate: int = 1
     clip: float = 0.0
     save_every: int = 100
+    settle: float = 0.0
 
 
 def budget_term(left: Tensor | float, target: float) -> Tensor:
@@ -86,6 +87,18 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
     return learner.seen
 
 
+def settled(noise_N: Tensor, step: int, how: Learning) -> Tensor:
+    """The noise of a step: over the last `settle` of the steps it shrinks to 1/2, where a gate is open if that is likelier than not."""
+    begin = (1 - how.settle) * how.steps
+    return noise_N if step <= begin else 0.5 + (noise_N - 0.5) * ((how.steps - step) / (how.steps - begin))
+
+
+def with_scales(gate_N: Tensor, network: Hypernetwork) -> Tensor:
+    """The gates, and behind them the scales where some are learned, as the masked model takes them."""
+    scale_N = network.scales()
+    return gate_N if scale_N is None else torch.cat([gate_N, scale_N])
+
+
 class _Learner:
     """What a step changes, and what it needs."""
 
@@ -104,32 +117,33 @@ class _Learner:
         """One step of the optimiser, the first being 1."""
         how, structures = self.how, self.masked.structures
         logit_N = self.network()
-        noise_N = torch.rand(logit_N.shape, generator=self.noise, device=self.device)
+        noise_N = settled(torch.rand(logit_N.shape, generator=self.noise, device=self.device), step, how)
         gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
         left = torch.as_tensor(structures.parameters([part.sum() for part in structures.split(gate_N)]))
         budget = budget_term(left, self.target)
-        loss, slope_N = self._model_loss(step, gate_N.detach())
+        open_M = with_scales(gate_N, self.network)
+        loss, slope_M = self._model_loss(step, open_M.detach())
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward((gate_N, how.strength * budget), (slope_N, None))
+        torch.autograd.backward((open_M, how.strength * budget), (slope_M, None))
         if how.clip:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), how.clip)
         self.optimizer.step()
         self.loss, self.budget, self.left = self.loss + loss, budget.detach(), left.detach()
         self.wrong = torch.where((self.wrong == 0) & ~torch.isfinite(loss + self.budget), step, self.wrong)
 
-    def _model_loss(self, step: int, gate_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the language model over the windows of a step, and its gradient in the gates."""
-        how, total_N1 = self.how, gate_N.new_zeros(len(gate_N) + 1)
+    def _model_loss(self, step: int, open_M: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the language model over the windows of a step, and its gradient in the gates and scales."""
+        how, total_M1 = self.how, open_M.new_zeros(len(open_M) + 1)
         rows = rows_of_step(step - 1, len(self.windows), how.batch, how.seed).to(self.device, non_blocking=True)
         parts = rows.chunk(math.lcm(how.accumulate, size()))
         for rows_B in parts[rank() :: size()]:
-            part_N = gate_N.clone().requires_grad_()
-            loss = self.masked.loss(self.windows[rows_B].long(), part_N)
-            (slope_N,) = torch.autograd.grad(loss, part_N)
-            for found_N1 in gather(torch.cat([slope_N, loss.detach().to(slope_N.dtype)[None]])):
-                total_N1 = total_N1 + found_N1  # in the order of the parts, however many processes there are
-        mean_N1 = total_N1 / len(parts)
-        return mean_N1[-1], mean_N1[:-1]
+            part_M = open_M.clone().requires_grad_()
+            loss = self.masked.loss(self.windows[rows_B].long(), part_M)
+            (slope_M,) = torch.autograd.grad(loss, part_M)
+            for found_M1 in gather(torch.cat([slope_M, loss.detach().to(slope_M.dtype)[None]])):
+                total_M1 = total_M1 + found_M1  # in the order of the parts, however many processes there are
+        mean_M1 = total_M1 / len(parts)
+        return mean_M1[-1], mean_M1[:-1]
 
     def look(self, step: int) -> None:
         """Bring the losses to the host, and stop where they are not finite."""

@@ -56,6 +56,7 @@ class MaskedModel:
     ) -> None:
         self.structures, self.form, self.device, self.dtype, self.autocast = structures, form, device, dtype, autocast
         self._gates: list[Tensor] = []
+        self._scales: list[Tensor] | None = None
         self._second: dict[int, Tensor] = {}
         family = view.family
         self.centred = family.centred
@@ -85,37 +86,49 @@ class MaskedModel:
         module.load_state_dict(state, strict=False, assign=True)
 
     def logits(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """The logits [B, T, V] with these gates, those of all structures one after the other."""
-        self._gates = self.structures.split(gate_N.to(self.dtype))
+        """The logits [B, T, V] with these gates, those of all structures one after the other; twice as many numbers are gates and then scales."""
+        self._set(gate_N, self.dtype)
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits_BTV
 
     def loss(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
         """Cross-entropy of the next token, nats a token, float32 or better. No logits are kept; see `models/loss.py`."""
-        self._gates = self.structures.split(gate_N.to(torch.bfloat16 if self.autocast else self.dtype))
+        self._set(gate_N, torch.bfloat16 if self.autocast else self.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden_BTD = hidden_states(self.model, ids_BT)[:, :-1]
             return mean_loss(self.model, hidden_BTD.flatten(0, 1), ids_BT[:, 1:].flatten())
 
+    def _set(self, gate_N: Tensor, dtype: torch.dtype) -> None:
+        parts = gate_N.to(dtype).split(sum(self.structures.widths))
+        self._gates = self.structures.split(parts[0])
+        self._scales = self.structures.split(parts[1]) if len(parts) > 1 else None
+
     def _gate(self, index: int, selection: str) -> Tensor:
         return self._gates[self.structures.uses[index][selection]]
+
+    def _stretched(self, x_BTN: Tensor, index: int, selection: str, bias_N: Tensor | None = None) -> Tensor:
+        """Times the scales; not of a bias, which is no part of a matrix that scales could be folded into."""
+        if self._scales is None:
+            return x_BTN
+        scale_N = self._scales[self.structures.uses[index][selection]]
+        return x_BTN * scale_N if bias_N is None else (x_BTN - bias_N) * scale_N + bias_N
 
     def _hook_block(self, block: nn.Module, index: int, view: ModelView) -> None:
         family = view.family
 
-        def scale(selection: str) -> Any:
-            return lambda module, inputs, output: output * self._gate(index, selection)
+        def write(selection: str) -> Any:
+            return lambda module, inputs, output: self._stretched(output, index, selection, module.bias) * self._gate(index, selection)
 
         def middle(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (inputs[0] * self._gate(index, "ffn"), *inputs[1:])
+            return (self._stretched(inputs[0], index, "ffn") * self._gate(index, "ffn"), *inputs[1:])
 
         def read(selection: str, *, also: str | None = None) -> Any:
             def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 if also is not None:
-                    self._second[index] = self._read(norm, inputs[0], output, self._gate(index, also))
+                    self._second[index] = self._stretched(self._read(norm, inputs[0], output, self._gate(index, also)), index, also)
                 if selection not in self.structures.uses[index]:  # q, k and v read for themselves
                     return inputs[0] if self.form == SELECT_FIRST else output
-                return self._read(norm, inputs[0], output, self._gate(index, selection))
+                return self._stretched(self._read(norm, inputs[0], output, self._gate(index, selection)), index, selection)
 
             return hook
 
@@ -128,16 +141,16 @@ class MaskedModel:
         else:
             norms[0].register_forward_hook(read("attention_in"))
             norms[1].register_forward_hook(read("mlp_in"))
-        block.get_submodule(family.matrices["o"]).register_forward_hook(scale("attention_out"))
+        block.get_submodule(family.matrices["o"]).register_forward_hook(write("attention_out"))
         block.get_submodule(family.matrices["down"]).register_forward_pre_hook(middle)
-        block.get_submodule(family.matrices["down"]).register_forward_hook(scale("mlp_out"))
+        block.get_submodule(family.matrices["down"]).register_forward_hook(write("mlp_out"))
 
     def _separate(self, block: nn.Module, index: int, view: ModelView) -> None:
         """Let q, k and v read through gates of their own; a module that has all three becomes three products."""
         norm, paths = block.get_submodule(view.family.norms[0]), {name: view.family.matrices[name] for name in "qkv"}
 
         def read(hidden: Tensor, name: str) -> Tensor:  # receives what the hook of the norm lets through
-            return self._read(norm, hidden, hidden, self._gate(index, f"{name}_in"))
+            return self._stretched(self._read(norm, hidden, hidden, self._gate(index, f"{name}_in")), index, f"{name}_in")
 
         if len(set(paths.values())) == 1:
             rows = [view.dims(index).shape(name)[0] for name in paths]
