@@ -96,7 +96,6 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
         {"separate": True},
         {"round": 8},
         {"warm": 2},
-        {"settle": 1.0},
         {"scale": True},
     ):
         assert blocks(**asked) != first, asked
@@ -171,7 +170,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "options": {"steps": "0"}}, r"steps is 0; it is a count, at least 1"),
     ({"sparsity": 0.5, "options": {"lr": "nan"}}, r"lr is nan; it must be above 0"),
     ({"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}}, r"batch=6 windows cannot be split into accumulate=4 equal parts"),
-    ({"sparsity": 0.5, "options": {"settle": "2"}}, r"settle is 2; it is a share of the steps, in \[0, 1\]"),
     ({"sparsity": 0.5, "options": {"warm": "-1"}}, r"warm is -1; it is a count, 0 for none"),
     ({"sparsity": 0.5, "options": {"strength": "-1"}}, r"strength is -1; it must be at least 0"),
     ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: disp_llm gives every block its own widths"),

@@ -74,7 +74,6 @@ class DispLLM:
         norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
         warm: windows whose gradients say which gates begin open, see `train/warm.py`; 0 begins with all of them likely open, as the paper does.
-        settle: the share of the steps, the last ones, over which the noise of the gates fades, so that what is trained is what is cut.
         scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated then, as the record says.
         cut: keep what the `budget` allows, or what is open `half` of the time.
         round: widths are multiples of this.
@@ -98,7 +97,6 @@ class DispLLM:
     separate: bool = False
     norm: str = "full"
     warm: int = 0
-    settle: float = 0.0
     scale: bool = False
     budget: str = "model"
     cut: str = "budget"
@@ -119,8 +117,6 @@ class DispLLM:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be above 0")
         if self.warm < 0:
             raise UsageError(f"disp_llm: warm is {self.warm}; it is a count, 0 for none")
-        if not 0 <= self.settle <= 1:
-            raise UsageError(f"disp_llm: settle is {self.settle:g}; it is a share of the steps, in [0, 1]")
         for name in ("weight_decay", "strength", "clip"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be at least 0")
@@ -186,7 +182,6 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         accumulate=options.accumulate,
         clip=options.clip,
         save_every=options.save_every,
-        settle=options.settle,
     )
     seen = learn(network, masked, data, target, how, run.checkpoint)
     logit_N = network() + options.bias

@@ -47,7 +47,6 @@ class Learning:
     accumulate: int = 1
     clip: float = 0.0
     save_every: int = 100
-    settle: float = 0.0
 
 
 def budget_term(left: Tensor | float, target: float) -> Tensor:
@@ -87,12 +86,6 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
     return learner.seen
 
 
-def settled(noise_N: Tensor, step: int, how: Learning) -> Tensor:
-    """The noise of a step: over the last `settle` of the steps it shrinks to 1/2, where a gate is open if that is likelier than not."""
-    begin = (1 - how.settle) * how.steps
-    return noise_N if step <= begin else 0.5 + (noise_N - 0.5) * ((how.steps - step) / (how.steps - begin))
-
-
 def with_scales(gate_N: Tensor, network: Hypernetwork) -> Tensor:
     """The gates, and behind them the scales where some are learned, as the masked model takes them."""
     scale_N = network.scales()
@@ -117,7 +110,7 @@ class _Learner:
         """One step of the optimiser, the first being 1."""
         how, structures = self.how, self.masked.structures
         logit_N = self.network()
-        noise_N = settled(torch.rand(logit_N.shape, generator=self.noise, device=self.device), step, how)
+        noise_N = torch.rand(logit_N.shape, generator=self.noise, device=self.device)
         gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
         left = torch.as_tensor(structures.parameters([part.sum() for part in structures.split(gate_N)]))
         budget = budget_term(left, self.target)
