@@ -10,6 +10,9 @@ budget; the MLP's middle is masked once, so that a soft gate is not squared; T c
 random draw but the gates with the highest logits, as many as the budget allows (`cut=half`: those open as often as not); no selection is empty. Key-value
 heads shared by several query heads, biases and fused weights are handled; heads are kept. The norm is over all features, then those are
 selected; `norm=selected` is the paper's order. The constrained variant shares one selection in place of its four of the residual, in all blocks.
+
+Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that far fewer steps do), and `scale` learns a
+scale beside each gate, which the cut folds into the weights: no parameter more, but the weights are no longer those of the model.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from secateur.train.structures import Structures, find_structures
 from secateur.train.warm import begin, importance
 
 CALIBRATION = "wikitext2"
-DEMO: list[dict[str, object]] = []
+DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
 
 _FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
