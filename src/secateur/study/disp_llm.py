@@ -44,11 +44,13 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "constrained": (FULL, Variant("constrained", {"constrained": True})),
     "estimator": (FULL, *(Variant(gate, {"gate": gate}) for gate in ("reinmax-printed", "straight-through", "gumbel"))),
     "norm": (FULL, Variant("select, then norm", {"norm": "selected"})),
+    "separate": (FULL, Variant("q, k and v apart", {"separate": True})),
+    "beyond": (FULL, Variant("warm start", {"warm": 32}), Variant("scales", {"scale": True}), Variant("both", {"warm": 32, "scale": True})),
     "lambda": tuple(Variant(f"lambda {strength:g}", {"strength": strength}, highest=True) for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)),
     "seeds": (Variant(f"{SEEDS} seeds", {}, seeds=SEEDS),),
 }
 """Part -> what it varies. `hypernetwork` is table 4; with `constrained` it is figures 5a to 5d; `ratios` figures 5e, 5f and tables 13, 14; `lambda` table 12;
-`seeds` table 10."""
+`seeds` table 10; `separate` its section 4.1; `beyond` is not in the paper."""
 
 
 @dataclass(frozen=True)
