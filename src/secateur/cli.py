@@ -181,6 +181,70 @@ def sweep(
     _guard(run, debug, resume=RESUME)
 
 
+@study.command(name="modules")
+def study_modules(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder of the study: records.jsonl, and the text of tasks it calibrates on.")],
+    method: Annotated[str, typer.Option(help="A method with a mask for each matrix.")] = "wanda",
+    kinds: Annotated[str, typer.Option(metavar="NAME,...", help="Names as in --modules. Default: each projection, attention, mlp, all.")] = "",
+    sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="In [0, 1]. Default: 0.1 to 0.9, 0.95, 1.")] = "",
+    weights: Annotated[str, typer.Option(metavar="N,N,...", help="Also remove so many weights of each kind that has them.")] = "",
+    grid: Annotated[str, typer.Option(metavar="S,S,...", help="Also combine these sparsities of attention and of MLP.")] = "",
+    mode: Annotated[str, typer.Option(help="shared: statistics of the dense model for all cells; sequential: each cell as prune makes it.")] = "shared",
+    jobs: Annotated[int, typer.Option(help="Processes that share the cells.")] = 1,
+    pattern: PatternOption = None,
+    calibration: Annotated[str | None, typer.Option(help="As for prune, or task:NAME (task:NAME+NAME): the text of tasks.")] = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: Set = None,
+    text: Text = None,
+    protocol: ProtocolOption = None,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    records: Records = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which module matters: prune one kind of matrix at a time, at every sparsity, and measure each."""
+
+    def run() -> None:
+        api = _api()
+        from secateur.report import modules as told
+        from secateur.study import modules
+
+        request = api.Request(
+            model, method, None, None, None, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
+        )  # fmt: skip
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=include_path)
+        asked = modules.Asked(
+            _names(kinds),
+            _numbers(sparsity, "--sparsity", highest=1.0) if sparsity else (),
+            [round(count) for count in _numbers(weights, "--weights", highest=None)] if weights else (),
+            _numbers(grid, "--grid", highest=1.0) if grid else (),
+            mode,
+        )
+        found = list(modules.run(request, asked, out, measure, jobs=jobs, resume=resume, overwrite=overwrite, records_file=records))
+        study = told.read_studies(found)[0]
+        verdict = told.verdict(study)
+        if json:
+            _emit({"records": found, "verdict": verdict})
+            return
+        from secateur.terminal import modules_table
+
+        _show(modules_table(study))
+        for line in verdict:
+            typer.echo(line)
+
+    _guard(run, debug, resume=RESUME)
+
+
 @study.command(name="disp-llm")
 def study_disp_llm(
     model: Model,
@@ -543,7 +607,8 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _numbers(text: str, option: str) -> list[float]:
+def _numbers(text: str, option: str, *, highest: float | None = 0.0) -> list[float]:
+    """Numbers from 0 to `highest` (0.0: below 1; None: any)."""
     try:
         found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -551,8 +616,8 @@ def _numbers(text: str, option: str) -> list[float]:
     if not found:
         raise UsageError(f"{option} is empty: numbers separated by commas are expected, as in 0.1,0.2,0.3")
     for value in found:
-        if not 0 <= value < 1:
-            raise UsageError(f"{option}: {value:g} is outside [0, 1)")
+        if value < 0 or (value >= 1 if highest == 0.0 else highest is not None and value > highest):
+            raise UsageError(f"{option}: {value:g} is outside {'[0, 1)' if highest == 0.0 else '[0, 1]' if highest else 'the numbers above 0'}")
     return found
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from secateur.core.records import Record
 from secateur.evaluate.flow import ranges
 from secateur.models.runtime import SELECT_FORMS
+from secateur.report.modules import Study, rows
 
 _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version", "allocation")
 
@@ -267,3 +268,13 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
     return str(value)
+
+
+def modules_table(study: Study) -> Table:
+    """The perplexities of a study of modules: a line a kind, a column a sparsity."""
+    heads, body = rows(study)
+    table = Table(title=f"{study.about}: perplexity, dense {study.dense:.2f}", padding=(0, 0))
+    _number_columns(table, *heads)
+    for line in body:
+        table.add_row(*line)
+    return table

@@ -117,7 +117,7 @@ def sensitivities(dense: DenseModel, batches: list[Tensor], levels: Sequence[flo
     Returns:
         The dense loss, nats a token, and a curve for each matrix.
     """
-    view = dense.job.view
+    view, _ = dense.job.view, dense.statistics  # collected before the bar below, not inside it
     loss, entering = dense.loss(batches), None
     curves = []
     for index in track(range(view.blocks), "auto: blocks measured"):

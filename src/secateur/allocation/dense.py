@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,7 +44,12 @@ class DenseModel:
         self.job, self.model = job, model
         self._state = dict(model.state_dict())
         self._blocks: nn.ModuleList = model.get_submodule(job.view.family.blocks)  # type: ignore[assignment]
-        self.statistics = _dense_statistics(job, windows)
+        self._windows = windows
+
+    @cached_property
+    def statistics(self) -> list[Statistics | None]:
+        """Of the dense model, a block each; collected when they are first needed."""
+        return _dense_statistics(self.job, self._windows)
 
     def cut(self, index: int, rates: Mapping[str, float]) -> tuple[BlockView, BlockPlan]:
         """One block pruned at these rates, and its plan; the model stays as it is."""

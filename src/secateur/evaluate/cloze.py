@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.bundled.text import documents
+from secateur.bundled.text import Part, documents
 from secateur.core.errors import SecateurError
 from secateur.evaluate.continuations import score_continuations
 
@@ -36,13 +36,13 @@ class Item:
     answer: int
 
 
-def cloze_items(count: int = ITEMS, seed: int = 0) -> list[Item]:
-    """The items, the same for the same seed and the same Python version.
+def cloze_items(count: int = ITEMS, seed: int = 0, part: Part = "test") -> list[Item]:
+    """The items, the same for the same seed and the same Python version. Those of the part `train` are to calibrate with.
 
     Raises:
         SecateurError: this Python's standard library is installed without sources.
     """
-    texts = [d.text for d in documents("test") if len(d.text) >= _SHORTEST]
+    texts = [d.text for d in documents(part) if len(d.text) >= _SHORTEST]
     if not texts:
         raise SecateurError("the standard library of this Python has no readable sources, so there is no built-in task")
     draw = np.random.default_rng(seed)

@@ -65,6 +65,62 @@ class EvalRequest:
     include_path: str | Path | None = None
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a model is asked, ready to be asked of any version of one model.
+
+    Attributes:
+        protocol, windows: of the perplexity; token ids, int64 [T] each.
+        tasks: with their data.
+        tokenizer: None where neither text nor tasks need one.
+        device, dtype: of the computation.
+    """
+
+    protocol: Protocol
+    windows: Sequence[Tensor]
+    tasks: Tasks
+    tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Fields of the record."""
+        return {"ppl_protocol": protocol_facts(self.protocol, self.windows), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def ask(self, model: PreTrainedModel) -> dict[str, Any]:
+        """`ppl` and `tasks` of a model in memory."""
+        results: dict[str, Any] = {}
+        if self.tasks:
+            assert self.tokenizer is not None
+            results = self.tasks.run(model, self.tokenizer, Answers())
+        return {"ppl": perplexity(model, self.windows).ppl, "tasks": results}
+
+
+def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: bool) -> Questions:
+    """Read text and tasks.
+
+    Args:
+        request: what to measure; its model and what it is compared with are not looked at.
+        checkpoint: the model, or one with the same tokenizer and configuration.
+        bundled: whether it is the model in the package, which has a text of its own.
+
+    Raises:
+        UsageError, SecateurError: what is asked cannot be.
+    """
+    if request.limit is not None and request.limit < 1:
+        raise UsageError(f"--limit {request.limit}: at least one window is needed")
+    protocol = find_protocol(request.protocol, request.text, bundled=bundled)
+    seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
+    tasks = find_tasks(request.tasks, request.include_path, request.limit)
+    tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
+    windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
+    for window in windows:
+        check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec)
+    device = resolve_device(request.device)
+    return Questions(protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device))
+
+
 def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
     """Measure a model; returns (and appends) the record.
 
@@ -77,27 +133,13 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         UsageError, SecateurError: nothing is recorded.
     """
     started = time.perf_counter()
-    if request.limit is not None and request.limit < 1:
-        raise UsageError(f"--limit {request.limit}: at least one window is needed")
     checkpoint = open_checkpoint(request.model, request.revision)
     plan = read_plan_json(checkpoint.folder)
-    bundled = request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
-    protocol = find_protocol(request.protocol, request.text, bundled=bundled)
-    seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
-    tasks = find_tasks(request.tasks, request.include_path, request.limit)
-    tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
-    windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
-    for window in windows:
-        check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec)
+    questions = prepare_questions(request, checkpoint, bundled=request.model == BUNDLED or (plan or {}).get("model") == BUNDLED)
+    protocol, windows, tasks, tokenizer = questions.protocol, questions.windows, questions.tasks, questions.tokenizer
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
-    device = resolve_device(request.device)
-    dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    facts = {
-        "ppl_protocol": protocol_facts(protocol, windows),
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "out": _place(request.model),
-    }
+    device, dtype = questions.device, questions.dtype
+    facts = {**questions.facts, "out": _place(request.model)}
     key = _key(facts, checkpoint, against, tasks)
     records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
     if resume and (found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []):

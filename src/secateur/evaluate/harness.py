@@ -109,6 +109,25 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
     return Loaded(found, limit, hashes, frozenset(own & found["tasks"].keys()) - _names_in(OWN_TASKS))
 
 
+def task_texts(loaded: Loaded) -> tuple[list[str], list[str]]:
+    """See `tasks.task_texts`."""
+    texts, same = [], []
+    for name, task in loaded.found["tasks"].items():
+        if not task.has_training_docs():
+            same.append(name)
+        with _quiet():
+            docs = list(task.training_docs() if task.has_training_docs() else task.eval_docs)
+            texts += [str(task.doc_to_text(doc)) + _answer(task, doc) for doc in docs]
+    return texts, same
+
+
+def _answer(task: Any, doc: Any) -> str:
+    target = task.doc_to_target(doc)
+    if isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    return f"{task.config.target_delimiter}{target[0] if isinstance(target, list) else target}"
+
+
 @functools.cache
 def _manager(folders: tuple[Path, ...], defaults: bool) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=defaults)

@@ -90,6 +90,27 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None = None, lim
     return Tasks(cloze_items()[:limit] if CLOZE in wanted else (), loaded)
 
 
+def task_texts(names: Sequence[str], include_path: str | Path | None = None) -> tuple[list[str], list[str]]:
+    """The text of tasks to calibrate with: questions with their right answers, of the training part where a task has one.
+
+    Args:
+        names, include_path: as for `find_tasks`.
+
+    Returns:
+        The texts, and the tasks whose texts are those that they are measured on, for want of others.
+
+    Raises:
+        UsageError, SecateurError: as `find_tasks`.
+    """
+    found = find_tasks(names, include_path)
+    own = cloze_items(len(found.items), seed=1, part="train") if found.items else []
+    texts = [item.context + item.choices[item.answer] for item in own]
+    if found.loaded is None:
+        return texts, []
+    others, same = _harness("").task_texts(found.loaded)
+    return texts + others, same
+
+
 def _harness(task: str) -> Any:
     try:
         from secateur.evaluate import harness

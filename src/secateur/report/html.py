@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from secateur.core.errors import SecateurError
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
-from secateur.report import block_plots, law_plots, laws, learned, learned_plots, plots, tables, words
+from secateur.report import block_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import Group, Row, collect, group, task_names
@@ -60,15 +60,17 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     """
     rows = collect(records)
     groups = group(rows)
+    studies = modules.read_studies(records)
     findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(groups[0].rows)), learned.learned(groups[0].rows))
     drawn = {
         "curves": _curves(findings),
         "laws": _laws(findings),
         "blocks": _blocks(findings),
+        "modules": module_plots.pictures(studies[0]) if studies else [],
         "learned": learned_plots.pictures(findings.learned, groups[0]),
     }
     pictures = [picture for several in drawn.values() for picture in several]
-    page = _render(findings, drawn, title, others=_others(records))
+    page = _render(findings, drawn, title, others=_others(records), studies=studies)
     folder = out.parent / f"{out.stem}-plots"
     contents = {out: page.encode(), **{folder / f"{picture.name}.png": picture.png for picture in pictures}}
     if out.is_dir():
@@ -111,11 +113,11 @@ def _name(row: Row) -> str:
 
 def _others(records: Sequence[Record]) -> str:
     """Commands whose records the page does not show."""
-    commands = sorted({str(record.get("command") or "unnamed") for record in records} - {"prune", "eval"})
+    commands = sorted({str(record.get("command") or "unnamed") for record in records} - {"prune", "eval", "study"})
     return ", ".join(commands)
 
 
-def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str) -> str:
+def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str, studies: list[modules.Study]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
@@ -124,11 +126,12 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
     return template.render(
         title=title,
         measured=_measured(findings),
-        finding=words.finding(found, main.dense),
+        finding=modules.verdict(studies[0])[0] if studies and found is None else words.finding(found, main.dense),
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
+        studies=[{"about": s.about, "calibration": s.calibration, "dense": s.dense, "rows": modules.rows(s), "verdict": modules.verdict(s)} for s in studies],
         laws={"table": laws.table(findings.laws), "verdicts": laws.verdicts(findings.laws)} if findings.laws else None,
         undrawn_laws=max(0, len(findings.laws) - laws.MAXIMUM),
         published=[row for row in TABLE_3 if row.kind == "ppl"],

@@ -1,0 +1,338 @@
+"""Which module matters: one kind of matrix pruned at a time, at every sparsity, each result measured and none written.
+
+After the report on module-specific pruning (its sections 2.4.3, 4.1 and 4.2): each projection alone, attention, MLP and all; against the sparsity
+and against the number of weights removed; the grid of attention rate x MLP rate; calibration on the text of the task itself.
+
+Two modes. `shared`: the statistics of the dense model are collected once, and every cell is cut from the dense weights by them. `sequential`: every cell
+is what `secateur prune --modules` gives, where a block is calibrated on the outputs of the pruned ones before it. A cell is a record; those that are in
+the records are not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import api
+from secateur.allocation.dense import DenseModel
+from secateur.calibrate.data import ids_hash
+from secateur.calibrate.stream import Stream
+from secateur.core import records
+from secateur.core.errors import UsageError
+from secateur.core.progress import say
+from secateur.core.records import Record
+from secateur.core.timing import Stopwatch
+from secateur.driver import Job, make_job, pruned_blocks
+from secateur.evaluate.evaluate import Questions, prepare_questions
+from secateur.evaluate.tasks import task_texts
+from secateur.models.load import BUNDLED, load_model
+from secateur.models.save import refuse_existing
+from secateur.models.view import ModelView
+from secateur.plan.pattern import Pattern, parse_pattern
+from secateur.plan.rates import Rates, resolve_rates
+from secateur.prune import Prepared, identity, prepared_settings
+
+GROUPS = ("attention", "mlp", "all")
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+MODES = ("shared", "sequential")
+TASK = "task:"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is varied.
+
+    Attributes:
+        kinds: names as in `--modules`; none is each projection of the family, attention, mlp and all.
+        sparsities: in [0, 1]; none is `SPARSITIES`, or what the pattern implies.
+        weights: numbers of weights to remove, as many from each kind that has them.
+        grid: sparsities of attention and of MLP that are combined.
+        mode: from `MODES`.
+    """
+
+    kinds: Sequence[str] = ()
+    sparsities: Sequence[float] = ()
+    weights: Sequence[int] = ()
+    grid: Sequence[float] = ()
+    mode: str = "shared"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One version of the model: a kind, and what `--modules` says of it."""
+
+    kind: str
+    sparsity: float
+    modules: str
+
+
+def cells(view: ModelView, pattern: Pattern, asked: Asked) -> list[Cell]:
+    """The cells, each once.
+
+    Raises:
+        UsageError: a kind that matches nothing, a sparsity outside [0, 1], N:M that does not divide a matrix, a mode that there is not.
+    """
+    if asked.mode not in MODES:
+        raise UsageError(f"--mode {asked.mode}: unknown (known: {', '.join(MODES)})")
+    if pattern.structured:
+        raise UsageError(
+            f"study modules: pattern {pattern} removes units that several matrices share, so a kind cannot be pruned alone; use unstructured or N:M"
+        )
+    kinds = list(dict.fromkeys(asked.kinds or (*view.matrix_shapes(0), *GROUPS)))
+    implied = pattern.implied_sparsity
+    sparsities = list(asked.sparsities) or (list(SPARSITIES) if implied is None else [implied])
+    if implied is not None and (asked.weights or asked.grid):
+        raise UsageError(f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out")
+    found = [Cell(kind, s, f"{kind}={s:g}") for kind in kinds for s in sparsities if s]
+    for kind in kinds:
+        size = _size(view, kind, pattern)
+        found += [Cell(kind, n / size, f"{kind}={n / size:.6g}") for n in asked.weights if 0 < n <= size]
+    found += [_grid_cell(a, m) for a in asked.grid for m in asked.grid if a or m]
+    for cell in found:
+        _rates(view, cell, pattern)
+    return list({cell.modules: cell for cell in found}.values())
+
+
+def _grid_cell(attention: float, mlp: float) -> Cell:
+    """Where one of them is 0, or they are equal, it is a cell of another name."""
+    if attention == mlp:
+        return Cell("all", mlp, f"all={mlp:g}")
+    if not attention or not mlp:
+        kind, s = ("mlp", mlp) if mlp else ("attention", attention)
+        return Cell(kind, s, f"{kind}={s:g}")
+    return Cell("attention x mlp", math.nan, f"attention={attention:g},mlp={mlp:g}")
+
+
+def _rates(view: ModelView, cell: Cell, pattern: Pattern) -> Rates:
+    return resolve_rates(view, pattern.implied_sparsity, cell.modules, pattern)
+
+
+def _size(view: ModelView, kind: str, pattern: Pattern) -> int:
+    rates = resolve_rates(view, None, f"{kind}={pattern.implied_sparsity or 0.5:g}", pattern)
+    return sum(math.prod(view.matrix_shapes(index)[name]) for index, rate in enumerate(rates) for name in rate)
+
+
+def run(
+    request: api.Request,
+    asked: Asked,
+    out: Path,
+    measure: api.EvalRequest,
+    *,
+    jobs: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+) -> Iterator[Record]:
+    """Measure the dense model, then every cell; yields the records, the dense model's first, in the order of the cells.
+
+    Args:
+        request: the model, method and calibration; `task:NAME` calibrates on the text of tasks.
+        asked: what is varied.
+        out: the folder of the study, which receives `records.jsonl`.
+        measure: the evaluation; its model is that of the request.
+        jobs: processes that share the cells; each keeps the model and the statistics.
+        resume: cells that are in the records already are not made again.
+        overwrite: forget the records of another study in `out`.
+        records_file: where records go instead.
+
+    Raises:
+        UsageError, SecateurError: nothing is measured.
+    """
+    out = out.absolute()
+    file = records_file or out / "records.jsonl"
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}: at least one process is needed")
+    if not resume:
+        refuse_existing(out, overwrite)
+    work = _Work(_with_task_text(request, measure, out), asked.mode, replace(measure, model=request.model, revision=request.revision), str(out))
+    wanted = cells(work.prepared.job.view, work.pattern, asked)
+    if overwrite and not resume and records_file is None:
+        file.unlink(missing_ok=True)
+    yield api.evaluate(work.measure, records_file=file, resume=True)
+    done = {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
+    missing = [cell for cell in wanted if work.key(cell) not in done]
+    if len(missing) < len(wanted):
+        say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {file} already")
+    made = _in_processes(work, missing, min(jobs, len(missing))) if jobs > 1 and missing else work.make(missing)
+    started = time.monotonic()
+    for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
+        spent = time.monotonic() - started
+        say(f"study: {number} of {len(missing)}, {record['modules']}: ppl {record['ppl']:.4g}, about {spent / number * (len(missing) - number):.0f} s left")
+        records.append(file, record)
+        done[record["key"]] = record
+    yield from (done[work.key(cell)] for cell in wanted)
+
+
+def _with_task_text(request: api.Request, measure: api.EvalRequest, out: Path) -> api.Request:
+    """A request that calibrates on tasks, with their text written to a file of the study."""
+    spec = request.calibration or ""
+    if not spec.startswith(TASK):
+        return request
+    names = [name for name in spec.removeprefix(TASK).split("+") if name]
+    if not names:
+        raise UsageError("--calibration task: names no task; write task:NAME, or task:NAME+NAME")
+    texts, same = task_texts(names, measure.include_path)
+    if same:
+        say(f"warning: {', '.join(same)} have no training part: calibrated on the items that they are measured on")
+    file = out / f"task-{'-'.join(names)}.jsonl"
+    content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if not (file.is_file() and file.read_text("utf-8") == content):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, "utf-8")
+    return replace(request, calibration=str(file), text_field="text")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that makes cells; what is large is made when it is first needed, and not sent to other processes."""
+
+    request: api.Request
+    mode: str
+    measure: api.EvalRequest
+    out: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        return asdict(self) | {"request": self.request, "measure": self.measure}
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        prepared = api.prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
+        job = prepared.job
+        if job.method.plan_block is None or job.rotates or job.learns or job.whole_model:
+            raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda or magnitude")
+        return prepared
+
+    @property
+    def _implied(self) -> float | None:
+        return parse_pattern(self.request.pattern or "unstructured").implied_sparsity
+
+    @property
+    def pattern(self) -> Pattern:
+        return self.prepared.pattern or parse_pattern("unstructured")
+
+    @cached_property
+    def windows(self) -> Tensor | None:
+        return api.read_windows(self.prepared)
+
+    @cached_property
+    def questions(self) -> Questions:
+        return prepare_questions(self.measure, self.prepared.checkpoint, bundled=self.request.model == BUNDLED)
+
+    @cached_property
+    def dense(self) -> DenseModel:
+        prepared = self.prepared
+        return DenseModel(prepared.job, load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype), self.windows)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return {**prepared_settings(self.prepared, self.windows), **self.questions.facts, "mode": self.mode}
+
+    @cached_property
+    def _about(self) -> str:
+        """What decides all cells: settings, weights, tasks."""
+        calibration = self.settings["calibration"] and {**self.settings["calibration"], "spec": None}  # the tokens tell, wherever they lie
+        about = {**self.settings, "calibration": calibration, "weights": identity(self.prepared.checkpoint), **self.questions.tasks.facts()}
+        about["windows"] = self.windows is not None and ids_hash(self.windows)
+        return records.to_json({k: v for k, v in about.items() if k not in ("sparsity", "modules")})
+
+    def key(self, cell: Cell) -> str:
+        """Two cells with one key are the same."""
+        return hashlib.sha256(f"{self._about}{cell.modules}".encode()).hexdigest()[:16]
+
+    def make(self, wanted: Sequence[Cell]) -> Iterator[Record]:
+        for cell in wanted:
+            yield self.record(cell)
+
+    def record(self, cell: Cell) -> Record:
+        """Prune, measure, put back."""
+        started = time.perf_counter()
+        view = self.prepared.job.view
+        rates = _rates(view, cell, self.pattern)
+        targeted = sum(math.prod(view.matrix_shapes(index)[name]) for index, rate in enumerate(rates) for name in rate)
+        pruned = self.dense.pruned(rates) if self.mode == "shared" else self._sequentially(cell, rates)
+        with pruned as removed:
+            parameters = list(self.dense.model.parameters())
+            nonzero = sum(int(p.count_nonzero()) for p in parameters)
+            measured = self.questions.ask(self.dense.model)
+        count = sum(p.numel() for p in parameters)
+        return {
+            "command": "study",
+            "study": "modules",
+            "version": records.version(),
+            **self.settings,
+            "kind": cell.kind,
+            "sparsity": None if math.isnan(cell.sparsity) else cell.sparsity,
+            "modules": cell.modules,
+            "sparsity_measured": removed / targeted,
+            "weights_removed": removed,
+            "weights_targeted": targeted,
+            "pruning_ratio": 0.0,
+            "pruning_ratio_blocks": 0.0,
+            "params_before": count,
+            "params_after": count,
+            "nonzero_after": nonzero,
+            **measured,
+            "key": self.key(cell),
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_rss_bytes": records.peak_rss_bytes(),
+            "versions": records.versions() | self.questions.tasks.versions(),
+            "out": f"{self.out}#{cell.modules}",
+        }
+
+    @contextmanager
+    def _sequentially(self, cell: Cell, rates: Rates) -> Iterator[int]:
+        """As `secateur prune --modules` prunes, in memory."""
+        prepared, dense = self.prepared, self.dense
+        view, base = prepared.job.view, prepared.job
+        job: Job = make_job(view, prepared.checkpoint.dtype, base.method, base.options, self.pattern.implied_sparsity, cell.modules, base.seed)
+        job = replace(job, device=prepared.device, dtype=prepared.dtype)
+        stream = None
+        if job.streams and self.windows is not None:
+            stream = Stream(view, self.windows, device=prepared.device, dtype=prepared.dtype)
+        removed = 0
+        try:
+            for block, plan in pruned_blocks(job, self.windows, stream, Stopwatch()):
+                removed += sum(mask.removed for mask in plan.masks.values())
+                dense.put(block, rates[block.index])
+            yield removed
+        finally:
+            for index, rate in enumerate(rates):
+                dense.put(view.block(index), rate)
+
+
+_worker: _Work | None = None
+
+
+def _start(work: _Work, threads: int) -> None:
+    global _worker
+    torch.set_num_threads(threads)
+    _worker = work
+
+
+def _make(cell: Cell) -> Record:
+    assert _worker is not None
+    return _worker.record(cell)
+
+
+def _in_processes(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(work, threads)) as pool:
+        try:
+            yield from pool.map(_make, wanted)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
