@@ -1,0 +1,172 @@
+"""`study modules`: cells against prune and eval, resuming, other processes, what is refused, and what is said of the result."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur import api
+from secateur.cli import app
+from secateur.core import records
+from secateur.models.load import open_checkpoint
+from secateur.plan.pattern import parse_pattern
+from secateur.report import modules as told
+from secateur.report.html import write_report
+from secateur.study import modules
+from secateur.study.modules import Asked
+from tests.tiny import FAMILY_TYPES
+
+FIRST = {"opt": "model.decoder.layers.0.*"}
+ASKED = Asked(("v", "mlp"), (0.5, 1.0))
+
+
+def _study(model: Path, ids_file: str, out: Path, asked: Asked = ASKED, method: str = "wanda", **how: Any) -> list[records.Record]:
+    given = {name: how.pop(name) for name in ("pattern", "calibration") if name in how}
+    request = api.Request(str(model), method, **{"calibration": ids_file, **given})
+    return list(modules.run(request, asked, out, api.EvalRequest(str(model), text=ids_file), **how))
+
+
+def _lasting(record: records.Record) -> records.Record:
+    return {name: value for name, value in record.items() if name not in ("seconds", "peak_rss_bytes")}
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_cells_are_what_prune_and_eval_give(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = saved(model_type)
+    first = FIRST.get(model_type, "model.layers.0.*")  # the first block has the same inputs in both modes
+    asked = Asked((first, "down"), (0.5,))
+    cells = {mode: _study(dense, ids_file, tmp_path / mode, Asked(asked.kinds, asked.sparsities, mode=mode))[1:] for mode in modules.MODES}
+    for mode, kind in (("shared", 0), ("sequential", 0), ("sequential", 1)):
+        cell = cells[mode][kind]
+        out = tmp_path / f"{mode}{kind}"
+        pruned = api.prune(api.Request(str(dense), "wanda", modules=cell["modules"], calibration=ids_file), out)
+        measured = api.evaluate(api.EvalRequest(str(out), text=ids_file))
+        assert cell["ppl"] == pytest.approx(measured["ppl"], rel=1e-6)
+        for name in ("nonzero_after", "sparsity_measured", "params_after", "calibration", "options", "modules"):
+            assert cell[name] == pruned[name], name
+        assert cell["ppl_protocol"] == measured["ppl_protocol"]
+        assert cell["weights_removed"] == pruned["params_after"] - pruned["nonzero_after"]
+    assert cells["shared"][1]["nonzero_after"] == cells["sequential"][1]["nonzero_after"]
+
+
+def test_an_interrupted_study_goes_on_to_the_same_records(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = saved("llama")
+    whole = _study(dense, ids_file, tmp_path / "out")
+    assert [r["modules"] for r in whole] == [None, "v=0.5", "v=1", "mlp=0.5", "mlp=1"]
+    assert whole[2]["sparsity_measured"] == 1
+    lines = (tmp_path / "out" / "records.jsonl").read_text()
+    with pytest.raises(api.UsageError, match="--overwrite"):
+        _study(dense, ids_file, tmp_path / "out")
+    made = modules._Work.record
+    with monkeypatch.context() as patch:
+        patch.setattr(modules._Work, "record", lambda self, cell: made(self, cell) if cell.kind == "v" else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            _study(dense, ids_file, tmp_path / "out", overwrite=True)
+    assert len(records.read([tmp_path / "out"])) == 3
+    again = _study(dense, ids_file, tmp_path / "out", resume=True)
+    assert [_lasting(r) for r in again] == [_lasting(r) for r in whole]
+    assert len(records.read([tmp_path / "out"])) == len(lines.splitlines())
+    with monkeypatch.context() as patch:
+        patch.setattr(modules._Work, "record", lambda *_: pytest.fail("made again"))
+        assert [r["ppl"] for r in _study(dense, ids_file, tmp_path / "out", resume=True)] == [r["ppl"] for r in whole]
+
+
+def test_what_goes_to_another_process_makes_the_same_cell(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = str(saved("llama"))
+    work = modules._Work(api.Request(dense, "magnitude"), "shared", api.EvalRequest(dense, text=ids_file), str(tmp_path))
+    cell = modules.Cell("q", 0.5, "q=0.5")
+    assert work.record(cell)["ppl"] != work.record(modules.Cell("q", 1.0, "q=1"))["ppl"]
+    assert _lasting(pickle.loads(pickle.dumps(work)).record(cell)) == _lasting(work.record(cell))
+
+
+def test_axes(saved: Callable[..., Path]) -> None:
+    view = open_checkpoint(str(saved("llama"))).view()
+    default = modules.cells(view, parse_pattern("unstructured"), Asked())
+    assert len(default) == 10 * len(modules.SPARSITIES)
+    assert [c.modules for c in modules.cells(view, parse_pattern("2:4"), Asked(("q", "all")))] == ["q=0.5", "all=0.5"]
+    counted = modules.cells(view, parse_pattern("unstructured"), Asked(("k", "q"), (1.0,), weights=(1536, 2000)))
+    assert [c.modules for c in counted] == ["k=1", "q=1", "q=0.5", "q=0.651042"], "k has 3 x 512 weights"
+    grid = modules.cells(view, parse_pattern("unstructured"), Asked(("mlp",), (0.5,), grid=(0, 0.5)))
+    assert [c.modules for c in grid] == ["mlp=0.5", "attention=0.5", "all=0.5"]
+    mixed = modules.cells(view, parse_pattern("unstructured"), Asked(("mlp",), (0.5,), grid=(0.2, 0.5)))
+    assert "attention=0.2,mlp=0.5" in {c.modules for c in mixed}
+
+
+@pytest.mark.parametrize(
+    ("asked", "how", "words"),
+    [
+        (Asked(("typo",), (0.5,)), {}, "module 'typo' matches nothing in family llama"),
+        (Asked(("model.layers.9.*",), (0.5,)), {}, "matches nothing"),
+        (Asked(("q",), (1.5,)), {}, r"outside \[0, 1\]"),
+        (Asked(), {"pattern": "3:7"}, "matrix q of block 0 has 32 inputs, not a multiple of 7"),
+        (Asked(grid=(0.5,)), {"pattern": "2:4"}, "leave --weights and --grid out"),
+        (Asked(), {"pattern": "rows"}, "units that several matrices share"),
+        (Asked(mode="quick"), {}, "--mode quick: unknown"),
+        (Asked(), {"method": "slicegpt"}, "has no mask for each matrix"),
+        (Asked(), {"calibration": "task:"}, "names no task"),
+        (Asked(), {"jobs": 0}, "--jobs 0"),
+    ],
+)
+def test_refusals(asked: Asked, how: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    with pytest.raises(api.UsageError, match=words):
+        _study(saved("llama"), ids_file, tmp_path / "out", asked, **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    args = ["study", "modules", saved("llama"), "--out", tmp_path / "s", "--calibration", ids_file, "--text", ids_file]
+    more = ["--kinds", "q,v,attention,mlp,all", "--sparsity", "0.5,1", "--grid", "0,0.4,0.5"]
+    done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--json"]])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["records"]) == 1 + 10 + 3 + 2
+    assert result["verdict"]
+    done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--resume"]])
+    assert (done.exit_code, "attention" in done.stdout) == (0, True)
+    written = write_report(records.read([tmp_path / "s"]), tmp_path / "r.html")
+    assert {"modules-sparsity.png", "modules-weights.png", "modules-groups.png", "modules-grid.png"} <= {p.name for p in written}
+    page = (tmp_path / "r.html").read_text()
+    assert "Which module matters" in page
+    wrong = CliRunner().invoke(app, [str(a) for a in [*args, "--kinds", "qq", "--resume"]])
+    assert (wrong.exit_code, "module 'qq' matches nothing" in wrong.stderr) == (2, True)
+
+
+def test_calibration_on_the_text_of_a_task(tmp_path: Path) -> None:
+    request = api.Request("bundled", "wanda", samples=2, seqlen=64, calibration="task:cloze")
+    found = list(modules.run(request, Asked(("q",), (0.5,)), tmp_path / "s", api.EvalRequest("bundled", limit=1)))
+    file = tmp_path / "s" / "task-cloze.jsonl"
+    assert found[1]["calibration"]["spec"] == str(file)
+    assert len(file.read_text().splitlines()) == 300
+
+
+def _record(kind: str, sparsity: float, ppl: float, size: int, tasks: dict[str, Any] | None = None) -> records.Record:
+    about = {"command": "study", "study": "modules", "model": "m", "method": "wanda", "options": {}, "pattern": "unstructured", "mode": "shared", "seed": 0}
+    where = {"kind": kind, "modules": f"{kind}={sparsity:g}", "sparsity": sparsity, "sparsity_measured": sparsity, "weights_removed": round(sparsity * size)}
+    return {**about, **where, "ppl": ppl, "ppl_protocol": {"sha256": "x", "seqlen": 8}, "calibration": None, "tasks": tasks or {}}
+
+
+def test_the_verdict_is_what_the_numbers_say() -> None:
+    """A small matrix that costs little by rate and most by weight; damage that comes at the end."""
+    dense = {"command": "eval", "model": "m", "method": None, "ppl": 10.0, "ppl_protocol": {"sha256": "x", "seqlen": 8}, "tasks": {"t": {"acc": 0.6}}}
+    made = [_record("v", s, p, 100) for s, p in ((0.5, 11.0), (0.9, 12.0), (1.0, 30.0))]
+    made += [_record("up", s, p, 1000) for s, p in ((0.5, 12.0), (0.9, 40.0), (1.0, 90.0))]
+    for kind, size in (("attention", 200), ("mlp", 2000), ("all", 2200)):
+        made += [_record(kind, s, 10 + 20 * s * size / 2200, size, {"t": {"acc": 0.5, "stderr": 0.1}}) for s in (0.5, 1.0)]
+    (study,) = told.read_studies([dense, *made])
+    said = told.verdict(study)
+    assert said[0].startswith(
+        "Per sparsity, up is the most sensitive projection and v the least: "
+        "at 90% of each, perplexity is up 4\N{MULTIPLICATION SIGN}, v 1.2\N{MULTIPLICATION SIGN}"
+    )
+    assert said[1].startswith("Per weight, v is the most sensitive and up the least: with 100 weights removed")
+    assert study.loss_at("up", 100) == pytest.approx(0.2 * 0.1823, abs=1e-3)
+    assert study.doubles_at("v") == pytest.approx(0.9 + 0.1 * (0.6931 - 0.1823) / (1.0986 - 0.1823), abs=1e-3)
+    assert "83% (v)" in said[3]
+    assert told.task_bars(study)[1]["t"]["attention"] == (0.5, 0.1)
+    assert any("50% sparsity" in line and "uniform 0.500" in line for line in said)
