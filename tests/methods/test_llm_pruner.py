@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur import api
-from secateur.methods.llm_pruner import LLMPruner, group_scores
+from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.view import ModelView
 from secateur.plan.allocate import MEMBERS
 from secateur.plan.run import Run
@@ -20,7 +20,13 @@ from tests.tiny import MODEL_TYPES, tiny_model
 
 CPU = torch.device("cpu")
 FLOAT64 = Run(0.0, 0, CPU, torch.float64)
-REDUCE = {"sum": sum, "mean": lambda parts: sum(parts) / len(parts), "max": max, "product": lambda parts: torch.tensor(parts).prod(), "last": lambda p: p[-1]}
+REDUCE = {
+    "sum": sum,
+    "mean": lambda parts: sum(parts) / len(parts),
+    "max": max,
+    "product": lambda parts: torch.tensor(parts, dtype=torch.float64).prod() ** (1 / len(parts)),
+    "last": lambda p: p[-1],
+}
 
 
 def _losses(model: Any, windows: Tensor) -> Tensor:
@@ -69,7 +75,7 @@ def _naive(model: Any, windows: Tensor, index: int, options: LLMPruner) -> dict[
 def test_scores_are_those_of_the_formulas(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     for order, granularity, reduce in (("first", "parameter", "sum"), ("mixed", "vector", "max"), ("second", "parameter", "product")):
-        options = LLMPruner(order, granularity, reduce)
+        options = LLMPruner(order=order, granularity=granularity, reduce=reduce)
         found = group_scores(api.view_model(model), windows[:3], options, FLOAT64)
         for space, expected in _naive(model, windows[:3], 1, options).items():
             torch.testing.assert_close(found[1][space], torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-9)
@@ -78,7 +84,7 @@ def test_scores_are_those_of_the_formulas(model_type: str, windows: Tensor) -> N
 @pytest.mark.parametrize("reduce", ["mean", "last"])
 def test_the_other_ways_to_reduce(reduce: str, windows: Tensor) -> None:
     model = tiny_model("opt", dtype=torch.float64)
-    options = LLMPruner("first", "vector", reduce)
+    options = LLMPruner(granularity="vector", reduce=reduce)
     found = group_scores(api.view_model(model), windows[:3], options, FLOAT64)[2]
     for space, expected in _naive(model, windows[:3], 2, options).items():
         torch.testing.assert_close(found[space], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-15)
@@ -103,7 +109,7 @@ def test_a_step_towards_zero_changes_the_loss_as_the_first_order_says(model_type
                 found.append(float((_losses(model, windows).mean() - dense) / step))
                 for part, before in zip(parts, kept, strict=True):
                     part.copy_(before)
-        estimate = group_scores(view, windows, LLMPruner("first", "vector", "sum"), FLOAT64)[1][space][units - 1]
+        estimate = group_scores(view, windows, LLMPruner(granularity="vector"), FLOAT64)[1][space][units - 1]
         errors = [abs(sum(map(abs, found)) - estimate) for found in changes.values()]
         assert errors[1] < 0.02 * estimate
         assert errors[1] < max(0.3 * errors[0], 1e-3 * estimate)  # a ReLU has kinks
@@ -145,6 +151,29 @@ def test_the_sparsity_is_that_of_the_whole_model(ranking: str, saved: Callable[.
     assert api.inspect(str(tmp_path / "out"))["parameters"] == record["params_after"]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "phi3"])
+def test_channels_are_one_choice_for_all_blocks(model_type: str, windows: Tensor) -> None:
+    """Scores are those of the formulas, the least important channels go from every block, and as many parameters as asked."""
+    model = tiny_model(model_type, dtype=torch.float64)
+    view = api.view_model(model)
+    score_D = channel_scores(view, windows, LLMPruner(mode="channel"), FLOAT64)
+    _losses(model, windows).mean().backward()
+    expected_D = torch.zeros(32, dtype=torch.float64)
+    gradients = api.ModelSource({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
+    for block, gradient in zip(view.iterate(), replace(view, source=gradients).iterate(), strict=True):
+        for name in block.names:
+            expected_D += (block.matrix(name) * gradient.matrix(name)).abs().sum(1 if name in ("o", "down") else 0)
+            if name in ("o", "down") and block.bias(name) is not None:
+                expected_D += (block.bias(name) * gradient.bias(name)).abs()
+    torch.testing.assert_close(score_D, expected_D, rtol=1e-3, atol=1e-9)
+    plan = api.plan(model, "llm_pruner", windows, sparsity=0.3, mode="channel")
+    kept = plan.blocks[0].keep["mlp_in"].long()
+    assert all(torch.equal(indices.long(), kept) for block in plan.blocks for indices in block.keep.values())
+    assert set(kept.tolist()) == set(score_D.topk(len(kept)).indices.tolist())
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, api.cut(model, plan)))
+    assert 0.3 <= 1 - after / before < 0.34
+
+
 def test_the_papers_calibration_is_the_default_and_its_ends_scale(saved: Callable[..., Path]) -> None:
     prepared = api.prepare(api.Request(str(saved("llama")), "llm_pruner", sparsity=0.2))
     assert (prepared.samples, prepared.seqlen, prepared.calibration) == (10, 64, "c4")  # 128 tokens, but for the model's maximum
@@ -159,6 +188,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "options": {"keep_first": "2", "keep_last": "1"}}, r"keep_first and keep_last leave none of 3 blocks to prune"),
     ({"sparsity": 0.5, "options": {"keep_first": "x"}}, r"keep_first is x; it is a number of blocks"),
     ({"sparsity": 0.5, "options": {"order": "third"}}, r"unknown order 'third' \(allowed: first, second, mixed\)"),
+    ({"sparsity": 0.9, "options": {"mode": "channel"}}, r"--sparsity 0.9 would empty the blocks: .* use --sparsity 0\.\d+ or less"),
+    ({"sparsity": 0.5, "options": {"mode": "channel", "keep_last": "0"}}, r"keep_last does not go with mode=channel"),
     ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with llm_pruner"),
     ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: llm_pruner"),
 ]

@@ -12,6 +12,10 @@ The importance of a group's part of one matrix, biases with it, is |sum of the c
 of their sizes (`parameter`, equation 5); that of the group is the sum, mean, largest or product over its matrices, or that of the last alone. Blocks at
 both ends stay whole. Weights that stay are unchanged. The sparsity is the fraction of the parameters of the whole model to remove.
 
+With `mode=channel` the groups are the features of the residual stream: one choice for all blocks, which then neither read nor write the others (the rows and
+columns of all their matrices, and gains of norms, go; norms are over the features that are left). Embeddings, final norm and head keep all features,
+where the authors narrow them too: a feature that no block uses carries the token it began with.
+
 Differences from the authors' code: gradients are reduced to scores block by block on the way back (`calibrate/backward.py`; they keep one for every
 weight); with shared key-value heads the query heads of a group are those that use it (they fold head h onto h modulo the number of groups); the part
 of a head in a matrix is one structure (they take sizes channel by channel); biases count; global ranking is by importance a parameter; the blocks left
@@ -20,20 +24,22 @@ out scale with the depth. Any text will do in place of BookCorpus, which can no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts, weight_gradient
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.core.numbers import at_least_float32
+from secateur.models.runtime import SELECT_FIRST
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.allocate import MEMBERS
+from secateur.plan.allocate import MEMBERS, keep_units
 from secateur.plan.budget import unit_parameters
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
+from secateur.train.structures import SELECTIONS, Structures, find_structures
 
 CALIBRATION = "c4"
 SAMPLES, SEQLEN = 10, 128
@@ -46,11 +52,17 @@ _REDUCE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda score_MU: score_MU.sum(0),
     "mean": lambda score_MU: score_MU.mean(0),
     "max": lambda score_MU: score_MU.amax(0),
-    "product": lambda score_MU: score_MU.prod(0),
+    "product": lambda score_MU: score_MU.log().mean(0).exp(),  # its root, which does not underflow and is of one size with the others
     "last": lambda score_MU: score_MU[-1],
 }
 _READERS = tuple(members.reader for members in MEMBERS.values())
-_CHOICES = {"order": ("first", "second", "mixed"), "granularity": ("parameter", "vector"), "reduce": tuple(_REDUCE), "ranking": ("local", "global")}
+_CHOICES = {
+    "mode": ("block", "channel"),
+    "order": ("first", "second", "mixed"),
+    "granularity": ("parameter", "vector"),
+    "reduce": tuple(_REDUCE),
+    "ranking": ("local", "global"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,14 +70,16 @@ class LLMPruner:
     """Options.
 
     Attributes:
+        mode: what goes: units of each `block`, or each `channel` of the residual stream in all blocks.
         order: of the Taylor expansion: `first`, `second`, or `mixed`.
         granularity: what the size of the change is taken of, before sizes are summed: every `parameter`, or the `vector` of a group's weights in one matrix.
-        reduce: from the matrices of a group to the group: `sum`, `mean`, `max`, `product`, or `last` (the matrix that reads the unit).
-        ranking: `local` (the same share of every space of every block, to a unit) or `global` (the units of all blocks compete, by importance a parameter).
+        reduce: from the matrices of a group to the group: `sum`, `mean`, `max`, `product` (its root), or `last` (the matrix that reads the unit).
+        ranking: of units: `local` (the same share of every space of every block, to a unit) or `global` (all blocks compete, by importance a parameter).
         keep_first: how many blocks stay whole at the beginning (default: 4 of 32, in proportion, rounded down).
         keep_last: the same at the end (default: 2 of 32).
     """
 
+    mode: str = "block"
     order: str = "first"
     granularity: str = "parameter"
     reduce: str = "sum"
@@ -81,6 +95,8 @@ class LLMPruner:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise UsageError(f"llm_pruner: {name} is {value}; it is a number of blocks, 0 or more")
+            if value is not None and self.mode == "channel":
+                raise UsageError(f"llm_pruner: {name} does not go with mode=channel: all blocks share the channels")
 
     def pruned_blocks(self, blocks: int) -> range:
         """The blocks that may lose units."""
@@ -94,7 +110,11 @@ def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
 
     Raises:
         UsageError: no block is left to prune, or the sparsity would empty one.
+        SecateurError: the channels are no longer those of a stock model.
     """
+    if options.mode == "channel":
+        _check_channels(view, sparsity)
+        return
     inside = options.pruned_blocks(view.blocks)
     if not inside:
         raise UsageError(f"llm_pruner: keep_first and keep_last leave none of {view.blocks} blocks to prune; lower them")
@@ -114,6 +134,11 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
         HopelessError: all gradients are zero.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
+    if options.mode == "channel":
+        keep_W = keep_units(channel_scores(view, data, options, run), view.config.hidden_size - _channels(view, run.sparsity))
+        spaces = [selection for selection in SELECTIONS if selection != "ffn"]
+        of = dict.fromkeys(spaces, int(view.config.hidden_size))
+        return tuple(BlockPlan(index, keep=dict.fromkeys(spaces, keep_W), of=of, select=SELECT_FIRST) for index in range(view.blocks))
     scores = group_scores(view, data, options, run)
     keep = _choose(view, scores, options.ranking, run.sparsity)
     return tuple(BlockPlan(index, keep=keep[index], of={space: len(score_U) for space, score_U in scores[index].items()}) for index in range(view.blocks))
@@ -121,75 +146,125 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
 
 def group_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run) -> Scores:
     """The importance of each unit."""
-    if options.order != "first" and len(windows) < 2:
-        raise UsageError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
-    inside = options.pruned_blocks(view.blocks)
-    backward = Backward(view, windows, device=run.device, dtype=run.dtype, first=inside.start, spill=run.spill)
     scores: Scores = [{} for _ in range(view.blocks)]
-    for block in backward.blocks():
-        names = [name for name in _vectors(block) if block.index in inside]
-        sums = {name: _Changes(block, name, fisher=options.order != "first", device=run.device) for name in names}
-        backward.retreat(block, {name: changes.update for name, changes in sums.items()})
-        if names:
-            scores[block.index] = _unit_scores(block, {name: changes.of(options.order) for name, changes in sums.items()}, options)
+    for block, sums in _gradients(view, windows, options, run, options.pruned_blocks(view.blocks)):
+        scores[block.index] = _unit_scores(block, sums, options)
     check_reacts("llm_pruner", (score_U for score in scores for score_U in score.values()))
     return scores
 
 
-class _Changes:
-    """The gradient of the mean loss and the diagonal Fisher of one matrix, [O, I], float32 or better. The bias of what computes units is one more input."""
+def channel_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run) -> Tensor:
+    """The importance of each feature of the residual stream, float64 [D]: over the matrices of all blocks, the last one's `down` last."""
+    score_MD: list[Tensor] = []
+    for block, sums in _gradients(view, windows, options, run, range(view.blocks)):
+        here = []
+        for name in block.names:
+            change_OI = sums[name].of(block.matrix(name), options.order)
+            across = 1 if name in _READERS else 0  # o and down write channels, by rows; the others read them
+            here.append(_sizes(change_OI, options, across, change_OI.shape[1 - across]))
+        score_MD = here + score_MD
+    check_reacts("llm_pruner", score_MD)
+    return _REDUCE[options.reduce](torch.stack(score_MD))
 
-    def __init__(self, block: BlockView, name: str, *, fisher: bool, device: torch.device) -> None:
-        self.weight_OI = at_least_float32(block.matrix(name)).to(device)
-        bias_O = None if name in _READERS else block.bias(name)
-        self.biased = bias_O is not None
-        if bias_O is not None:
-            self.weight_OI = torch.cat([self.weight_OI, at_least_float32(bias_O)[:, None].to(device)], dim=1)
-        self.gradient_OI = torch.zeros_like(self.weight_OI)
-        self.fisher_OI = torch.zeros_like(self.weight_OI) if fisher else None
+
+def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, inside: range) -> Iterator[tuple[BlockView, dict[str, _Gradient]]]:
+    """The gradients of the matrices of these blocks, from the last block."""
+    if options.order != "first" and len(windows) < 2:
+        raise UsageError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
+    backward = Backward(view, windows, device=run.device, dtype=run.dtype, first=inside.start, spill=run.spill)
+    for block in backward.blocks():
+        names = block.names if block.index in inside else ()
+        fisher, channel = options.order != "first", options.mode == "channel"
+        sums = {name: _Gradient(block.bias(name) if channel == (name in _READERS) else None, fisher=fisher) for name in names}
+        backward.retreat(block, {name: gradient.update for name, gradient in sums.items()})
+        if names:
+            yield block, sums
+
+
+class _Gradient:
+    """The sum over windows of the gradient of one matrix and of its square, [O, I], float32 or better. A bias that goes with a row is one more input."""
+
+    def __init__(self, bias_O: Tensor | None, *, fisher: bool) -> None:
+        self.bias_O, self.fisher = bias_O, fisher
+        self.first_OI, self.second_OI = torch.zeros(()), torch.zeros(())
         self.windows = 0
 
     def update(self, x_BTI: Tensor, g_BTO: Tensor) -> None:
         """Add some windows."""
-        if self.biased:
+        if self.bias_O is not None:
             x_BTI = torch.nn.functional.pad(x_BTI, (0, 1), value=1)
-        predicted = x_BTI.shape[1] - 1
+        if not self.windows:
+            shape = (g_BTO.shape[-1], x_BTI.shape[-1])
+            self.first_OI = torch.zeros(shape, dtype=at_least_float32(x_BTI[:0]).dtype, device=x_BTI.device)
+            self.second_OI = torch.zeros_like(self.first_OI) if self.fisher else self.second_OI
         self.windows += len(x_BTI)
-        if self.fisher_OI is None:
-            self.gradient_OI += weight_gradient(x_BTI.flatten(0, 1), g_BTO.flatten(0, 1)) / predicted
+        predicted = x_BTI.shape[1] - 1
+        if not self.fisher:
+            self.first_OI += weight_gradient(x_BTI.flatten(0, 1), g_BTO.flatten(0, 1)).div_(predicted)
             return
         for x_TI, g_TO in zip(x_BTI, g_BTO, strict=True):
-            gradient_OI = weight_gradient(x_TI, g_TO) / predicted
-            self.gradient_OI += gradient_OI
-            self.fisher_OI += gradient_OI.square_()
+            gradient_OI = weight_gradient(x_TI, g_TO).div_(predicted)
+            self.first_OI += gradient_OI
+            self.second_OI += gradient_OI.square_()
 
-    def of(self, order: str) -> Tensor:
-        """How the loss would change without each weight."""
-        first_OI = self.weight_OI * self.gradient_OI / -self.windows
-        if self.fisher_OI is None:
-            return first_OI
-        second_OI = self.weight_OI.square() * self.fisher_OI / (2 * self.windows)
-        return second_OI if order == "second" else first_OI + second_OI
-
-
-def _vectors(block: BlockView) -> list[str]:
-    """The matrices that hold parts of units."""
-    return [name for members in MEMBERS.values() for name in (*members.writers, members.reader) if name in block.names]
+    def of(self, weight_OI: Tensor, order: str) -> Tensor:
+        """How the loss would change without each weight (and bias)."""
+        weight_OI = weight_OI.to(self.first_OI)
+        if self.bias_O is not None:
+            weight_OI = torch.cat([weight_OI, self.bias_O[:, None].to(weight_OI)], dim=1)
+        if order == "first":
+            return (weight_OI * self.first_OI).div_(-self.windows)
+        change_OI = weight_OI.square().mul_(self.second_OI).div_(2 * self.windows)
+        return change_OI if order == "second" else change_OI.sub_(weight_OI * self.first_OI / self.windows)
 
 
-def _unit_scores(block: BlockView, changes: Mapping[str, Tensor], options: LLMPruner) -> dict[str, Tensor]:
+def _unit_scores(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPruner) -> dict[str, Tensor]:
     scores = {}
     for space, members in MEMBERS.items():
         units = block.dims.ffn if space == "ffn" else block.dims.groups
         score_MU = []
         for name in (*members.writers, members.reader):
-            if name not in changes:
-                continue
-            change_OI = changes[name] if options.granularity == "vector" else changes[name].abs()
-            change_R = change_OI.sum(0 if name == members.reader else 1, dtype=torch.float64)
-            score_MU.append(change_R.view(units, -1).sum(1).abs().cpu())  # the rows of a unit are neighbours, and so are the query heads of a group
+            if name in sums:
+                change_OI = sums[name].of(block.matrix(name), options.order)
+                score_MU.append(_sizes(change_OI, options, 0 if name == members.reader else 1, units))
         scores[space] = _REDUCE[options.reduce](torch.stack(score_MU))
     return scores
+
+
+def _sizes(change_OI: Tensor, options: LLMPruner, along: int, units: int) -> Tensor:
+    """The size of the change of each unit in one matrix, float64 [U]: the rows of a unit are neighbours, and so are the query heads of a group."""
+    if options.granularity == "parameter":
+        change_OI = change_OI.abs()
+    return change_OI.sum(along, dtype=torch.float64).view(units, -1).sum(1).abs().cpu()
+
+
+def _channels(view: ModelView, sparsity: float) -> int:
+    """How many channels stay: the most that remove enough, 0 where none do."""
+    structures = _structures(view)
+    return next((width for width in range(view.config.hidden_size - 1, 0, -1) if _left(view, structures, width) <= (1 - sparsity) * structures.total), 0)
+
+
+def _structures(view: ModelView) -> Structures:
+    return find_structures(view, constrained=True, form=SELECT_FIRST, whole=True)
+
+
+def _left(view: ModelView, structures: Structures, width: int) -> float:
+    """The parameters left with so many channels."""
+    return float(structures.parameters([float(width), *(float(ffn) for ffn in structures.widths[1:])]))
+
+
+def _check_channels(view: ModelView, sparsity: float) -> None:
+    if view.dims(0).residual is not None:
+        raise SecateurError(
+            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model with mode=channel"
+        )
+    if not _channels(view, sparsity):
+        structures = _structures(view)
+        most = 1 - _left(view, structures, 1) / structures.total
+        raise UsageError(
+            f"llm_pruner: --sparsity {sparsity:g} would empty the blocks: with one channel left at most {most:.4f} of the parameters go, since embeddings and "
+            f"head keep all; use --sparsity {int(most * 100) / 100:g} or less"
+        )
 
 
 def _most(view: ModelView, index: int) -> int:
