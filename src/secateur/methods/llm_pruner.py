@@ -138,7 +138,7 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
         keep_W = keep_units(channel_scores(view, data, options, run), view.config.hidden_size - _channels(view, run.sparsity))
         spaces = [selection for selection in SELECTIONS if selection != "ffn"]
         of = dict.fromkeys(spaces, int(view.config.hidden_size))
-        return tuple(BlockPlan(index, keep=dict.fromkeys(spaces, keep_W), of=of, select=SELECT_FIRST) for index in range(view.blocks))
+        return tuple(BlockPlan(index, keep={space: keep_W.clone() for space in spaces}, of=of, select=SELECT_FIRST) for index in range(view.blocks))
     scores = group_scores(view, data, options, run)
     keep = _choose(view, scores, options.ranking, run.sparsity)
     return tuple(BlockPlan(index, keep=keep[index], of={space: len(score_U) for space, score_U in scores[index].items()}) for index in range(view.blocks))
