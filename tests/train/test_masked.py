@@ -14,7 +14,7 @@ from secateur.models.runtime import SELECT_FORMS
 from secateur.train.choose import choose, smallest
 from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
 from secateur.train.learn import budget_term
-from secateur.train.masked import MaskedModel, masked_norm
+from secateur.train.masked import MaskedModel, keep_gates, masked_norm
 from secateur.train.structures import SELECTIONS, find_structures
 from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, MODEL_TYPES, some_ids, tiny_model
 
@@ -122,6 +122,8 @@ def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, const
         for selection, number in uses.items():
             kept[number] = float(len(block.keep[selection]))
     assert structures.parameters(kept) == sum(p.numel() for p in api.cut(model, plan).parameters())
+    keep = [torch.arange(int(count)) for count in kept]
+    assert structures.counter(CPU)(keep_gates(structures, keep)) == structures.parameters(kept)
     assert structures.total == sum(p.numel() for p in model.parameters())
     if constrained:
         assert all(torch.equal(b.keep[s], plan.blocks[0].keep["attention_in"]) for b in plan.blocks for s in SELECTIONS if s != "ffn")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from secateur.core.numbers import at_least_float32
 
 _LOGITS_BYTES = 64 * 2**20
+TRAINED_POSITIONS = 1024  # of a chunk that is trained on, at most: enough for products at full rate, and logits of a small vocabulary stay in a cache
 
 
 def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Ite
 
 def mean_loss(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
     """The mean loss in nats, with gradients to `hidden_ND` alone: the head is taken as frozen. Float32 or better."""
-    loss: Tensor = _MeanLoss.apply(hidden_ND, targets_N, head_of(model), positions_a_chunk(model.config.vocab_size))  # type: ignore[no-untyped-call]
+    loss: Tensor = _MeanLoss.apply(hidden_ND, targets_N, head_of(model), min(TRAINED_POSITIONS, positions_a_chunk(model.config.vocab_size)))  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -59,25 +60,26 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, size: int) -> Tensor:
-        wanted, count = ctx.needs_input_grad[0], len(targets_N)
+        wanted = ctx.needs_input_grad[0]
         gradient_ND = torch.empty_like(hidden_ND) if wanted else None
         total = torch.zeros((), device=hidden_ND.device, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
-        for start in range(0, count, size):
+        for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
             with torch.set_grad_enabled(wanted):
                 hidden_nD = hidden_ND[rows].detach().requires_grad_(wanted)
                 logits_nV = head(hidden_nD)
-            scores_nV, target_n1 = at_least_float32(logits_nV.detach()), targets_N[rows, None]
-            normaliser_n1 = scores_nV.logsumexp(1, keepdim=True)
-            total += (normaliser_n1 - scores_nV.gather(1, target_n1)).sum()
-            if gradient_ND is not None:  # softmax minus one-hot, in the place of the logits
-                slope_nV = scores_nV.sub_(normaliser_n1).exp_().div_(count)
-                slope_nV.scatter_add_(1, target_n1, slope_nV.new_full((1, 1), -1 / count).expand_as(target_n1))
-                (gradient_ND[rows],) = torch.autograd.grad(logits_nV, hidden_nD, slope_nV.to(logits_nV.dtype))
+            logp_nV, target_n1 = at_least_float32(logits_nV.detach()).log_softmax(1), targets_N[rows, None]
+            total -= logp_nV.gather(1, target_n1).sum()
+            if gradient_ND is not None:  # softmax minus one-hot
+                logp_nV.exp_().scatter_add_(1, target_n1, logp_nV.new_full((1, 1), -1.0).expand_as(target_n1))
+                (gradient_ND[rows],) = torch.autograd.grad(logits_nV, hidden_nD, logp_nV.to(logits_nV.dtype))
+            del logits_nV, logp_nV  # before those of the next chunk are made
         ctx.save_for_backward(gradient_ND)
-        return total / count
+        ctx.count = len(targets_N)
+        mean: Tensor = total / ctx.count
+        return mean
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * slopes[0].to(gradient_ND.dtype), None, None, None
+        return gradient_ND * (slopes[0] / ctx.count).to(gradient_ND.dtype), None, None, None

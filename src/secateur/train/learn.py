@@ -73,7 +73,7 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
         NotFiniteError: a loss is NaN or infinite; the step is named.
         SecateurError: the same after a state was saved, which is kept; the disk is full; or the networks of two processes are no longer the same.
     """
-    learner = _Learner(network, masked, windows, target, how, checkpoint)
+    learner = Learner(network, masked, windows, target, how, checkpoint)
     done = learner.resume()
     if done:
         say(f"disp_llm: going on from step {done} of {how.steps}")
@@ -92,13 +92,14 @@ def with_scales(gate_N: Tensor, network: Hypernetwork) -> Tensor:
     return gate_N if scale_N is None else torch.cat([gate_N, scale_N])
 
 
-class _Learner:
+class Learner:
     """What a step changes, and what it needs."""
 
     def __init__(self, network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None) -> None:
         self.network, self.masked, self.target, self.how, self.checkpoint = network, masked, target, how, checkpoint
         self.device = next(network.parameters()).device
         self.windows = windows.to(self.device, torch.int32)
+        self.count = masked.structures.counter(self.device)
         self.noise = torch.Generator(self.device).manual_seed(how.seed)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, weight_decay=how.weight_decay, fused=True)
         self.seen: list[dict[str, float]] = []
@@ -108,11 +109,11 @@ class _Learner:
 
     def step(self, step: int) -> None:
         """One step of the optimiser, the first being 1."""
-        how, structures = self.how, self.masked.structures
+        how = self.how
         logit_N = self.network()
         noise_N = torch.rand(logit_N.shape, generator=self.noise, device=self.device)
         gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
-        left = torch.as_tensor(structures.parameters([part.sum() for part in structures.split(gate_N)]))
+        left = self.count(gate_N)
         budget = budget_term(left, self.target)
         open_M = with_scales(gate_N, self.network)
         loss, slope_M = self._model_loss(step, open_M.detach())

@@ -6,16 +6,16 @@ residual's features, and may differ from block to block, since the residual itse
 
 Constrained (the paper's comparison): one choice serves S1, S2, S3 and S5 of every block.
 
-Shape letters: D residual, F feed-forward units, N gates of all structures together.
+Shape letters: S structures, P pairs of structures, N gates of all structures together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from secateur.models.runtime import SELECT_FIRST, is_index_map
@@ -23,7 +23,6 @@ from secateur.models.view import ModelView
 
 SELECTIONS = ("attention_in", "attention_out", "mlp_in", "ffn", "mlp_out")
 SEPARATE = ("q_in", "k_in", "v_in", *SELECTIONS[1:])
-Count = TypeVar("Count", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,28 @@ class Structures:
         """The gates of each structure."""
         return list(gate_N.split(self.widths))
 
-    def parameters(self, kept: Sequence[Count]) -> Count | float:
-        """T(s): the parameters left with so many open gates in each structure, numbers or tensors with gradients."""
+    def parameters(self, kept: Sequence[float]) -> float:
+        """T(s): the parameters left with so many open gates in each structure."""
         return sum((cost.parameters({s: kept[n] for s, n in uses.items()}) for cost, uses in zip(self.costs, self.uses, strict=True)), float(self.fixed))
+
+    def counter(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """T(s) as a function of gates [N], with gradients, in a handful of operations however many blocks there are."""
+        alone, pairs = [0.0] * len(self.widths), []
+        for cost, uses in zip(self.costs, self.uses, strict=True):
+            for selections, each in cost.products.items():
+                numbers = [uses[selection] for selection in selections]
+                if len(numbers) == 1:
+                    alone[numbers[0]] += each
+                else:
+                    pairs.append((*numbers, each))
+        widths_S, alone_S = torch.tensor(self.widths, device=device), torch.tensor(alone, device=device)
+        first_P, second_P, both_P = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+
+        def left(gate_N: Tensor) -> Tensor:
+            open_S = torch.segment_reduce(gate_N, "sum", lengths=widths_S, unsafe=True)
+            return self.fixed + (alone_S * open_S).sum() + (both_P * open_S[first_P] * open_S[second_P]).sum()
+
+        return left
 
 
 @dataclass(frozen=True)
@@ -63,15 +81,9 @@ class BlockCost:
 
     products: Mapping[tuple[str, ...], int]
 
-    def parameters(self, kept: Mapping[str, Count]) -> Count | float:
+    def parameters(self, kept: Mapping[str, float]) -> float:
         """The parameters that selections of these sizes leave."""
-        total: Count | float = 0.0
-        for selections, each in self.products.items():
-            term: Count | float = float(each)
-            for selection in selections:
-                term = term * kept[selection]
-            total = total + term
-        return total
+        return sum(each * math.prod(kept[selection] for selection in selections) for selections, each in self.products.items())
 
 
 def find_structures(view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False) -> Structures:

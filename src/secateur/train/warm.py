@@ -26,8 +26,7 @@ def importance(masked: MaskedModel, windows: Tensor) -> Tensor:
     for window_T in windows:
         (slope_N,) = torch.autograd.grad(masked.loss(window_T[None].to(masked.device), gate_N), gate_N)
         square_N += slope_N.square()
-    left = torch.as_tensor(structures.parameters([part.sum() for part in structures.split(gate_N)]))
-    (saved_N,) = torch.autograd.grad(left, gate_N)
+    (saved_N,) = torch.autograd.grad(structures.counter(masked.device)(gate_N), gate_N)
     return (square_N / len(windows) / saved_N).detach()
 
 
