@@ -80,6 +80,14 @@ def test_the_page_has_every_figure_and_the_papers_tables(study: list[Record], tm
         assert words in seen, words
 
 
+def test_throughput_is_drawn_from_bench_records(study: list[Record], tmp_path: Path) -> None:
+    speedup = [{"batch": 1, "prefill": 1.4, "decode": 1.8}, {"batch": 16, "prefill": 1.5, "decode": 1.6}]
+    bench = {"command": "bench", "method": "disp_llm", "pruning_ratio": 0.5, "speedup": speedup}
+    page, *plots = write_report([*study, bench, {**bench, "speedup": None}], tmp_path / "report.html")
+    assert "throughput" in {path.stem for path in plots}
+    assert "disp_llm, decode, batch 1: 1.80 at 50%" in page.read_text("utf-8")
+
+
 def test_records_without_learning_have_no_such_section(tmp_path: Path) -> None:
     pruned = prune_record("wanda", 0.5, tmp_path / "w")
     page, *plots = write_report([pruned, eval_record(12.0, tmp_path / "w", pruned)], tmp_path / "report.html")

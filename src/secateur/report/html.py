@@ -69,8 +69,11 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
         "modules": module_plots.pictures(studies[0]) if studies else [],
         "learned": learned_plots.pictures(findings.learned, groups[0]),
     }
+    if (speed := learned_plots.throughput(records)) is not None:
+        drawn["curves"].append(speed)
     pictures = [picture for several in drawn.values() for picture in several]
-    page = _render(findings, drawn, title, others=_others(records), studies=studies)
+    others = _others([record for record in records if speed is None or record.get("command") != "bench"])
+    page = _render(findings, drawn, title, others=others, studies=studies)
     folder = out.parent / f"{out.stem}-plots"
     contents = {out: page.encode(), **{folder / f"{picture.name}.png": picture.png for picture in pictures}}
     if out.is_dir():

@@ -13,11 +13,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from secateur.core.records import Record
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
 from secateur.report.learned import FULL, Run, at_default_strength, by_strength, perplexities
 from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
-from secateur.report.rows import Group, Row, task_names
+from secateur.report.rows import Group, Row, as_number, task_names
 from secateur.report.series import series
 
 _INK, _MOST = "#111111", 8
@@ -255,6 +256,45 @@ def _repetition(group: Group) -> Picture | None:
     alt = "; ".join(f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points)) for method, points in found.items())
     return Picture(
         "repetition", png(figure), f"Share of repeated 4-grams: {alt}", "The share of 4-grams that occurred before in the same continuation; few prompts."
+    )
+
+
+def throughput(records: Sequence[Record]) -> Picture | None:
+    """Figure 5g and table 11: how many times as fast as the dense model, from records of `bench` with a dense model beside; None where there is none."""
+    found: dict[tuple[str, str, int], dict[float, float]] = {}
+    for record in records:
+        ratio = as_number(record.get("pruning_ratio"))
+        if record.get("command") != "bench" or not ratio:
+            continue
+        for one in record.get("speedup") or []:
+            for phase in ("decode", "prefill"):
+                found.setdefault((str(record.get("method")), phase, one["batch"]), {})[ratio] = one[phase]  # a later record replaces an earlier one
+    if not found:
+        return None
+    figure = Figure(figsize=(7, 4.0), dpi=DPI, layout="constrained", facecolor="white")
+    axes = figure.add_subplot(facecolor="white")
+    lines = list(dict.fromkeys((method, batch) for method, _, batch in found))
+    for (method, phase, batch), at in found.items():
+        number = lines.index((method, batch))
+        look = {"linestyle": "-"} if phase == "decode" else {"linestyle": ":", "markerfacecolor": "none"}
+        label = plain(f"{method}, {phase}, batch {batch}")
+        axes.plot(sorted(at), [at[r] for r in sorted(at)], color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], label=label, **look)  # type: ignore[arg-type]
+    axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0, label="dense")
+    ratios = np.linspace(0.0, max(r for at in found.values() for r in at), 50)
+    axes.plot(ratios, 1 / (1 - ratios), color="#888888", linestyle="-.", linewidth=1.2, label="as much as parameters removed, 1 / (1 - ratio)")
+    _dress(axes, "pruning ratio, measured", "times as fast as the dense model")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    best, at = max(found.items(), key=lambda item: max(item[1].values()))
+    axes.set_title(plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"), fontsize=11, loc="left", color=_INK)
+    axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
+    alt = "; ".join(
+        f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items()) for (method, phase, batch), at in found.items()
+    )
+    return Picture(
+        "throughput",
+        png(figure),
+        f"Times as fast as the dense model: {alt}",
+        "Best of several turns, both models taking turns; see the records for lengths and threads.",
     )
 
 
