@@ -24,6 +24,7 @@ from secateur.evaluate.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.size import inspect
+from secateur.evaluate.throughput import BenchRequest, bench
 from secateur.heal.heal import HealRequest, heal
 from secateur.methods import find_method
 from secateur.models.canonical import canonical_view
@@ -39,6 +40,7 @@ from secateur.predict.points import read_points
 from secateur.prune import Request, prepare, prune, read_windows
 
 __all__ = [
+    "BenchRequest",
     "EvalRequest",
     "Flow",
     "HealRequest",
@@ -46,6 +48,7 @@ __all__ = [
     "Request",
     "SecateurError",
     "UsageError",
+    "bench",
     "cut",
     "estimate",
     "evaluate",

@@ -463,6 +463,39 @@ def _flow(model: str, revision: str | None, context: int | None, plot: Path | No
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint, pruned or not.")],
+    dense: Annotated[str | None, typer.Argument(metavar="DENSE", help="A model to put beside it; the two take turns.")] = None,
+    batch: Annotated[str, typer.Option(metavar="B,B,...", help="Sequences at once.")] = "1,16",
+    prompt: Annotated[int, typer.Option(help="Tokens of a sequence before the first new one.")] = 128,
+    new: Annotated[int, typer.Option(help="Tokens to generate after them.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns; the best of each counts.")] = 3,
+    seed: Annotated[int, typer.Option(help="The seed of the prompts, which are random tokens.")] = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    records: Records = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure throughput, latency and memory, beside a dense model and beside what the machine allows."""
+
+    def run() -> None:
+        api = _api()
+        request = api.BenchRequest(model, dense, _counts(batch, "--batch"), prompt, new, repeats, revision, device, dtype, seed)
+        record = api.bench(request, records_file=records)
+        if json:
+            _emit(record)
+            return
+        from secateur.terminal import bench_tables
+
+        for part in bench_tables(record):
+            _show(part)
+
+    _guard(run, debug)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Records files, or folders that hold records.jsonl.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write; the plots go beside it.")] = Path("report.html"),
@@ -619,6 +652,13 @@ def _numbers(text: str, option: str, *, highest: float | None = 0.0) -> list[flo
         if value < 0 or (value >= 1 if highest == 0.0 else highest is not None and value > highest):
             raise UsageError(f"{option}: {value:g} is outside {'[0, 1)' if highest == 0.0 else '[0, 1]' if highest else 'the numbers above 0'}")
     return found
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"{option} {text}: whole numbers separated by commas are expected, as in 1,16") from None
 
 
 def _options(given: list[str] | None, option: str = "--set") -> dict[str, str]:

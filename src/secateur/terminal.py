@@ -182,6 +182,28 @@ def _residual(residual: Record | None) -> str:
     return ", ".join(str(width) for width in (residual["attention"][0], *between, residual["mlp"][1]))
 
 
+def bench_tables(record: Record) -> list[Table | str]:
+    """What `bench` found: a line for each model and batch, and what the machine allows."""
+    threads = f", {record['threads']} threads" if record["threads"] else ""
+    title = f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
+    table = Table("model", "batch", title=escape(title), caption="the best times; floor: what the machine allows, times that", padding=(0, 0))
+    _number_columns(table, "prefill tokens/s", "first token ms", "floor x", "decode tokens/s", "each token ms", "floor x")
+    for result in record["results"]:
+        for row in result["batches"]:
+            cells = [escape(result["model"]), str(row["batch"])]
+            for part in ("prefill", "decode"):
+                cells += [f"{row[f'{part}_tokens_per_second']:,.1f}", f"{1e3 * row[f'{part}_seconds']:.2f}", f"{row[f'{part}_over_floor']:.2f}"]
+            table.add_row(*cells)
+    about: list[Table | str] = [table]
+    for found in record["speedup"] or []:
+        about.append(f"batch {found['batch']}: {found['prefill']:.2f} times as fast as the dense model in prefill, {found['decode']:.2f} times in decode")
+    for result in record["results"]:
+        peak = "unknown" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e6:,.1f} MB"
+        about.append(f"{result['model']}: {result['parameters']:,} parameters, {result['parameter_bytes'] / 1e6:,.1f} MB; peak memory with its cache {peak}")
+    rate, bandwidth = record["flops_per_second"] / 1e9, record["bytes_per_second"] / 1e9
+    return [*about, f"This machine, now: {bandwidth:,.1f} GB/s of weights read, {rate:,.0f} GFLOP/s of large products."]
+
+
 def flow_tables(record: Record) -> list[Table | str]:
     """What `inspect --flow` found: the linear maps, the share that the residual width touches, and what is left of them by sparsity."""
     touched, attention, total, flops = (record[key] for key in ("touched", "attention", "parameters", "flops_per_token"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import torch
 
 from secateur.allocation.allocate import TOKENS, cells_to_measure
 from secateur.calibrate.stream import TOKENS_A_BATCH
+from secateur.core.machine import matrix_rate
 from secateur.core.records import Record
 from secateur.models.view import ModelView
 from secateur.prune import Prepared, parameters_expected, prepared_settings
@@ -26,7 +24,7 @@ def estimate(prepared: Prepared) -> Record:
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation else 0
     work = 2 * (2 * tokens + TOKENS * cells_to_measure(job)) * view.matrix_parameters()
-    seconds = work / _matrix_rate(prepared) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
+    seconds = work / matrix_rate(prepared.device, prepared.dtype) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {
         "command": "prune",
         "dry_run": True,
@@ -59,15 +57,3 @@ def _memory(prepared: Prepared, tokens: int) -> int:
     batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
     streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
     return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed
-
-
-def _matrix_rate(prepared: Prepared) -> float:
-    """Floating-point operations a second of a matrix product here, from a tenth of a second of work."""
-    size = 512
-    a: Any = torch.ones(size, size, device=prepared.device, dtype=prepared.dtype)
-    a @ a
-    started, done = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        (a @ a).sum().item()
-        done += 1
-    return done * 2 * size**3 / (time.perf_counter() - started)

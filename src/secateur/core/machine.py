@@ -1,0 +1,61 @@
+"""How fast this machine is, measured: what a speed is to be held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator to be done; a CPU always is."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Machine:
+    """The best rates seen so far. Others may be using the machine: look again whenever something is timed, and hold that against the best.
+
+    Args:
+        device, dtype: of the products.
+        bytes_read: of the matrix that is read, larger than the caches.
+        size: of the square matrices that are multiplied.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, bytes_read: int = 1 << 28, size: int = 1536) -> None:
+        self.flops_per_second = self.bytes_per_second = 0.0
+        self._device = device
+        width = 4096
+        self._square_NN = torch.ones(size, size, device=device, dtype=dtype)
+        self._matrix_NI = torch.ones(bytes_read // (width * dtype.itemsize), width, device=device, dtype=dtype)
+        self._vector_I = torch.ones(width, device=device, dtype=dtype)
+
+    @torch.inference_mode()
+    def look(self, seconds: float = 0.1) -> None:
+        """Multiply matrices for so long, and read one, by its product with a vector: what a token of a batch of one does with all weights."""
+        product = _best(lambda: self._square_NN @ self._square_NN, self._device, seconds)
+        self.flops_per_second = max(self.flops_per_second, 2 * len(self._square_NN) ** 3 / product)
+        read = _best(lambda: self._matrix_NI @ self._vector_I, self._device, seconds)
+        self.bytes_per_second = max(self.bytes_per_second, self._matrix_NI.nbytes / read)
+
+
+@torch.inference_mode()
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 512, seconds: float = 0.1) -> float:
+    """Floating-point operations a second of products of square matrices."""
+    a_NN = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _best(lambda: a_NN @ a_NN, device, seconds)
+
+
+def _best(work: Callable[[], Tensor], device: torch.device, seconds: float) -> float:
+    """The shortest time of one call, of as many as fit."""
+    work()
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        synchronize(device)
+        before = time.perf_counter()
+        work()
+        synchronize(device)
+        best = min(best, time.perf_counter() - before)
+    return best

@@ -1,0 +1,258 @@
+"""`secateur bench`: tokens a second, latency and memory of a checkpoint, a dense one beside it, and how far both are from what the machine allows.
+
+Prefill is one forward of the whole prompt (its last logits alone, as `generate` asks for); decode is what follows token by token with the key-value cache.
+Several models take turns in one process, and the best time of each counts: whatever else the machine does only makes times longer. On a CPU that is the
+best single token, on an accelerator the best turn.
+
+The floor of decode is the time to read every weight of a product once, at the bandwidth measured here; of a large batch, and of prefill, that of the products
+themselves at the measured rate of large ones. It leaves out attention over the cache, norms and everything else that takes time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.core import records
+from secateur.core.device import resolve_device, resolve_dtype
+from secateur.core.errors import UsageError
+from secateur.core.machine import Machine, synchronize
+from secateur.core.memory import PeakMemory
+from secateur.core.progress import track
+from secateur.evaluate.maps import linear_maps
+from secateur.models.load import Checkpoint, load_model, open_checkpoint
+from secateur.models.runtime import is_index_map
+from secateur.models.view import ModelView
+from secateur.plan.plan import read_plan_json
+
+_FROM_PLAN = ("method", "options", "sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks")
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """What the user asks of `bench`; the defaults of the command line are these.
+
+    Attributes:
+        model: a folder (pruned or not), a hub name, or `bundled`.
+        dense: the model to put beside it; None measures `model` alone.
+        batches: how many sequences at once; each is measured.
+        prompt: tokens of a sequence before the first new one.
+        new: tokens generated after it.
+        repeats: turns of each model; the best counts.
+    """
+
+    model: str
+    dense: str | None = None
+    batches: Sequence[int] = (1, 16)
+    prompt: int = 128
+    new: int = 32
+    repeats: int = 3
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model has to do for one token.
+
+    Attributes:
+        block: multiplications by weights inside the blocks, that is, the weights themselves.
+        head: those of the head, which a prefill needs once a sequence.
+        itemsize: bytes of a weight.
+    """
+
+    block: int
+    head: int
+    itemsize: int
+
+    @staticmethod
+    def of(view: ModelView, itemsize: int) -> Work:
+        """From the shapes of a model."""
+        maps = linear_maps(view)
+        head = sum(one.flops() for one in maps if one.name == "head") // 2
+        return Work(sum(one.flops() for one in maps) // 2 - head, head, itemsize)
+
+    def prefill_floor(self, batch: int, prompt: int, machine: Machine) -> float:
+        """Seconds."""
+        return 2 * batch * (prompt * self.block + self.head) / machine.flops_per_second
+
+    def decode_floor(self, batch: int, machine: Machine) -> float:
+        """Seconds of one token of every sequence."""
+        weights = self.block + self.head
+        return max(weights * self.itemsize / machine.bytes_per_second, 2 * batch * weights / machine.flops_per_second)
+
+
+@dataclass
+class Speed:
+    """The best times so far, in seconds: of a prefill, and of one decoded token of every sequence."""
+
+    prefill: float = float("inf")
+    decode: float = float("inf")
+
+
+def measure_speed(models: Mapping[str, PreTrainedModel], ids_BT: Tensor, new: int, repeats: Iterable[Any], machine: Machine) -> dict[str, Speed]:
+    """Let models take turns.
+
+    Args:
+        models: by name, on one device.
+        ids_BT: prompts, token ids.
+        new: tokens to decode after each.
+        repeats: a turn of every model for each item; one turn more warms up.
+        machine: looked at before each turn.
+
+    Returns:
+        The best times of each.
+    """
+    for model in models.values():
+        _turn(model, ids_BT, new=2)
+    best = {name: Speed() for name in models}
+    for _ in repeats:
+        for name, model in models.items():
+            machine.look()
+            speed = _turn(model, ids_BT, new)
+            best[name] = Speed(min(best[name].prefill, speed.prefill), min(best[name].decode, speed.decode))
+    return best
+
+
+@torch.inference_mode()
+def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int) -> Speed:
+    device = ids_BT.device
+    synchronize(device)
+    started = time.perf_counter()
+    out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
+    token_B1 = out.logits[:, -1:].argmax(-1)
+    synchronize(device)
+    first = time.perf_counter()
+    stretch = 1 if device.type == "cpu" else new  # an accelerator is not to be waited for after each token
+    best, since = float("inf"), first
+    for step in range(1, new + 1):
+        out = model(input_ids=token_B1, past_key_values=out.past_key_values, use_cache=True)
+        token_B1 = out.logits[:, -1:].argmax(-1)
+        if step % stretch == 0:
+            synchronize(device)
+            now = time.perf_counter()
+            best, since = min(best, (now - since) / stretch), now
+    return Speed(first - started, best)
+
+
+def bench(request: BenchRequest, *, records_file: Path | None = None) -> records.Record:
+    """Measure how fast a model is; returns the record, which is also appended to `records_file`.
+
+    Args:
+        request: what to measure.
+        records_file: None is `records.jsonl` in the parent of the model's folder, or in the working directory.
+
+    Raises:
+        UsageError: a count below 1, or more tokens than a model has positions for.
+        SecateurError: a checkpoint that cannot be loaded.
+    """
+    started = time.perf_counter()
+    device = resolve_device(request.device)
+    checkpoints = _open(request)
+    first = next(iter(checkpoints.values()))
+    dtype = resolve_dtype(request.dtype, first.dtype, device)
+    vocabulary = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
+    draw = torch.Generator().manual_seed(request.seed)
+    prompts = [torch.randint(vocabulary, (batch, request.prompt), generator=draw).to(device) for batch in request.batches]
+    models, results = {}, []
+    for role, checkpoint in checkpoints.items():
+        memory = PeakMemory(device)
+        models[role] = load_model(checkpoint, device=device, dtype=dtype)
+        _turn(models[role], max(prompts, key=len), new=2)
+        results.append({"role": role, **_facts(checkpoint, models[role]), "peak_bytes": memory.peak()})
+    machine = Machine(device, dtype)
+    turns = [track(range(request.repeats), f"bench: turns at batch {batch}") for batch in request.batches]
+    speeds = [measure_speed(models, ids_BT, request.new, turn, machine) for ids_BT, turn in zip(prompts, turns, strict=True)]
+    for result in results:
+        work = Work.of(checkpoints[result["role"]].view(), dtype.itemsize)
+        result["batches"] = [_row(ids_BT, speed[result["role"]], work, machine) for ids_BT, speed in zip(prompts, speeds, strict=True)]
+    record: records.Record = {
+        "command": "bench",
+        "version": records.version(),
+        "model": request.model,
+        "model_revision": first.revision,
+        "dense": request.dense,
+        **{key: (read_plan_json(first.folder) or {}).get(key) for key in _FROM_PLAN},
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "prompt": request.prompt,
+        "new": request.new,
+        "repeats": request.repeats,
+        "seed": request.seed,
+        "flops_per_second": machine.flops_per_second,
+        "bytes_per_second": machine.bytes_per_second,
+        "results": results,
+        "speedup": _speedup(results),
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_rss_bytes": records.peak_rss_bytes(),
+        "versions": records.versions(),
+        "out": str(Path(request.model).absolute()) if Path(request.model).is_dir() else request.model,
+    }
+    records.append(records_file or _beside(request.model), record)
+    return record
+
+
+def _open(request: BenchRequest) -> dict[str, Checkpoint]:
+    """The checkpoints by role, `model` first; what is wrong with the request shows before any weight is read."""
+    if not request.batches:
+        raise UsageError("--batch is empty: whole numbers separated by commas are expected, as in 1,16")
+    counts = {"--prompt": request.prompt, "--new": request.new, "--repeats": request.repeats, "--batch": min(request.batches)}
+    for option, value in counts.items():
+        if value < 1:
+            raise UsageError(f"{option} {value}: it is a count, at least 1")
+    asked = {"model": (request.model, request.revision)} | ({"dense": (request.dense, None)} if request.dense is not None else {})
+    checkpoints = {role: open_checkpoint(name, revision) for role, (name, revision) in asked.items()}
+    for checkpoint in checkpoints.values():
+        if (needed := request.prompt + request.new) > checkpoint.max_length():
+            raise UsageError(
+                f"--prompt {request.prompt} and --new {request.new} are {needed} tokens together, and {checkpoint.name} has positions "
+                f"for {checkpoint.max_length()}; ask for fewer"
+            )
+    return checkpoints
+
+
+def _facts(checkpoint: Checkpoint, model: PreTrainedModel) -> records.Record:
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "model": checkpoint.name,
+        "model_type": checkpoint.config.model_type,
+        "parameters": parameters,
+        "parameter_bytes": sum(p.nbytes for p in model.parameters()),
+        "index_map_bytes": sum(b.nbytes for name, b in model.named_buffers() if is_index_map(name)),
+    }
+
+
+def _row(ids_BT: Tensor, speed: Speed, work: Work, machine: Machine) -> records.Record:
+    batch, prompt = ids_BT.shape
+    floors = (work.prefill_floor(batch, prompt, machine), work.decode_floor(batch, machine))
+    return {
+        "batch": batch,
+        "prefill_seconds": speed.prefill,
+        "prefill_tokens_per_second": batch * prompt / speed.prefill,
+        "prefill_over_floor": speed.prefill / floors[0],
+        "decode_seconds": speed.decode,
+        "decode_tokens_per_second": batch / speed.decode,
+        "decode_over_floor": speed.decode / floors[1],
+    }
+
+
+def _speedup(results: Sequence[records.Record]) -> list[records.Record] | None:
+    """How many times as fast as the dense model."""
+    if len(results) < 2:
+        return None
+    pairs = zip(*(result["batches"] for result in results), strict=True)
+    return [{"batch": ours["batch"]} | {part: dense[f"{part}_seconds"] / ours[f"{part}_seconds"] for part in ("prefill", "decode")} for ours, dense in pairs]
+
+
+def _beside(model: str) -> Path:
+    return (Path(model).absolute().parent if Path(model).is_dir() else Path.cwd()) / "records.jsonl"
