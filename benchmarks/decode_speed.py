@@ -9,6 +9,7 @@ in one process on the same prompts; the best times count.
 The vocabulary is small, so that embeddings and head have about the share of the parameters that they have in a model of 7 billion.
 
     python benchmarks/decode_speed.py             a few minutes on two cores, 4 GB of memory
+    python benchmarks/decode_speed.py --threads 1 processor time of one thread, which a busy machine disturbs less
     python benchmarks/decode_speed.py --small     seconds: to see that it runs
 """
 
@@ -42,7 +43,7 @@ DECODE_OVER_DENSE = 1.5  # at batch 1, of a model with half of the parameters
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    models, machine = _models(options), Machine(CPU, torch.float32)
+    models, machine = _models(options), Machine(CPU, torch.float32, clock=time.process_time if options.threads == 1 else time.perf_counter)
     parts = _parts(models, options)
     speeds = {}
     for batch in options.batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -186,11 +187,11 @@ def bench_tables(record: Record) -> list[Table | str]:
     """What `bench` found: a line for each model and batch, and what the machine allows."""
     threads = f", {record['threads']} threads" if record["threads"] else ""
     title = f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
-    table = Table("model", "batch", title=escape(title), caption="the best times; floor: what the machine allows, times that", padding=(0, 0))
-    _number_columns(table, "prefill tokens/s", "first token ms", "floor x", "decode tokens/s", "each token ms", "floor x")
+    table = Table("model", "batch", title=escape(title), caption="the best times; over floor: how many times what the machine allows", padding=(0, 0))
+    _number_columns(table, "prefill\ntokens/s", "first\ntoken ms", "over\nfloor", "decode\ntokens/s", "each\ntoken ms", "over\nfloor")
     for result in record["results"]:
         for row in result["batches"]:
-            cells = [escape(result["model"]), str(row["batch"])]
+            cells = [escape(Path(result["model"]).name), str(row["batch"])]
             for part in ("prefill", "decode"):
                 cells += [f"{row[f'{part}_tokens_per_second']:,.1f}", f"{1e3 * row[f'{part}_seconds']:.2f}", f"{row[f'{part}_over_floor']:.2f}"]
             table.add_row(*cells)

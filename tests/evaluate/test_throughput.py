@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Known(Machine):
     """A machine of known speed, so that floors are known and looking takes no time."""
 
     def __init__(self, *_: Any) -> None:
-        self.flops_per_second, self.bytes_per_second = 1e9, 1e8
+        self.flops_per_second, self.bytes_per_second, self.clock = 1e9, 1e8, time.perf_counter
 
     def look(self, seconds: float = 0.1) -> None:
         pass
@@ -86,9 +87,9 @@ def test_models_take_turns_on_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
     seen = []
     turn = throughput._turn
 
-    def noted(model: Any, ids: torch.Tensor, new: int) -> Any:
+    def noted(model: Any, ids: torch.Tensor, new: int, clock: Any) -> Any:
         seen.append((model, ids.tolist(), new))
-        return turn(model, ids, new)
+        return turn(model, ids, new, clock)
 
     monkeypatch.setattr(throughput, "_turn", noted)
     one, two, ids = tiny_model("llama"), tiny_model("opt"), some_ids(2, 5)

@@ -11,7 +11,7 @@ themselves at the measured rate of large ones. It leaves out attention over the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,31 +107,31 @@ def measure_speed(models: Mapping[str, PreTrainedModel], ids_BT: Tensor, new: in
         ids_BT: prompts, token ids.
         new: tokens to decode after each.
         repeats: a turn of every model for each item; one turn more warms up.
-        machine: looked at before each turn.
+        machine: looked at before each turn; times are by its clock.
 
     Returns:
         The best times of each.
     """
     for model in models.values():
-        _turn(model, ids_BT, new=2)
+        _turn(model, ids_BT, 2, machine.clock)
     best = {name: Speed() for name in models}
     for _ in repeats:
         for name, model in models.items():
             machine.look()
-            speed = _turn(model, ids_BT, new)
+            speed = _turn(model, ids_BT, new, machine.clock)
             best[name] = Speed(min(best[name].prefill, speed.prefill), min(best[name].decode, speed.decode))
     return best
 
 
 @torch.inference_mode()
-def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int) -> Speed:
+def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int, clock: Callable[[], float]) -> Speed:
     device = ids_BT.device
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     out = model(input_ids=ids_BT, use_cache=True, logits_to_keep=1)
     token_B1 = out.logits[:, -1:].argmax(-1)
     synchronize(device)
-    first = time.perf_counter()
+    first = clock()
     stretch = 1 if device.type == "cpu" else new  # an accelerator is not to be waited for after each token
     best, since = float("inf"), first
     for step in range(1, new + 1):
@@ -139,7 +139,7 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int) -> Speed:
         token_B1 = out.logits[:, -1:].argmax(-1)
         if step % stretch == 0:
             synchronize(device)
-            now = time.perf_counter()
+            now = clock()
             best, since = min(best, (now - since) / stretch), now
     return Speed(first - started, best)
 
@@ -167,7 +167,7 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
     for role, checkpoint in checkpoints.items():
         memory = PeakMemory(device)
         models[role] = load_model(checkpoint, device=device, dtype=dtype)
-        _turn(models[role], max(prompts, key=len), new=2)
+        _turn(models[role], max(prompts, key=len), 2, time.perf_counter)
         results.append({"role": role, **_facts(checkpoint, models[role]), "peak_bytes": memory.peak()})
     machine = Machine(device, dtype)
     turns = [track(range(request.repeats), f"bench: turns at batch {batch}") for batch in request.batches]
