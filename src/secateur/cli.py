@@ -297,6 +297,79 @@ def study_disp_llm(
 
 
 @app.command()
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder for the checkpoints, records.jsonl, compare.md and report.html.")],
+    methods: Annotated[str, typer.Option(metavar="M,M,...", help="The methods; `secateur methods` lists them.")] = "",
+    params_removed: Annotated[str, typer.Option(metavar="R,R,...", help="Pruning ratios over all parameters, for what removes them.")] = "",
+    sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="Sparsities, for unstructured pruning.")] = "",
+    patterns: Annotated[str, typer.Option(metavar="P,P,...", help="unstructured, N:M, rows, columns. Default: the method's own, and rows.")] = "",
+    with_heal: Annotated[bool, typer.Option("--heal", help="Measure each result with low-rank recovery too.")] = False,
+    heal_steps: Annotated[int | None, typer.Option(help="Steps of healing.")] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    options: Annotated[list[str] | None, typer.Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of one method; may be repeated.")] = None,
+    text: Text = None,
+    protocol: ProtocolOption = None,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    limit: Limit = None,
+    records: Records = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run methods side by side at the same measured pruning ratio, and write the table that papers print."""
+
+    def run() -> None:
+        api = _api()
+        from secateur.study import compare as study
+
+        if heal_steps is not None and not with_heal:
+            raise UsageError("--heal-steps belongs to --heal: add it")
+        steps = {} if heal_steps is None else {"steps": heal_steps}
+        heal = api.HealRequest(model, calibration, text=text, protocol=protocol, limit=limit, device=device, dtype=dtype, seed=seed, **steps)
+        asked = study.Asked(
+            api.Request(model, "", calibration=calibration, samples=samples, seqlen=seqlen, seed=seed, revision=revision, device=device, dtype=dtype),
+            _names(methods),
+            _numbers(params_removed, "--params-removed") if params_removed else [],
+            _numbers(sparsity, "--sparsity") if sparsity else [],
+            _names(patterns),
+            _method_options(options),
+            heal if with_heal else None,
+        )
+        todo = study.cells(asked)
+        for note in todo.notes():
+            _tell(note)
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=include_path)
+        found = []
+        for record in study.run(asked, todo, out, measure, resume=resume, overwrite=overwrite, records_file=records):
+            found.append(record)
+            _tell(f"{Path(record['out']).name if record.get('method') else 'dense'}: ppl {record['ppl']:.4f}")
+        result = study.summary(asked, todo, out.absolute(), found, records_file=records)
+        if json:
+            _emit({"records": found, "refused": todo.refused, "failed": todo.failed})
+        elif result is not None:
+            from secateur.terminal import cells_table
+
+            _show(cells_table(result.table))
+            for note in result.notes:
+                _tell(note)
+        _tell(f"{out / 'compare.md'}, {out / 'report.html'}" if result is not None else str(out / "report.html"))
+        if todo.failed:
+            first = next(iter(todo.failed))
+            raise SecateurError(f"{len(todo.failed)} of {len(todo.runs)} runs failed, first {first}; the same command with --resume tries them again")
+
+    _guard(run, debug, resume=RESUME)
+
+
+@app.command()
 def heal(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint that 'secateur prune' wrote.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
@@ -659,6 +732,16 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UsageError(f"{option} {text}: whole numbers separated by commas are expected, as in 1,16") from None
+
+
+def _method_options(given: list[str] | None) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for name, value in _options(given).items():
+        method, dot, option = name.partition(".")
+        if not dot or not method or not option:
+            raise UsageError(f"--set {name}={value}: say of which method, as in --set slicegpt.round=8")
+        found.setdefault(method, {})[option] = value
+    return found
 
 
 def _options(given: list[str] | None, option: str = "--set") -> dict[str, str]:

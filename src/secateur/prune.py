@@ -538,5 +538,5 @@ def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
         "params_after": totals.parameters,
         "nonzero_after": totals.nonzero,
         **prepared.job.notes,
-        "updated": any("updates" in summary for summary in totals.summaries),
+        "updated": prepared.job.rotates or any("updates" in summary for summary in totals.summaries),
     }

@@ -14,6 +14,7 @@ from secateur.core.records import Record
 from secateur.evaluate.flow import ranges
 from secateur.models.runtime import SELECT_FORMS
 from secateur.report.modules import Study, rows
+from secateur.report.tables import Table as Cells
 
 _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version", "allocation")
 
@@ -63,6 +64,16 @@ def runs_table(found: Sequence[Record]) -> Table:
             shift = record.get("shift")
             row += [f"{shift['kl']:.3f}", f"{shift['top1_agreement']:.3f}"] if shift else ["", ""]
         table.add_row(*row)
+    return table
+
+
+def cells_table(found: Cells) -> Table:
+    """A table of the report."""
+    table = Table()
+    for head, _, text in found.heads:
+        table.add_column(head, justify="left" if text else "right")
+    for row in found.rows:
+        table.add_row(*(escape(cell.text) for cell in row))
     return table
 
 

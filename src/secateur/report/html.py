@@ -18,6 +18,7 @@ from secateur.core.errors import SecateurError
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
 from secateur.report import block_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
+from secateur.report.compare import Comparison, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import Group, Row, collect, group, task_names
@@ -35,6 +36,7 @@ class Findings:
         layers: what was removed block by block, of the runs whose folder is still there.
         laws: fits to the curves of the first group.
         learned: the runs of the first group whose selections were learned.
+        comparison: the methods of the first group side by side; None of one alone.
     """
 
     rows: list[Row]
@@ -42,6 +44,7 @@ class Findings:
     layers: list[Layers]
     laws: list[laws.Law]
     learned: list[learned.Run]
+    comparison: Comparison | None
 
     @property
     def main(self) -> Group:
@@ -61,7 +64,8 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     rows = collect(records)
     groups = group(rows)
     studies = modules.read_studies(records)
-    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(groups[0].rows)), learned.learned(groups[0].rows))
+    main = groups[0].rows
+    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(main)), learned.learned(main), comparison(main, records))
     drawn = {
         "curves": _curves(findings),
         "laws": _laws(findings),
@@ -139,6 +143,7 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
         undrawn_laws=max(0, len(findings.laws) - laws.MAXIMUM),
         published=[row for row in TABLE_3 if row.kind == "ppl"],
         learned=_learned(findings),
+        comparison=findings.comparison,
         uniform=uniform,
         undrawn=max(0, len(findings.layers) - len(uniform) - block_plots.MAXIMUM),
         samples=[_sample(row) for row in findings.rows if row.part("shift").get("sample") is not None],

@@ -1,0 +1,198 @@
+"""The paper-style table: methods side by side at one ratio, with the published numbers of the same method where the model is one of a paper's.
+
+A published number stands beside a run whose ratio is within three points of its own; it was measured under the paper's protocol, not under the run's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from secateur.core.records import Record
+from secateur.report import words
+from secateur.report.published import PublishedTable, published
+from secateur.report.rows import Row, as_number, task_names
+from secateur.report.tables import Cell, Column, Table, table
+
+_NEAR = 0.03
+_STEP = 0.05  # ratios that round to the same multiple stand together
+_SPREAD = 0.01
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table, and what must be said of it."""
+
+    table: Table
+    notes: tuple[str, ...]
+
+
+def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | None:
+    """The table of rows that may be compared.
+
+    Args:
+        rows: of one model under one protocol.
+        records: all of them: those of `heal` say what healing took.
+
+    Returns:
+        None where fewer than two methods were measured.
+    """
+    measured = sorted((row for row in rows if row.dense or row.measuring), key=_order)
+    if len({_method(row) for row in measured if not row.dense}) < 2:
+        return None
+    cost = {row: _cost(row, records) for row in measured}
+    tasks = task_names(measured)
+    columns = [
+        Column("Method", lambda row: Cell("dense" if row.dense else _method(row)), text=True),
+        Column("W update", lambda row: None if row.dense else Cell("yes" if _updated(row) else "no"), "weights that stay were changed", text=True),
+        Column("Removed", lambda row: _cell(words.percent(row.number("pruning_ratio")), row.number("pruning_ratio")), "measured: of all parameters"),
+        Column("Zeroed", _zeroed, "measured: of all parameters", optional=True),
+        Column("PPL", lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl), "lower is better"),
+        *(Column(task, lambda row, t=task: _accuracy(row, t), "per cent; length-normalised where the task has it") for task in tasks),  # type: ignore[misc]
+        Column("Mean", lambda row: _mean(row, tasks), "of the tasks", optional=True),
+        Column("Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"),
+        Column("Peak memory", lambda row: _cell(words.size(cost[row][1]), cost[row][1]), "resident set of the process"),
+        Column("Parameters", lambda row: _cell(words.count(row.number("params_after")), row.number("params_after"))),
+        Column("Published", _published, "the same method on this model, under the paper's protocol", optional=True, text=True),
+    ]
+    return Comparison(table(columns, measured), tuple(_notes(measured)))
+
+
+def markdown(found: Comparison) -> str:
+    """The table for a README, and the notes below it."""
+    heads = [head for head, _, _ in found.table.heads]
+    lines = [heads, ["---" if text else "---:" for _, _, text in found.table.heads], *([cell.text for cell in row] for row in found.table.rows)]
+    body = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return body + "\n" + "".join(f"\n- {note}" for note in found.notes) + ("\n" if found.notes else "")
+
+
+def _order(row: Row) -> tuple[bool, bool, float, str]:
+    removed = row.number("pruning_ratio") or 0.0
+    level = removed or _share_zeroed(row) or 0.0
+    return not row.dense, not removed, round(level / _STEP), _method(row)
+
+
+def _method(row: Row) -> str:
+    name, plus, healed = str(row.get("method")).partition(" + ")
+    return " ".join(filter(None, (name, row.get("pattern")))) + plus + healed
+
+
+def _updated(row: Row) -> bool:
+    return bool(row.get("updated") or row.get("heal"))
+
+
+def _share_zeroed(row: Row) -> float | None:
+    after, nonzero, before = (row.number(name) for name in ("params_after", "nonzero_after", "params_before"))
+    return None if after is None or nonzero is None or not before else (after - nonzero) / before
+
+
+def _zeroed(row: Row) -> Cell | None:
+    share = _share_zeroed(row)
+    return _cell(words.percent(share), share) if share is not None and share > 0.001 else None
+
+
+def _accuracy(row: Row, task: str) -> Cell | None:
+    value = _score(row, task)
+    return None if value is None else Cell(f"{100 * value:.1f}", f"{value!r}")
+
+
+def _score(row: Row, task: str) -> float | None:
+    normed = row.task(task, "acc_norm")
+    return row.task(task, "acc") if normed is None else normed
+
+
+def _mean(row: Row, tasks: Sequence[str]) -> Cell | None:
+    values = [_score(row, task) for task in tasks]
+    known = [value for value in values if value is not None]
+    if len(known) < 2 or len(known) < len(tasks):
+        return None
+    return Cell(f"{100 * sum(known) / len(known):.1f}")
+
+
+def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | None]:
+    """Seconds, and the largest resident set; those of the pruning that a healing started from are counted too."""
+    taken = [row.pruning]
+    if row.get("heal"):
+        healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
+        sources = {record.get("healed") for record in healing}
+        taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
+    seconds, peaks = ([v for record in taken if (v := as_number(record.get(name))) is not None] for name in ("seconds", "peak_rss_bytes"))
+    return (sum(seconds) if seconds else None), (max(peaks) if peaks else None)
+
+
+def _cell(text: str | None, exact: float | None) -> Cell | None:
+    return None if text is None else Cell(text, f"{exact!r}")
+
+
+def _notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What the reader must know: where ratios that stand together are not quite the same, and where published numbers come from."""
+    levels: dict[float, list[Row]] = {}
+    for row in rows:
+        if ratio := row.number("pruning_ratio"):
+            levels.setdefault(round(ratio / _STEP) * _STEP, []).append(row)
+    for level, members in levels.items():
+        ratios = [row.number("pruning_ratio") or 0.0 for row in members]
+        if max(ratios) - min(ratios) > _SPREAD:
+            (least, first), (most, last) = min(both := list(zip(ratios, map(_method, members), strict=True))), max(both)
+            spread = f"between {least:.1%} ({first}) and {most:.1%} ({last})"
+            yield f"About {level:.0%}: the measured ratios lie {spread}; whole units go, so not every ratio can be had."
+    sources = dict.fromkeys(source for row in rows for _, source in _beside(row))
+    yield from (f"Published: {source.source}; {source.protocol}." for source in sources)
+
+
+# Published numbers
+
+
+def _published(row: Row) -> Cell | None:
+    found = [text for text, _ in _beside(row)]
+    return Cell("; ".join(dict.fromkeys(found))) if found else None
+
+
+def _beside(row: Row) -> list[tuple[str, PublishedTable]]:
+    """Numbers of the same model, method and ratio, and the tables they stand in."""
+    method = "dense" if row.dense else _letters(str(row.get("method")).partition(" + ")[0])
+    found = []
+    for printed in _tables():
+        for line in printed.rows:
+            entry = dict(zip(printed.columns, line, strict=True))
+            if not _same_method(str(entry.get("method", "")), method, healed=bool(row.get("heal"))) or not _same_ratio(entry, row):
+                continue
+            found += [(text, printed) for text in _values(entry, row.model)]
+    return found
+
+
+def _tables() -> list[PublishedTable]:
+    names = sorted(file.name.removesuffix(".json") for file in files("secateur.report").joinpath("published").iterdir() if file.name.endswith(".json"))
+    return [found for name in names for found in published(name).values() if "method" in found.columns]
+
+
+def _letters(text: str) -> str:
+    """Lower case, letters, digits and points: `LLaMA-2 7B` is the beginning of `Llama-2-7b-hf`, and 1.3B is not 13B."""
+    return re.sub(r"[^a-z0-9.]", "", text.lower())
+
+
+def _same_method(said: str, method: str, *, healed: bool) -> bool:
+    name, _, variant = said.partition(",")
+    return _letters(name).startswith(method) and bool(method) and (("tuned" in variant or "LoRA" in said) == healed)
+
+
+def _same_ratio(entry: dict[str, Any], row: Row) -> bool:
+    if row.dense:
+        return True
+    if entry.get("pattern") is not None:
+        return bool(entry["pattern"] == row.get("pattern"))
+    removed, ratio = as_number(entry.get("removed")), row.number("pruning_ratio")
+    return removed is not None and ratio is not None and abs(removed - ratio) <= _NEAR
+
+
+def _values(entry: dict[str, Any], model: str) -> list[str]:
+    """What a line says of the model: its mean accuracy where lines are of models, its perplexity where columns are."""
+    name = _letters(model.rpartition("/")[2])
+    at = "" if entry.get("removed") in (None, 0) else f" at {entry['removed']:.0%}"
+    if "model" in entry:
+        return [f"mean {entry['mean']:g}{at}"] if name.startswith(_letters(str(entry["model"]))) and as_number(entry.get("mean")) is not None else []
+    models = [column for column in entry if any(c.isdigit() for c in column) and name.startswith(_letters(column))]
+    return [f"PPL {entry[column]:g}{at}" for column in models if as_number(entry[column]) is not None]

@@ -1,0 +1,226 @@
+"""Methods side by side: one model, one protocol, the same measured pruning ratio; the table that papers print.
+
+A cell is one method at one ratio, or at one sparsity where it zeroes weights; with `heal`, each is also measured after low-rank recovery. Every prune and every
+healing runs in a process of its own, so that its peak of memory is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from secateur import api
+from secateur.core import records
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
+from secateur.core.records import Record
+from secateur.models.save import refuse_existing
+from secateur.plan.pattern import parse_pattern
+from secateur.report.compare import Comparison, comparison, markdown
+from secateur.report.rows import collect, group
+
+T = TypeVar("T")
+
+_HEALED = "-healed"
+_STRUCTURED = "rows"  # what a method that zeroes weights by default is asked for where parameters are to go
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is compared.
+
+    Attributes:
+        base: the model and its calibration; method, sparsity, pattern and options are replaced.
+        methods: names.
+        ratios: pruning ratios over all parameters, in (0, 1), for methods and patterns that remove them.
+        sparsities: for pattern `unstructured`.
+        patterns: of the methods that have them; N:M implies its sparsity. None given: the method's own, and `rows` where that zeroes weights and ratios
+            are asked for.
+        options: method -> its options.
+        heal: how to heal each result; its model is replaced. None: no healing.
+    """
+
+    base: api.Request
+    methods: Sequence[str]
+    ratios: Sequence[float] = ()
+    sparsities: Sequence[float] = ()
+    patterns: Sequence[str] = ()
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    heal: api.HealRequest | None = None
+
+
+@dataclass
+class Cells:
+    """What will be run, and what cannot be done, with the reason; `failed` fills during the run."""
+
+    runs: dict[str, api.Request] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What was not run and why, a line a reason."""
+        reasons: dict[str, list[str]] = {}
+        for label, reason in (self.refused | self.failed).items():
+            reasons.setdefault(reason, []).append(label)
+        return [f"Not run: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
+
+
+def cells(asked: Asked) -> Cells:
+    """The runs, by the names of their folders.
+
+    Raises:
+        UsageError: nothing to compare, an unknown method, options of a method that is not compared.
+        SecateurError: no cell can be done; the reason of the first is given.
+    """
+    if not asked.methods:
+        raise UsageError("--methods is empty: name methods, as in --methods slicegpt,magnitude (`secateur methods` lists them)")
+    if not (asked.ratios or asked.sparsities or any(parse_pattern(p).kind == "n:m" for p in asked.patterns)):
+        raise UsageError("nothing to compare at: give --params-removed R,..., or --sparsity S,... or --patterns N:M for methods that zero weights")
+    if others := sorted(set(asked.options) - set(asked.methods)):
+        raise UsageError(f"--set {others[0]}.OPTION: '{others[0]}' is not among --methods {','.join(asked.methods)}")
+    found, errors = Cells(), []
+    for name in dict.fromkeys(asked.methods):
+        method, options = api.find_method(name), asked.options.get(name, {})
+        own = getattr(method.options(options), "pattern", None)
+        base = replace(asked.base, method=name, sparsity=None, params_removed=None, pattern=None, modules=None, options=options)
+        attempts = _attempts(base, asked, own)
+        for label, (request, guessed) in attempts.items():
+            try:
+                api.prepare(request)
+            except SecateurError as error:
+                if not (guessed and len(attempts) > sum(g for _, g in attempts.values())):
+                    found.refused[label] = str(error)
+                    errors.append(error)
+                continue
+            found.runs[label] = request
+        if not attempts:
+            found.refused[name] = f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
+            errors.append(UsageError(f"{name}: {found.refused[name]}"))
+    if not found.runs:
+        raise errors[0]
+    return found
+
+
+def _attempts(base: api.Request, asked: Asked, own: str | None) -> dict[str, tuple[api.Request, bool]]:
+    """Label -> what one method may be asked for, and whether its pattern is a guess of ours."""
+    patterns: Sequence[str | None] = [None] if own is None else asked.patterns or [own]
+    guesses = [_STRUCTURED] if own is not None and not asked.patterns and asked.ratios and not parse_pattern(own).structured else []
+    found = {}
+    for pattern in [*patterns, *guesses]:
+        request = replace(base, pattern=pattern if own is not None else None)
+        kind = None if pattern is None else parse_pattern(pattern)
+        if kind is None or kind.structured:
+            for ratio in filter(None, asked.ratios):  # the dense model is always measured
+                found[f"{api.point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio), pattern in guesses)
+        elif kind.implied_sparsity is not None:
+            found[api.point_name(request, kind.implied_sparsity)] = (request, False)
+        else:
+            for sparsity in filter(None, asked.sparsities):
+                found[api.point_name(request, sparsity)] = (replace(request, sparsity=sparsity), False)
+    return found
+
+
+def run(
+    asked: Asked, todo: Cells, out: Path, measure: api.EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+) -> Iterator[Record]:
+    """Prune, measure, heal and measure again; yields the evaluation records as they come, the dense model's first.
+
+    Args:
+        asked: what is compared.
+        todo: from `cells`; what fails on the way is noted there, and the others go on.
+        out: the folder that receives the checkpoints and `records.jsonl`.
+        measure: the evaluation; its model is replaced.
+        resume, overwrite, records_file: as for `api.sweep`.
+
+    Raises:
+        UsageError, SecateurError: a folder is in the way, or the dense model cannot be measured.
+    """
+    out = out.absolute()
+    records_file = records_file or out / "records.jsonl"
+    for label in [label + part for label in todo.runs for part in (("", _HEALED) if asked.heal else ("",))]:
+        if not (resume and (out / label / "plan.json").is_file()):
+            refuse_existing(out / label, overwrite)
+    dense = replace(measure, model=asked.base.model, revision=asked.base.revision, against=None)
+    yield in_own_process(_evaluate, dense, records_file, resume)
+    for label, request in todo.runs.items():
+        target = out / label
+        asking = replace(measure, model=str(target), revision=None)
+        try:
+            yield _finished_here(target, resume)(_prune, request, target, asking, records_file, resume, overwrite)
+            if asked.heal is not None:
+                healed = out / (label + _HEALED)
+                again = replace(asked.heal, model=str(target))
+                yield _finished_here(healed, resume)(_heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite)
+        except SecateurError as error:
+            todo.failed[label] = str(error)
+            say(f"{label} failed: {error}")
+
+
+def summary(asked: Asked, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None) -> Comparison | None:
+    """Write `compare.md` and `report.html` into `out`; returns the table.
+
+    Args:
+        asked, todo, out, records_file: as for `run`.
+        found: what it yielded.
+    """
+    places = {record["out"] for record in found}
+    taken = [
+        record for record in records.read([records_file or out / "records.jsonl"]) if record.get("command") in ("prune", "heal") and record.get("out") in places
+    ]
+    both = [*taken, *found]
+    result = comparison(group(collect(both))[0].rows, both)
+    if result is not None:
+        notes = [*result.notes, *todo.notes()]
+        (out / "compare.md").write_text(f"# {asked.base.model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8")
+    api.write_report(both, out / "report.html", title=f"{asked.base.model}: methods compared")
+    return result
+
+
+def _finished_here(target: Path, resume: bool) -> Callable[..., Record]:
+    """What is made already needs no process of its own."""
+    return _here if resume and (target / "plan.json").is_file() else in_own_process
+
+
+def _here(work: Callable[..., T], *given: Any) -> T:
+    return work(*given)
+
+
+def in_own_process(work: Callable[..., T], *given: Any) -> T:
+    """Run a function in a new process that knows nothing of this one.
+
+    Raises:
+        SecateurError: what the function raises, or that its process died.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(work, *given).result()
+    except BrokenProcessPool as error:
+        raise SecateurError("its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with --resume") from error
+
+
+def _evaluate(measure: api.EvalRequest, records_file: Path, resume: bool) -> Record:
+    _quiet()
+    return api.evaluate(measure, records_file=records_file, resume=resume)
+
+
+def _prune(request: api.Request, target: Path, measure: api.EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
+    _quiet()
+    api.prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
+    return api.evaluate(measure, records_file=records_file, resume=resume)
+
+
+def _heal(request: api.HealRequest, target: Path, measure: api.EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
+    _quiet()
+    api.heal(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
+    return api.evaluate(measure, records_file=records_file, resume=resume)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
