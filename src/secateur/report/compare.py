@@ -140,7 +140,7 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             spread = f"between {least:.1%} ({first}) and {most:.1%} ({last})"
             yield f"About {level:.0%}: the measured ratios lie {spread}; whole units go, so not every ratio can be had."
     sources = dict.fromkeys(source for row in rows for _, source in _beside(row))
-    yield from (f"Published: {source.source}; {source.protocol}." for source in sources)
+    yield from (f"Published: {source.source}; {source.protocol}.{f' {source.note}.' if source.note else ''}" for source in sources)
 
 
 # Published numbers

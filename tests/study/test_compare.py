@@ -1,0 +1,175 @@
+"""Methods side by side: what is run and what is refused, one protocol, own processes, resuming, the table and the published numbers beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from secateur import api
+from secateur.cli import app
+from secateur.core import records
+from secateur.core.errors import SecateurError, UsageError
+from secateur.report.compare import comparison, markdown
+from secateur.report.rows import collect
+from secateur.study import compare
+
+
+@pytest.fixture
+def dense(saved: Callable[..., Path]) -> Path:
+    return saved("llama")
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new process imports torch for seconds; one test has it."""
+    if "own_process" not in request.node.name:
+        monkeypatch.setattr(compare, "in_own_process", lambda work, *given: work(*given))
+
+
+def invoke(*args: Any) -> tuple[int, str, list[str]]:
+    result = CliRunner().invoke(app, ["compare", *map(str, args)])
+    assert "Traceback" not in result.output
+    return result.exit_code, result.stdout, result.stderr.strip().splitlines()
+
+
+def asked(model: Path, ids: str, *methods: str, **more: Any) -> compare.Asked:
+    return compare.Asked(api.Request(str(model), "", calibration=ids), methods, **more)
+
+
+def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
+    found = compare.cells(asked(dense, ids_file, "slicegpt", "magnitude", "sparsegpt", ratios=[0.2, 0.3], sparsities=[0.5]))
+    assert set(found.runs) == {
+        "slicegpt-0.2-params", "slicegpt-0.3-params", "magnitude-unstructured-0.5", "magnitude-rows-0.2-params", "magnitude-rows-0.3-params",
+        "sparsegpt-unstructured-0.5",
+    }  # fmt: skip
+    assert not found.refused, "that sparsegpt removes no rows goes without saying: it was not asked for"
+    assert found.runs["magnitude-rows-0.2-params"].params_removed == 0.2
+    found = compare.cells(asked(dense, ids_file, "magnitude", "sparsegpt", ratios=[0.2], patterns=["2:4", "columns"]))
+    assert set(found.runs) == {"magnitude-2of4-0.5", "magnitude-columns-0.2-params", "sparsegpt-2of4-0.5"}
+    assert list(found.refused) == ["sparsegpt-columns-0.2-params"]
+    assert found.notes()[0].startswith("Not run: sparsegpt-columns-0.2-params: sparsegpt: pattern columns removes whole units")
+    found = compare.cells(asked(dense, ids_file, "slicegpt", "magnitude", ratios=[0.2], options={"slicegpt": {"round": "1"}}))
+    assert found.runs["slicegpt-round=1-0.2-params"].options == {"round": "1"}
+
+
+def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    args = [dense, "--methods", "slicegpt,magnitude", "--params-removed", "0.2", "--patterns", "rows,2:4", "--set", "slicegpt.round=1"]
+    args += ["--calibration", ids_file, "--text", ids_file, "--out", out, "--heal", "--heal-steps", 2, "--json"]
+    real, calls = compare._prune, []
+
+    def fail(request: api.Request, *given: Any) -> Any:
+        calls.append(request.method)
+        if request.pattern == "2:4":
+            raise SecateurError("no luck")
+        return real(request, *given)
+
+    monkeypatch.setattr(compare, "_prune", fail)
+    status, stdout, stderr = invoke(*args)
+    assert (status, "1 of 3 runs failed, first magnitude-2of4-0.5" in stderr[-1]) == (1, True)
+    assert len(json.loads(stdout.splitlines()[-1])["records"]) == 1 + 2 * 2, "the others went on, each healed too"
+    calls.clear()
+    monkeypatch.setattr(compare, "_prune", lambda request, *given: (calls.append(request.method), real(request, *given))[1])
+    status, stdout, stderr = invoke(*args, "--resume")
+    assert status == 0, stderr
+    result = json.loads(stdout.splitlines()[-1])
+    assert result["failed"] == {}
+    assert len(result["records"]) == 1 + 2 * 3
+    protocols = {json.dumps(record["ppl_protocol"]) for record in result["records"]}
+    assert len(protocols) == 1
+    page = (out / "compare.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 7
+    assert [line.split("|")[1].strip() for line in lines[2:5]] == ["dense", "magnitude rows", "magnitude rows + LoRA"]
+    assert "Methods side by side" in (out / "report.html").read_text()
+    written = records.read([out])
+    pruned = {record["out"]: record for record in written if record["command"] == "prune"}
+    assert all(0.2 <= record["pruning_ratio"] < 0.26 for place, record in pruned.items() if place.endswith("params"))
+    status, _, stderr = invoke(*args)
+    assert (status, "exists and is not empty" in stderr[-1]) == (2, True)
+    assert len(records.read([out])) == len(written)
+
+
+def record(method: str | None, ratio: float, ppl: float, **more: Any) -> list[dict[str, Any]]:
+    place = f"/runs/{method}-{ratio}{more.get('pattern') or ''}{'-healed' if 'heal' in more else ''}"
+    protocol = {"name": "wikitext2", "spec": "wikitext2", "seqlen": 4096, "sha256": "ab"}
+    both = {"model": "meta-llama/Llama-2-7b-hf", "method": method, "pruning_ratio": ratio, "sparsity": ratio, "params_before": 100, "out": place, **more}
+    both |= {"params_after": 100 * (1 - ratio), "nonzero_after": 100 * (1 - ratio)}
+    tasks = {"piqa": {"acc": 0.6, "acc_norm": 0.62, "n": 9}, "winogrande": {"acc": 0.5, "acc_norm": None, "n": 9}}
+    measured = {"command": "eval", **both, "ppl": ppl, "ppl_protocol": protocol, "tasks": tasks}
+    taken = {"command": "heal" if "heal" in more else "prune", **both, "seconds": 10.0, "peak_rss_bytes": 2e9}
+    return [measured] if method is None else [taken, measured]
+
+
+def test_the_table_has_the_published_numbers_beside_it() -> None:
+    found = [
+        *record(None, 0.0, 5.2),
+        *record("disp_llm", 0.49, 10.4),
+        *record("slicegpt", 0.21, 6.9, updated=True),
+        *record("slicegpt", 0.21, 6.5, updated=True, heal={"steps": 3}, healed="/runs/slicegpt-0.21"),
+        *record("wanda", 0.0, 12.0, pattern="2:4"),
+        *record("other", 0.4, 50.0),
+    ]
+    result = comparison(collect(found), found)
+    assert result is not None
+    printed = [line.replace("\N{NO-BREAK SPACE}", " ").split("|") for line in markdown(result).splitlines() if line.startswith("|")]
+    lines = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in printed}
+    heads = lines.pop("Method")
+    assert heads == ["W update", "Removed", "PPL", "piqa", "winogrande", "Mean", "Wall time", "Peak memory", "Parameters", "Published"]
+    published = {name: cells[-1] for name, cells in lines.items()}
+    assert published["dense"].startswith("PPL 5.12")
+    assert published["disp_llm"].startswith("PPL 9.84 at 50%")
+    assert published["slicegpt"].startswith("PPL 6.64 at 20%")
+    assert published["wanda 2:4"] == "PPL 11.02"
+    assert published["slicegpt + LoRA"] == published["other"] == "\N{EN DASH}"
+    assert lines["slicegpt + LoRA"][6] == "20.0 s", "pruning and healing"
+    assert lines["slicegpt + LoRA"][:1] == lines["slicegpt"][:1] == ["yes"]
+    assert lines["disp_llm"][3:6] == ["62.0", "50.0", "56.0"]
+    assert any("arXiv:2410.11988, table 1" in note and "4096" in note for note in result.notes)
+    assert comparison(collect(found[:3]), found[:3]) is None, "one method alone is no comparison"
+
+
+def test_ratios_that_differ_are_told() -> None:
+    found = [*record("a", 0.19, 7.0), *record("b", 0.22, 8.0)]
+    result = comparison(collect(found), found)
+    assert result is not None
+    assert result.notes[0].startswith("About 20%: the measured ratios lie between 19.0% (a) and 22.0% (b)")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "--methods is empty"),
+        (["--methods", "slicegtp", "--params-removed", "0.2"], "unknown method 'slicegtp'; did you mean slicegpt"),
+        (["--methods", "wanda"], "nothing to compare at"),
+        (["--methods", "sparsegpt", "--params-removed", "0.2"], "pattern rows removes whole units"),
+        (["--methods", "slicegpt", "--sparsity", "0.5", "--params-removed", "0.999"], "--params-removed 0.999"),
+        (["--methods", "magnitude", "--patterns", "2:5"], "not a multiple of 5"),
+        (["--methods", "wanda", "--params-removed", "1.2"], "outside [0, 1)"),
+        (["--methods", "wanda", "--sparsity", "0.5", "--set", "scope=row"], "say of which method"),
+        (["--methods", "wanda", "--sparsity", "0.5", "--set", "slicegpt.round=8"], "'slicegpt' is not among --methods wanda"),
+        (["--methods", "wanda", "--sparsity", "0.5", "--set", "wanda.scpe=row"], "unknown option of wanda 'scpe'; did you mean scope?"),
+        (["--methods", "wanda", "--sparsity", "0.5", "--heal-steps", "3"], "belongs to --heal"),
+    ],
+)
+def test_wrong_usage(dense: Path, tmp_path: Path, ids_file: str, more: list[str], words: str) -> None:
+    status, _, stderr = invoke(dense, "--out", tmp_path / "out", "--calibration", ids_file, *more)
+    assert (status, words in stderr[-1]) == (2, True), stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_process_has_its_own_peak_and_its_errors_come_back() -> None:
+    ballast = torch.ones(100 * 2**18)  # 100 MB
+    here = records.peak_rss_bytes()
+    assert compare.in_own_process(records.peak_rss_bytes) < here - ballast.nbytes
+    with pytest.raises(UsageError, match="unknown method 'no'"):
+        compare.in_own_process(api.find_method, "no")
+    with pytest.raises(SecateurError, match="its process died"):
+        compare.in_own_process(os._exit, 9)
