@@ -323,7 +323,9 @@ def _writer(
 ) -> tuple[CheckpointWriter, int]:
     """What writes the result, and the size of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
-    buffer = 0 if windows is None or not prepared.job.streams else windows.numel() * view.config.hidden_size * prepared.dtype.itemsize
+    streams, differentiates = prepared.job.streams, prepared.job.learns and prepared.job.method.gradients
+    kept = (view.blocks + 1 if differentiates else 1) * windows.numel() if windows is not None and (streams or differentiates) else 0
+    buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
     return CheckpointWriter(out, {**settings, "source": identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed), buffer
 

@@ -149,6 +149,10 @@ def test_the_sparsity_is_that_of_the_whole_model(options: dict[str, str], saved:
     record = api.prune(request, tmp_path / "out")
     assert 0.3 <= record["sparsity_measured"] == record["pruning_ratio"] < 0.33
     assert api.inspect(str(tmp_path / "out"))["parameters"] == record["params_after"]
+    spilled = api.prune(replace(request, spill=True), tmp_path / "spilled")
+    assert spilled["buffer_bytes"] == 4 * 6 * 20 * 32 * 4  # what enters each of three blocks, and leaves the last
+    assert api.read_plan(tmp_path / "spilled").blocks == api.read_plan(tmp_path / "out").blocks
+    assert not list((tmp_path / "spilled").glob("scratch*"))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "phi3"])
@@ -177,6 +181,9 @@ def test_channels_are_one_choice_for_all_blocks(model_type: str, windows: Tensor
 def test_the_papers_calibration_is_the_default_and_its_ends_scale(saved: Callable[..., Path]) -> None:
     prepared = api.prepare(api.Request(str(saved("llama")), "llm_pruner", sparsity=0.2))
     assert (prepared.samples, prepared.seqlen, prepared.calibration) == (10, 64, "c4")  # 128 tokens, but for the model's maximum
+    dry = api.estimate(prepared)
+    assert dry["calibration_tokens"] == 640
+    assert dry["memory_bytes"] > 4 * 640 * 4 * 32  # what enters each block, and what leaves the last
     assert LLMPruner().pruned_blocks(32) == range(4, 30)
     assert LLMPruner().pruned_blocks(12) == range(1, 12)
     assert LLMPruner().pruned_blocks(5) == range(5)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from secateur.core.errors import HopelessError, NotFiniteError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
+from secateur.models.save import disk
 from secateur.models.view import BlockView, ModelView
 
 IGNORE = -100  # a label that is not to be predicted, as in transformers
@@ -83,7 +85,8 @@ class Backward:
             raise UsageError("no label is to be predicted, so there are no gradients: give windows of at least two tokens")
         self._stream = Stream(view, windows, device=device, dtype=dtype)
         self.gradient_STD = self._stream.hidden_STD  # the residual first, its gradient from the loss on
-        self._inputs_LSTD = new_buffer((view.blocks - first, *self.gradient_STD.shape), dtype, spill)
+        with nullcontext() if spill is None else disk(spill.parent):
+            self._inputs_LSTD = new_buffer((view.blocks - first, *self.gradient_STD.shape), dtype, spill)
         for index in track(range(view.blocks), "gradients: blocks forward"):
             if index >= first:
                 self._inputs_LSTD[index - first] = self._stream.hidden_STD

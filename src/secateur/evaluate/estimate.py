@@ -22,8 +22,9 @@ def estimate(prepared: Prepared) -> Record:
     after = parameters_expected(prepared)
     zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation else 0
-    work = 2 * (2 * tokens + TOKENS * cells_to_measure(job)) * view.matrix_parameters()
+    tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation or _differentiates(prepared) else 0
+    passes = 4 if _differentiates(prepared) else 2  # of the tokens through the weights
+    work = 2 * (passes * tokens + TOKENS * cells_to_measure(job)) * view.matrix_parameters()
     seconds = work / matrix_rate(prepared.device, prepared.dtype) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {
         "command": "prune",
@@ -38,6 +39,11 @@ def estimate(prepared: Prepared) -> Record:
         "disk_bytes": 2 * (before if after is None else after) * stored,
         "seconds_estimated": round(seconds, 1),
     }
+
+
+def _differentiates(prepared: Prepared) -> bool:
+    """Whether gradients of the loss are carried back through the blocks."""
+    return prepared.job.learns and prepared.job.method.gradients
 
 
 def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[tuple[int, int], float]]:
@@ -55,5 +61,7 @@ def _memory(prepared: Prepared, tokens: int) -> int:
         return 2 * max(block, outer) * stored
     buffer = tokens * view.config.hidden_size * width
     batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
+    if _differentiates(prepared):  # what enters each block is kept, and sums of gradients and of their squares may be
+        return int(max(2 * outer * width, block * (width + 8)) + buffer * (view.blocks + 1) + 3 * batch)
     streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
     return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed

@@ -66,6 +66,11 @@ class Method:
         """What that sparsity is a fraction of, where it is not parameters: `REMOVES` in its file."""
         return getattr(self.module, "REMOVES", "parameters")
 
+    @property
+    def gradients(self) -> bool:
+        """Whether it takes gradients of the loss from `calibrate/backward.py`: `GRADIENTS` in its file."""
+        return getattr(self.module, "GRADIENTS", False)
+
     def options(self, given: Mapping[str, Any]) -> Any:
         """The options from their values, or from text as `--set` gives it.
 

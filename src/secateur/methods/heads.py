@@ -29,6 +29,7 @@ from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
 REMOVES = "heads"
+GRADIENTS = True  # what a dry run is to count
 DEMO = [{"sparsities": [0.34]}]
 
 

@@ -43,6 +43,7 @@ from secateur.train.structures import SELECTIONS, Structures, find_structures
 
 CALIBRATION = "c4"
 SAMPLES, SEQLEN = 10, 128
+GRADIENTS = True  # what a dry run is to count
 DEMO = [{"sparsities": [0.2]}]
 
 Scores = list[dict[str, Tensor]]
