@@ -10,7 +10,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,25 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
+    """`with interrupted_at("block-00001"): api.prune(...)` ends as Ctrl-C does, when one of these parts of the checkpoint is to be written."""
+    from secateur.models.save import CheckpointWriter
+
+    write = CheckpointWriter.write
+
+    @contextmanager
+    def interrupted(*parts: str) -> Iterator[None]:
+        def stop(self: CheckpointWriter, name: str, *args: Any) -> None:
+            if name in parts:
+                raise KeyboardInterrupt
+            write(self, name, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointWriter, "write", stop)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+
+    return interrupted

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +123,14 @@ def test_owl_against_a_reference(windows: torch.Tensor) -> None:
     assert all(len(set(block.values())) == 1 for block in facts["rates"])
 
 
-def test_an_interrupted_run_keeps_its_decision(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.models.save import CheckpointWriter
-
+def test_an_interrupted_run_keeps_its_decision(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: Callable[..., AbstractContextManager[None]]
+) -> None:
     request = api.Request(str(saved("llama")), "wanda", sparsity=0.5, modules="auto", calibration=ids_file)
     record = api.prune(request, tmp_path / "whole")
     assert record["sparsity_measured"] == pytest.approx(0.5, abs=0.003)
-    write = CheckpointWriter.write
-
-    def interrupted(self: Any, name: str, *args: Any) -> None:
-        if name == "block-00001":
-            raise KeyboardInterrupt
-        write(self, name, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            api.prune(request, tmp_path / "resumed")
+    with interrupted_at("block-00001"):
+        api.prune(request, tmp_path / "resumed")
     with monkeypatch.context() as patch:
         patch.setattr(allocate, "sensitivities", lambda *_: pytest.fail("measured again"))
         api.prune(request, tmp_path / "resumed", resume=True)

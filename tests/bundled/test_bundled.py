@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from secateur.bundled.text import documents
 from secateur.calibrate.statistics import Statistics
 from secateur.methods import sparsegpt
 from secateur.models.load import bundled_folder
-from secateur.models.save import CheckpointWriter
 from secateur.models.view import BlockView
 from secateur.plan.pattern import keep_highest
 from secateur.plan.plan import BlockPlan
@@ -99,21 +99,12 @@ def test_it_generates_python() -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_slice_has_the_bases_of_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_slice_has_the_bases_of_an_uninterrupted_one(tmp_path: Path, interrupted_at: Callable[..., AbstractContextManager[None]]) -> None:
     """At this width products show how their operands lie in memory, which those of tiny models do not."""
     request = api.Request("bundled", "slicegpt", sparsity=0.3, samples=8, seqlen=128)
     api.prune(request, tmp_path / "whole")
-    write = CheckpointWriter.write
-
-    def interrupted(self: CheckpointWriter, name: str, *args: Any) -> None:
-        if name == "block-00003":
-            raise KeyboardInterrupt
-        write(self, name, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            api.prune(request, tmp_path / "resumed")
+    with interrupted_at("block-00003"):
+        api.prune(request, tmp_path / "resumed")
     api.prune(request, tmp_path / "resumed", resume=True)
     for name in ("plan.json", "plan.safetensors", "model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def _asked(pattern: str | None) -> dict[str, Any]:
 
 def _quick(method: str) -> dict[str, Any]:
     """The options that keep a learned method short."""
-    return {"steps": 3} if "steps" in find_method(method).options_class.__dataclass_fields__ else {}
+    return {"steps": 2} if "steps" in find_method(method).options_class.__dataclass_fields__ else {}
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -138,23 +138,18 @@ def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    method: str, pattern: str | None, model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    pattern: str | None,
+    model_type: str,
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    interrupted_at: Callable[..., AbstractContextManager[None]],
 ) -> None:
-    from secateur.models.save import CheckpointWriter
-
     request = api.Request(str(saved(model_type)), method, **_asked(pattern), options=_quick(method), calibration=ids_file)
     api.prune(request, tmp_path / "whole")
-    write = CheckpointWriter.write
-
-    def interrupted(self: Any, name: str, *args: Any) -> None:
-        if name in ("block-00001", "plan-00002"):  # the second where that block is dropped
-            raise KeyboardInterrupt
-        write(self, name, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            api.prune(request, tmp_path / "resumed")
+    with interrupted_at("block-00001", "plan-00002"):  # the second where that block is dropped
+        api.prune(request, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
     with pytest.raises(api.UsageError, match="--resume"):
         api.prune(request, tmp_path / "resumed")
