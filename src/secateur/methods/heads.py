@@ -30,7 +30,7 @@ from secateur.plan.run import Run
 CALIBRATION = "wikitext2"
 REMOVES = "heads"
 GRADIENTS = True  # what a dry run is to count
-DEMO = [{"sparsities": [0.34]}]
+DEMO: list[dict[str, object]] = []
 
 
 @dataclass(frozen=True)

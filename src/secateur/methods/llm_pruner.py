@@ -44,7 +44,7 @@ from secateur.train.structures import SELECTIONS, Structures, find_structures
 CALIBRATION = "c4"
 SAMPLES, SEQLEN = 10, 128
 GRADIENTS = True  # what a dry run is to count
-DEMO = [{"sparsities": [0.2]}]
+DEMO = [{"options": {"ranking": "global"}, "sparsities": [0.2]}]
 
 Scores = list[dict[str, Tensor]]
 """One entry a block: space -> score_U, float64; empty for a block that stays whole."""
