@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,14 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
         assert blocks(**asked) != first, asked
     assert blocks() == first
     assert all(len(indices) % 8 == 0 for block in blocks(round=8) for indices in block.keep.values())
+
+
+def test_a_budget_that_learning_did_not_reach_is_told(windows: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = api.plan(tiny_model("llama"), "disp_llm", windows, sparsity=0.4, steps=1, cut="half")
+    assert plan.settings["learning"]["removed_half"] == 0
+    told = capsys.readouterr().err
+    assert "asked to remove 0.4000; gates open half of the time remove 0.0000, those kept 0.0000" in told
+    assert re.search(r"has not reached its budget: draws of its gates remove 0\.0\d+; more --set steps", told)
 
 
 def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

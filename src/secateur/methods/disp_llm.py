@@ -42,6 +42,7 @@ from secateur.train.warm import begin, importance
 CALIBRATION = "wikitext2"
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
+_NEAR = 0.01  # of the budget: as near as draws come to it in a few hundred steps (figure 5b)
 
 _FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
 _CHOICES = {
@@ -204,6 +205,12 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
     halves = [float((part > 0).sum()) for part in structures.split(logit_N)]
     learned, chosen = (1 - float(structures.parameters(kept)) / structures.total for kept in (halves, [float(len(indices)) for indices in keep]))
     say(f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}")
+    drawn = float(structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach())))  # draws are independent: of products of counts, too
+    if abs(drawn / target - 1) > _NEAR:
+        say(
+            f"disp_llm: learning has not reached its budget: draws of its gates remove {1 - drawn / structures.total:.4f}; "
+            "more --set steps=..., or a higher --set strength=..., would bring them closer"
+        )
     return learned
 
 
