@@ -15,6 +15,8 @@ from secateur.core import records
 from secateur.core.progress import say
 from secateur.methods import find_method, method_names
 from secateur.models.load import BUNDLED
+from secateur.report.modules import read_studies, verdict
+from secateur.study import modules
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
             found.append(_healed(out / api.point_name(request, sparsities[-1]), effort, measure))
     if effort.points is None:
         _say_laws(out)
+    _study_modules(out / "modules", effort)
     page = out / "report.html"
-    api.write_report(records.read([out]), page, title="secateur demo: the bundled model")
+    api.write_report(records.read([out, out / "modules"]), page, title="secateur demo: the bundled model")
     say(f"report: {page}")
     return found
 
@@ -63,6 +66,15 @@ def _healed(folder: Path, effort: Effort, measure: api.EvalRequest) -> records.R
     record = api.evaluate(replace(measure, model=str(target)), resume=True)
     say(f"{record['method']} + LoRA {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
     return record
+
+
+def _study_modules(out: Path, effort: Effort) -> None:
+    """Which module matters, on a little of the text; finished cells of an earlier run are kept."""
+    request = api.Request(BUNDLED, "wanda", samples=effort.samples, seqlen=effort.seqlen)
+    asked = modules.Asked(sparsities=(0.5, 0.9)) if effort.points is None else modules.Asked(("attention", "mlp"), (0.5,))
+    found = list(modules.run(request, asked, out, api.EvalRequest(BUNDLED, limit=min(16, effort.windows or 16)), resume=True))
+    for line in verdict(read_studies(found)[0])[:2]:
+        say(line)
 
 
 def _say_laws(out: Path) -> None:

@@ -65,7 +65,7 @@ def test_an_interrupted_study_goes_on_to_the_same_records(saved: Callable[..., P
         _study(dense, ids_file, tmp_path / "out")
     made = modules._Work.record
     with monkeypatch.context() as patch:
-        patch.setattr(modules._Work, "record", lambda self, cell: made(self, cell) if cell.kind == "v" else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(modules._Work, "record", lambda self, cell: made(self, cell) if cell.kind in ("dense", "v") else (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             _study(dense, ids_file, tmp_path / "out", overwrite=True)
     assert len(records.read([tmp_path / "out"])) == 3
@@ -162,9 +162,9 @@ def test_the_verdict_is_what_the_numbers_say() -> None:
     said = told.verdict(study)
     assert said[0].startswith(
         "Per sparsity, up is the most sensitive projection and v the least: "
-        "at 90% of each, perplexity is up 4\N{MULTIPLICATION SIGN}, v 1.2\N{MULTIPLICATION SIGN}"
+        "at 90% of each, perplexity is up 4\N{MULTIPLICATION SIGN}, v 1.200\N{MULTIPLICATION SIGN}"
     )
-    assert said[1].startswith("Per weight, v is the most sensitive and up the least: with 100 weights removed")
+    assert said[1].startswith("Per weight, v is the most sensitive and up the least: with 90 weights removed")
     assert study.loss_at("up", 100) == pytest.approx(0.2 * 0.1823, abs=1e-3)
     assert study.doubles_at("v") == pytest.approx(0.9 + 0.1 * (0.6931 - 0.1823) / (1.0986 - 0.1823), abs=1e-3)
     assert "83% (v)" in said[3]

@@ -61,9 +61,10 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     Raises:
         SecateurError: no record is of `prune` or `eval`, or the page cannot be written.
     """
-    rows = collect(records)
-    groups = group(rows)
     studies = modules.read_studies(records)
+    alone = not any(record.get("command") in ("prune", "eval") for record in records)
+    rows = collect([{**r, "command": "eval"} for r in records if modules.is_dense(r)] if alone and studies else records)
+    groups = group(rows)
     main = groups[0].rows
     findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(main)), learned.learned(main), comparison(main, records))
     drawn = {

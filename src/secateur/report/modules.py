@@ -96,15 +96,20 @@ def read_studies(found: Sequence[Record]) -> list[Study]:
     plain = [json.loads(to_json(record)) for record in found]
     cells: dict[str, list[Record]] = {}
     for record in plain:
-        if record.get("command") == "study" and record.get("study") == "modules":
+        if record.get("command") == "study" and record.get("study") == "modules" and record.get("modules"):
             cells.setdefault(_group(record), []).append(record)
     studies = []
     for members in cells.values():
         first = members[0]
-        same = [r for r in plain if r.get("command") == "eval" and not r.get("method") and _asked(r) == _asked(first) and r.get("ppl")]
+        same = [r for r in plain if is_dense(r) and _asked(r) == _asked(first) and r.get("ppl")]
         if same:
             studies.append(_study(members, same))
     return sorted(studies, key=lambda study: -sum(map(len, study.curves.values())))
+
+
+def is_dense(record: Record) -> bool:
+    """Whether it measures a dense model, in a study or by itself."""
+    return record.get("command") in ("study", "eval") and not record.get("method")
 
 
 def _asked(record: Record) -> Any:
@@ -155,7 +160,8 @@ def _ranked(values: Mapping[str, float]) -> list[str]:
 
 
 def _times(value: float) -> str:
-    return f"{math.exp(value):.3g}\N{MULTIPLICATION SIGN}"
+    times = math.exp(value)
+    return f"{times:.3f}\N{MULTIPLICATION SIGN}" if times < 2 else f"{times:.3g}\N{MULTIPLICATION SIGN}"
 
 
 def _listed(values: Mapping[str, float], kinds: Sequence[str]) -> str:
@@ -182,15 +188,16 @@ def _per_weight(study: Study) -> list[str]:
     reach = {kind: max(p.weights for p in study.curves[kind]) for kind in kinds}
     if len(kinds) < 2:
         return []
-    count = min(reach.values())
-    values = {kind: found for kind in kinds if (found := study.loss_at(kind, count)) is not None}
-    ranked = _ranked(values)
-    largest = max(values.values())
-    note = "" if largest > 0.02 else " (so little is removed that the differences are small)"
-    return [
-        f"Per weight, {ranked[0]} is the most sensitive and {ranked[-1]} the least: with {words.count(count)} weights removed, all that the smallest kind has, "
-        f"perplexity is {_listed(values, ranked)} the dense model's{note}."
-    ]
+    said: list[str] = []
+    for size in sorted(set(reach.values()))[:2]:  # where the smallest is small, it says little of the others
+        count = 0.9 * size
+        values = {kind: found for kind in kinds if (found := study.loss_at(kind, count)) is not None}
+        if len(values) > 1:
+            ranked = _ranked(values)
+            who = f"{ranked[0]} is the most sensitive and {ranked[-1]} the least" if len(values) == len(kinds) else f"of {', '.join(values)} it is {ranked[0]}"
+            lead = "Per weight," if not said else "With more weights removed,"
+            said.append(f"{lead} {who}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} the dense model's.")
+    return said
 
 
 def _steep(study: Study) -> list[str]:

@@ -79,6 +79,9 @@ class Cell:
     modules: str
 
 
+DENSE = Cell("dense", 0.0, "")
+
+
 def cells(view: ModelView, pattern: Pattern, asked: Asked) -> list[Cell]:
     """The cells, each once.
 
@@ -117,6 +120,8 @@ def _grid_cell(attention: float, mlp: float) -> Cell:
 
 
 def _rates(view: ModelView, cell: Cell, pattern: Pattern) -> Rates:
+    if not cell.modules:
+        return tuple({} for _ in range(view.blocks))
     return resolve_rates(view, pattern.implied_sparsity, cell.modules, pattern)
 
 
@@ -158,10 +163,9 @@ def run(
     if not resume:
         refuse_existing(out, overwrite)
     work = _Work(_with_task_text(request, measure, out), asked.mode, replace(measure, model=request.model, revision=request.revision), str(out))
-    wanted = cells(work.prepared.job.view, work.pattern, asked)
+    wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if overwrite and not resume and records_file is None:
         file.unlink(missing_ok=True)
-    yield api.evaluate(work.measure, records_file=file, resume=True)
     done = {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
     missing = [cell for cell in wanted if work.key(cell) not in done]
     if len(missing) < len(wanted):
@@ -169,8 +173,8 @@ def run(
     made = _in_processes(work, missing, min(jobs, len(missing))) if jobs > 1 and missing else work.make(missing)
     started = time.monotonic()
     for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
-        spent = time.monotonic() - started
-        say(f"study: {number} of {len(missing)}, {record['modules']}: ppl {record['ppl']:.4g}, about {spent / number * (len(missing) - number):.0f} s left")
+        left = (time.monotonic() - started) / number * (len(missing) - number)
+        say(f"study: {number} of {len(missing)}, {record['modules'] or 'dense'}: ppl {record['ppl']:.4g}, about {left:.0f} s left")
         records.append(file, record)
         done[record["key"]] = record
     yield from (done[work.key(cell)] for cell in wanted)
@@ -262,7 +266,7 @@ class _Work:
         view = self.prepared.job.view
         rates = _rates(view, cell, self.pattern)
         targeted = sum(math.prod(view.matrix_shapes(index)[name]) for index, rate in enumerate(rates) for name in rate)
-        pruned = self.dense.pruned(rates) if self.mode == "shared" else self._sequentially(cell, rates)
+        pruned = self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
         with pruned as removed:
             parameters = list(self.dense.model.parameters())
             nonzero = sum(int(p.count_nonzero()) for p in parameters)
@@ -276,7 +280,7 @@ class _Work:
             "kind": cell.kind,
             "sparsity": None if math.isnan(cell.sparsity) else cell.sparsity,
             "modules": cell.modules,
-            "sparsity_measured": removed / targeted,
+            "sparsity_measured": removed / targeted if targeted else 0.0,
             "weights_removed": removed,
             "weights_targeted": targeted,
             "pruning_ratio": 0.0,
@@ -285,11 +289,12 @@ class _Work:
             "params_after": count,
             "nonzero_after": nonzero,
             **measured,
+            **({} if cell.modules else dict.fromkeys(("method", "options", "modules", "pattern", "calibration"))),
             "key": self.key(cell),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_rss_bytes": records.peak_rss_bytes(),
             "versions": records.versions() | self.questions.tasks.versions(),
-            "out": f"{self.out}#{cell.modules}",
+            "out": f"{self.out}#{cell.modules or cell.kind}",
         }
 
     @contextmanager
