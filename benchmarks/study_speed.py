@@ -80,7 +80,7 @@ def main() -> None:
     table((f"{len(cells)} cells", "seconds", "of the study"), rows)
     one, commands = (best[f"prune and eval, {how}"] / len(cells) for how in ("one process", "commands"))
     print(
-        f"  one more cell: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})"
+        f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})"
     )
     print(
         json.dumps(
