@@ -79,9 +79,7 @@ def main() -> None:
     rows = [(name, f"{value:.1f}", f"{value / best['study']:.2f}") for name, value in best.items()]
     table((f"{len(cells)} cells", "seconds", "of the study"), rows)
     one, commands = (best[f"prune and eval, {how}"] / len(cells) for how in ("one process", "commands"))
-    print(
-        f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})"
-    )
+    print(f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})")
     print(
         json.dumps(
             {"benchmark": "study_speed", "cells": cells, "samples": arguments.samples, "limit": arguments.limit, "seconds": seconds, "one_more_cell": more}
