@@ -67,7 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--round", type=int, default=1, help="widths are multiples of this (default 1: any width)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=256, help="tokens of all prompts of a batch together (default 256)")
-    parser.add_argument("--new", type=int, default=8)
+    parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=4, help="turns of each model (default 4)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true")
