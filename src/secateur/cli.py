@@ -306,6 +306,7 @@ def compare(
     patterns: Annotated[str, typer.Option(metavar="P,P,...", help="unstructured, N:M, rows, columns. Default: the method's own, and rows.")] = "",
     with_heal: Annotated[bool, typer.Option("--heal", help="Measure each result with low-rank recovery too.")] = False,
     heal_steps: Annotated[int | None, typer.Option(help="Steps of healing.")] = None,
+    with_bench: Annotated[bool, typer.Option("--bench", help="Time each result in turns with the dense model.")] = False,
     calibration: Calibration = None,
     samples: Samples = None,
     seqlen: Seqlen = None,
@@ -334,7 +335,7 @@ def compare(
         if heal_steps is not None and not with_heal:
             raise UsageError("--heal-steps belongs to --heal: add it")
         steps = {} if heal_steps is None else {"steps": heal_steps}
-        heal = api.HealRequest(model, calibration, text=text, protocol=protocol, limit=limit, device=device, dtype=dtype, seed=seed, **steps)
+        heal = api.HealRequest(model, calibration, seqlen=seqlen, text=text, protocol=protocol, limit=limit, device=device, dtype=dtype, seed=seed, **steps)
         asked = study.Asked(
             api.Request(model, "", calibration=calibration, samples=samples, seqlen=seqlen, seed=seed, revision=revision, device=device, dtype=dtype),
             _names(methods),
@@ -343,6 +344,7 @@ def compare(
             _names(patterns),
             _method_options(options),
             heal if with_heal else None,
+            api.BenchRequest(model, device=device, dtype=dtype) if with_bench else None,
         )
         todo = study.cells(asked)
         for note in todo.notes():

@@ -16,6 +16,7 @@ from secateur import api
 from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.evaluate.throughput import BenchRequest
 from secateur.report.compare import comparison, markdown
 from secateur.report.rows import collect
 from secateur.study import compare
@@ -62,7 +63,8 @@ def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
 def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     args = [dense, "--methods", "slicegpt,magnitude", "--params-removed", "0.2", "--patterns", "rows,2:4", "--set", "slicegpt.round=1"]
-    args += ["--calibration", ids_file, "--text", ids_file, "--out", out, "--heal", "--heal-steps", 2, "--json"]
+    args += ["--calibration", ids_file, "--text", ids_file, "--out", out, "--heal", "--heal-steps", 2, "--bench", "--json"]
+    monkeypatch.setattr(api, "BenchRequest", lambda model, **more: BenchRequest(model, prompt=8, new=2, batches=(2,), repeats=1))
     real, calls = compare._prune, []
 
     def fail(request: api.Request, *given: Any) -> Any:
@@ -82,6 +84,8 @@ def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tm
     result = json.loads(stdout.splitlines()[-1])
     assert result["failed"] == {}
     assert len(result["records"]) == 1 + 2 * 3
+    (timed,) = [r for r in records.read([out]) if r["command"] == "bench" and r["out"].endswith("magnitude-2of4-0.5")]
+    assert timed["results"][1]["role"] == "dense"
     protocols = {json.dumps(record["ppl_protocol"]) for record in result["records"]}
     assert len(protocols) == 1
     page = (out / "compare.md").read_text()

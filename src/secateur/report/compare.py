@@ -35,7 +35,7 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
 
     Args:
         rows: of one model under one protocol.
-        records: all of them: those of `heal` say what healing took.
+        records: all of them: those of `heal` say what healing took, those of `bench` how fast results are.
 
     Returns:
         None where fewer than two methods were measured.
@@ -56,6 +56,7 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
         Column("Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"),
         Column("Peak memory", lambda row: _cell(words.size(cost[row][1]), cost[row][1]), "resident set of the process"),
         Column("Parameters", lambda row: _cell(words.count(row.number("params_after")), row.number("params_after"))),
+        Column("Tokens/s", lambda row: _speed(row, records), "generated, at the largest batch; times the dense model's in turns with it", optional=True),
         Column("Published", _published, "the same method on this model, under the paper's protocol", optional=True, text=True),
     ]
     return Comparison(table(columns, measured), tuple(_notes(measured)))
@@ -121,6 +122,15 @@ def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | No
         taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
     seconds, peaks = ([v for record in taken if (v := as_number(record.get(name))) is not None] for name in ("seconds", "peak_rss_bytes"))
     return (sum(seconds) if seconds else None), (max(peaks) if peaks else None)
+
+
+def _speed(row: Row, records: Sequence[Record]) -> Cell | None:
+    timed = [r for r in records if r.get("command") == "bench" and r.get("out") == row.get("out")]
+    if not timed or row.dense:
+        return None
+    rate = timed[-1]["results"][0]["batches"][-1]["decode_tokens_per_second"]
+    speedup = timed[-1].get("speedup")
+    return Cell(f"{rate:,.0f}" + (f" ({words.ratio(speedup[-1]['decode'])})" if speedup else ""), f"{rate!r}")
 
 
 def _cell(text: str | None, exact: float | None) -> Cell | None:

@@ -43,6 +43,7 @@ class Asked:
             are asked for.
         options: method -> its options.
         heal: how to heal each result; its model is replaced. None: no healing.
+        bench: how to time each result beside the dense model; the models are replaced. None: no timing.
     """
 
     base: api.Request
@@ -52,6 +53,7 @@ class Asked:
     patterns: Sequence[str] = ()
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     heal: api.HealRequest | None = None
+    bench: api.BenchRequest | None = None
 
 
 @dataclass
@@ -152,6 +154,8 @@ def run(
         asking = replace(measure, model=str(target), revision=None)
         try:
             yield _finished_here(target, resume)(_prune, request, target, asking, records_file, resume, overwrite)
+            if asked.bench is not None:
+                _bench(asked.bench, asked.base.model, target, records_file, resume)
             if asked.heal is not None:
                 healed = out / (label + _HEALED)
                 again = replace(asked.heal, model=str(target))
@@ -159,6 +163,13 @@ def run(
         except SecateurError as error:
             todo.failed[label] = str(error)
             say(f"{label} failed: {error}")
+
+
+def _bench(request: api.BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
+    """Time a result beside the dense model, unless that was done."""
+    done = [r for r in records.read([records_file]) if r.get("command") == "bench" and r.get("out") == str(target)] if resume else []
+    if not done:
+        in_own_process(_time, replace(request, model=str(target), dense=dense), records_file)
 
 
 def summary(asked: Asked, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None) -> Comparison | None:
@@ -170,7 +181,9 @@ def summary(asked: Asked, todo: Cells, out: Path, found: Sequence[Record], *, re
     """
     places = {record["out"] for record in found}
     taken = [
-        record for record in records.read([records_file or out / "records.jsonl"]) if record.get("command") in ("prune", "heal") and record.get("out") in places
+        record
+        for record in records.read([records_file or out / "records.jsonl"])
+        if record.get("command") in ("prune", "heal", "bench") and record.get("out") in places
     ]
     both = [*taken, *found]
     result = comparison(group(collect(both))[0].rows, both)
@@ -218,6 +231,11 @@ def _heal(request: api.HealRequest, target: Path, measure: api.EvalRequest, reco
     _quiet()
     api.heal(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
     return api.evaluate(measure, records_file=records_file, resume=resume)
+
+
+def _time(request: api.BenchRequest, records_file: Path) -> None:
+    _quiet()
+    api.bench(request, records_file=records_file)
 
 
 def _quiet() -> None:
