@@ -13,7 +13,7 @@ from secateur.report.published import PublishedTable, published
 from secateur.report.rows import Row, as_number
 from secateur.report.tables import MISSING, Cell, Table
 
-FULL = "as in the paper"
+FULL = "defaults"
 PAPER = "disp_llm"
 MISSED = 0.05  # a budget term above this at the end: T(s) is more than 5% off
 _NAMES = {
@@ -21,6 +21,7 @@ _NAMES = {
     "hypernetwork=linear": "without Bi-GRU",
     "constrained=True": "constrained",
     "norm=selected": "select, then norm",
+    "separate=True": "q, k and v apart",
     "scale=True": "scales",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -19,7 +20,7 @@ from secateur.report import words
 from secateur.report.learned import FULL, Run, at_default_strength, by_strength, perplexities
 from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
 from secateur.report.rows import Group, Row, as_number, task_names
-from secateur.report.series import series
+from secateur.report.series import Series, base, series
 
 _INK, _MOST = "#111111", 8
 _STYLES = [(colour, dash) for dash in ("-", "--") for colour in COLOURS]
@@ -123,7 +124,7 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
     highest = max(s for at in lines.values() for s in at)
     there = {name: fmean(at[highest]) for name, at in lines.items() if highest in at}
     best = min(there, key=lambda name: there[name])
-    axes.set_title(plain(f"Variants: at {highest:.0%} removed, {best} is best with {words.perplexity(there[best])}"), fontsize=11, loc="left", color=_INK)
+    axes.set_title(plain(f"Variants: at {highest:.0%} removed, '{best}' is best with {words.perplexity(there[best])}"), fontsize=11, loc="left", color=_INK)
     alt = "; ".join(f"{name}: " + ", ".join(f"{words.perplexity(fmean(at[s]))} at {s:.0%}" for s in sorted(at)) for name, at in lines.items())
     return Picture("learning-perplexity", png(figure), alt, "Bars are one standard deviation over seeds, where there are several.")
 
@@ -199,7 +200,13 @@ def selections(plan: Plan, label: str) -> Picture:
 
 def _measured_ratio(group: Group) -> Picture | None:
     """Tables 13 and 14, and table 1 beside other methods: perplexity and accuracy against what the files really lost."""
-    removing = [curve for curve in series(group.rows) if curve.joined and sum((row.number("pruning_ratio") or 0) > 0 for row in curve.rows) > 1][:_MOST]
+    longest: dict[str, Series] = {}  # of variants of one method the one with most points; the figure of the variants has the others
+    for curve in series(group.rows):
+        points = sum((row.number("pruning_ratio") or 0) > 0 and row.ppl is not None for row in curve.rows)
+        name = base(curve.rows[0])
+        if curve.joined and points > 1 and (name not in longest or len(curve.rows) > len(longest[name].rows)):
+            longest[name] = curve
+    removing = [replace(curve, label=name) for name, curve in longest.items()][:_MOST]
     if len({curve.method for curve in removing}) < 2:
         return None
     tasks = [(task, lambda row, t=task: row.accuracy(t)) for task in task_names(group.rows)[:1]]
