@@ -257,7 +257,7 @@ def _repetition(group: Group) -> Picture | None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.2, label=f"dense, {dense:.0%}")
     _dress(axes, "pruning ratio, measured", "4-grams repeated")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("Repetition in greedy continuations", fontsize=11, loc="left", color=_INK)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
     alt = "; ".join(f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points)) for method, points in found.items())
