@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -210,10 +211,13 @@ def test_bad_input_is_refused_in_one_line(asked: dict[str, Any], words: str, sav
     assert not (tmp_path / "out").exists()
 
 
-def test_gradients_that_say_nothing_are_refused(windows: Tensor) -> None:
+def test_gradients_that_say_nothing_are_refused(windows: Tensor, saved: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("llama")
-    with pytest.raises(api.UsageError, match="order=second needs 2 windows or more"):
-        api.plan(model, "llm_pruner", windows[:1], sparsity=0.3, order="second")
+    np.save(tmp_path / "one.npy", windows[:1].numpy())
+    request = api.Request(str(saved("llama")), "llm_pruner", sparsity=0.3, calibration=str(tmp_path / "one.npy"), options={"order": "second"})
+    with pytest.raises(api.SecateurError, match="order=second needs 2 windows or more"):
+        api.prune(request, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
     model.lm_head.weight.data.zero_()
     with pytest.raises(api.SecateurError, match="all gradients are zero"):
         api.plan(model, "llm_pruner", windows, sparsity=0.3)

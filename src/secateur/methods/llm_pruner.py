@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts, weight_gradient
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import HopelessError, SecateurError, UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.view import BlockView, ModelView
@@ -131,8 +131,7 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
     """Score the units on windows `data` [S, T], and choose.
 
     Raises:
-        UsageError: one window is too few for an empirical Fisher.
-        HopelessError: all gradients are zero.
+        HopelessError: one window is too few for an empirical Fisher, or all gradients are zero.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
     if options.mode == "channel":
@@ -171,7 +170,7 @@ def channel_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Ru
 def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, inside: range) -> Iterator[tuple[BlockView, dict[str, _Gradient]]]:
     """The gradients of the matrices of these blocks, from the last block."""
     if options.order != "first" and len(windows) < 2:
-        raise UsageError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
+        raise HopelessError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
     backward = Backward(view, windows, device=run.device, dtype=run.dtype, first=inside.start, spill=run.spill)
     for block in backward.blocks():
         names = block.names if block.index in inside else ()
