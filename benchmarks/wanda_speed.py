@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 from _common import Shape, matrix_rate, table, write_ids, write_llama
-from safetensors import safe_open
+from _plain import block_inputs, differing
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from secateur.core.timing import Stopwatch
@@ -97,8 +97,8 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[st
             rates.append(matrix_rate())
             ours.append(_timed(partial(secateur_wanda, folder / "model", ids, folder / "ours", pattern)))
             theirs.append(_timed(partial(theirs_wanda, folder / "model", ids, folder / "theirs", pattern)))
-        differing = _differing(folder / "ours", folder / "theirs", shape)
-        result = _summary(name, pattern, shape, options, _medians(ours), _medians(theirs), statistics.median(rates), differing)
+        different = differing(folder / "ours", folder / "theirs", shape)
+        result = _summary(name, pattern, shape, options, _medians(ours), _medians(theirs), statistics.median(rates), different)
         _print(result)
         results.append(result)
     shutil.rmtree(folder)
@@ -139,7 +139,7 @@ def plain_wanda(folder: Path, ids: Path, out: Path, pattern: str, attention: str
         windows = torch.from_numpy(np.load(ids))
     model.config.use_cache = False
     with watch("forward"):
-        inputs, arguments = _block_inputs(model, windows)
+        inputs, arguments = block_inputs(model, windows)
         outputs = torch.zeros_like(inputs)
     for block in model.model.layers:
         linears = {path: module for path, module in block.named_modules() if isinstance(module, nn.Linear)}
@@ -161,39 +161,6 @@ def plain_wanda(folder: Path, ids: Path, out: Path, pattern: str, attention: str
     with watch("files"):
         model.save_pretrained(out)
     return watch.seconds
-
-
-class _Caught(Exception):
-    pass
-
-
-class _Catcher(nn.Module):
-    """Stands for the first block: keeps what enters it."""
-
-    def __init__(self, inputs: Tensor) -> None:
-        super().__init__()
-        self.inputs, self.count = inputs, 0
-        self.arguments: dict[str, Any] = {}
-
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.inputs[self.count] = hidden[0]
-        self.count += 1
-        self.arguments = arguments
-        raise _Caught
-
-
-def _block_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What enters the first block, [S, T, D], and the arguments that all blocks receive."""
-    inputs = torch.zeros(*windows.shape, model.config.hidden_size)
-    catcher, first = _Catcher(inputs), model.model.layers[0]
-    model.model.layers[0] = catcher
-    for window in windows:
-        try:
-            model(window[None])
-        except _Caught:
-            continue
-    model.model.layers[0] = first
-    return inputs, catcher.arguments
 
 
 class _MeanSquare:
@@ -230,22 +197,7 @@ def _removed(score: Tensor, pattern: str) -> Tensor:
     return removed
 
 
-def _differing(one: Path, other: Path, shape: Shape) -> float:
-    """The fraction of the entries of the block matrices that are zero in one result alone."""
-    differing = 0
-    with _weights(one) as left, _weights(other) as right:
-        for block in range(shape.blocks):
-            for path in shape.block_matrices:
-                name = f"model.layers.{block}.{path}.weight"
-                differing += int(((left.get_tensor(name) == 0) != (right.get_tensor(name) == 0)).sum())
-    return differing / (shape.blocks * shape.block_parameters)
-
-
-def _weights(folder: Path) -> Any:
-    return safe_open(folder / "model.safetensors", framework="pt")
-
-
-def _summary(name: str, pattern: str, shape: Shape, options: argparse.Namespace, ours: Times, theirs: Times, rate: float, differing: float) -> dict[str, Any]:
+def _summary(name: str, pattern: str, shape: Shape, options: argparse.Namespace, ours: Times, theirs: Times, rate: float, different: float) -> dict[str, Any]:
     flop = 2 * 2 * shape.blocks * shape.block_parameters * options.samples * options.seqlen
     # of the two passes: statistics stop before `down`, and nothing needs the output of the last block
     outputs, inputs = shape.block_matrices["mlp.down_proj"]
@@ -264,7 +216,7 @@ def _summary(name: str, pattern: str, shape: Shape, options: argparse.Namespace,
         "forward_over_floor": round(ours["forward"] / (flop / rate), 3),
         "forward_over_own_products": round(ours["forward"] / (done / rate), 3),
         "straightforward_over_floor": round(theirs["forward"] / (flop / rate), 3),
-        "differing": differing,
+        "differing": different,
     }
 
 
