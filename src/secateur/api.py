@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from secateur.evaluate.size import inspect
 from secateur.evaluate.throughput import BenchRequest, bench
 from secateur.heal.heal import HealRequest, heal
 from secateur.methods import find_method
+from secateur.models import pack as storage
 from secateur.models.canonical import canonical_view
 from secateur.models.family import PRUNED_PREFIX, find_family
 from secateur.models.load import build_skeleton
@@ -56,6 +58,7 @@ __all__ = [
     "heal",
     "inspect",
     "inspect_flow",
+    "pack",
     "plan",
     "plot_flow",
     "point_name",
@@ -67,6 +70,7 @@ __all__ = [
     "read_plan",
     "read_windows",
     "sweep",
+    "unpack",
     "write_report",
 ]
 
@@ -185,6 +189,34 @@ def _assemble(config: Any, state: dict[str, Tensor], like: PreTrainedModel) -> P
     pruned.generation_config = like.generation_config
     pruned.train(like.training)
     return pruned
+
+
+def pack(model: str, out: Path, *, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+    """Write a checkpoint whose zeros take a bit or less, and return the record. See `secateur.models.pack`.
+
+    Raises:
+        UsageError: `out` exists, or holds the model.
+        SecateurError: no checkpoint, or a full disk.
+    """
+    return _stored("pack", model, out, records_file, lambda: storage.pack(model, out.absolute(), overwrite=overwrite))
+
+
+def unpack(folder: Path, out: Path, *, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+    """Write the checkpoint that was packed, byte for byte, and return the record.
+
+    Raises:
+        UsageError: `out` exists, or holds the packed checkpoint.
+        SecateurError: a folder that is not packed or is damaged, or a full disk.
+    """
+    return _stored("unpack", str(folder), out, records_file, lambda: storage.unpack(folder, out.absolute(), overwrite=overwrite))
+
+
+def _stored(command: str, model: str, out: Path, records_file: Path | None, run: Callable[[], dict[str, Any]]) -> records.Record:
+    started, out = time.perf_counter(), out.absolute()
+    facts = run()
+    record = {"command": command, "version": records.version(), "model": model, **facts, "seconds": round(time.perf_counter() - started, 3), "out": str(out)}
+    records.append(records_file or out.parent / "records.jsonl", record)
+    return record
 
 
 def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pruning report") -> list[Path]:

@@ -571,6 +571,32 @@ def bench(
 
 
 @app.command()
+def pack(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A checkpoint with zeros inside.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    records: Records = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Store a pruned checkpoint with its zeros packed: a bit mask and the values. 'secateur unpack' gives it back, byte for byte."""
+    _guard(lambda: _print(_api().pack(model, out, overwrite=overwrite, records_file=records), json), debug)
+
+
+@app.command()
+def unpack(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'secateur pack' wrote.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    records: Records = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the checkpoint that was packed."""
+    _guard(lambda: _print(_api().unpack(folder, out, overwrite=overwrite, records_file=records), json), debug)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUNS", help="Records files, or folders that hold records.jsonl.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write; the plots go beside it.")] = Path("report.html"),

@@ -188,8 +188,10 @@ def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
 
 def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read."""
-    files = _weight_files(folder, model)
+    files = weight_files(folder, model)
     if not files:
+        if any(folder.glob("packed*.safetensors")):
+            raise SecateurError(f"'{model}' is packed: write it out first, with 'secateur unpack {model} --out DIR'")
         if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
             raise SecateurError(
                 f"{model}: has pickled weights only, which are never read since loading them can run code; "
@@ -204,7 +206,7 @@ def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int
     return found
 
 
-def _weight_files(folder: Path, model: str) -> list[Path]:
+def weight_files(folder: Path, model: str) -> list[Path]:
     """The files that transformers would load: the single one first, else those of the index."""
     single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

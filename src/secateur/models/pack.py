@@ -1,0 +1,271 @@
+"""Packed checkpoints: zeros take a bit or less, nothing else changes, and unpacking gives every file back, byte for byte.
+
+A packed folder has a `packed*.safetensors` for each `model*.safetensors`, and all other files as they are. In it each tensor NAME is one of
+
+    NAME                           as it was: a third of it or less is zero, or it is no matrix of numbers of two bytes or more
+    NAME.mask and NAME.values      U8, a bit for each entry, row after row, eight a byte, the first one highest, set where the entry is not zero;
+                                   and the entries that are not zero, in that order, in their own dtype
+    NAME.2of4 (or .1of4), .values  where at most 2 (or 1) of every 4 consecutive entries are not zero: U8, three (or four) groups a byte, the
+                                   first one lowest, as digits in base 6 (or 4). A digit says which entries of a group have values: of the pairs
+                                   01 02 03 12 13 23 (or of 0 1 2 3); every group has that many values, zeros among them where it has fewer
+
+Zero means that all bits are zero: a minus zero is a value. The metadata has `format` (`secateur-packed`), `version`, and of the original file its
+`header` (the JSON text of safetensors with its padding, which gives names, dtypes, shapes and places) and its `sha256`, which unpacking checks.
+Tensors with wider items lie first, so that all are aligned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from secateur.core.errors import SecateurError
+from secateur.core.progress import track
+from secateur.models.load import open_checkpoint, weight_files
+from secateur.models.save import CheckpointWriter, refuse_inside
+
+FORMAT, VERSION = "secateur-packed", 1
+_MODEL, _PACKED = "model", "packed"
+_KEPT = ("2of4", "1of4")  # what takes less than a bit an entry
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WHOLE: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+Facts = dict[str, Any]
+
+
+def pack(model: str, out: Path, *, overwrite: bool = False) -> Facts:
+    """Write a checkpoint with its zeros packed; returns `bytes_before`, `bytes_after` (of the weight files) and how many tensors are stored how.
+
+    Raises:
+        UsageError: `out` exists, or holds the model.
+        SecateurError: `model` is no checkpoint, or the disk is full.
+    """
+    folder = open_checkpoint(model).folder
+    refuse_inside(out, {"the model": folder.resolve()})
+    files = weight_files(folder, model)
+    stored: Counter[str] = Counter()
+    with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
+        for file in files:
+            stored += _pack_file(file, partial / file.name.replace(_MODEL, _PACKED, 1))
+        _copy_others(folder, partial, {file.name for file in files})
+        after = sum(file.stat().st_size for file in partial.glob(f"{_PACKED}*.safetensors"))
+    before = sum(file.stat().st_size for file in files)
+    return {"bytes_before": before, "bytes_after": after, "packed_ratio": after / before, "stored": dict(stored)}
+
+
+def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
+    """Write the checkpoint that was packed; returns `bytes_before` and `bytes_after` of the weight files.
+
+    Raises:
+        UsageError: `out` exists, or holds the packed checkpoint.
+        SecateurError: the folder is not packed, or damaged.
+    """
+    files = sorted(folder.glob(f"{_PACKED}*.safetensors"))
+    if not files:
+        raise SecateurError(f"'{folder}' is not packed: it has no {_PACKED}*.safetensors; give a folder that 'secateur pack' wrote")
+    refuse_inside(out, {"the packed checkpoint": folder.resolve()})
+    with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
+        for file in files:
+            try:
+                _unpack_file(file, partial / file.name.replace(_PACKED, _MODEL, 1))
+            except (SafetensorError, ValueError, KeyError, IndexError) as error:
+                raise SecateurError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); pack the checkpoint again") from None
+        _copy_others(folder, partial, {file.name for file in files})
+        after = sum(file.stat().st_size for file in partial.glob(f"{_MODEL}*.safetensors"))
+    return {"bytes_before": sum(file.stat().st_size for file in files), "bytes_after": after}
+
+
+@contextmanager
+def _written(out: Path, overwrite: bool, needed: int) -> Iterator[Path]:
+    """A folder to write to, which gets the name `out` at the end, or goes."""
+    writer = CheckpointWriter(out, {}, resume=False, overwrite=overwrite, needed=needed)
+    try:
+        with writer.disk():
+            yield writer.partial
+        writer.publish({})
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def encode(tensor: Tensor) -> dict[str, Tensor]:
+    """The parts of a tensor by what follows its name: "" alone, or the places and the values."""
+    if tensor.dim() < 2 or tensor.element_size() not in _WHOLE or tensor.is_complex():
+        return {"": tensor}
+    flat = tensor.contiguous().view(-1)
+    kept = flat.view(torch.uint8).numpy().view(_WHOLE[tensor.element_size()]) != 0
+    found: dict[str, Tensor] = {"": tensor}
+    for parts in (_mask(flat, kept), *(_groups(flat, kept, how) for how in _KEPT)):
+        if parts and _bytes(parts) < _bytes(found):
+            found = parts
+    return found
+
+
+def decode(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `encode`. Raises ValueError where the parts do not belong together."""
+    if "" in parts:
+        return parts[""]
+    values = parts["values"]
+    kind = next(name for name in parts if name != "values")
+    count, code = math.prod(shape), parts[kind].numpy()
+    kept = np.unpackbits(code, count=count).view(np.bool_) if kind == "mask" else _ungrouped(code, kind)[:count]
+    if len(kept) != count or int(np.count_nonzero(kept)) != len(values):
+        raise ValueError(f"{len(values)} values for {int(np.count_nonzero(kept))} places")
+    flat = torch.zeros(count, dtype=values.dtype)
+    flat[torch.from_numpy(kept)] = values
+    return flat.view(shape)
+
+
+def _bytes(parts: Mapping[str, Tensor]) -> int:
+    return sum(part.nbytes for part in parts.values())
+
+
+def _mask(flat: Tensor, kept: np.ndarray) -> dict[str, Tensor]:
+    return {"mask": torch.from_numpy(np.packbits(kept)), "values": flat[torch.from_numpy(kept)]}
+
+
+def _digits(how: str) -> tuple[list[tuple[int, ...]], int]:
+    """Which entries of a group each digit stands for, and how many digits a byte has."""
+    choices = list(itertools.combinations(range(4), int(how[0])))
+    return choices, int(math.log(256.5, len(choices)))
+
+
+def _groups(flat: Tensor, kept: np.ndarray, how: str) -> dict[str, Tensor] | None:
+    """Places in base 6 or 4; None where a group has too many values."""
+    choices, a_byte = _digits(how)
+    if len(kept) % 4 or int(kept.view(np.uint8).reshape(-1, 4).sum(1, dtype=np.uint8).max(initial=0)) > len(choices[0]):
+        return None
+    masks = kept.view(np.uint8).reshape(-1, 4) @ np.array([1, 2, 4, 8], np.uint8)
+    own = [sum(1 << entry for entry in choice) for choice in choices]
+    digit_of = np.array([next((d for d, mask in enumerate(own) if mask & bits == bits), 0) for bits in range(16)], np.uint8)
+    digits = digit_of[masks]
+    padded = np.zeros(-(-len(digits) // a_byte) * a_byte, np.uint8)
+    padded[: len(digits)] = digits
+    code = padded.reshape(-1, a_byte) @ (len(choices) ** np.arange(a_byte)).astype(np.uint8)
+    filled = torch.from_numpy(_places(choices)[digits].reshape(-1))
+    return {how: torch.from_numpy(code), "values": flat[filled]}
+
+
+def _ungrouped(code: np.ndarray, how: str) -> np.ndarray:
+    choices, a_byte = _digits(how)
+    digits = (code[:, None] // (len(choices) ** np.arange(a_byte))) % len(choices)
+    return _places(choices)[digits.reshape(-1)].reshape(-1)
+
+
+def _places(choices: list[tuple[int, ...]]) -> np.ndarray:
+    """Digit -> which of the four entries have values, bool [digits, 4]."""
+    return np.array([[entry in choice for entry in range(4)] for choice in choices])
+
+
+@dataclass
+class _Spool:
+    """Tensors on their way into one file, those with items of one size after one another in a file of their own."""
+
+    folder: Path
+    entries: dict[int, dict[str, tuple[str, list[int], int]]] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor behind the others."""
+        size = tensor.element_size()
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        with (self.folder / f"spool-{size}.tmp").open("ab") as file:
+            file.write(data.data)
+        self.entries.setdefault(size, {})[name] = (_dtype_name(tensor.dtype), list(tensor.shape), len(data))
+
+    def write(self, target: Path, metadata: Mapping[str, str]) -> None:
+        """Everything in one safetensors file, wider items first."""
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        offset = 0
+        for size in sorted(self.entries, reverse=True):
+            for name, (dtype, shape, length) in self.entries[size].items():
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + length]}
+                offset += length
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with target.open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for size in sorted(self.entries, reverse=True):
+                spool = self.folder / f"spool-{size}.tmp"
+                with spool.open("rb") as file:
+                    shutil.copyfileobj(file, out, 1 << 22)
+                spool.unlink()
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, other in _DTYPES.items() if other == dtype)
+
+
+def _pack_file(file: Path, target: Path) -> Counter[str]:
+    """Pack one file; returns how many tensors are stored how."""
+    spool, stored = _Spool(target.parent), Counter[str]()
+    with safe_open(file, framework="pt") as handle:
+        for name in track(handle.keys(), f"pack {file.name}"):
+            parts = encode(handle.get_tensor(name))
+            stored[next((kind for kind in parts if kind not in ("", "values")), "dense")] += 1
+            for suffix, part in parts.items():
+                spool.add(f"{name}.{suffix}" if suffix else name, part)
+    spool.write(target, {"format": FORMAT, "version": str(VERSION), "header": _header_text(file), "sha256": _sha256(file)})
+    return stored
+
+
+def _unpack_file(file: Path, target: Path) -> None:
+    with safe_open(file, framework="pt") as handle, target.open("w+b") as out:
+        about = handle.metadata() or {}
+        if about.get("format") != FORMAT:
+            raise SecateurError(f"{file}: not packed by secateur (format '{about.get('format')}'); give a folder that 'secateur pack' wrote")
+        if int(about["version"]) > VERSION:
+            raise SecateurError(f"{file}: packed in version {about['version']} of the layout, this secateur knows {VERSION}; use a newer one")
+        text = about["header"].encode()
+        out.write(struct.pack("<Q", len(text)) + text)
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        names, begin = set(handle.keys()), 8 + len(text)
+        for name, entry in track(sorted(header.items(), key=lambda item: item[1]["data_offsets"]), f"unpack {file.name}"):
+            suffixes = ("", "mask", *_KEPT, "values")
+            parts = {s: handle.get_tensor(own) for s in suffixes if (own := f"{name}.{s}" if s else name) in names}
+            tensor = decode(parts, tuple(entry["shape"]))
+            if tensor.dtype != _DTYPES.get(entry["dtype"]):
+                raise ValueError(f"{name} is {tensor.dtype} and should be {entry['dtype']}")
+            out.seek(begin + entry["data_offsets"][0])
+            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        out.flush()
+        if _sha256(target) != about["sha256"]:
+            raise ValueError("what comes out is not what was packed")
+
+
+def _header_text(file: Path) -> str:
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        return handle.read(length).decode()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _copy_others(source: Path, target: Path, but: set[str]) -> None:
+    """Every other file of a checkpoint's folder; no pickles, no folders inside it."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name not in but and file.suffix not in _PICKLES:
+            shutil.copyfile(file, target / file.name)
