@@ -31,6 +31,7 @@ docs: .venv/.dev
 bench: .venv/.package
 	$(BIN)/python benchmarks/wanda_speed.py $(if $(QUICK),--width192-only --repeats 1)
 	$(BIN)/python benchmarks/prune_memory.py $(if $(QUICK),--small)
+	$(BIN)/python benchmarks/disp_llm_speed.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/decode_speed.py $(if $(QUICK),--small)
 
 # torch comes first and alone, so that its version is the pinned one whatever else asks for it
