@@ -72,7 +72,7 @@ def _study_modules(out: Path, effort: Effort) -> None:
     """Which module matters, on a little of the text; finished cells of an earlier run are kept."""
     request = api.Request(BUNDLED, "wanda", samples=effort.samples, seqlen=effort.seqlen)
     asked = modules.Asked(sparsities=(0.5, 0.9)) if effort.points is None else modules.Asked(("attention", "mlp"), (0.5,))
-    found = list(modules.run(request, asked, out, api.EvalRequest(BUNDLED, limit=min(16, effort.windows or 16)), resume=True))
+    found = list(modules.run(request, asked, out, api.EvalRequest(BUNDLED, limit=8), resume=True))
     for line in verdict(read_studies(found)[0])[:2]:
         say(line)
 
