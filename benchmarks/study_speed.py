@@ -1,8 +1,8 @@
 """How much faster `secateur study modules` is than running its cells one by one.
 
 The same cells three ways, on the bundled model: the study with shared statistics; `prune --modules` and `eval` for each cell in one Python process; and the two
-commands for each cell, as someone without the study would run them. The dense model is measured by none of the last two. Prints a table and ends with one
-JSON line.
+commands for each cell, as someone without the study would run them. The study measures the dense model too, the others do not. Seconds are those of the
+processor, so that other work on the machine counts little. Prints a table and ends with one JSON line.
 
     python benchmarks/study_speed.py [--kinds v,down,mlp,all] [--sparsity 0.5] [--samples 128] [--limit 128] [--repeats 1]
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,13 +24,13 @@ SECATEUR = [sys.executable, "-c", "from secateur.cli import main; main()"]
 
 
 def study(arguments: argparse.Namespace, kinds: str, sparsities: str, folder: Path) -> float:
-    """Seconds of the study, from the start of its process to its end."""
+    """CPU seconds of the study, from the start of its process to its end."""
     command = ["study", "modules", "bundled", "--kinds", kinds, "--sparsity", sparsities, "--samples", arguments.samples, "--limit", arguments.limit]
     return _run([*command, "--out", folder / f"study-{time.monotonic_ns()}"])
 
 
 def by_commands(arguments: argparse.Namespace, cells: list[str], folder: Path) -> float:
-    """Seconds of two commands a cell."""
+    """CPU seconds of two commands a cell."""
     spent = 0.0
     for number, modules in enumerate(cells):
         out = folder / f"cell-{time.monotonic_ns()}-{number}"
@@ -39,21 +40,22 @@ def by_commands(arguments: argparse.Namespace, cells: list[str], folder: Path) -
 
 
 def in_one_process(arguments: argparse.Namespace, cells: list[str], folder: Path) -> float:
-    """Seconds of the same work without starting Python and importing torch again."""
+    """CPU seconds of the same work without starting Python and importing torch again."""
     from secateur import api
 
-    started = time.perf_counter()
+    started = time.process_time()
     for number, modules in enumerate(cells):
         out = folder / f"one-{time.monotonic_ns()}-{number}"
         api.prune(api.Request("bundled", "wanda", modules=modules, samples=arguments.samples), out)
         api.evaluate(api.EvalRequest(str(out), limit=arguments.limit))
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def _run(command: list[object]) -> float:
-    started = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*SECATEUR, *map(str, command)], check=True, capture_output=True)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     best = {name: min(times) for name, times in seconds.items()}
     more = (best["study"] - best["study of one cell"]) / max(1, len(cells) - 1)
     rows = [(name, f"{value:.1f}", f"{value / best['study']:.2f}") for name, value in best.items()]
-    table((f"{len(cells)} cells", "seconds", "of the study"), rows)
+    table((f"{len(cells)} cells", "CPU seconds", "of the study"), rows)
     one, commands = (best[f"prune and eval, {how}"] / len(cells) for how in ("one process", "commands"))
     print(f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})")
     print(
