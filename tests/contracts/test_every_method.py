@@ -41,8 +41,9 @@ def _asked(pattern: str | None) -> dict[str, Any]:
 
 
 def _quick(method: str) -> dict[str, Any]:
-    """The options that keep a learned method short."""
-    return {"steps": 2} if "steps" in find_method(method).options_class.__dataclass_fields__ else {}
+    """The options that keep a method of many steps short."""
+    fields = find_method(method).options_class.__dataclass_fields__
+    return {name: value for name, value in (("steps", 2), ("shots", 1)) if name in fields}
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -1,0 +1,116 @@
+"""Kronecker-factored curvature of the loss, and what removing rows and columns of a matrix costs by it (arXiv:2312.17244, section 3).
+
+The Fisher information of a matrix W is taken as G (x) A, with A = E[x x^T] of what it reads and G = E[g g^T] of the gradient of the loss with respect
+to what it gives, token by token. To second order a change D of the weights costs
+
+    tr(G D A D^T) / 2
+
+Of all changes that make rows R and columns C zero, the cheapest one leaves, with K the rows and J the columns that stay,
+
+    W'_KJ = G_KK^-1 G_K: W A_:J A_JJ^-1
+
+(the minimiser over all of W'_KJ: G_KK W'_KJ A_JJ = (G W A)_KJ). For one row r alone it costs (W A W^T)_rr / (2 [G^-1]_rr), for one column c
+(W^T G W)_cc / (2 [A^-1]_cc). Everything here is in float64.
+
+Shape letters: O outputs, I inputs of a matrix, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.backward import Backward
+from secateur.core.numbers import at_least_float32
+from secateur.models.view import BlockView
+
+CURVATURES = ("kfac", "diagonal", "identity")
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """G and A of one matrix, damped, float64."""
+
+    g_OO: Tensor
+    a_II: Tensor
+
+    def part(self, rows_O: Tensor, columns_I: Tensor) -> Curvature:
+        """That of a part of the matrix: what is gone already has no say. The masks are True where something stays."""
+        return Curvature(self.g_OO[rows_O][:, rows_O], self.a_II[columns_I][:, columns_I])
+
+    def row_costs(self, weight_OI: Tensor) -> Tensor:
+        """What making each row zero costs, [O]."""
+        return ((weight_OI @ self.a_II) * weight_OI).sum(1) / (2 * _inverse_diagonal(self.g_OO))
+
+    def column_costs(self, weight_OI: Tensor) -> Tensor:
+        """What making each column zero costs, [I]."""
+        return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
+
+    def without(self, weight_OI: Tensor, rows_O: Tensor, columns_I: Tensor) -> Tensor:
+        """The weights that make up best for the rows and columns that go, which are zero in it. The masks are True where something stays."""
+        made_OI = torch.zeros_like(weight_OI)
+        left_KI = weight_OI[rows_O] + _fold(self.g_OO, rows_O) @ weight_OI[~rows_O]
+        kept_KJ = left_KI[:, columns_I] + left_KI[:, ~columns_I] @ _fold(self.a_II, columns_I).t()
+        made_OI[rows_O.nonzero(), columns_I.nonzero().t()] = kept_KJ
+        return made_OI
+
+
+def _inverse_diagonal(matrix: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix)).diagonal()
+
+
+def _fold(matrix: Tensor, keep: Tensor) -> Tensor:
+    """M_KK^-1 M_KR: how what stays takes up what goes."""
+    return torch.cholesky_solve(matrix[keep][:, ~keep], torch.linalg.cholesky(matrix[keep][:, keep]))
+
+
+class Factors:
+    """The sums of x x^T and g g^T over the tokens of a block's matrices, one A for all that read the same; float32 or better.
+
+    Args:
+        block: the block, which `backward` is at.
+        backward: the pass; it goes back through the block here.
+        kind: from `CURVATURES`: the Kronecker factors, their diagonals alone, or identities (then costs are half the squares of weights).
+        damping: what is added to each diagonal, in units of its mean.
+    """
+
+    def __init__(self, block: BlockView, backward: Backward, kind: str, damping: float) -> None:
+        self._family, self._kind, self._damping = block.family, kind, damping
+        self._a: dict[str, Tensor] = {}
+        self._g: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = dict.fromkeys(block.names, 0)
+        listeners: Mapping[str, Callable[[Tensor, Tensor], None]] = {name: partial(self._listen, name) for name in block.names}
+        backward.retreat(block, listeners)
+
+    def _listen(self, name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
+        self._tokens[name] += x_BTI.shape[0] * x_BTI.shape[1]
+        _add(self._g, name, g_BTO.flatten(0, -2))
+        if self._family.input_of(name) == name:
+            _add(self._a, name, x_BTI.flatten(0, -2))
+
+    def __getitem__(self, name: str) -> Curvature:
+        return Curvature(self._damped(self._g[name], name), self._damped(self._a[self._family.input_of(name)], name))
+
+    def any(self) -> bool:
+        """Whether any gradient was not zero."""
+        return any(bool(total.any()) for total in self._g.values())
+
+    def _damped(self, total: Tensor, name: str) -> Tensor:
+        mean = total.double().cpu() / self._tokens[name]
+        if self._kind == "identity":
+            return torch.eye(len(mean), dtype=torch.float64)
+        if self._kind == "diagonal":
+            mean = mean.diagonal().diag()
+        level = float(mean.diagonal().mean())
+        mean.diagonal().add_(self._damping * level if level > 0 else 1e-30)  # nothing at all was seen: any positive definite matrix serves
+        return mean
+
+
+def _add(sums: dict[str, Tensor], name: str, x_NI: Tensor) -> None:
+    x_NI = at_least_float32(x_NI)
+    product_II = x_NI.t() @ x_NI
+    sums[name] = sums[name].add_(product_II) if name in sums else product_II
