@@ -21,24 +21,24 @@ from secateur.study import modules
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of everything: the demo, or a quick look that it works."""
+    """How much of everything: the demo, or a quick look that it works. `limit` is of windows (there are 128) and of items (300)."""
 
     samples: int
     seqlen: int
-    windows: int | None
+    limit: int
     tasks: tuple[str, ...]
     points: int | None
     heal_steps: int
 
 
-FULL = Effort(samples=64, seqlen=256, windows=None, tasks=("cloze",), points=None, heal_steps=60)
-QUICK = Effort(samples=8, seqlen=128, windows=8, tasks=(), points=2, heal_steps=2)
+FULL = Effort(samples=64, seqlen=256, limit=150, tasks=("cloze",), points=None, heal_steps=60)
+QUICK = Effort(samples=8, seqlen=128, limit=8, tasks=(), points=2, heal_steps=2)
 
 
 def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
     """Prune, evaluate, report; finished points of an earlier run are kept. Returns the evaluation records, the dense model's first."""
     effort = QUICK if quick else FULL
-    measure = api.EvalRequest(BUNDLED, tasks=effort.tasks, limit=effort.windows)
+    measure = api.EvalRequest(BUNDLED, tasks=effort.tasks, limit=effort.limit)
     found: list[records.Record] = []
     for request, sparsities, heal in demo_requests(effort):
         for record in api.sweep(request, sparsities, out, measure, resume=True, overwrite=True):

@@ -25,7 +25,7 @@ from secateur.plan.plan import BlockPlan
 
 CALIBRATION = None
 DEMO = [
-    {"sparsities": [0.5, 0.6, 0.7]},
+    {"sparsities": [0.5, 0.7]},
     {"options": {"pattern": "2:4"}, "sparsities": [0.5]},
     {"options": {"scope": "row"}, "sparsities": [0.5]},
     {"options": {"pattern": "rows", "scope": "model"}, "sparsities": [0.25]},

@@ -30,7 +30,7 @@ from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
 REMOVES = "blocks"
-DEMO = [{"sparsities": [0.17, 0.34]}]
+DEMO = [{"sparsities": [0.17]}]
 
 
 @dataclass(frozen=True)

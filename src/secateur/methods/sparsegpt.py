@@ -43,7 +43,7 @@ from secateur.plan.plan import BlockPlan, Mask
 CALIBRATION = "c4"
 STATISTICS = SecondMoment
 DEMO = [
-    {"sparsities": [0.5, 0.6, 0.7]},
+    {"sparsities": [0.5, 0.7]},
     {"options": {"pattern": "2:4"}, "sparsities": [0.5]},
 ]
 _FEW = 16  # columns that are settled one by one before the rest of their decision hears of it
