@@ -21,18 +21,21 @@ from secateur.study import modules
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of everything: the demo, or a quick look that it works. `limit` is of windows (there are 128) and of items (300)."""
+    """How much of everything: the demo, or a quick look that it works.
+
+    `limit` is of windows (there are 128) and of items (300), `steps` of healing, and in a quick look of learning too.
+    """
 
     samples: int
     seqlen: int
     limit: int
     tasks: tuple[str, ...]
     points: int | None
-    heal_steps: int
+    steps: int
 
 
-FULL = Effort(samples=64, seqlen=256, limit=150, tasks=("cloze",), points=None, heal_steps=60)
-QUICK = Effort(samples=8, seqlen=128, limit=8, tasks=(), points=2, heal_steps=2)
+FULL = Effort(samples=64, seqlen=256, limit=150, tasks=("cloze",), points=None, steps=60)
+QUICK = Effort(samples=8, seqlen=128, limit=8, tasks=(), points=2, steps=2)
 
 
 def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
@@ -61,7 +64,7 @@ def run_demo(out: Path, *, quick: bool = False) -> list[records.Record]:
 def _healed(folder: Path, effort: Effort, measure: api.EvalRequest) -> records.Record:
     """A short recovery of a result, measured."""
     target = folder.with_name(f"{folder.name}-healed")
-    asked = api.HealRequest(str(folder), steps=effort.heal_steps, lr=2e-3, samples=4 * effort.heal_steps, seqlen=effort.seqlen, limit=8, checkpointing=False)
+    asked = api.HealRequest(str(folder), steps=effort.steps, lr=2e-3, samples=4 * effort.steps, seqlen=effort.seqlen, limit=8, checkpointing=False)
     api.heal(asked, target, resume=True, overwrite=True)
     record = api.evaluate(replace(measure, model=str(target)), resume=True)
     say(f"{record['method']} + LoRA {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
@@ -93,6 +96,8 @@ def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float], bool]]
         for entry in getattr(find_method(name).module, "DEMO", []):
             options: dict[str, Any] = dict(entry.get("options", {}))
             pattern = options.pop("pattern", None)
+            if effort.points is not None and "steps" in options:
+                options |= {"steps": effort.steps}
             request = api.Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
             requests.append((request, entry["sparsities"][: effort.points], bool(entry.get("heal"))))
     return requests
