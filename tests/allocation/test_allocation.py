@@ -142,6 +142,18 @@ def test_an_interrupted_run_keeps_its_decision(
     )
 
 
+def test_a_loss_that_is_not_finite_counts_as_the_worst(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = DenseModel.loss
+
+    def overflowing(dense: DenseModel, batches: list[torch.Tensor], index: int = 0, entering: list[torch.Tensor] | None = None) -> float:
+        return math.inf if index == 1 else true(dense, batches, index, entering)
+
+    monkeypatch.setattr(DenseModel, "loss", overflowing)
+    api.prune(api.Request(str(saved("llama")), "sparsegpt", sparsity=0.5, modules="auto", calibration=ids_file), tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "plan.json").read_text())["allocation"]
+    assert {value for matrix in found["increase"][1].values() for value in matrix} == {allocate.WORST}
+
+
 def test_a_dry_run_removes_as_much_and_takes_longer(saved: Callable[..., Path], ids_file: str) -> None:
     folder = str(saved("llama"))
     uniform, auto = (api.estimate(api.prepare(api.Request(folder, "wanda", sparsity=0.5, modules=modules, calibration=ids_file))) for modules in (None, "auto"))

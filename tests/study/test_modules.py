@@ -111,6 +111,8 @@ def test_axes(saved: Callable[..., Path]) -> None:
         (Asked(), {"method": "slicegpt"}, "has no mask for each matrix"),
         (Asked(), {"calibration": "task:"}, "names no task"),
         (Asked(), {"jobs": 0}, "--jobs 0"),
+        (Asked(("q",), (0.0,)), {}, "nothing would be pruned at a sparsity of 0"),
+        (Asked(("q", "k"), (0.5,), weights=(10**6,)), {}, "--weights 1000000: no kind has so many"),
     ],
 )
 def test_refusals(asked: Asked, how: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from secateur.plan.rates import Rates
 
 LEVELS = (0.35, 0.5, 0.7, 0.9)
 TOKENS = 4096  # of calibration text that losses are measured on
+WORST = 100.0  # nats a token, in place of a loss that is not finite
 OUTLIER, SPREAD = 5.0, 0.08  # M and lambda of OWL
 
 
@@ -125,7 +126,8 @@ def sensitivities(dense: DenseModel, batches: list[Tensor], levels: Sequence[flo
             increase = []
             for level in levels:
                 with dense.pruned(tuple({name: level} if n == index else {} for n in range(view.blocks))):
-                    increase.append(dense.loss(batches, index, entering) - loss)
+                    more = dense.loss(batches, index, entering) - loss
+                    increase.append(more if math.isfinite(more) else WORST)
             curves.append(Curve(index, name, *view.dims(index).shape(name), tuple(increase)))
         if index < view.blocks - 1:
             entering = dense.leaving(index, batches, entering)

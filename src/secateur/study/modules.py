@@ -86,7 +86,8 @@ def cells(view: ModelView, pattern: Pattern, asked: Asked) -> list[Cell]:
     """The cells, each once.
 
     Raises:
-        UsageError: a kind that matches nothing, a sparsity outside [0, 1], N:M that does not divide a matrix, a mode that there is not.
+        UsageError: a kind that matches nothing, a sparsity outside [0, 1], N:M that does not divide a matrix, a mode that there is not,
+            more weights than any kind has, nothing to prune.
     """
     if asked.mode not in MODES:
         raise UsageError(f"--mode {asked.mode}: unknown (known: {', '.join(MODES)})")
@@ -100,10 +101,15 @@ def cells(view: ModelView, pattern: Pattern, asked: Asked) -> list[Cell]:
     if implied is not None and (asked.weights or asked.grid):
         raise UsageError(f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out")
     found = [Cell(kind, s, f"{kind}={s:g}") for kind in kinds for s in sparsities if s]
-    for kind in kinds:
-        size = _size(view, kind, pattern)
+    sizes = {kind: _size(view, kind, pattern) for kind in kinds}
+    for n in asked.weights:
+        if n > max(sizes.values()):
+            raise UsageError(f"--weights {n}: no kind has so many (the largest is {max(sizes, key=sizes.__getitem__)}, with {max(sizes.values()):,})")
+    for kind, size in sizes.items():
         found += [Cell(kind, n / size, f"{kind}={n / size:.6g}") for n in asked.weights if 0 < n <= size]
     found += [_grid_cell(a, m) for a in asked.grid for m in asked.grid if a or m]
+    if not found:
+        raise UsageError("study modules: nothing would be pruned at a sparsity of 0; ask for others with --sparsity, or for --weights N or --grid S,S")
     for cell in found:
         _rates(view, cell, pattern)
     return list({cell.modules: cell for cell in found}.values())
