@@ -102,7 +102,9 @@ def test_the_masked_forward_is_that_of_the_merged_weights() -> None:
     torch.testing.assert_close(model(some_ids()).logits, other(some_ids()).logits)
 
 
-def test_a_resumed_run_has_the_same_bytes(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_has_the_same_bytes(
+    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     request = replace(quick, model=str(pruned("llama", "slicegpt")))
     whole = api.heal(request, tmp_path / "whole")
     count, real = [0], tuning.next_token_loss
@@ -126,6 +128,10 @@ def test_a_resumed_run_has_the_same_bytes(pruned: Callable[..., Path], quick: ap
     assert api.heal(request, tmp_path / "resumed", resume=True) == resumed | {"seconds": resumed["seconds"]}
     with pytest.raises(api.UsageError, match=r"had lr = 0\.01"):
         api.heal(replace(request, lr=0.02), tmp_path / "resumed", resume=True)
+    assert api.heal(replace(request, limit=1), tmp_path / "resumed", resume=True) == resumed
+    assert "the perplexity in its record had windows = " in capsys.readouterr().err
+    with pytest.raises(api.UsageError, match=r'had method = "slicegpt", this one has "wanda"'):
+        api.heal(replace(request, model=str(pruned("llama", "wanda"))), tmp_path / "resumed", resume=True)
 
 
 def test_divergence_keeps_the_last_good_state(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

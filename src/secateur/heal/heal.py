@@ -139,7 +139,7 @@ def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bo
     refuse_inside(out, {"the model": prepared.checkpoint.folder.resolve(), "the records": records_file})
     settings = prepared.settings()
     if finished:
-        if (found := _finished(out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
+        if (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
             return found
         refuse_existing(out, overwrite)
     weights = {file for file, _ in prepared.checkpoint.index.values()}
@@ -217,11 +217,12 @@ def _prepare(request: HealRequest) -> _Prepared:
     return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
 
 
-def _finished(out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
+def _finished(prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
     """The record of a run that was complete already; None to measure, or to start, again."""
     made = read_plan_json(out)
     assert made is not None
-    if difference := differing(made.get("heal") or {}, settings):
+    pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
+    if difference := differing(made.get("heal") or {}, settings) or differing(made, pruned):
         if overwrite:
             return None
         raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
@@ -231,6 +232,8 @@ def _finished(out: Path, settings: dict[str, Any], records_file: Path, overwrite
             f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', or start again with --overwrite"
         )
     say(f"{out}: already there")
+    if difference := differing(found[-1]["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
+        say(f"warning: the perplexity in its record {difference}; 'secateur eval {out}' measures it again")
     return found[-1]
 
 
@@ -238,8 +241,9 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     """The work. Returns what the record says of it."""
     request, checkpoint = prepared.request, prepared.checkpoint
     model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
-    if not writer.has(_BEFORE):
-        writer.write(_BEFORE, {}, {"ppl": perplexity(model, prepared.held_out).ppl})
+    protocol = protocol_facts(prepared.protocol, prepared.held_out)
+    if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
+        writer.write(_BEFORE, {}, {"ppl": perplexity(model, prepared.held_out).ppl, "protocol": protocol})
     before = writer.read_note(_BEFORE)["ppl"]
     adapters = add_adapters(model, prepared.targets, rank=request.rank, alpha=request.alpha, seed=request.seed, masked=not request.keep_adapter)
     if request.checkpointing:
