@@ -156,6 +156,8 @@ def test_ratios_that_differ_are_told() -> None:
         (["--methods", "sparsegpt", "--params-removed", "0.2"], "pattern rows removes whole units"),
         (["--methods", "slicegpt", "--sparsity", "0.5", "--params-removed", "0.999"], "--params-removed 0.999"),
         (["--methods", "magnitude", "--patterns", "2:5"], "not a multiple of 5"),
+        (["--methods", "slicegpt", "--params-removed", "0.2", "--patterns", "9:4"], "9:4"),
+        (["--methods", "slicegpt", "--sparsity", "0.5"], "it removes parameters: give --params-removed R"),
         (["--methods", "wanda", "--params-removed", "1.2"], "outside [0, 1)"),
         (["--methods", "wanda", "--sparsity", "0.5", "--set", "scope=row"], "say of which method"),
         (["--methods", "wanda", "--sparsity", "0.5", "--set", "slicegpt.round=8"], "'slicegpt' is not among --methods wanda"),

@@ -81,7 +81,8 @@ def cells(asked: Asked) -> Cells:
     """
     if not asked.methods:
         raise UsageError("--methods is empty: name methods, as in --methods slicegpt,magnitude (`secateur methods` lists them)")
-    if not (asked.ratios or asked.sparsities or any(parse_pattern(p).kind == "n:m" for p in asked.patterns)):
+    kinds = [parse_pattern(pattern).kind for pattern in asked.patterns]
+    if not (asked.ratios or asked.sparsities or "n:m" in kinds):
         raise UsageError("nothing to compare at: give --params-removed R,..., or --sparsity S,... or --patterns N:M for methods that zero weights")
     if others := sorted(set(asked.options) - set(asked.methods)):
         raise UsageError(f"--set {others[0]}.OPTION: '{others[0]}' is not among --methods {','.join(asked.methods)}")
@@ -101,7 +102,9 @@ def cells(asked: Asked) -> Cells:
                 continue
             found.runs[label] = request
         if not attempts:
-            found.refused[name] = f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
+            found.refused[name] = (
+                "it removes parameters: give --params-removed R" if own is None else f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
+            )
             errors.append(UsageError(f"{name}: {found.refused[name]}"))
     if not found.runs:
         raise errors[0]
