@@ -67,6 +67,11 @@ def test_dry_run_writes_nothing_and_tells_the_truth(dense: Path, ids_file: str, 
     _, stdout, _ = run("prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--json")
     masks = json.loads(stdout)
     assert masks["nonzero_after"] < masks["params_after"] == masks["params_before"]
+    _, stdout, _ = run(
+        "prune", dense, "--method", "disp_llm", "--sparsity", 0.1, "--calibration", ids_file, "--samples", 3, "--seqlen", 8, "--dry-run", "--json"
+    )
+    learned = json.loads(stdout)
+    assert (learned["calibration_tokens"], learned["memory_bytes"], learned["seconds_estimated"]) == (24, None, None)
 
 
 def test_params_removed_reaches_the_ratio(dense: Path, tmp_path: Path) -> None:

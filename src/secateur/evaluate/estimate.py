@@ -16,13 +16,13 @@ _DISK_BYTES_A_SECOND = 500e6
 
 
 def estimate(prepared: Prepared) -> Record:
-    """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine; None where the text decides."""
+    """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine; None where text or options decide."""
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
     zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation or _differentiates(prepared) else 0
+    tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation or job.learns else 0
     passes = 4 if _differentiates(prepared) else 2  # of the tokens through the weights
     work = 2 * (passes * tokens + TOKENS * cells_to_measure(job)) * view.matrix_parameters()
     seconds = work / matrix_rate(prepared.device, prepared.dtype) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
@@ -35,15 +35,20 @@ def estimate(prepared: Prepared) -> Record:
         "nonzero_after": None if after is None else after - zeroed,
         "pruning_ratio": None if after is None else 1 - after / before,
         "calibration_tokens": tokens,
-        "memory_bytes": _memory(prepared, tokens),
+        "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
         "disk_bytes": 2 * (before if after is None else after) * stored,
-        "seconds_estimated": round(seconds, 1),
+        "seconds_estimated": None if _trains(prepared) else round(seconds, 1),
     }
 
 
 def _differentiates(prepared: Prepared) -> bool:
     """Whether gradients of the loss are carried back through the blocks."""
     return prepared.job.learns and prepared.job.method.gradients
+
+
+def _trains(prepared: Prepared) -> bool:
+    """Whether time and memory depend on options of the method that nothing here knows."""
+    return prepared.job.learns and prepared.job.method.trains
 
 
 def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[tuple[int, int], float]]:

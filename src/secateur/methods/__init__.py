@@ -72,6 +72,11 @@ class Method:
         """Whether it takes gradients of the loss from `calibrate/backward.py`: `GRADIENTS` in its file."""
         return getattr(self.module, "GRADIENTS", False)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it goes over the text as often as its options say, so that a dry run knows neither its time nor its memory: `TRAINS` in its file."""
+        return getattr(self.module, "TRAINS", False)
+
     def options(self, given: Mapping[str, Any]) -> Any:
         """The options from their values, or from text as `--set` gives it.
 

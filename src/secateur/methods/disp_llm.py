@@ -40,6 +40,7 @@ from secateur.train.structures import Structures, find_structures
 from secateur.train.warm import begin, importance
 
 CALIBRATION = "wikitext2"
+TRAINS = True  # a dry run does not know for how long
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
 _NEAR = 0.01  # of the budget: as near as draws come to it in a few hundred steps (figure 5b)

@@ -35,6 +35,7 @@ from secateur.plan.run import Run
 from secateur.train.shots import SPACES, Shots, removed_parameters
 
 CALIBRATION = "wikitext2"
+TRAINS = True  # a dry run does not know for how long
 DEMO: list[dict[str, object]] = []
 SHOTS_A_WHOLE = 80  # the paper has 40 for one half
 
