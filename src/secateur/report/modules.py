@@ -208,7 +208,7 @@ def _steep(study: Study) -> list[str]:
     said = []
     if some:
         order = sorted(some, key=lambda kind: some[kind])
-        rest = f"; it never does for {', '.join(never)}" if never else ""
+        rest = f"; it has not at any measured sparsity of {', '.join(never)}" if never else ""
         said.append(f"Perplexity has doubled at {', '.join(f'{some[k]:.0%} of {k}' for k in order)}{rest}.")
     shares = {}
     for kind in kinds:
