@@ -204,6 +204,7 @@ def test_answers_alone_count(tmp_path: Path) -> None:
         ({"rank": 0}, "--rank 0: a count of at least 1"),
         ({"schedule": "linear"}, r"unknown --schedule 'linear' \(allowed: cosine, constant\)"),
         ({"calibration": "builtin", "completion_only": True}, "no tokenizer|holds no instructions"),
+        ({"rank": 9999}, r"--rank 9999: .* give at most 32"),
         ({"seqlen": 9999}, r"--seqlen 9999 is outside \[2, 64\]"),
     ],
 )

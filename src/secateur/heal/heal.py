@@ -192,6 +192,8 @@ def _prepare(request: HealRequest) -> _Prepared:
     if plan is None:
         raise UsageError(f"'{request.model}' has no plan.json: it was not written by secateur; heal mends what 'secateur prune' made")
     targets = find_targets(checkpoint.view(), request.targets)
+    if request.rank > (widest := checkpoint.config.hidden_size):
+        raise UsageError(f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, the width of the model")
     bundled = plan["model"] == BUNDLED
     spec = request.calibration or (plan["calibration"] or {}).get("spec") or ("builtin" if bundled else None)
     if spec is None:
