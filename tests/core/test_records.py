@@ -56,5 +56,9 @@ def test_a_span_inside_another_counts_once() -> None:
 def test_a_torn_line_does_not_swallow_the_next_record(tmp_path: Path) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text('{"a": 1}\n{"b": ')
+    assert records.read([file]) == [{"a": 1}]
     records.append(file, {"c": 3})
-    assert file.read_text().splitlines()[-1] == '{"c": 3}'
+    assert file.read_text() == '{"a": 1}\n{"c": 3}\n'
+    file.write_text('{"a": 1}')
+    records.append(file, {"c": 3})
+    assert records.read([file]) == [{"a": 1}, {"c": 3}]

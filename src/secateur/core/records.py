@@ -60,19 +60,27 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        torn = file.tell() > 0 and not _ends_with_newline(path)  # a line that a kill cut short must not swallow this one
-        file.write(("\n" if torn else "") + to_json(record) + "\n")
+        whole, torn = _split_torn(path.read_bytes())  # a line that a kill cut short must not swallow this one
+        if torn:
+            file.truncate(len(whole))
+        file.write(("" if whole.endswith(b"\n") or not whole else "\n") + to_json(record) + "\n")
         file.flush()
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read() == b"\n"
+def _split_torn(content: bytes) -> tuple[bytes, bytes]:
+    """The content without a last line that has neither its newline nor its end, and that line."""
+    start = content.rfind(b"\n") + 1
+    tail = content[start:]
+    try:
+        json.loads(tail or b"{}")
+    except ValueError:
+        if tail.startswith(b"{"):  # ours
+            return content[:start], tail
+    return content, b""
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """All records of the files, and of the `records.jsonl` of folders, in order.
+    """All records of the files, and of the `records.jsonl` of folders, in order, without a last line that a kill cut short.
 
     Raises:
         SecateurError: a path is missing, or a line is not a JSON object (the file and the line are named).
@@ -82,7 +90,7 @@ def read(paths: Iterable[Path]) -> list[Record]:
         file = path / "records.jsonl" if path.is_dir() else path
         if not file.is_file():
             raise SecateurError(f"no records at '{path}': give a records.jsonl file, or the folder that holds it")
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        for number, line in enumerate(_split_torn(file.read_bytes())[0].decode("utf-8").splitlines(), start=1):
             if line.strip():
                 records.append(_parse(line, file, number))
     return records
