@@ -34,7 +34,7 @@ class Effort:
     steps: int
 
 
-FULL = Effort(samples=64, seqlen=256, limit=150, tasks=("cloze",), points=None, steps=60)
+FULL = Effort(samples=64, seqlen=256, limit=64, tasks=("cloze",), points=None, steps=60)
 QUICK = Effort(samples=8, seqlen=128, limit=8, tasks=(), points=2, steps=2)
 
 
