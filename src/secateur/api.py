@@ -34,12 +34,12 @@ from secateur.models.family import PRUNED_PREFIX, find_family
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
 from secateur.models.runtime import pruned_class
-from secateur.models.save import refuse_existing
+from secateur.models.save import is_finished
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
-from secateur.prune import Request, prepare, prune, read_windows
+from secateur.prune import Request, prepare, prune, read_windows, refuse_out
 
 __all__ = [
     "BenchRequest",
@@ -352,9 +352,9 @@ def prune_and_measure(
     records_file = records_file or out / "records.jsonl"
     points = [(request, out / name) for name, request in requests.items()]
     for once, target in points:  # what is wrong with any of them shows before the work
-        prepare(once)
-        if not (resume and (target / "plan.json").is_file()):
-            refuse_existing(target, overwrite)
+        prepared = prepare(once)
+        refuse_out(target, prepared.checkpoint, prepared.calibration, records_file)
+        is_finished(target, resume=resume, overwrite=overwrite)
     yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume)
     for once, target in points:
         prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file)

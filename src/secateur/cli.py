@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -342,7 +342,7 @@ def compare(
             _numbers(params_removed, "--params-removed") if params_removed else [],
             _numbers(sparsity, "--sparsity") if sparsity else [],
             _names(patterns),
-            _method_options(options),
+            _method_options(options, _names(methods)),
             heal if with_heal else None,
             api.BenchRequest(model, device=device, dtype=dtype) if with_bench else None,
         )
@@ -762,14 +762,28 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
         raise UsageError(f"{option} {text}: whole numbers separated by commas are expected, as in 1,16") from None
 
 
-def _method_options(given: list[str] | None) -> dict[str, dict[str, str]]:
+def _method_options(given: list[str] | None, methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Method -> its options, from METHOD.OPTION=VALUE."""
     found: dict[str, dict[str, str]] = {}
-    for name, value in _options(given).items():
-        method, dot, option = name.partition(".")
-        if not dot or not method or not option:
-            raise UsageError(f"--set {name}={value}: say of which method, as in --set slicegpt.round=8")
-        found.setdefault(method, {})[option] = value
+    for part in given or []:
+        name, equals, value = part.partition("=")
+        method, dot, option = (word.strip() for word in name.partition("."))
+        if not (equals and dot and method and option):
+            raise UsageError(f"--set {part}: METHOD.OPTION=VALUE is expected, as in {_example(methods, option or method, value)}")
+        found.setdefault(method, {})[option] = value.strip()
     return found
+
+
+def _example(methods: Sequence[str], option: str, value: str) -> str:
+    """An option of one of the methods, by preference the one that was meant."""
+    from secateur.methods import find_method
+
+    defaults = {(method, name): default for method in methods for name, default in vars(find_method(method).options({})).items() if name != "pattern"}
+    meant = next((found for found in defaults if found[1] == option), None)
+    if meant is not None:
+        return f"--set {meant[0]}.{option}={value.strip() or defaults[meant]}"
+    method, name = min(defaults, key=lambda found: not defaults[found], default=("slicegpt", "round"))
+    return f"--set {method}.{name}={defaults.get((method, name), 8)}"
 
 
 def _options(given: list[str] | None, option: str = "--set") -> dict[str, str]:

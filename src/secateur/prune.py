@@ -30,7 +30,7 @@ from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
-from secateur.models.save import CheckpointWriter, clean, differing, refuse_existing, refuse_inside
+from secateur.models.save import CheckpointWriter, clean, differing, is_finished, refuse_inside, same_run
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.allocate import removed_blocks, units_left
 from secateur.plan.budget import (
@@ -244,12 +244,10 @@ def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool 
     started = time.perf_counter()
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
-    finished = resume and (out / "plan.json").is_file()
-    if not finished:
-        refuse_existing(out, overwrite)
+    finished = is_finished(out, resume=resume, overwrite=overwrite)
     prepared = prepare(request)
     _refuse_together(prepared)
-    _refuse_out(prepared, out, records_file)
+    refuse_out(out, prepared.checkpoint, prepared.calibration, records_file)
     watch = Stopwatch()
     with watch("text"):
         windows = read_windows(prepared)
@@ -278,10 +276,11 @@ def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool 
     return record
 
 
-def _refuse_out(prepared: Prepared, out: Path, records_file: Path) -> None:
-    precious = {"the model": prepared.checkpoint.folder.resolve(), "the records": records_file}
-    if prepared.calibration is not None and Path(prepared.calibration).is_file():
-        precious["the calibration text"] = Path(prepared.calibration).resolve()
+def refuse_out(out: Path, checkpoint: Checkpoint, spec: str | None, records_file: Path) -> None:
+    """Raises UsageError where `out` is no place for a result: around or inside the model, around the text `spec` or the records."""
+    precious = {"the model": checkpoint.folder, "the records": records_file}
+    if spec is not None and Path(spec).is_file():
+        precious["the calibration text"] = Path(spec)
     refuse_inside(out, precious)
 
 
@@ -289,15 +288,12 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
     """The record of a run that was complete already; None to start again."""
     made = read_plan_json(out)
     assert made is not None
-    if difference := differing(made, settings):
-        if overwrite:
-            return None
-        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
+    if not same_run(out, differing(made, settings), overwrite):
+        return None
     clean(out)
     say(f"{out}: already there")
-    found = [r for r in records.read([records_file]) if r.get("command") == "prune" and r.get("out") == str(out)] if records_file.is_file() else []
-    if found:
-        return found[-1]
+    if (found := records.last(records_file, "prune", out)) is not None:
+        return found
     stock = not (out / f"{runtime.MODULE}.py").is_file()
     record = {
         "command": "prune",

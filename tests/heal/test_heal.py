@@ -216,6 +216,20 @@ def test_wrong_requests_are_refused_before_the_work(
     assert not list(tmp_path.glob("healed*"))
 
 
+@pytest.mark.parametrize(
+    ("where", "words"), [("wanda-llama/healed", "lies inside the model"), (".", "holds the model"), ("text", "holds the calibration text")]
+)
+def test_an_output_around_what_is_needed_is_refused(where: str, words: str, pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
+    folder = pruned("llama", "wanda")
+    text = tmp_path / "text" / "ids.npy"
+    text.parent.mkdir()
+    text.write_bytes(Path(str(quick.calibration)).read_bytes())
+    with pytest.raises(api.UsageError, match=words):
+        api.heal(replace(quick, model=str(folder), calibration=str(text)), tmp_path / where, overwrite=True)
+    assert text.is_file()
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_a_model_of_others_is_refused(saved: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
     with pytest.raises(api.UsageError, match=r"has no plan.json: it was not written by secateur"):
         api.heal(replace(quick, model=str(saved("llama"))), tmp_path / "healed")

@@ -75,6 +75,8 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(saved: Callable[..., 
         api.pack(str(tmp_path / "sparse"), tmp_path / "packed")
     with pytest.raises(api.UsageError, match="holds the model"):
         api.pack(str(tmp_path / "sparse"), tmp_path / "sparse", overwrite=True)
+    with pytest.raises(api.UsageError, match="lies inside the packed checkpoint"):
+        api.unpack(tmp_path / "packed", tmp_path / "packed" / "back")
     with pytest.raises(api.SecateurError, match="is packed: write it out first, with 'secateur unpack"):
         api.pack(str(tmp_path / "packed"), tmp_path / "twice")
     with pytest.raises(api.SecateurError, match=r"is not packed: it has no packed\*\.safetensors"):

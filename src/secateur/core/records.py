@@ -96,6 +96,12 @@ def read(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
+def last(file: Path, command: str, out: Path) -> Record | None:
+    """The last record of a command that wrote `out`; None where there is none."""
+    found = [r for r in read([file]) if r.get("command") == command and r.get("out") == str(out)] if file.is_file() else []
+    return found[-1] if found else None
+
+
 def _parse(line: str, file: Path, number: int) -> Record:
     try:
         record = json.loads(line)

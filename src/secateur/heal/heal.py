@@ -29,10 +29,10 @@ from secateur.heal.tune import SCHEDULES, Tuning, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import stock_problem
-from secateur.models.save import CheckpointWriter, differing, refuse_existing, refuse_inside
+from secateur.models.save import CheckpointWriter, differing, is_finished, same_run
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
-from secateur.prune import identity, windows_of
+from secateur.prune import identity, refuse_out, windows_of
 
 _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
 _PLAN_TENSORS = "plan.safetensors"
@@ -130,18 +130,14 @@ def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bo
     started = time.perf_counter()
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
-    finished = resume and (out / "plan.json").is_file()
-    if not finished:
-        refuse_existing(out, overwrite)
+    finished = is_finished(out, resume=resume, overwrite=overwrite)
     _check_request(request)
     need_peft()
     prepared = _prepare(request)
-    refuse_inside(out, {"the model": prepared.checkpoint.folder.resolve(), "the records": records_file})
+    refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
-    if finished:
-        if (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
-            return found
-        refuse_existing(out, overwrite)
+    if finished and (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
+        return found
     weights = {file for file, _ in prepared.checkpoint.index.values()}
     journal = {"heal": settings, "source": identity(prepared.checkpoint)}
     writer = CheckpointWriter(out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights))
@@ -224,19 +220,17 @@ def _finished(prepared: _Prepared, out: Path, settings: dict[str, Any], records_
     made = read_plan_json(out)
     assert made is not None
     pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
-    if difference := differing(made.get("heal") or {}, settings) or differing(made, pruned):
-        if overwrite:
-            return None
-        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
-    found = [r for r in records.read([records_file]) if r.get("command") == "heal" and r.get("out") == str(out)] if records_file.is_file() else []
-    if not found:
+    if not same_run(out, differing(made.get("heal") or {}, settings) or differing(made, pruned), overwrite):
+        return None
+    found = records.last(records_file, "heal", out)
+    if found is None:
         raise SecateurError(
             f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', or start again with --overwrite"
         )
     say(f"{out}: already there")
-    if difference := differing(found[-1]["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
+    if difference := differing(found["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
         say(f"warning: the perplexity in its record {difference}; 'secateur eval {out}' measures it again")
-    return found[-1]
+    return found
 
 
 def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def pack(model: str, out: Path, *, overwrite: bool = False) -> Facts:
         SecateurError: `model` is no checkpoint, or the disk is full.
     """
     folder = open_checkpoint(model).folder
-    refuse_inside(out, {"the model": folder.resolve()})
+    refuse_inside(out, {"the model": folder})
     files = weight_files(folder, model)
     stored: Counter[str] = Counter()
     with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
@@ -77,7 +77,7 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
     files = sorted(folder.glob(f"{_PACKED}*.safetensors"))
     if not files:
         raise SecateurError(f"'{folder}' is not packed: it has no {_PACKED}*.safetensors; give a folder that 'secateur pack' wrote")
-    refuse_inside(out, {"the packed checkpoint": folder.resolve()})
+    refuse_inside(out, {"the packed checkpoint": folder})
     with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
         for file in files:
             try:

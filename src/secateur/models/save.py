@@ -196,10 +196,41 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
-    """Raises UsageError where replacing `out` would remove something that the run itself needs."""
+    """Raises UsageError where replacing `out` would remove something that the run itself needs, or `out` would lie in a folder of that kind and go with it."""
+    place = out.resolve()
     for what, path in precious.items():
-        if path.absolute().is_relative_to(out.absolute()):
+        if path.resolve().is_relative_to(place):
             raise UsageError(f"--out '{out}' holds {what} ('{path}'), which replacing it would remove; choose another --out")
+        if place.is_relative_to(path.resolve()):
+            raise UsageError(f"--out '{out}' lies inside {what} ('{path}'), and would go where that goes; choose a folder beside it")
+
+
+def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether a run that resumes finds its result complete.
+
+    Raises:
+        UsageError: it does not, and something is in the way.
+    """
+    finished = resume and (out / "plan.json").is_file()
+    if not finished:
+        refuse_existing(out, overwrite)
+    return finished
+
+
+def same_run(out: Path, difference: str | None, overwrite: bool) -> bool:
+    """Whether a finished result is that of the run that resumes; False where it may be made again.
+
+    Args:
+        out: the result.
+        difference: from `differing`.
+        overwrite: whether it may be replaced.
+
+    Raises:
+        UsageError: it is another one, and may not.
+    """
+    if difference is not None and not overwrite:
+        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
+    return difference is None
 
 
 def _check_room(out: Path, needed: int) -> None:
