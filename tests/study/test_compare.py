@@ -17,6 +17,7 @@ from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.evaluate.throughput import BenchRequest
+from secateur.report import compare_plots
 from secateur.report.compare import comparison, markdown
 from secateur.report.rows import collect
 from secateur.study import compare
@@ -138,6 +139,25 @@ def test_the_table_has_the_published_numbers_beside_it() -> None:
     assert lines["disp_llm"][3:6] == ["62.0", "50.0", "56.0"]
     assert any("arXiv:2410.11988, table 1" in note and "4096" in note for note in result.notes)
     assert comparison(collect(found[:3]), found[:3]) is None, "one method alone is no comparison"
+
+
+def test_the_plots_show_what_is_removed_and_what_is_zeroed_before_and_after_recovery() -> None:
+    found = [
+        *record(None, 0.0, 5.2),
+        *record("disp_llm", 0.5, 10.4),
+        *record("magnitude", 0.2, 90.25, pattern="rows"),
+        *record("magnitude", 0.2, 50.5, pattern="rows", heal={"steps": 3}),
+        *record("wanda", 0.0, 12.0, pattern="2:4", sparsity=0.5),
+        *record("sparsegpt", 0.0, 9.5, pattern="2:4", sparsity=0.5),
+    ]
+    removed, zeroed = compare_plots.pictures(collect(found))
+    assert removed.alt.endswith("disp_llm: 10.40 at 50%; magnitude rows: 90.25 at 20%; magnitude rows + LoRA: 50.50 at 20%")
+    assert "hollow" in removed.caption
+    assert "10 times" in removed.caption
+    assert zeroed.alt.endswith("sparsegpt: 9.50 at 2:4, 50% of the weights; wanda: 12.00 at 2:4, 50% of the weights")
+    assert "recovery" not in zeroed.caption
+    assert removed.png.startswith(b"\x89PNG")
+    assert [picture.name for picture in compare_plots.pictures(collect(found[:-2]))] == ["compare-removed"], "of one method there is nothing to compare"
 
 
 def test_ratios_that_differ_are_told() -> None:

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from secateur.core.errors import SecateurError
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
-from secateur.report import block_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
+from secateur.report import block_plots, compare_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
 from secateur.report.compare import Comparison, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
@@ -69,6 +69,7 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(main)), learned.learned(main), comparison(main, records))
     drawn = {
         "curves": _curves(findings),
+        "comparison": compare_plots.pictures(main) if findings.comparison else [],
         "laws": _laws(findings),
         "blocks": _blocks(findings),
         "modules": module_plots.pictures(studies[0]) if studies else [],

@@ -25,7 +25,7 @@ from secateur.report.series import Comparison, Series
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
-_DENSE, GRID, DPI = "#333333", "#dddddd", 150
+DENSE, GRID, DPI = "#333333", "#dddddd", 150
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     low, high = _draw_curves(axes, curves, lambda row: row.ppl)
     if dense is not None and dense.ppl is not None:
         low = min(low, dense.ppl)
-        axes.axhline(dense.ppl, color=_DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}")
+        axes.axhline(dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}")
     wide = low > 0 and high > _LOG_ABOVE * low
     if wide:
         logarithmic(axes, high / low)
@@ -75,7 +75,7 @@ def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comp
     figure, axes = _axes(words.accuracy_title(task, found, reference))
     _draw_curves(axes, curves, lambda row: row.accuracy(task), lambda row: row.task(task, "stderr"))
     if reference is not None:
-        axes.axhline(reference, color=_DENSE, linestyle="--", linewidth=1.2, label=f"dense, {reference:.3f}")
+        axes.axhline(reference, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {reference:.3f}")
     if task in CHANCE:
         axes.axhline(CHANCE[task], color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {CHANCE[task]:g}")
     axes.set_ylabel(f"accuracy on {plain(task)} (higher is better)")

@@ -1,0 +1,133 @@
+"""The plots of a comparison: perplexity where parameters are removed, and where weights are zeroed, before and after recovery."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from secateur.report import words
+from secateur.report.plots import COLOURS, DENSE, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
+from secateur.report.rows import Row
+
+_FAR = 10  # times the lowest perplexity: a model that far gone is of no use
+_FEW = 3  # levels of sparsity: more are curves, which the report has anyway
+_COLOURS = (*COLOURS, "#000000", "#8C6D31", "#7F7F7F")  # a comparison has more curves than other plots
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A result: where it stands, after which method, and whether after recovery."""
+
+    name: str
+    at: float
+    where: str
+    ppl: float
+    healed: bool
+
+
+def pictures(rows: Sequence[Row]) -> list[Picture]:
+    """The plots of rows of one model under one protocol: of what removes parameters, and of what zeroes weights, where two methods do."""
+    dense = next((row.ppl for row in rows if row.dense), None)
+    removed, zeroed = [], []
+    for row in rows:
+        if row.dense or row.ppl is None or row.get("modules"):
+            continue
+        method, pattern, healed = str(row.get("method")).partition(" + ")[0], row.get("pattern"), bool(row.get("heal"))
+        if ratio := row.number("pruning_ratio"):
+            removed.append(_Point(" ".join(filter(None, (method, pattern))), ratio, f"{ratio:.0%}", row.ppl, healed))
+        elif pattern and row.sparsity:
+            zeroed.append(_Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed))
+    methods = dict.fromkeys(_method(name) for name in [*_best_first(removed), *_best_first(zeroed)])
+    colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has one in both plots
+    drawn = []
+    if len({point.name for point in removed}) > 1:
+        drawn.append(_curves(removed, dense, colours))
+    if len({point.name for point in zeroed}) > 1 and len({point.where for point in zeroed}) <= _FEW:
+        drawn.append(_bars(zeroed, dense, colours))
+    return drawn
+
+
+def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str, str]) -> Picture:
+    figure, axes = _figure("What removing parameters costs", height=5)
+    for name, marker in zip(_best_first(points), itertools.cycle(MARKERS)):
+        for healed in (False, True):
+            own = sorted((point.at, point.ppl) for point in points if point.name == name and point.healed == healed)
+            colour = colours[_method(name)]
+            line, fill, label = ("--", "white", None) if healed else ("-", colour, plain(name))
+            axes.plot([x for x, _ in own], [y for _, y in own], line, color=colour, marker=marker, markersize=5, markerfacecolor=fill, label=label)
+    axes.set_xlabel("share of all parameters removed, measured")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    caption = "Results of one model under one protocol, at the share of all parameters that the written checkpoint lacks."
+    if any(point.healed for point in points):
+        axes.plot([], [], "--", color="#777777", marker="o", markerfacecolor="white", label="after recovery (LoRA)")
+        caption += " Dashed and hollow: after recovery with low-rank adapters."
+    values = [point.ppl for point in points] + ([] if dense is None else [dense])
+    low, high = min(values), max(values)
+    if high > _FAR * low:
+        axes.set_ylim(low / 1.1, _FAR * low)
+        caption += f" Above {_FAR} times the lowest perplexity nothing is drawn."
+    if wide := high > 3 * low:
+        logarithmic(axes, min(high / low, _FAR))
+    _finish(axes, dense, "perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
+    return Picture("compare-removed", png(figure), f"Perplexity against the share of parameters removed: {_readings(points)}", caption)
+
+
+def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, str]) -> Picture:
+    figure, axes = _figure("What zeroing weights costs", height=4.2)
+    groups = list(dict.fromkeys(point.where for point in sorted(points, key=lambda point: (point.at, point.where[0].isdigit(), point.where))))
+    names = _best_first(points)
+    wide = 0.8 / len(names)
+    for point in sorted(points, key=lambda point: (point.healed, names.index(point.name))):
+        nth = names.index(point.name)
+        x = groups.index(point.where) - 0.4 + wide * (nth + 0.5)
+        if point.healed:
+            axes.plot([x - wide * 0.4, x + wide * 0.4], [point.ppl, point.ppl], color="white", linewidth=2, linestyle=(0, (2, 1)))
+        else:
+            axes.bar(x, point.ppl, wide * 0.92, color=colours[point.name], label=None if groups.index(point.where) else plain(point.name))
+            axes.annotate(words.perplexity(point.ppl) or "", (x, point.ppl), ha="center", va="bottom", fontsize=8)
+    axes.set_xticks(range(len(groups)), [plain(group) for group in groups])
+    axes.grid(visible=False, axis="x")
+    caption = "Parameters stay, as zeros."
+    if any(point.healed for point in points):
+        caption += " White dashes: after recovery with low-rank adapters, which keeps the zeros."
+    _finish(axes, dense, "perplexity (lower is better)")
+    return Picture("compare-zeroed", png(figure), f"Perplexity where weights are zeroed: {_readings(points)}", caption)
+
+
+def _figure(title: str, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, height), dpi=DPI, layout="constrained", facecolor="white")
+    axes = figure.add_subplot(facecolor="white")
+    axes.set_title(title, fontsize=11, loc="left", color="#111111")
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(axes: Axes, dense: float | None, label: str) -> None:
+    if dense is not None:
+        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
+    axes.set_ylabel(label)
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _best_first(points: Sequence[_Point]) -> list[str]:
+    """The names, the one with the lowest perplexity first, by its mean over what it was measured at."""
+    return sorted({point.name for point in points}, key=lambda name: (fmean(point.ppl for point in points if point.name == name), name))
+
+
+def _method(name: str) -> str:
+    return name.partition(" ")[0]
+
+
+def _readings(points: Sequence[_Point]) -> str:
+    said: dict[str, list[str]] = {}
+    for point in sorted(points, key=lambda point: (point.name, point.healed, point.at)):
+        said.setdefault(point.name + " + LoRA" * point.healed, []).append(f"{words.perplexity(point.ppl)} at {point.where}")
+    return "; ".join(f"{name}: {', '.join(readings)}" for name, readings in said.items())
