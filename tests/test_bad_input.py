@@ -389,7 +389,7 @@ def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, 
         (["--protocol", "slicegpt", "--text", "IDS"], 2, "windows of 2048 tokens (protocol slicegpt) are outside [2, 64]"),
         (["--text", "wikitext2"], 1, "no tokenizer"),
         (["--text", "IDS", "--tasks", "cloze"], 1, "no tokenizer"),
-        (["--text", "IDS", "--limit", "0"], 2, "at least one window"),
+        (["--text", "IDS", "--limit", "0"], 2, "at least 1 is needed; leave it out to use everything"),
         (["--text", "IDS", "--seqlen", "0"], 2, "windows of 0 tokens"),
     ],
 )

@@ -245,15 +245,14 @@ def refuse(dense: Path, *args: Any) -> tuple[int, str]:
 @pytest.fixture
 def small_index(task_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the thirteen thousand files of lm-eval: two, one of which reads from the hub."""
-    from secateur.evaluate import harness
+    from secateur.evaluate import task_files as files
 
     folder = task_files.parent / "known"
     folder.mkdir()
     (folder / "piqa.yaml").write_text("task: piqa\ndataset_path: baber/piqa\noutput_type: multiple_choice\nvalidation_split: validation\n")
     (folder / "code.yaml").write_text((task_files / "tiny_written.yaml").read_text()[:-1] + ', "task": "code", "unsafe_code": true}')
     (folder / "own.py").write_text((task_files / "own.py").read_text())
-    real = harness._manager
-    monkeypatch.setattr(harness, "_manager", lambda folders, defaults: real((*folders, *([folder] if defaults else [])), False))
+    monkeypatch.setattr(files, "SHIPPED", folder)
 
 
 @pytest.mark.usefixtures("small_index")
@@ -263,7 +262,7 @@ def test_refusals(dense: Path, task_files: Path, tmp_path: Path) -> None:
     status, line = refuse(dense, "--tasks", "tiny_choice,piqa", "--include-path", task_files)
     assert (status, "did you mean tiny_choices" in line, "task files of your own: tiny_choices, tiny_classes" in line) == (2, True, True), line
     status, line = refuse(dense, "--tasks", "piqa")
-    assert (status, "task 'piqa' cannot be loaded" in line, "--include-path DIR" in line) == (1, True, True), line
+    assert (status, "task 'piqa' needs baber/piqa from the hub, which does not answer" in line, "--include-path DIR" in line) == (1, True, True), line
     status, line = refuse(dense, "--tasks", "code")
     assert (status, "task 'code' runs code that the model wrote" in line) == (1, True), line
     status, line = refuse(dense, "--tasks", "piqa", "--include-path", tmp_path / "absent")
@@ -274,11 +273,60 @@ def test_refusals(dense: Path, task_files: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "other.yaml").write_text("colour: green\n")
     status, line = refuse(dense, "--tasks", "piqa", "--include-path", tmp_path / "empty")
     assert (status, "none of its 1 .yaml files is one" in line) == (2, True), line
+    (tmp_path / "empty" / "broken.yaml").write_text("task: x\ndataset_kwargs: [1, 2\noutput_type: y\n")
+    status, line = refuse(dense, "--tasks", "piqa", "--include-path", tmp_path / "empty")
+    assert (status, "broken.yaml, line 3, column 12: not YAML" in line, "expected ',' or ']'" in line) == (2, True, True), line
     status, line = refuse(dense, "--include-path", task_files)
     assert (status, "name tasks too" in line) == (2, True), line
+    (task_files / "tiny_choices.jsonl").write_text("")
+    status, line = refuse(dense, "--tasks", "tiny_choices", "--include-path", task_files)
+    assert (status, "task 'tiny_choices' cannot be loaded" in line) == (1, True), line
     (task_files / "tiny_choices.jsonl").unlink()
     status, line = refuse(dense, "--tasks", "tiny_choices", "--include-path", task_files)
     assert (status, "task 'tiny_choices' cannot be loaded" in line) == (1, True), line
+
+
+@pytest.mark.usefixtures("small_index")
+def test_lm_evals_own_files_are_read_when_they_are_needed(task_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task is found by the text of its file; what a group of the user's names is found too; a tag needs all files."""
+    from secateur.evaluate import task_files as files
+
+    shipped = files.SHIPPED / "deeper"
+    shipped.mkdir()
+    for name in ("tiny_choices", "tiny_classes"):
+        settings = json.loads((task_files / f"{name}.yaml").read_text().replace("!function own.rows", '""')) | {"task": f"known_{name}", "tag": "labelled"}
+        lines = [f"{key}: {json.dumps(value)}" if value else f"{key}: !function own.rows" for key, value in settings.items()]
+        (shipped / f"{name}.yaml").write_text("\n".join(lines))
+    (shipped / "own.py").write_text((task_files / "own.py").read_text())
+    (task_files / "group.yaml").write_text('{"group": "both", "task": ["tiny_pairs", {"task": "known_tiny_choices", "num_fewshot": 0}]}')
+    real, read = files.manager, []
+
+    def reading(folders: tuple[Path, ...]) -> Any:
+        read.extend(folders)
+        return real(folders)
+
+    monkeypatch.setattr(files, "manager", reading)
+    loaded = find_tasks(["both"], task_files, limit=1).loaded
+    assert loaded is not None
+    assert (set(loaded.found["tasks"]), set(loaded.local)) == ({"tiny_pairs", "known_tiny_choices"}, {"tiny_pairs"})
+    assert files.SHIPPED not in read
+    loaded = find_tasks(["labelled"], limit=1).loaded
+    assert loaded is not None
+    assert set(loaded.found["tasks"]) == {"known_tiny_choices", "known_tiny_classes"}
+    assert files.hub_source(real((files.SHIPPED,)), "piqa") == "baber/piqa"
+
+
+def test_the_libraries_of_the_hub_are_offline_while_it_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    from secateur.core.hub import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with hub() as answers:
+        assert (answers, constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE) == (False, True, True)
+    assert (constants.is_offline_mode(), datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
 def test_without_the_extra(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

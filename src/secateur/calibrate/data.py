@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.bundled.text import documents
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.hub import hub
 
 Role = Literal["calibration", "evaluation"]
 
@@ -282,7 +283,9 @@ def _hub_data(name: str, role: Role, revision: str | None) -> Any:
 
     part = source.split[role]
     files = {part: source.files[role]} if source.files else None
-    try:
-        return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
-    except Exception as error:
-        raise SecateurError(f"text '{name}': the hub did not give {source.path} ({error}); check the network, or give a local file") from error
+    with hub() as answers:
+        try:
+            return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
+        except Exception as error:
+            why = error if answers else "it does not answer"
+            raise SecateurError(f"text '{name}': the hub did not give {source.path} ({why}); check the network, or give a local file") from error

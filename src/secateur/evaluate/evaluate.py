@@ -109,7 +109,7 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
         UsageError, SecateurError: what is asked cannot be.
     """
     if request.limit is not None and request.limit < 1:
-        raise UsageError(f"--limit {request.limit}: at least one window is needed")
+        raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
     tasks = find_tasks(request.tasks, request.include_path, request.limit)

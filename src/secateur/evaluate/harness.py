@@ -9,14 +9,12 @@ lm-eval takes seconds to import: only `tasks.py` imports this module, when a tas
 from __future__ import annotations
 
 import copy
-import difflib
-import functools
 import hashlib
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +26,16 @@ import numpy as np
 import tqdm
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import SecateurError
+from secateur.core.hub import hub
 from secateur.core.records import to_json
 from secateur.evaluate.answers import Answers, request_key
 from secateur.evaluate.classification import classification_scores
 from secateur.evaluate.continuations import Score, score_continuations
+from secateur.evaluate.task_files import Manager, find_names, hub_source, names_in, runs_code
 
-OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _BOOTSTRAPS = 1000  # for the standard errors of metrics that are no mean
 _GENERATE_TOGETHER = {"cuda": 32}
@@ -89,14 +87,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
         UsageError: a name that is none (the nearest are offered), or a folder without task files.
         SecateurError: data that cannot be read, for want of a network perhaps.
     """
-    folders = [OWN_TASKS] if include is None else [OWN_TASKS, _checked(include)]
-    manager = _manager(tuple(folders), False)
-    own = set(manager.all_tasks)
-    if not own.issuperset(names):  # reading the thirteen thousand files of lm-eval takes ten seconds
-        manager = _manager(tuple(folders), True)
-    for name in names:
-        if name not in manager.all_tasks:
-            raise _unknown(name, manager.all_tasks, builtin, include)
+    manager = find_names(names, include, builtin)
     found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         one = _load(manager, name)
@@ -106,7 +97,7 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
         _prepare(name, task)
     with _quiet():
         hashes = {name: _hash(name, task, limit) for name, task in found["tasks"].items()}
-    return Loaded(found, limit, hashes, frozenset(own & found["tasks"].keys()) - _names_in(OWN_TASKS))
+    return Loaded(found, limit, hashes, frozenset(found["tasks"]) & (names_in(include) if include else set()))
 
 
 def task_texts(loaded: Loaded) -> tuple[list[str], list[str]]:
@@ -128,52 +119,41 @@ def _answer(task: Any, doc: Any) -> str:
     return f"{task.config.target_delimiter}{target[0] if isinstance(target, list) else target}"
 
 
-@functools.cache
-def _manager(folders: tuple[Path, ...], defaults: bool) -> Any:
-    return TaskManager(include_path=list(folders), include_defaults=defaults)
-
-
-def _names_in(folder: Path) -> set[str]:
-    return set(_manager((folder,), False).all_tasks)
-
-
-def _checked(include: Path) -> Path:
-    """The folder of task files, found to hold some."""
-    if not include.is_dir():
-        raise UsageError(f"--include-path {include}: no such folder; give the folder of lm-eval task files (*.yaml)")
-    folder = include.resolve()
-    if not _names_in(folder):
-        files = len(list(folder.glob("**/*.yaml")))
-        held = f"none of its {files} .yaml files is one" if files else "it has no .yaml files"
-        raise UsageError(f"--include-path {include}: no task files of lm-eval ({held}); a task file is a .yaml that names 'task:' and its data")
-    return folder
-
-
-def _unknown(name: str, known: Sequence[str], builtin: Sequence[str], include: Path | None) -> UsageError:
-    near = difflib.get_close_matches(name, [*builtin, *known], n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    local = ", ".join(sorted(_names_in(include.resolve()))) if include else "none, for want of --include-path"
-    listed = f"`lm-eval ls tasks` lists the {len(known):,} names that lm-eval {version()} knows"
-    return UsageError(f"unknown task '{name}'{hint} ({listed}; task files of your own: {local})")
-
-
-def _load(manager: Any, name: str) -> dict[str, Any]:
-    try:
-        with _quiet():
-            loaded: dict[str, Any] = manager.load([name])
-    except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"task '{name}' cannot be loaded ({said})"
-        if isinstance(error, ConnectionError | TimeoutError) or os.environ.get("HF_DATASETS_OFFLINE") == "1":
-            message += "; its data is on the hub: check the network, or give --include-path DIR of task files that read files on this machine (docs/tasks.md)"
-        raise SecateurError(message) from error
+def _load(manager: Manager, name: str) -> dict[str, Any]:
+    if runs_code(manager, name):
+        raise _writes_code(name)
+    source = hub_source(manager, name)
+    with hub() if source else nullcontext(True) as answers:
+        try:
+            with _quiet():
+                loaded: dict[str, Any] = manager.load([name])
+        except Exception as error:
+            own = "give --include-path DIR with a task file of that name that reads files on this machine (data_files; docs/tasks.md shows one)"
+            if not answers:
+                raise SecateurError(f"task '{name}' needs {source} from the hub, which does not answer; check the network, or {own}") from error
+            lost = f"; check the network, or {own}" if source and isinstance(error, ConnectionError | TimeoutError) else ""
+            raise SecateurError(f"task '{name}' cannot be loaded ({_reason(error)}){lost}") from error
     return loaded
+
+
+def _reason(error: BaseException) -> str:
+    """In a line: what is at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, StopIteration):
+        return "its data is empty"
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if " " in first else f"{type(error).__name__}: {first}".removesuffix(": ")
+
+
+def _writes_code(name: str) -> SecateurError:
+    return SecateurError(f"task '{name}' runs code that the model wrote, which is not done here; use lm-eval itself, in a container")
 
 
 def _prepare(name: str, task: Any) -> None:
     """What lm-eval does to tasks before it asks them: none of their own means zero shots."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise SecateurError(f"task '{name}' runs code that the model wrote, which is not done here; use lm-eval itself, in a container")
+        raise _writes_code(name)
     if getattr(task, "MULTIMODAL", False):
         raise SecateurError(f"task '{name}' shows pictures or sounds, which a text model cannot take")
     if task.get_config("num_fewshot") is None:

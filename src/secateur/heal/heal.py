@@ -177,7 +177,7 @@ def _check_request(request: HealRequest) -> None:
     if request.schedule not in SCHEDULES:
         raise UsageError(f"unknown --schedule '{request.schedule}' (allowed: {', '.join(SCHEDULES)})")
     if request.limit is not None and request.limit < 1:
-        raise UsageError(f"--limit {request.limit}: at least one window is needed")
+        raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
     if request.calibration is not None:
         check_spec(request.calibration)
 

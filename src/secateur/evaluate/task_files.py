@@ -1,0 +1,152 @@
+"""Where the tasks of lm-eval are: in the user's files, in ours, in the thirteen thousand of its own.
+
+lm-eval reads all of these as YAML before it knows a name, which takes ten seconds. Searched as text they say in less than one which folder has a task;
+all are read for groups, tags and unknown names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import yaml  # type: ignore[import-untyped]
+from lm_eval.tasks import TaskManager
+
+from secateur.core.errors import UsageError
+
+OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
+SHIPPED = Path(lm_eval.tasks.__file__).parent
+Manager = Any  # lm-eval has no types
+_READERS = ("json", "csv", "parquet", "text", "arrow")  # of files, by the names that `datasets` gives them
+
+
+def find_names(names: Sequence[str], include: Path | None, builtin: Sequence[str]) -> Manager:
+    """The manager that knows these tasks, groups and tags.
+
+    Args:
+        names: of tasks, groups and tags.
+        include: a folder of task files; they come before lm-eval's own of the same name.
+        builtin: names that need no lm-eval, to offer where a name is unknown.
+
+    Raises:
+        UsageError: a name that is none (the nearest are offered), a folder without task files, a file that is no YAML.
+    """
+    given = (OWN_TASKS,) if include is None else (OWN_TASKS, _checked(include))
+    found = manager(given)
+    if missing := unknown_among(found, names):
+        found = manager((*dict.fromkeys(folder for name in sorted(missing) if (folder := _folder_of(name))), *given))
+    if unknown_among(found, names):
+        found = manager((SHIPPED, *given))
+    if missing := unknown_among(found, names):
+        raise _unknown(sorted(missing)[0], found.all_tasks, builtin, include)
+    return found
+
+
+@functools.cache
+def manager(folders: tuple[Path, ...]) -> Manager:
+    """lm-eval's manager of the files in some folders; of two tasks with one name the later folder's counts."""
+    return TaskManager(include_path=list(folders), include_defaults=False)
+
+
+def unknown_among(found: Manager, names: Iterable[str]) -> set[str]:
+    """Which names, and members of groups, the manager does not know."""
+    return {name for name in leaves(found, names) if name not in found.task_index}
+
+
+def leaves(found: Manager, names: Iterable[str]) -> list[str]:
+    """The tasks that are asked for, one by one, in place of groups and tags; unknown names too."""
+    todo, seen, single = list(names), set(), []
+    while todo:
+        name = todo.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        entry = found.task_index.get(name)
+        members = [] if entry is None else sorted(entry.tags) if entry.yaml_path is None else _members((entry.cfg or {}).get("task"))
+        todo += members
+        if set(members) <= {name}:
+            single.append(name)
+    return single
+
+
+def _members(task: Any) -> list[str]:
+    """Of what a file has under `task`: a name, or names and settings of a group's members, nested perhaps."""
+    if isinstance(task, str):
+        return [task]
+    if isinstance(task, dict):
+        return _members(task.get("task"))
+    return [name for part in task or () for name in _members(part)]
+
+
+def hub_source(found: Manager, name: str) -> str | None:
+    """The data set of the hub that a task reads, or the first one that a group does; None where all lies on this machine, as far as the files tell."""
+    sources = (_source(found.task_index[leaf].cfg or {}) for leaf in leaves(found, [name]))
+    return next(filter(None, sources), None)
+
+
+def _source(settings: dict[str, Any]) -> str | None:
+    path, given = settings.get("dataset_path"), settings.get("dataset_kwargs") or {}
+    if "class" in settings:
+        return "its data"
+    if not isinstance(path, str) or "custom_dataset" in settings or Path(path).exists():
+        return None
+    return None if path in _READERS and "://" not in str(given) else path
+
+
+def runs_code(found: Manager, name: str) -> bool:
+    """Whether a task says that it runs what the model wrote."""
+    return any((found.task_index[leaf].cfg or {}).get("unsafe_code") for leaf in leaves(found, [name]))
+
+
+def names_in(folder: Path) -> set[str]:
+    """The tasks, groups and tags of a folder of task files."""
+    return set(manager((folder.resolve(),)).all_tasks)
+
+
+def _checked(include: Path) -> Path:
+    """The folder of task files, found to hold some, and nothing that is broken: lm-eval passes over what it cannot read."""
+    if not include.is_dir():
+        raise UsageError(f"--include-path {include}: no such folder; give the folder of lm-eval task files (*.yaml)")
+    files = sorted(include.glob("**/*.yaml"))
+    for file in files:
+        _check_yaml(file)
+    if not names_in(include):
+        held = f"none of its {len(files)} .yaml files is one" if files else "it has no .yaml files"
+        raise UsageError(f"--include-path {include}: no task files of lm-eval ({held}); a task file is a .yaml that names 'task:' and its data")
+    return include.resolve()
+
+
+def _check_yaml(file: Path) -> None:
+    try:
+        yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise UsageError(f"{file}{where}: not YAML ({problem}); mend it, or move it out of --include-path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not YAML ({str(error).splitlines()[0]}); mend it, or move it out of --include-path") from None
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder of lm-eval's that has a task of this name."""
+    line = re.compile(rf"^[ \t]*[\"']?task[\"']?:[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*(#.*)?$", re.MULTILINE)
+    return next((file.parent for file, text in _texts(SHIPPED) if line.search(text)), None)
+
+
+@functools.cache
+def _texts(folder: Path) -> list[tuple[Path, str]]:
+    return [(file, file.read_text("utf-8", errors="replace")) for file in sorted(folder.glob("**/*.yaml"), key=Path.as_posix)]
+
+
+def _unknown(name: str, known: Sequence[str], builtin: Sequence[str], include: Path | None) -> UsageError:
+    near = difflib.get_close_matches(name, [*builtin, *known], n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    own = ", ".join(sorted(names_in(include))) if include else "none, for want of --include-path"
+    listed = f"`lm-eval ls tasks` lists the {len(known):,} names that lm-eval {lm_eval.__version__} knows"
+    return UsageError(f"unknown task '{name}'{hint} ({listed}; task files of your own: {own})")
