@@ -55,6 +55,7 @@ ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="A named 
 Tasks = Annotated[str, typer.Option(metavar="TASK,...", help="cloze, any task of lm-eval, or the presets disp-llm and modules.")]
 IncludePath = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of task files for lm-eval.")]
 Limit = Annotated[int | None, typer.Option(help="Use the first so many windows and items.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and what it would take.")]
 Against = Annotated[str | None, typer.Option(metavar="DENSE", help="Also say how behaviour shifted from this model.")]
 
 
@@ -78,7 +79,7 @@ def prune(
     text_field: TextField = "text",
     spill: Annotated[bool, typer.Option("--spill", help="Keep calibration activations on disk instead of in memory.")] = False,
     stock_only: Annotated[bool, typer.Option("--stock-only", help="Refuse results that are not a stock architecture.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and what it would take.")] = False,
+    dry_run: DryRun = False,
     records: Records = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -184,7 +185,7 @@ def sweep(
 @study.command(name="modules")
 def study_modules(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder of the study: records.jsonl, and the text of tasks it calibrates on.")],
+    out: Annotated[Path | None, typer.Option(help="The folder of the study: records.jsonl, and the text of tasks it calibrates on.")] = None,
     method: Annotated[str, typer.Option(help="A method with a mask for each matrix.")] = "wanda",
     kinds: Annotated[str, typer.Option(metavar="NAME,...", help="Names as in --modules. Default: each projection, attention, mlp, all.")] = "",
     sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="In [0, 1]. Default: 0.1 to 0.9, 0.95, 1.")] = "",
@@ -206,6 +207,7 @@ def study_modules(
     tasks: Tasks = "",
     include_path: IncludePath = None,
     limit: Limit = None,
+    dry_run: DryRun = False,
     records: Records = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -230,6 +232,14 @@ def study_modules(
             _numbers(grid, "--grid", highest=1.0) if grid else (),
             mode,
         )
+        if dry_run:
+            held = (records or (out and out / "records.jsonl")) if resume else None
+            _print(modules.estimate(request, asked, measure, records_file=held), json)
+            if measure.tasks:
+                _tell("what the tasks take is not in the estimate")
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
         found = list(modules.run(request, asked, out, measure, jobs=jobs, resume=resume, overwrite=overwrite, records_file=records))
         study = told.read_studies(found)[0]
         verdict = told.verdict(study)
@@ -248,7 +258,7 @@ def study_modules(
 @study.command(name="disp-llm")
 def study_disp_llm(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder for the checkpoints and records.jsonl.")],
+    out: Annotated[Path | None, typer.Option(help="The folder for the checkpoints and records.jsonl.")] = None,
     sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="The fractions of all parameters to remove.")] = "0.3,0.5",
     parts: Annotated[str, typer.Option(help="Parts of the study, comma-separated; an unknown one lists them. Default: all.")] = "",
     calibration: Calibration = None,
@@ -262,8 +272,10 @@ def study_disp_llm(
     text: Text = None,
     protocol: ProtocolOption = None,
     tasks: Tasks = "",
+    include_path: IncludePath = None,
     limit: Limit = None,
     against: Annotated[bool, typer.Option("--against-dense", help="Also measure the shift from the dense model.")] = False,
+    dry_run: DryRun = False,
     records: Records = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -279,8 +291,15 @@ def study_disp_llm(
         request = api.Request(
             model, disp_llm.METHOD, None, None, None, None, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
         )  # fmt: skip
-        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype)
+        measure = api.EvalRequest(
+            model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=include_path
+        )  # fmt: skip
         wanted, chosen = _numbers(sparsity, "--sparsity"), _names(parts)
+        if dry_run:
+            _print(disp_llm.estimate(request, wanted, parts=chosen), json)
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
         found = []
         for record in disp_llm.run(request, wanted, out, measure, parts=chosen, resume=resume, overwrite=overwrite, records_file=records):
             found.append(record)

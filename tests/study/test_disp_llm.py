@@ -28,6 +28,13 @@ def test_every_part_is_the_full_method_with_something_varied() -> None:
     assert {cell.request.sparsity for cell in found if cell.part == "lambda"} == {0.5}
 
 
+def test_a_dry_run_names_the_runs(saved: Callable[..., Path], ids_file: str) -> None:
+    args = ["study", "disp-llm", str(saved("llama")), "--calibration", ids_file, "--sparsity", "0.4", "--set", "steps=7", "--parts", "norm,constrained"]
+    said = json.loads(CliRunner().invoke(app, [*args, "--dry-run", "--json"]).stdout)
+    assert said["runs"] == ["disp_llm-steps=7-0.4", "disp_llm-norm=selected-steps=7-0.4", "disp_llm-constrained=True-steps=7-0.4"]
+    assert said["steps"] == 21
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [

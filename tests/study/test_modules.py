@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,66 @@ def test_calibration_on_the_text_of_a_task(tmp_path: Path) -> None:
     file = tmp_path / "s" / "task-cloze.jsonl"
     assert found[1]["calibration"]["spec"] == str(file)
     assert len(file.read_text().splitlines()) == 300
+
+
+def _task(folder: Path, name: str, **fields: Any) -> None:
+    given = {"dataset_path": "json", "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{query}}", "doc_to_target": "gold"}
+    files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    measured = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    content = {"task": name, **given, "doc_to_choice": "choices", "dataset_kwargs": {"data_files": files}, "metric_list": measured, **fields}
+    (folder / f"{name}.yaml").write_text(json.dumps(content))
+
+
+def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Questions with their right answers, of the training part where there is one; those without an answer are left out."""
+    files = tmp_path / "files"
+    files.mkdir()
+    rows = {part: [{"query": f"{part} {i} is", "choices": ["a", "bee"], "gold": i % 2} for i in range(40)] for part in ("train", "test")}
+    rows["train"].append({"query": "unanswered", "choices": ["a", "bee"], "gold": -1})
+    for part, items in rows.items():
+        (files / f"{part}.jsonl").write_text("\n".join(map(json.dumps, items)))
+    _task(files, "learned", training_split="train")
+    _task(files, "measured", doc_to_text="gold", doc_to_target="{{query}}")  # the choices stand in front of what is scored
+    out = tmp_path / "s"
+    asked = Asked(("q",), (0.5,))
+    request = api.Request("bundled", "wanda", samples=2, seqlen=64, calibration="task:learned+measured")
+    measure = api.EvalRequest("bundled", limit=1, include_path=files)
+    with pytest.raises(api.SecateurError, match="lower --samples"):
+        list(modules.run(replace(request, samples=10**4), asked, out, measure))
+    with pytest.raises(api.UsageError, match="unknown method"):
+        list(modules.run(replace(request, method="wand"), asked, out, measure))
+    assert not out.exists(), "what is refused is in nobody's way"
+    found = list(modules.run(request, asked, out, measure))
+    assert "warning: measured have no training part" in capsys.readouterr().err
+    texts = [json.loads(line)["text"] for line in (out / "task-learned-measured.jsonl").read_text().splitlines()]
+    answered = [f"train {i} is {['a', 'bee'][i % 2]}" for i in range(40)]
+    assert texts == answered + [f"{['a', 'bee'][i % 2]} test {i} is" for i in range(40)]
+    plain = replace(request, calibration=str(out / "task-learned-measured.jsonl"))
+    again = list(modules.run(plain, asked, tmp_path / "again", measure=replace(measure, include_path=None)))
+    assert [r["ppl"] for r in again] == [r["ppl"] for r in found]
+
+
+def test_a_dry_run_counts_what_the_run_does(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense, out = saved("llama"), tmp_path / "out"
+    args = ["study", "modules", dense, "--calibration", ids_file, "--text", ids_file, "--kinds", "v,mlp", "--sparsity", "0.5,1", "--json"]
+
+    def dry(*more: Any) -> dict[str, Any]:
+        done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--dry-run"]])
+        assert done.exit_code == 0, done.stderr
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    said = dry("--out", out)
+    assert not out.exists()
+    assert (said["cells"], said["cells_done"], said["cells_to_calibrate"], said["calibrations"]) == (5, 0, 4, 1)
+    assert (said["calibration_tokens"], said["evaluation_tokens"]) == (120, 5 * 120)
+    assert said["seconds_estimated"] >= 0
+    assert dry("--mode", "sequential")["calibration_tokens"] == 4 * 120
+    assert dry("--method", "magnitude")["calibrations"] == 0
+    _study(dense, ids_file, out, Asked(("v",), (0.5,)))
+    assert dry("--out", out, "--resume")["cells_done"] == 2
+    missing = CliRunner().invoke(app, [str(a) for a in args])
+    assert (missing.exit_code, "--out DIR is missing" in missing.stderr) == (2, True)
 
 
 def _record(kind: str, sparsity: float, ppl: float, size: int, tasks: dict[str, Any] | None = None) -> records.Record:

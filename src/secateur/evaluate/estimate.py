@@ -24,8 +24,8 @@ def estimate(prepared: Prepared) -> Record:
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation or job.learns else 0
     passes = 4 if _differentiates(prepared) else 2  # of the tokens through the weights
-    work = 2 * (passes * tokens + TOKENS * cells_to_measure(job)) * view.matrix_parameters()
-    seconds = work / matrix_rate(prepared.device, prepared.dtype) * _OVERHEAD + 2 * before * stored / _DISK_BYTES_A_SECOND
+    computing = forward_seconds(passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype)
+    seconds = computing + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {
         "command": "prune",
         "dry_run": True,
@@ -39,6 +39,11 @@ def estimate(prepared: Prepared) -> Record:
         "disk_bytes": 2 * (before if after is None else after) * stored,
         "seconds_estimated": None if _trains(prepared) else round(seconds, 1),
     }
+
+
+def forward_seconds(tokens: float, weights: int, device: torch.device, dtype: torch.dtype) -> float:
+    """What so many tokens take through matrices of so many weights, from a short measurement of this machine."""
+    return 2 * tokens * weights / matrix_rate(device, dtype) * _OVERHEAD
 
 
 def _differentiates(prepared: Prepared) -> bool:

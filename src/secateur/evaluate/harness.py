@@ -107,16 +107,23 @@ def task_texts(loaded: Loaded) -> tuple[list[str], list[str]]:
         if not task.has_training_docs():
             same.append(name)
         with _quiet():
-            docs = list(task.training_docs() if task.has_training_docs() else task.eval_docs)
-            texts += [str(task.doc_to_text(doc)) + _answer(task, doc) for doc in docs]
+            texts += [text for doc in (task.training_docs() if task.has_training_docs() else task.eval_docs) if (text := _solved(task, doc))]
     return texts, same
 
 
-def _answer(task: Any, doc: Any) -> str:
-    target = task.doc_to_target(doc)
-    if isinstance(target, int):
-        target = task.doc_to_choice(doc)[target]
-    return f"{task.config.target_delimiter}{target[0] if isinstance(target, list) else target}"
+def _solved(task: Any, doc: Any) -> str:
+    """A question with its right answer; nothing where the answer is not told."""
+    asked, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else []
+    if getattr(task, "multiple_input", 0):  # the choices are contexts, and what follows is the same
+        asked, target = (choices[asked] if asked in range(len(choices)) else None), target
+    elif isinstance(target, int):
+        target = choices[target] if target in range(len(choices)) else None
+    if isinstance(target, list):
+        target = target[0] if target else None
+    if asked is None or target is None:
+        return ""
+    return f"{asked}{task.config.target_delimiter}{target}" if asked else str(target)
 
 
 def _load(manager: Manager, name: str) -> dict[str, Any]:

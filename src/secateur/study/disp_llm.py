@@ -107,11 +107,27 @@ def run(
         out: the folder that receives one checkpoint a cell, and `records.jsonl`.
         measure, resume, overwrite, records_file: as for `api.sweep`.
     """
+    yield from api.prune_and_measure(runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+
+
+def runs(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, api.Request]:
+    """What is made, each once, by the names of their folders; arguments and errors are those of `cells`."""
     distinct: dict[str, api.Request] = {}
     for cell in cells(base, sparsities, parts):
         request = replace(cell.request, options=_without_defaults(cell.request.options))
         distinct.setdefault(_name(request), request)
-    yield from api.prune_and_measure(distinct, out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+    return distinct
+
+
+def estimate(base: api.Request, sparsities: Sequence[float], *, parts: Sequence[str] = ()) -> Record:
+    """`--dry-run`: `runs`, the names of what would be made beside the dense model, and all `steps` of learning; how long a step takes, nothing here knows.
+
+    Raises:
+        UsageError, SecateurError: as `run` does before the work.
+    """
+    found = runs(base, sparsities, parts)
+    steps = sum(api.prepare(request).job.options.steps for request in found.values())
+    return {"command": "study", "study": "disp-llm", "dry_run": True, "model": base.model, "runs": list(found), "steps": steps}
 
 
 def _name(request: api.Request) -> str:

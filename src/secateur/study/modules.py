@@ -17,10 +17,11 @@ import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ from secateur.allocation.dense import DenseModel
 from secateur.calibrate.data import ids_hash
 from secateur.calibrate.stream import Stream
 from secateur.core import records
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
 from secateur.driver import Job, make_job, pruned_blocks
+from secateur.evaluate.estimate import forward_seconds
 from secateur.evaluate.evaluate import Questions, prepare_questions
 from secateur.evaluate.tasks import task_texts
 from secateur.models.load import BUNDLED, load_model
@@ -168,11 +170,10 @@ def run(
         raise UsageError(f"--jobs {jobs}: at least one process is needed")
     if not resume:
         refuse_existing(out, overwrite)
-    work = _Work(_with_task_text(request, measure, out), asked.mode, replace(measure, model=request.model, revision=request.revision), str(out))
-    wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
+    work, wanted = _prepare(request, asked, measure, out)
     if overwrite and not resume and records_file is None:
         file.unlink(missing_ok=True)
-    done = {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
+    done = _finished(file)
     missing = [cell for cell in wanted if work.key(cell) not in done]
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {file} already")
@@ -186,23 +187,84 @@ def run(
     yield from (done[work.key(cell)] for cell in wanted)
 
 
-def _with_task_text(request: api.Request, measure: api.EvalRequest, out: Path) -> api.Request:
-    """A request that calibrates on tasks, with their text written to a file of the study."""
+def _finished(file: Path) -> dict[str, Record]:
+    """The cells that a file of records holds, by their keys."""
+    return {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
+
+
+def estimate(request: api.Request, asked: Asked, measure: api.EvalRequest, *, records_file: Path | None = None) -> Record:
+    """`--dry-run`: what `run` would do. Text and tasks are read, nothing is written, no weights are read.
+
+    Args:
+        request, asked, measure: as for `run`.
+        records_file: cells that it holds are done already; None where none are.
+
+    Returns:
+        `cells`, `cells_done`, `cells_to_calibrate`, `calibrations` (passes over the calibration text), `calibration_tokens` and `evaluation_tokens` of all
+        of them, and `seconds_estimated` of one process, without what tasks take.
+
+    Raises:
+        UsageError, SecateurError: as `run` does before it measures.
+    """
+    with TemporaryDirectory() as folder:
+        work, wanted = _prepare(request, asked, measure, Path(folder))
+        settings = work.settings
+    view, job = work.prepared.job.view, work.prepared.job
+    done = _finished(records_file) if records_file else {}
+    missing = [cell for cell in wanted if not done or work.key(cell) not in done]
+    calibrated = sum(bool(cell.modules) for cell in missing) if job.streams else 0
+    passes = min(calibrated, 1) if asked.mode == "shared" else calibrated
+    calibration_tokens = 0 if work.windows is None else passes * work.windows.numel()
+    evaluation_tokens = len(missing) * sum(len(window) for window in work.questions.windows)
+    matrices, head = view.matrix_parameters(), view.config.vocab_size * view.config.hidden_size
+    place = work.questions.device, work.questions.dtype
+    return {
+        "command": "study",
+        "study": "modules",
+        "dry_run": True,
+        **{name: value for name, value in settings.items() if name not in ("sparsity", "modules")},
+        "cells": len(wanted),
+        "cells_done": len(wanted) - len(missing),
+        "cells_to_calibrate": calibrated,
+        "calibrations": passes,
+        "calibration_tokens": calibration_tokens,
+        "evaluation_tokens": evaluation_tokens,
+        "seconds_estimated": round(forward_seconds(2 * calibration_tokens, matrices, *place) + forward_seconds(evaluation_tokens, matrices + head, *place), 1),
+    }
+
+
+def _prepare(request: api.Request, asked: Asked, measure: api.EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
+    """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
     spec = request.calibration or ""
-    if not spec.startswith(TASK):
-        return request
-    names = [name for name in spec.removeprefix(TASK).split("+") if name]
-    if not names:
+    names = [name for name in spec.removeprefix(TASK).split("+") if name] if spec.startswith(TASK) else []
+    if spec.startswith(TASK) and not names:
         raise UsageError("--calibration task: names no task; write task:NAME, or task:NAME+NAME")
+    asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
+    work = _Work(replace(request, calibration=None) if names else request, asked.mode, asking, str(folder))
+    wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
+    if names:
+        file = _write_task_text(names, measure, folder)
+        work = replace(work, request=replace(request, calibration=str(file), text_field="text"))
+        try:
+            _ = work.settings  # reads the text
+        except SecateurError:
+            file.unlink()
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+    return work, wanted
+
+
+def _write_task_text(names: Sequence[str], measure: api.EvalRequest, folder: Path) -> Path:
     texts, same = task_texts(names, measure.include_path)
     if same:
         say(f"warning: {', '.join(same)} have no training part: calibrated on the items that they are measured on")
-    file = out / f"task-{'-'.join(names)}.jsonl"
+    file = folder / f"task-{'-'.join(names)}.jsonl"
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     if not (file.is_file() and file.read_text("utf-8") == content):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content, "utf-8")
-    return replace(request, calibration=str(file), text_field="text")
+    return file
 
 
 @dataclass(frozen=True)
