@@ -128,10 +128,15 @@ def test_save_pretrained_of_a_reloaded_model_round_trips(pruned: Callable[..., P
 
 
 REMOTE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
+import os, sys, torch
+from pathlib import Path
 for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code={trust})
+    os.chdir(folder)
+    code = Path("README.md").read_text().partition("```python\\n")[2].partition("```")[0]
+    assert ("trust_remote_code=True" in code) == {trust}
+    made = dict()
+    exec(code, made)
+    model = made["model"]
     ids = torch.tensor([[5, 9, 11, 4]])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     model.save_pretrained(folder + "-again")
@@ -141,12 +146,12 @@ assert "secateur" not in sys.modules
 
 
 def run_without_secateur(folders: list[Path], cache: Path, *, trust: bool) -> list[str]:
-    """One process that has torch and transformers but no secateur, for all folders: starting it is what takes time. A line for each."""
+    """The code of the cards in a process without secateur, one for all folders, since starting it is what takes time. A line for each."""
     blocked = cache / "blocked"
     blocked.mkdir(parents=True, exist_ok=True)
     (blocked / "secateur.py").write_text("raise ImportError('secateur is hidden from this process')")
     environment = {**os.environ, "HF_HOME": str(cache / "hf"), "HF_MODULES_CACHE": str(cache / "modules"), "PYTHONPATH": str(blocked)}
-    done = subprocess.run([sys.executable, "-c", REMOTE.format(trust=trust), *map(str, folders)], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", REMOTE.format(trust=trust), *map(str, folders)], input="", capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip().splitlines()
 
@@ -154,6 +159,9 @@ def run_without_secateur(folders: list[Path], cache: Path, *, trust: bool) -> li
 @pytest.mark.slow
 def test_remote_code_loads_generates_and_saves_without_secateur(pruned: Callable[..., Path], tmp_path: Path) -> None:
     folders = [pruned(model_type) for model_type in FAMILY_TYPES]
+    api.prune(api.Request("bundled", "magnitude", modules="*.0.mlp.*=0.5", pattern="columns"), tmp_path / "tokenized")
+    folders.append(tmp_path / "tokenized")
+    assert "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)" in (folders[-1] / "README.md").read_text()
     for folder, said in zip(folders, run_without_secateur(folders, tmp_path / "cache", trust=True), strict=True):
         model = AutoModelForCausalLM.from_pretrained(folder)
         ids = torch.tensor([[5, 9, 11, 4]])

@@ -36,16 +36,31 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
             f"LoRA of rank {heal['rank']}, alpha {heal['alpha']:g}, on {heal['targets']}, {heal['steps']} steps of {heal['batch']} from "
             f"{data['spec']} ({data['samples']} x {data['seqlen']} tokens), seed {heal['seed']}" + (", kept apart" if heal["keep_adapter"] else ", merged")
         )
-    loading = (
-        f"The blocks are not those of a stock architecture ({not_stock}): load with `trust_remote_code=True`, or `import secateur` first."
-        if not_stock
-        else "A stock architecture: `AutoModelForCausalLM.from_pretrained` loads it as it is."
-    )
+    loading = _loading(checkpoint, not_stock, adapter=bool(heal and heal["keep_adapter"]))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     licence = _licence(checkpoint.folder)
     front = [f"base_model: {name}", "library_name: transformers", "pipeline_tag: text-generation", *([f"license: {licence}"] if licence else [])]
     head = "\n".join(["---", *front, "---", f"# {name}, pruned with {settings['method']}", "", f"Made by secateur {records.version()}."])
     return f"{head}\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"
+
+
+def _loading(checkpoint: Checkpoint, not_stock: str | None, *, adapter: bool) -> str:
+    """How to load it, as code that runs where this folder is."""
+    if adapter:
+        return "An adapter in peft's form, without the model: `PeftModel.from_pretrained(model, folder)` puts it on the checkpoint that it was trained on."
+    words = "A stock architecture, which loads as it is:"
+    if not_stock:
+        words = f"The blocks are not those of a stock architecture ({not_stock}): load with `trust_remote_code=True`, or without it after `import secateur`."
+    trust = ", trust_remote_code=True" if not_stock else ""
+    tokenizer = any(checkpoint.folder.glob("tokenizer*"))
+    code = [
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if tokenizer else ''}",
+        "",
+        'folder = "."  # where this file is',
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+        *([f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})"] if tokenizer else []),
+    ]
+    return "\n".join([words, "", "```python", *code, "```"])
 
 
 def note_measurement(folder: Path, record: Mapping[str, Any]) -> None:
