@@ -135,7 +135,7 @@ def plan(
     job = make_job(view_model(model), model.dtype, chosen, settings, sparsity, modules, seed)
     job = replace(job, device=model.device, dtype=dtype or model.dtype)
     stream = None
-    if windows is None and (job.streams or job.learns or job.allocation):
+    if windows is None and job.calibrates:
         raise UsageError(f"{f'modules={modules!r}' if job.allocation else f'method {method!r}'} calibrates: give windows, token ids [samples, seqlen]")
     if job.allocation:
         assert windows is not None

@@ -64,12 +64,12 @@ class Job:
     @property
     def learns(self) -> bool:
         """Whether parameters of the whole model are to be removed, wherever they are."""
-        return self.method.counts_parameters and bool(self.sparsity)
+        return self.method.counts_parameters(self.options) and bool(self.sparsity)
 
     @property
     def whole_model(self) -> bool:
         """Whether the plan is made for all blocks at once."""
-        return self.learns or (self.method.plan_block is not None and bool(getattr(self.options, "whole_model", False)))
+        return self.method.whole_model(self.options) and (bool(self.sparsity) or any(self.rates))
 
     @property
     def rotates(self) -> bool:
@@ -80,6 +80,11 @@ class Job:
     def streams(self) -> bool:
         """Whether calibration tokens have to pass through the blocks."""
         return self.rotates or (self.method.statistics is not None and not self.whole_model and any(self.rates))
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration tokens are needed at all."""
+        return self.streams or self.allocation is not None or (self.whole_model and self.method.module.CALIBRATION is not None)
 
     @property
     def last(self) -> int:
@@ -109,13 +114,15 @@ def make_job(
         UsageError: a sparsity outside its range, or modules that do not go with the method.
         SecateurError: the method cannot do this model.
     """
-    if method.counts_parameters:
+    if method.counts_parameters(options):
         return _whole_job(view, method, options, sparsity, modules, seed)
     if method.plan_place is None:
-        pattern = parse_pattern(getattr(options, "pattern", "unstructured"))
+        pattern = method.pattern(options) or parse_pattern("unstructured")
         allocation = modules if modules in ALLOCATIONS else None
         if allocation is not None:
             check_allocation(allocation, sparsity, pattern)
+            if method.plan_block is None:
+                raise UsageError(f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; use --sparsity")
         rates = resolve_rates(view, sparsity, None if allocation else modules, pattern)
         return Job(view, method, options, rates, seed=seed, allocation=allocation if sparsity else None)
     if modules is not None:
@@ -147,7 +154,7 @@ def _whole_job(view: ModelView, method: Method, options: Any, sparsity: float | 
 def pruned_blocks(
     job: Job, windows: Tensor | None, stream: Stream | None, watch: Stopwatch, finished: Finished = lambda _: None
 ) -> Iterator[tuple[BlockView, BlockPlan]]:
-    """Every block after its cut, with its plan, in order.
+    """Every block after its cut, with its plan, in order. A plan of the whole model is made before this returns.
 
     Args:
         job: what to do.
@@ -161,9 +168,13 @@ def pruned_blocks(
     """
     if job.rotates:
         assert stream is not None
-        yield from _rotated_blocks(job, stream, watch, finished)
-        return
-    plans = whole_model_plan(job, windows, watch) if job.whole_model else None
+        return _rotated_blocks(job, stream, watch, finished)
+    return _cut_blocks(job, whole_model_plan(job, windows, watch) if job.whole_model else None, stream, watch, finished)
+
+
+def _cut_blocks(
+    job: Job, plans: Sequence[BlockPlan] | None, stream: Stream | None, watch: Stopwatch, finished: Finished
+) -> Iterator[tuple[BlockView, BlockPlan]]:
     for index in range(job.view.blocks):
         done = finished(index)
         if done is None:

@@ -107,7 +107,7 @@ class Prepared:
     def calibration(self) -> str | None:
         """The text SPEC, None where the method needs no calibration."""
         own = self.job.method.module.CALIBRATION or ("c4" if self.job.allocation else None)
-        if own is None or not (self.job.rotates or self.job.learns or any(self.job.rates)):
+        if own is None or not (self.job.rotates or self.job.whole_model or any(self.job.rates)):
             return None
         default = "builtin" if self.request.model == BUNDLED else own
         return self.request.calibration or default
@@ -122,7 +122,7 @@ def prepare(request: Request) -> Prepared:
     """
     method = find_method(request.method)
     options = method.options(_options(request))
-    pattern = parse_pattern(options.pattern) if hasattr(options, "pattern") else None
+    pattern = method.pattern(options)
     samples = getattr(method.module, "SAMPLES", 128) if request.samples is None else request.samples
     if samples < 1:
         raise UsageError(f"--samples {samples}: at least one window is needed")
@@ -158,7 +158,7 @@ def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method
         return find_dropped(view, request.params_removed)
     if method.removes == "heads":
         return find_heads(view, request.params_removed, partial(method.module.dims_left, view, options))
-    if method.counts_parameters:
+    if method.counts_parameters(options):
         return request.params_removed
     if method.plan_place is not None:
         if options.implied_sparsity:
@@ -193,7 +193,7 @@ def _check_stock(prepared: Prepared) -> None:
     view = prepared.job.view
     if prepared.job.learns and prepared.job.method.removes != "blocks":
         raise UsageError(f"--stock-only: {prepared.job.method.name} gives every block its own widths, which no stock architecture has; use another method")
-    if prepared.job.whole_model and not prepared.job.learns:
+    if prepared.job.whole_model and prepared.pattern is not None and prepared.pattern.structured:
         raise UsageError("--stock-only: ranking all blocks together gives every block its own widths, which no stock architecture has; use scope=block")
     dims = [view.dims(index) for index in range(view.blocks)]
     if prepared.pattern is not None and prepared.pattern.structured:
@@ -319,7 +319,7 @@ def _writer(
 ) -> tuple[CheckpointWriter, int]:
     """What writes the result, and the size of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
-    streams, differentiates = prepared.job.streams, prepared.job.learns and prepared.job.method.gradients
+    streams, differentiates = prepared.job.streams, prepared.job.whole_model and prepared.job.method.gradients
     kept = (view.blocks + 1 if differentiates else 1) * windows.numel() if windows is not None and (streams or differentiates) else 0
     buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from secateur import api
 from secateur.calibrate.backward import Backward
 from secateur.calibrate.kronecker import Curvature, Factors
+from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
-from secateur.train import shots
+from secateur.train import shots, unit_shots, weight_shots
 from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -48,6 +49,18 @@ def test_what_stays_is_the_exact_minimiser(rows: list[int], columns: list[int]) 
     if len(rows) + len(columns) == 1:
         found = curvature.row_costs(weight)[rows] if rows else curvature.column_costs(weight)[columns]
         assert float(found) == pytest.approx(cost)
+
+
+def test_weights_that_stay_anywhere_are_the_exact_minimiser_and_one_weight_costs_what_it_says() -> None:
+    weight, curvature = _case()
+    zero = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    expected, _ = _exact(weight, curvature, zero)
+    torch.testing.assert_close(curvature.masked(weight, ~zero, tolerance=1e-14), expected)
+    assert torch.equal(curvature.masked(weight, torch.zeros_like(zero)), torch.zeros_like(weight))
+    assert torch.equal(curvature.masked(weight, ~torch.zeros_like(zero)), weight)
+    one = torch.zeros_like(zero)
+    one[2, 3] = True
+    assert float(curvature.weight_costs(weight)[2, 3]) == pytest.approx(_exact(weight, curvature, one)[1])
 
 
 def test_what_is_gone_has_no_say() -> None:
@@ -99,7 +112,7 @@ def test_factors_are_the_second_moments_of_inputs_and_gradients(model_type: str,
 def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_sums_over_a_units_rows_and_columns(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
-    work = shots.Shots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
+    work = unit_shots.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
     work.shot(windows, 0.2)
     masked = tiny_model(model_type, dtype=torch.float64)
     masked.load_state_dict(work.overlay.changed, strict=False)
@@ -117,8 +130,8 @@ def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_sums_over_a_uni
     backward = Backward(view, windows, device=CPU, dtype=torch.float64)
     block = next(iter(backward.blocks()))
     factors = Factors(block, backward, "kfac", 0.01)
-    alive = {space: torch.ones(count, dtype=torch.bool) for space, count in shots.units(view, block.index).items()}
-    costs = shots.unit_costs(block, factors, alive)
+    alive = {space: torch.ones(count, dtype=torch.bool) for space, count in unit_shots.units(view, block.index).items()}
+    costs = unit_shots.unit_costs(block, factors, alive)
     expected = factors["down"].column_costs(block.matrix("down"))[5]
     for name in ("gate", "up"):
         if name in block.names:
@@ -129,6 +142,98 @@ def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_sums_over_a_uni
     queries = factors["q"].row_costs(block.matrix("q")) + factors["o"].column_costs(block.matrix("o"))
     across = width * block.dims.queries
     assert float(costs["groups"][1]) == pytest.approx(float(keys + queries[across : 2 * across].sum()))
+
+
+def _naive_factors(model: Any, windows: Tensor) -> dict[tuple[int, str], Curvature]:
+    """G and A of every matrix, from the gradients that autograd gives the outputs of the whole model's modules."""
+    view = api.view_model(model)
+    seen: dict[str, list[Tensor]] = {}
+
+    def listen(path: str, inputs: Any, output: Tensor) -> None:
+        seen[path] = [inputs[0].detach().reshape(-1, inputs[0].shape[-1])]
+        output.register_hook(lambda g: seen[path].append(g.reshape(-1, g.shape[-1])))
+
+    paths = {f"{view.family.blocks}.{index}.{path}" for index in range(view.blocks) for path in view.family.matrices.values()}
+    hooks = [model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: listen(path, x, y)) for path in paths]
+    logits = model(windows).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for block in view.iterate():
+        for name in block.names:
+            x, g = seen[f"{view.family.blocks}.{block.index}.{view.family.matrices[name]}"]
+            first = sum(block.dims.shape(other)[0] for other in view.family.fused(name)[: view.family.fused(name).index(name)])
+            g = g[:, first : first + block.dims.shape(name)[0]]
+            damped = [m + 0.01 * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype) for m in (g.t() @ g / len(g), x.t() @ x / len(x))]
+            found[block.index, name] = Curvature(*damped)
+    return found
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_single_weights_go_by_one_threshold_and_the_others_make_up_for_them(model_type: str, pattern: str, windows: Tensor) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    view = api.view_model(model)
+    factors = _naive_factors(model, windows)
+    costs, live = [], []
+    for (index, name), curvature in factors.items():
+        weight = view.block(index).matrix(name)
+        inverse = [torch.linalg.inv(m).diagonal() for m in (curvature.g_OO, curvature.a_II)]
+        cost = weight.square() / (2 * torch.outer(*inverse))
+        costs.append(cost.flatten())
+        live.append((cost.view(-1, 4).argsort(1).argsort(1) < 2).flatten() if pattern == "2:4" else torch.ones_like(cost, dtype=torch.bool).flatten())
+    all_costs = torch.cat(costs).masked_fill(~torch.cat(live), torch.inf)
+    gone = torch.zeros_like(all_costs, dtype=torch.bool)
+    gone[all_costs.argsort()[: int(0.5 * len(all_costs))]] = True
+    asked = {"sparsity": 0.5} if pattern == "unstructured" else {}
+    plan = api.plan(model, "llm_surgeon", windows, shots=1, pattern=pattern, **asked)
+    for ((index, name), curvature), zero in zip(factors.items(), gone.split([len(cost) for cost in costs]), strict=True):
+        weight = view.block(index).matrix(name)
+        assert torch.equal(plan.blocks[index].masks[name].unpack(), ~zero.view_as(weight)), (index, name)
+        if index == 1 and name in ("k", "down"):
+            change = plan.blocks[index].updates[name] - weight
+            found = float((curvature.g_OO @ change @ curvature.a_II * change).sum() / 2)
+            assert found == pytest.approx(_exact(weight, curvature, zero.view_as(weight))[1], rel=1e-5)
+
+
+def test_n_of_m_is_reached_shot_by_shot_and_no_group_loses_more(windows: Tensor) -> None:
+    view = replace(api.view_model(tiny_model("qwen2")), rates=({"q": 0.75, "down": 0.75}, {}, {"k": 0.75}))
+    work = weight_shots.WeightShots(view, Run(0.0, 0, CPU, torch.float32), curvature="kfac", damping=0.01, update=True, pattern=parse_pattern("1:4"))
+    before = {place: mask.unpack() for place, mask in work.masks.items()}
+    for shot, wanted in enumerate((0.25, 0.5, 0.75)):
+        work.shot(windows, wanted)
+        assert work.told[shot]["removed"] == pytest.approx(wanted, abs=1e-3)
+        for (index, name), mask in work.masks.items():
+            keep = mask.unpack()
+            assert not (keep & ~before[index, name]).any()
+            assert int(keep.view(-1, 4).sum(1).min()) >= 1
+            assert not work.view.block(index).matrix(name)[~keep].any()
+            before[index, name] = keep
+    assert all(bool((keep.view(-1, 4).sum(1) == 1).all()) for keep in before.values())
+    assert {index: set(work.plan(index).updates) for index in range(3)} == {0: {"q", "down"}, 1: set(), 2: {"k"}}
+
+
+def test_matrices_asked_for_less_lose_less_and_no_others_anything(windows: Tensor) -> None:
+    model = tiny_model("llama")
+    plan = api.plan(model, "llm_surgeon", windows, modules="attention=0.5,up=0.25", pattern="unstructured", shots=2, update=False)
+    masks = [block.masks for block in plan.blocks]
+    assert {name for mask in masks for name in mask} == {"q", "k", "v", "o", "up"}
+    for names, share in (("qkvo", 0.5), (("up",), 0.25)):
+        taken = [mask[name] for mask in masks for name in names]
+        assert sum(m.removed for m in taken) == int(share * sum(m.unpack().numel() for m in taken))
+    assert len({m["q"].removed for m in masks}) > 1  # one threshold, not one share
+
+
+def test_of_equal_costs_the_first_go(windows: Tensor) -> None:
+    model = tiny_model("llama")
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            parameter.data.fill_(0.25)
+    plan = api.plan(model, "llm_surgeon", windows, sparsity=0.1, pattern="unstructured", shots=3, curvature="identity")
+    gone = torch.cat([~mask.unpack().flatten() for block in plan.blocks for mask in block.masks.values()])
+    assert bool(gone[: int(gone.sum())].all())
+    assert int(gone.sum()) == int(0.1 * len(gone))
 
 
 def test_kobd_has_the_same_units_and_the_weights_as_they_were(windows: Tensor) -> None:
@@ -147,17 +252,19 @@ def _loss(model: Any, windows: Tensor) -> float:
         return float(model(windows, labels=windows).loss)
 
 
-@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize(("pattern", "update"), [("rows", True), ("rows", False), ("unstructured", True), ("1:4", True)])
 def test_a_run_stopped_between_shots_goes_on_to_the_same_bytes(
-    update: bool, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str, update: bool, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = api.Request(str(saved("phi3", dtype=torch.bfloat16)), "llm_surgeon", sparsity=0.3, calibration=ids_file, options={"shots": 3, "update": update})
+    options = {"shots": 3, "update": update, "pattern": pattern}
+    sparsity = 0.75 if pattern == "1:4" else 0.3
+    request = api.Request(str(saved("phi3", dtype=torch.bfloat16)), "llm_surgeon", sparsity=sparsity, calibration=ids_file, options=options)
     whole = api.prune(request, tmp_path / "whole")
-    assert [shot["removed"] >= 0.1 * (n + 1) for n, shot in enumerate(whole["shots"])] == [True] * 3
+    assert [shot["removed"] >= sparsity / 3 * (n + 1) - 1e-4 for n, shot in enumerate(whole["shots"])] == [True] * 3
     real = shots.Shots.shot
 
     def stopped(self: Any, *args: Any) -> None:
-        if self.done == 2:
+        if len(self.told) == 2:
             raise KeyboardInterrupt
         real(self, *args)
 
@@ -179,6 +286,9 @@ def test_what_cannot_be_done_is_refused(saved: Callable[..., Path], windows: Ten
         ({"options": {"curvature": "hessian"}}, r"unknown curvature 'hessian' \(allowed: kfac, diagonal, identity\)"),
         ({"options": {"shots": -1}}, "shots is -1"),
         ({"options": {"damping": 0.0}}, "damping is 0; it must be above 0"),
+        ({"pattern": "columns"}, "pattern rows has the columns too"),
+        ({"sparsity": None, "params_removed": 0.2, "pattern": "unstructured"}, "pattern unstructured zeroes weights and removes no parameters"),
+        ({"pattern": "unstructured", "sparsity": 0.2, "modules": "auto"}, "--modules auto does not go with llm_surgeon"),
         ({"sparsity": 0.2, "modules": "mlp"}, "--modules does not go with llm_surgeon"),
     ):
         with pytest.raises(api.UsageError, match=words):

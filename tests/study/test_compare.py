@@ -59,6 +59,9 @@ def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
     assert found.notes()[0].startswith("Not run: sparsegpt-columns-0.2-params: sparsegpt: pattern columns removes whole units")
     found = compare.cells(asked(dense, ids_file, "slicegpt", "magnitude", ratios=[0.2], options={"slicegpt": {"round": "1"}}))
     assert found.runs["slicegpt-round=1-0.2-params"].options == {"round": "1"}
+    found = compare.cells(asked(dense, ids_file, "llm_surgeon", ratios=[0.2], sparsities=[0.5]))
+    assert set(found.runs) == {"llm_surgeon-rows-0.2-params", "llm_surgeon-unstructured-0.5"}
+    assert set(compare.cells(asked(dense, ids_file, "llm_surgeon", patterns=["2:4"])).runs) == {"llm_surgeon-2of4-0.5"}
 
 
 def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

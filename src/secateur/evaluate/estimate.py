@@ -22,7 +22,7 @@ def estimate(prepared: Prepared) -> Record:
     after = parameters_expected(prepared)
     zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.samples * prepared.seqlen if job.streams or job.allocation or job.learns else 0
+    tokens = prepared.samples * prepared.seqlen if job.calibrates else 0
     passes = 4 if _differentiates(prepared) else 2  # of the tokens through the weights
     computing = forward_seconds(passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype)
     seconds = computing + 2 * before * stored / _DISK_BYTES_A_SECOND
@@ -48,12 +48,12 @@ def forward_seconds(tokens: float, weights: int, device: torch.device, dtype: to
 
 def _differentiates(prepared: Prepared) -> bool:
     """Whether gradients of the loss are carried back through the blocks."""
-    return prepared.job.learns and prepared.job.method.gradients
+    return prepared.job.whole_model and prepared.job.method.gradients
 
 
 def _trains(prepared: Prepared) -> bool:
     """Whether time and memory depend on options of the method that nothing here knows."""
-    return prepared.job.learns and prepared.job.method.trains
+    return prepared.job.whole_model and prepared.job.method.trains
 
 
 def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[tuple[int, int], float]]:

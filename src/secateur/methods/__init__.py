@@ -27,6 +27,7 @@ from typing import Any
 
 from secateur.calibrate.statistics import NewStatistic
 from secateur.core.errors import UsageError, unknown
+from secateur.plan.pattern import Pattern, parse_pattern
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,18 @@ class Method:
         """The function that plans the whole model at once."""
         return getattr(self.module, "plan_model", None)
 
-    @property
-    def counts_parameters(self) -> bool:
-        """Whether its sparsity is of the parameters of the whole model: it plans that alone, and not matrix by matrix."""
-        return self.plan_model is not None and self.plan_block is None
+    def pattern(self, options: Any) -> Pattern | None:
+        """What its options say of it, None where it has no such option."""
+        return parse_pattern(options.pattern) if hasattr(options, "pattern") else None
+
+    def whole_model(self, options: Any) -> bool:
+        """Whether it plans all blocks at once: it can do nothing else, or its options say so."""
+        return self.plan_model is not None and (self.plan_block is None or bool(getattr(options, "whole_model", False)))
+
+    def counts_parameters(self, options: Any) -> bool:
+        """Whether its sparsity is of the parameters of the whole model: it plans that alone, and not matrix by matrix. Zeroes are always of matrices."""
+        pattern = self.pattern(options)
+        return self.plan_model is not None and self.plan_block is None and (pattern is None or pattern.structured)
 
     @property
     def removes(self) -> str:

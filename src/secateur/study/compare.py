@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 _HEALED = "-healed"
 _STRUCTURED = "rows"  # what a method that zeroes weights by default is asked for where parameters are to go
+_ZEROED = "unstructured"  # and one that removes parameters by default, where weights are to be zeroed
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Asked:
         ratios: pruning ratios over all parameters, in (0, 1), for methods and patterns that remove them.
         sparsities: for pattern `unstructured`.
         patterns: of the methods that have them; N:M implies its sparsity. None given: the method's own, and `rows` where that zeroes weights and ratios
-            are asked for.
+            are asked for, `unstructured` where it does not and sparsities are.
         options: method -> its options.
         heal: how to heal each result; its model is replaced. None: no healing.
         bench: how to time each result beside the dense model; the models are replaced. None: no timing.
@@ -114,7 +115,10 @@ def cells(asked: Asked) -> Cells:
 def _attempts(base: api.Request, asked: Asked, own: str | None) -> dict[str, tuple[api.Request, bool]]:
     """Label -> what one method may be asked for, and whether its pattern is a guess of ours."""
     patterns: Sequence[str | None] = [None] if own is None else asked.patterns or [own]
-    guesses = [_STRUCTURED] if own is not None and not asked.patterns and asked.ratios and not parse_pattern(own).structured else []
+    guesses = []
+    if own is not None and not asked.patterns:
+        other, wanted = (_ZEROED, asked.sparsities) if parse_pattern(own).structured else (_STRUCTURED, asked.ratios)
+        guesses = [other] if wanted else []
     found = {}
     for pattern in [*patterns, *guesses]:
         request = replace(base, pattern=pattern if own is not None else None)

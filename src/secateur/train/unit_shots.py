@@ -1,0 +1,166 @@
+"""Units that go in shots: the cheapest rows and columns of all matrices, by the curvature of the model as it then is (arXiv:2312.17244, section 3).
+
+Units are what the runtime removes: of a block the features of the residual that attention and MLP read (`attention_in`, `mlp_in`) and write
+(`attention_out`, `mlp_out`), its feed-forward units (`ffn`), and its key-value heads with their query heads (`groups`). Zero rows and columns in the weights
+of the stock model are the same function, so between shots nothing is narrowed.
+
+Shape letters: O outputs, I inputs of a matrix, U units of a space, N units of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.kronecker import Factors
+from secateur.models.runtime import NORM_FIRST
+from secateur.models.view import BlockView, ModelView
+from secateur.plan.plan import BlockPlan
+from secateur.plan.run import Run
+from secateur.train.shots import Shots
+
+ROWS = {"q": "groups", "k": "groups", "v": "groups", "o": "attention_out", "gate": "ffn", "up": "ffn", "down": "mlp_out"}
+COLUMNS = {"q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups", "gate": "mlp_in", "up": "mlp_in", "down": "ffn"}
+SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
+
+Alive = dict[str, Tensor]
+"""Of one block: space -> [U], True for the units that stay."""
+
+
+class UnitShots(Shots):
+    """Units go. Arguments as for `Shots`, and `rank`: units compete by their cost a `parameter`, or by their `cost`."""
+
+    def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, rank: str) -> None:
+        self.rank = rank
+        self.alive: list[Alive] = [{space: torch.ones(count, dtype=torch.bool) for space, count in units(view, index).items()} for index in range(view.blocks)]
+        self._before = self.alive
+        self._costs: list[dict[str, Tensor]] = [{}] * view.blocks
+        super().__init__(view, run, curvature=curvature, damping=damping, update=update)
+
+    @property
+    def removed(self) -> float:
+        """The share of the parameters that is removed."""
+        return removed_parameters(self.view, [_counts(alive) for alive in self.alive]) / self.view.parameters()
+
+    def measure(self, block: BlockView, factors: Factors) -> None:
+        """What the units of a block cost."""
+        self._costs[block.index] = unit_costs(block, factors, self.alive[block.index])
+
+    def choose(self, wanted: float) -> None:
+        """The cheapest units of all blocks go."""
+        self._before = self.alive
+        self.alive = choose(self.view, self._before, self._costs, wanted, self.rank)
+
+    def change(self, block: BlockView, factors: Factors | None) -> None:
+        """The rows and columns of units that go become zero."""
+        before, after = self._before[block.index], self.alive[block.index]
+        for name in block.names:
+            weight_OI = block.matrix(name)
+            (rows_O, columns_I), (stay_O, stay_I) = (_sides(name, weight_OI, alive) for alive in (before, after))
+            if factors is not None and (not torch.equal(rows_O, stay_O) or not torch.equal(columns_I, stay_I)):
+                part_OI = weight_OI[rows_O][:, columns_I].double().cpu()
+                made_OI = factors[name].part(rows_O, columns_I).without(part_OI, stay_O[rows_O], stay_I[columns_I])
+                weight_OI[rows_O.nonzero(), columns_I.nonzero().t()] = made_OI.to(weight_OI)
+            weight_OI[~stay_O] = 0
+            weight_OI[:, ~stay_I] = 0
+            if (bias_O := block.bias(name)) is not None:
+                bias_O[~stay_O] = 0
+
+    def plan(self, index: int) -> BlockPlan:
+        """What becomes of a block in the end."""
+        alive = self.alive[index]
+        keep = {space: alive_U.nonzero().squeeze(1).to(torch.int32) for space, alive_U in alive.items()}
+        of = {space: len(alive_U) for space, alive_U in alive.items()}
+        return BlockPlan(index, keep=keep, of=of, select=NORM_FIRST, updates=self.updates(index, self.view.matrix_shapes(index)))
+
+    def kept(self) -> dict[str, Tensor]:
+        """What stays, by block and space."""
+        return {f"{index}.{space}": alive_U for index, found in enumerate(self.alive) for space, alive_U in found.items()}
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """The inverse of `kept`, one tensor at a time."""
+        index, _, space = name.partition(".")
+        self.alive[int(index)][space] = tensor
+
+
+def units(view: ModelView, index: int) -> dict[str, int]:
+    """Space -> the number of its units."""
+    dims = view.dims(index)
+    return {space: {"groups": dims.groups, "ffn": dims.ffn}.get(space, dims.hidden) for space in SPACES}
+
+
+def block_parameters(view: ModelView, index: int, kept: Mapping[str, int]) -> int:
+    """The parameters of a block's matrices, their biases and the norms they read through, with so many units of each space."""
+    stored, prefix, full = set(view.source.names()), view.block_prefix(index), units(view, index)
+    norm = sum(name.startswith(f"{prefix}{view.family.norms[0]}.") for name in stored)
+    total = norm * (kept["attention_in"] + kept["mlp_in"])
+    for name, (rows, columns) in view.matrix_shapes(index).items():
+        rows = rows // full[ROWS[name]] * kept[ROWS[name]]
+        total += rows * (columns // full[COLUMNS[name]] * kept[COLUMNS[name]]) + rows * (f"{prefix}{view.family.matrices[name]}.bias" in stored)
+    return total
+
+
+def removed_parameters(view: ModelView, kept: Sequence[Mapping[str, int]]) -> int:
+    """The parameters that go where so many units stay in each block. Where attention and MLP read through one norm, the result has one for each."""
+    full = [units(view, index) for index in range(view.blocks)]
+    saved = sum(block_parameters(view, index, full[index]) - block_parameters(view, index, counts) for index, counts in enumerate(kept))
+    prefix = f"{view.block_prefix(0)}{view.family.norms[0]}."
+    shared = sum(view.source.shape(name)[0] for name in view.source.names() if name.startswith(prefix)) if view.family.parallel else 0
+    return saved - shared * view.blocks
+
+
+def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Tensor]:
+    """What each unit costs, [U] float64 for each space; infinite for those that are gone."""
+    costs = {space: torch.zeros(len(alive_U), dtype=torch.float64).masked_fill(~alive_U, torch.inf) for space, alive_U in alive.items()}
+    for name in block.names:
+        weight_OI = block.matrix(name)
+        rows_O, columns_I = _sides(name, weight_OI, alive)
+        part_OI, curvature = weight_OI[rows_O][:, columns_I].double().cpu(), factors[name].part(rows_O, columns_I)
+        for space, cost in ((ROWS[name], curvature.row_costs(part_OI)), (COLUMNS[name], curvature.column_costs(part_OI))):
+            costs[space][alive[space]] += cost.view(int(alive[space].sum()), -1).sum(1)
+    return costs
+
+
+def choose(view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str) -> list[Alive]:
+    """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of each space of a block stays."""
+    places = [(index, space) for index in range(view.blocks) for space in SPACES]
+    values, where = [], []
+    for number, (index, space) in enumerate(places):
+        cost_U = costs[index][space].clone()
+        cost_U[cost_U.masked_fill(cost_U.isinf(), -1).argmax()] = torch.inf  # the dearest stays
+        counts = _counts(alive[index])
+        here = block_parameters(view, index, counts) - block_parameters(view, index, {**counts, space: counts[space] - 1})
+        values.append(cost_U / (max(1, here) if rank == "parameter" else 1))
+        where.append(torch.full((len(cost_U),), number))
+    value_N, place_N = torch.cat(values), torch.cat(where)
+    order_N = value_N.sort(stable=True).indices[: int(value_N.isfinite().sum())]
+    start = [_counts(found) for found in alive]
+
+    def removed(count: int) -> int:
+        gone = torch.bincount(place_N[order_N[:count]], minlength=len(places)).tolist()
+        kept = [dict(counts) for counts in start]
+        for (index, space), number in zip(places, gone, strict=True):
+            kept[index][space] -= number
+        return removed_parameters(view, kept)
+
+    low, high = 0, len(order_N)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if removed(middle) >= wanted * view.parameters() else (middle + 1, high)
+    stays_N = torch.cat([alive[index][space] for index, space in places]).index_fill(0, order_N[:low], False)
+    after: list[Alive] = [{} for _ in alive]
+    for (index, space), stays_U in zip(places, stays_N.split([len(value) for value in values]), strict=True):
+        after[index][space] = stays_U.clone()
+    return after
+
+
+def _counts(alive: Alive) -> dict[str, int]:
+    return {space: int(alive_U.sum()) for space, alive_U in alive.items()}
+
+
+def _sides(name: str, weight_OI: Tensor, alive: Alive) -> tuple[Tensor, Tensor]:
+    """Which rows [O] and columns [I] of a matrix stay."""
+    rows_U, columns_U = alive[ROWS[name]], alive[COLUMNS[name]]
+    return rows_U.repeat_interleave(weight_OI.shape[0] // len(rows_U)), columns_U.repeat_interleave(weight_OI.shape[1] // len(columns_U))

@@ -1,0 +1,163 @@
+"""Single weights that go in shots: the cheapest of all matrices, by the curvature of the model as it then is (arXiv:2312.17244, section 3).
+
+Matrices that are asked for the same sparsity share one threshold; what is asked for less stops sooner. With N:M, of every M consecutive inputs of a row no more
+than M - N ever go. Of equal costs the weight of the earlier block, matrix, row and column goes.
+
+Of the costs of all weights a shot keeps as many of the lowest as it will remove, 16 bytes each.
+
+Shape letters: O outputs, I inputs of a matrix, N candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.calibrate.kronecker import Factors
+from secateur.models.view import BlockView, ModelView
+from secateur.plan.pattern import Pattern
+from secateur.plan.plan import BlockPlan, Mask
+from secateur.plan.run import Run
+from secateur.train.shots import Shots
+
+_EDGE = 1e-6  # a share times a count may fall just short of a whole number
+
+
+@dataclass
+class Pool:
+    """The weights that compete: those of all matrices with one sparsity, numbered one matrix after another.
+
+    Attributes:
+        starts: (block, matrix) -> the number of its first weight.
+        size: how many there are.
+        gone: how many of them went.
+        to_go: how many go in this shot; of more candidates the cheapest are kept.
+        cost_N, number_N: the candidates, float64 and int64, in no order.
+    """
+
+    starts: dict[tuple[int, str], int] = field(default_factory=dict)
+    size: int = 0
+    gone: int = 0
+    to_go: int = 0
+    cost_N: np.ndarray = field(default_factory=lambda: np.empty(0))
+    number_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def offer(self, cost_N: np.ndarray, number_N: np.ndarray) -> None:
+        """More candidates."""
+        cost_N, number_N = np.concatenate([self.cost_N, cost_N]), np.concatenate([self.number_N, number_N])
+        lowest = _lowest(cost_N, number_N, self.to_go)
+        self.cost_N, self.number_N = cost_N[lowest], number_N[lowest]
+
+    def take(self) -> dict[tuple[int, str], np.ndarray]:
+        """The candidates go: matrix -> places in it, row after row."""
+        number_N, found = np.sort(self.number_N), {}
+        begins = [*self.starts.values(), self.size]
+        for (place, begin), end in zip(self.starts.items(), begins[1:], strict=True):
+            low, high = np.searchsorted(number_N, (begin, end))
+            if high > low:
+                found[place] = number_N[low:high] - begin
+        self.gone += len(number_N)
+        self.cost_N, self.number_N = self.cost_N[:0], self.number_N[:0]
+        return found
+
+
+def _lowest(cost_N: np.ndarray, number_N: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` lowest costs are; of equal ones those of the lowest numbers."""
+    if len(cost_N) <= count:
+        return np.arange(len(cost_N))
+    if not count:
+        return np.empty(0, np.int64)
+    threshold = np.partition(cost_N, count - 1)[count - 1]
+    below, equal = np.flatnonzero(cost_N < threshold), np.flatnonzero(cost_N == threshold)
+    return np.concatenate([below, equal[np.argsort(number_N[equal])[: count - len(below)]]])
+
+
+class WeightShots(Shots):
+    """Single weights go. Arguments as for `Shots`, and the `pattern`; the rates of the view say how much of each matrix is asked for."""
+
+    def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self.masks: dict[tuple[int, str], Mask] = {}
+        self.pools: dict[float, Pool] = {}
+        self._changes: set[tuple[int, str]] = set()
+        for index, rates in enumerate(view.rates):
+            for name, rate in rates.items():
+                shape = view.matrix_shapes(index)[name]
+                self.masks[index, name] = Mask.pack(torch.ones(shape, dtype=torch.bool))
+                pool = self.pools.setdefault(rate, Pool())
+                pool.starts[index, name] = pool.size
+                pool.size += shape[0] * shape[1]
+        super().__init__(view, run, curvature=curvature, damping=damping, update=update)
+
+    @property
+    def removed(self) -> float:
+        """The share of the weights of the matrices that take part."""
+        return sum(pool.gone for pool in self.pools.values()) / sum(pool.size for pool in self.pools.values())
+
+    def aim(self, wanted: float) -> None:
+        """Say before the measurement how much goes."""
+        for rate, pool in self.pools.items():
+            pool.to_go = max(0, int(min(rate, wanted) * pool.size + _EDGE) - pool.gone)
+
+    def shot(self, windows: Tensor, wanted: float) -> None:
+        """As for `Shots`: of a matrix that is asked for less than `wanted`, no more than that."""
+        self.aim(wanted)
+        super().shot(windows, wanted)
+
+    def measure(self, block: BlockView, factors: Factors) -> None:
+        """What the weights of a block cost."""
+        for name, rate in block.rates.items():
+            keep_OI = self.masks[block.index, name].unpack()
+            cost_OI = factors[name].weight_costs(block.matrix(name).double().cpu()).masked_fill_(~keep_OI, torch.inf)
+            cost_N = self._allowed(cost_OI, keep_OI).flatten().numpy()
+            pool = self.pools[rate]
+            place_N = np.flatnonzero(np.isfinite(cost_N))
+            place_N = place_N[_lowest(cost_N[place_N], place_N, pool.to_go)]
+            pool.offer(cost_N[place_N], place_N + pool.starts[block.index, name])
+
+    def _allowed(self, cost_OI: Tensor, keep_OI: Tensor) -> Tensor:
+        """The costs, infinite for what a group of N:M may not lose any more."""
+        if self.pattern.kind != "n:m":
+            return cost_OI
+        cost_GM, keep_GM = (t.view(-1, self.pattern.group) for t in (cost_OI, keep_OI))
+        rank_GM = cost_GM.argsort(dim=1, stable=True).argsort(dim=1)
+        return cost_GM.masked_fill(rank_GM >= keep_GM.sum(1, keepdim=True) - self.pattern.keep, torch.inf).view_as(cost_OI)
+
+    def choose(self, wanted: float) -> None:
+        """The cheapest weights of all blocks go."""
+        self._changes = set()
+        for pool in self.pools.values():
+            for (index, name), place_N in pool.take().items():
+                keep_OI = self.masks[index, name].unpack()
+                keep_OI.view(-1)[torch.from_numpy(place_N)] = False
+                self.masks[index, name] = Mask.pack(keep_OI)
+                self._changes.add((index, name))
+
+    def change(self, block: BlockView, factors: Factors | None) -> None:
+        """The weights that go become zero, and stay it."""
+        for name in block.rates:
+            if (block.index, name) not in self._changes:
+                continue
+            weight_OI, keep_OI = block.matrix(name), self.masks[block.index, name].unpack()
+            if factors is not None:
+                weight_OI.copy_(factors[name].masked(weight_OI.double().cpu(), keep_OI))
+            weight_OI.masked_fill_(~keep_OI.to(weight_OI.device), 0)
+
+    def plan(self, index: int) -> BlockPlan:
+        """What becomes of a block in the end."""
+        names = self.view.rates[index]
+        return BlockPlan(index, {name: self.masks[index, name] for name in names}, updates=self.updates(index, names))
+
+    def kept(self) -> dict[str, Tensor]:
+        """The masks, by block and matrix."""
+        return {f"{index}.{name}": mask.bits for (index, name), mask in self.masks.items()}
+
+    def keep(self, name: str, tensor: Tensor) -> None:
+        """The inverse of `kept`, one tensor at a time."""
+        index, _, matrix = name.partition(".")
+        place = int(index), matrix
+        mask = self.masks[place] = Mask(self.masks[place].shape, tensor)
+        next(pool for pool in self.pools.values() if place in pool.starts).gone += mask.removed
