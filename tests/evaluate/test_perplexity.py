@@ -15,7 +15,9 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from secateur import api
 from secateur.core.errors import SecateurError, UsageError
+from secateur.evaluate import continuations
 from secateur.evaluate import perplexity as module
+from secateur.evaluate.answers import Answers
 from secateur.evaluate.cloze import CHANCE, cloze_items, evaluate_cloze, items_hash
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.protocols import PROTOCOLS, evaluation_windows, find_protocol, wikitext_rows, window_length
@@ -75,7 +77,8 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "window_losses", lambda *args: (calls.append(1), real(*args))[1])
     assert perplexity(model, windows, progress=file) == whole
     assert len(calls) == 3
-    assert not file.exists()
+    assert perplexity(model, windows, progress=file) == whole
+    assert len(calls) == 3, "what is finished is not measured again until the caller has its record"
 
 
 def test_protocols_join_cut_and_limit(tmp_path: Path) -> None:
@@ -167,14 +170,34 @@ def test_cloze_items_are_fair_and_fixed() -> None:
     assert all(30 <= positions.count(i) <= 75 for i in range(4)), "the right answer is anywhere"
 
 
-def test_a_random_model_is_at_chance_on_the_cloze_task() -> None:
+def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", vocab_size=128)
 
     class Ascii(Letters):
         def __call__(self, text: str, verbose: bool = True, add_special_tokens: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [b % 128 for b in super().__call__(text, verbose, add_special_tokens)["input_ids"]]}
 
-    result, answers = evaluate_cloze(model, Ascii(), cloze_items(100))  # type: ignore[arg-type]
+    real, batches, items = continuations._scores, [], cloze_items(100)
+
+    def stop(*args: Any) -> Any:
+        batches.append(1)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(continuations, "_scores", stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_cloze(model, Ascii(), items, Answers(tmp_path / "answers"))  # type: ignore[arg-type]
+        interrupted = len(batches)
+        resumed = evaluate_cloze(model, Ascii(), items, Answers(tmp_path / "answers"))  # type: ignore[arg-type]
+        asked = len(batches) - interrupted
+        assert evaluate_cloze(model, Ascii(), items, Answers(tmp_path / "answers")) == resumed  # type: ignore[arg-type]
+        assert len(batches) == interrupted + asked, "all was known"
+        batches.append(1)
+        result, answers = evaluate_cloze(model, Ascii(), items)  # type: ignore[arg-type]
+        assert len(batches) == interrupted + asked + 1 + asked + 2
+    assert (result, answers) == resumed
     assert abs(result["acc"] - CHANCE) < 4 * result["stderr"]
     assert (result["n"], len(answers)) == (100, 100)
 

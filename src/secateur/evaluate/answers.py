@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from secateur.core import records
+from secateur.evaluate.continuations import Row, Score, score_continuations
 
 
 def request_key(*parts: Any) -> str:
@@ -46,6 +49,19 @@ class Answers:
         self._known |= answers
         if self._file is not None:
             records.append(self._file, dict(answers))
+
+
+def remembered_scores(model: PreTrainedModel, rows: Sequence[Row], description: str, answers: Answers) -> list[Score]:
+    """`score_continuations` of the rows whose answers are not known, which are then; those of all rows, in order."""
+    keys = [request_key("logp", context, rest) for context, rest in rows]
+    missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in answers}
+    names = list(missing)
+
+    def done(places: Sequence[int], scores: list[Score]) -> None:
+        answers.add({names[place]: score for place, score in zip(places, scores, strict=True)})
+
+    score_continuations(model, list(missing.values()), description, done=done)
+    return [Score(*answers[key]) for key in keys]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.bundled.text import Part, documents
 from secateur.core.errors import SecateurError
-from secateur.evaluate.continuations import score_continuations
+from secateur.evaluate.answers import Answers, remembered_scores
 
 CLOZE = "cloze"
 ITEMS = 300
@@ -69,10 +69,12 @@ def items_hash(items: Sequence[Item]) -> str:
     return hashlib.sha256(repr([(i.context, i.choices, i.answer) for i in items]).encode()).hexdigest()
 
 
-def evaluate_cloze(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> tuple[dict[str, Any], list[int]]:
-    """Accuracy with its standard error, and the answers given (by `acc`), to compare with another model's."""
+def evaluate_cloze(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], answers: Answers | None = None
+) -> tuple[dict[str, Any], list[int]]:
+    """Accuracy with its standard error, and the answers given (by `acc`), to compare with another model's. What `answers` has is not asked again."""
     rows = [(tokenizer(item.context)["input_ids"], tokenizer(choice, add_special_tokens=False)["input_ids"]) for item in items for choice in item.choices]
-    scores_I4 = torch.tensor([score.logp for score in score_continuations(model, rows, CLOZE)]).view(len(items), 4)
+    scores_I4 = torch.tensor([score.logp for score in remembered_scores(model, rows, CLOZE, answers or Answers())]).view(len(items), 4)
     bytes_I4 = torch.tensor([[len(c.encode()) for c in item.choices] for item in items])
     truth_I = torch.tensor([item.answer for item in items])
     answers_I, normed_I = scores_I4.argmax(1), (scores_I4 / bytes_I4).argmax(1)

@@ -149,7 +149,8 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     dense = load_model(against, device=device, dtype=dtype) if against is not None else None
     both = None if dense is None or against is None else (dense, against)
     task_results = _run_tasks(tasks, (model, checkpoint), both, tokenizer, records_file.parent, resume)
-    measured = perplexity(model, windows, progress=_progress_file(records_file, key, resume))
+    progress = _progress_file(records_file, key, resume)
+    measured = perplexity(model, windows, progress=progress)
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
@@ -164,6 +165,7 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         "versions": records.versions() | tasks.versions(),
     }
     records.append(records_file, record)
+    progress.unlink(missing_ok=True)
     if plan is not None and Path(request.model).is_dir():
         card.note_measurement(checkpoint.folder, record)
     return record

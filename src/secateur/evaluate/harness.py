@@ -31,9 +31,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.core.errors import SecateurError
 from secateur.core.hub import hub
 from secateur.core.records import to_json
-from secateur.evaluate.answers import Answers, request_key
+from secateur.evaluate.answers import Answers, remembered_scores, request_key
 from secateur.evaluate.classification import classification_scores
-from secateur.evaluate.continuations import Score, score_continuations
+from secateur.evaluate.continuations import Score
 from secateur.evaluate.task_files import Manager, find_names, hub_source, names_in, runs_code
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
@@ -276,17 +276,7 @@ class _Backend(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> list[Score]:
-        rows = [(context, rest) for _, context, rest in requests]
-        keys = [request_key("logp", context, rest) for context, rest in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._answers}
-        names = list(missing)
-        score_continuations(
-            self.model,
-            list(missing.values()),
-            "tasks",
-            done=lambda places, scores: self._answers.add({names[place]: score for place, score in zip(places, scores, strict=True)}),
-        )
-        return [Score(*self._answers[key]) for key in keys]
+        return remembered_scores(self.model, [(context, rest) for _, context, rest in requests], "tasks", self._answers)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
         if any(request.args[1].get("do_sample") for request in requests):

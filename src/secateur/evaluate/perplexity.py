@@ -37,7 +37,7 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
     Args:
         model: on its device, in evaluation mode.
         windows: token ids, int64 [T] each.
-        progress: a file that remembers finished windows, so that an interrupted run goes on; removed at the end.
+        progress: a file that remembers finished windows, so that an interrupted run goes on; the caller removes it.
 
     Raises:
         SecateurError: a loss is not finite; the window is named.
@@ -52,8 +52,6 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
         losses += sums_B.tolist()
         if progress is not None:
             _remember(progress, losses)
-    if progress is not None:
-        progress.unlink(missing_ok=True)
     tokens = sum(len(window) - 1 for window in windows)
     return Perplexity(math.exp(math.fsum(losses) / tokens), len(windows), tokens)
 

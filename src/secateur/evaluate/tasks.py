@@ -54,9 +54,9 @@ class Tasks:
         """The results of each task; against a dense model also `flipped`, the share of items on which the choice is another one."""
         results = {}
         if self.items:
-            results[CLOZE], chosen = evaluate_cloze(model, tokenizer, self.items)
+            results[CLOZE], chosen = evaluate_cloze(model, tokenizer, self.items, answers)
             if dense is not None:
-                results[CLOZE]["flipped"] = _flipped(chosen, evaluate_cloze(dense[0], tokenizer, self.items)[1])
+                results[CLOZE]["flipped"] = _flipped(chosen, evaluate_cloze(dense[0], tokenizer, self.items, dense[1])[1])
         if self.loaded is not None:
             run = _harness("").run_tasks
             ours = run(self.loaded, model, tokenizer, answers)

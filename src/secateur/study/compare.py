@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from secateur import api
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.models.save import refuse_existing
@@ -217,7 +218,7 @@ def in_own_process(work: Callable[..., T], *given: Any) -> T:
         SecateurError: what the function raises, or that its process died.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
             return pool.submit(work, *given).result()
     except BrokenProcessPool as error:
         raise SecateurError("its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with --resume") from error

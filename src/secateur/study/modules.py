@@ -33,6 +33,7 @@ from secateur.calibrate.data import ids_hash
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
@@ -391,6 +392,7 @@ _worker: _Work | None = None
 
 def _start(work: _Work, threads: int) -> None:
     global _worker
+    end_with_parent()
     torch.set_num_threads(threads)
     _worker = work
 
