@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -39,9 +40,10 @@ from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
-from secateur.prune import Request, prepare, prune, read_windows, refuse_out
+from secateur.prune import STATES, Request, prepare, prune, read_windows, refuse_out
 
 __all__ = [
+    "STATES",
     "BenchRequest",
     "EvalRequest",
     "Flow",
@@ -320,7 +322,9 @@ def sweep(
     overwrite: bool = False,
     records_file: Path | None = None,
 ) -> Iterator[records.Record]:
-    """Prune at several sparsities and measure each, and the dense model first; yields the evaluation records as they come.
+    """Prune at several sparsities, the lowest first, and measure each, and the dense model before them; yields the evaluation records as they come.
+
+    A gradual method goes on from sparsity to sparsity, in one run.
 
     Args:
         request: the prune, without its sparsity.
@@ -331,7 +335,7 @@ def sweep(
         overwrite: replace checkpoints that are there.
         records_file: where records go instead.
     """
-    requests = {point_name(request, s): replace(request, sparsity=s) for s in sparsities if s != 0}
+    requests = {point_name(request, s): replace(request, sparsity=s) for s in sorted(sparsities) if s != 0}
     yield from prune_and_measure(
         requests, out, replace(measure, model=request.model, revision=request.revision), resume=resume, overwrite=overwrite, records_file=records_file
     )
@@ -351,14 +355,18 @@ def prune_and_measure(
     out = out.absolute()
     records_file = records_file or out / "records.jsonl"
     points = [(request, out / name) for name, request in requests.items()]
+    states = out / STATES
+    if not resume:
+        shutil.rmtree(states, ignore_errors=True)
     for once, target in points:  # what is wrong with any of them shows before the work
         prepared = prepare(once)
         refuse_out(target, prepared.checkpoint, prepared.calibration, records_file)
         is_finished(target, resume=resume, overwrite=overwrite)
     yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume)
     for once, target in points:
-        prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file)
+        prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file, states=states)
         yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
+    shutil.rmtree(states, ignore_errors=True)
 
 
 def point_name(request: Request, sparsity: float) -> str:

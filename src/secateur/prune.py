@@ -30,7 +30,7 @@ from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
-from secateur.models.save import CheckpointWriter, clean, differing, is_finished, refuse_inside, same_run
+from secateur.models.save import CheckpointWriter, clean, differing, disk, is_finished, refuse_inside, same_run
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.allocate import removed_blocks, units_left
 from secateur.plan.budget import (
@@ -48,6 +48,7 @@ from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 
 _ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix
 _LEARNING = "learning"  # the part that a method that learns goes on from
+STATES = "gradual"  # the folder, beside several results, that holds what runs of a gradual method go on from
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,9 @@ def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, 
 
 
 @processes()
-def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+def prune(
+    request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None, states: Path | None = None
+) -> records.Record:
     """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
 
     Started by torchrun, a method that learns does so in all processes together; the first writes, and the others return an empty record.
@@ -237,6 +240,8 @@ def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool 
         resume: go on with an interrupted run; the result of a finished one is left as it is.
         overwrite: replace what is in `out`.
         records_file: None is `records.jsonl` in the parent of `out`.
+        states: a folder where a gradual method leaves its state for a higher sparsity, and finds that of a lower one; the caller removes it. None: each run
+            is its own.
 
     Raises:
         UsageError, SecateurError: nothing that looks like a result is left behind.
@@ -258,14 +263,20 @@ def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool 
     if rank() > 0:
         whole_model_plan(replace(prepared.job, checkpoint=writer.part(_LEARNING)), windows, watch)
         return {}
-    facts, stock = _run(prepared, windows, settings, writer, watch)
+    state = None if states is None else _shared_state(prepared, settings, states)
+    taken = _seconds(state)
+    facts, stock = _run(replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch)
+    seconds = round(time.perf_counter() - started, 3)
+    if state is not None:
+        state.with_suffix(".json").write_text(json.dumps(taken | {str(prepared.sparsity): seconds}), "utf-8")
     record = {
         "command": "prune",
         "version": records.version(),
         **settings,
         **facts,
         "stock": stock,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": seconds,
+        **({"seconds_before": round(sum(taken.values()), 3)} if taken else {}),
         "seconds_by": watch.rounded(),
         "peak_rss_bytes": records.peak_rss_bytes(),
         "buffer_bytes": buffer_bytes,
@@ -274,6 +285,25 @@ def prune(request: Request, out: Path, *, resume: bool = False, overwrite: bool 
     }
     records.append(records_file, record)
     return record
+
+
+def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path) -> Path | None:
+    """The file for the state of a gradual method, the same for all sparsities; None where runs at several of them have no state in common."""
+    job = prepared.job
+    if not (job.whole_model and job.method.gradual(job.options)) or len({rate for rates in job.rates for rate in rates.values()}) > 1:
+        return None
+    same = {**{name: value for name, value in settings.items() if name != "sparsity"}, "source": identity(prepared.checkpoint)}
+    with disk(states.parent):
+        states.mkdir(parents=True, exist_ok=True)
+    return states / f"{hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:16]}.safetensors"
+
+
+def _seconds(state: Path | None) -> dict[str, float]:
+    """What the runs took that a state comes from, by sparsity."""
+    if state is None or not state.is_file() or not state.with_suffix(".json").is_file():
+        return {}
+    found: dict[str, float] = json.loads(state.with_suffix(".json").read_text("utf-8"))
+    return found
 
 
 def refuse_out(out: Path, checkpoint: Checkpoint, spec: str | None, records_file: Path) -> None:
@@ -416,7 +446,7 @@ def _end(plan: BlockPlan, name: str) -> BlockPlan:
 
 
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
-    job = replace(prepared.job, checkpoint=writer.part(_LEARNING), spill=writer.scratch if prepared.request.spill else None)
+    job = replace(prepared.job, checkpoint=prepared.job.checkpoint or writer.part(_LEARNING), spill=writer.scratch if prepared.request.spill else None)
     view, rates = job.view, job.rates
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:

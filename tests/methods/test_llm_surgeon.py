@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from secateur import api
 from secateur.calibrate.backward import Backward
 from secateur.calibrate.kronecker import Curvature, Factors
+from secateur.core import records
+from secateur.methods import llm_surgeon
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
 from secateur.train import shots, unit_shots, weight_shots
@@ -277,6 +279,62 @@ def test_a_run_stopped_between_shots_goes_on_to_the_same_bytes(
     assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert whole["updated"] is update
     AutoModelForCausalLM.from_pretrained(tmp_path / "resumed")(some_ids())
+
+
+@pytest.mark.parametrize("pattern", ["rows", "unstructured"])
+def test_a_sweep_is_one_run_with_the_bytes_of_separate_ones_and_goes_on_after_a_kill(
+    pattern: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = api.Request(str(saved("llama")), "llm_surgeon", pattern=pattern, calibration=ids_file, samples=1)
+    measure = api.EvalRequest("", text=ids_file)
+    folders = {s: tmp_path / "sweep" / f"llm_surgeon-{pattern}-{s}" for s in (0.025, 0.045)}
+    wanted: list[float] = []
+    real = shots.Shots.shot
+
+    def stopped(self: Any, windows: Tensor, to: float) -> None:
+        if to == 0.0375 and to not in wanted:
+            wanted.append(to)
+            raise KeyboardInterrupt
+        wanted.append(to)
+        real(self, windows, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shots.Shots, "shot", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            list(api.sweep(request, sorted(folders, reverse=True), tmp_path / "sweep", measure))
+        list(api.sweep(request, list(folders), tmp_path / "sweep", measure, resume=True))
+    assert wanted == [0.0125, 0.025, 0.0375, 0.0375, 0.045]
+    assert not (tmp_path / "sweep" / api.STATES).exists()
+    for sparsity, folder in folders.items():
+        alone = api.prune(replace(request, sparsity=sparsity), tmp_path / f"alone-{sparsity}")
+        assert (folder / "model.safetensors").read_bytes() == (tmp_path / f"alone-{sparsity}" / "model.safetensors").read_bytes()
+        record = next(r for r in records.read([tmp_path / "sweep" / "records.jsonl"]) if r["command"] == "prune" and r["out"] == str(folder))
+        assert record["shots"] == alone["shots"]
+        assert ("seconds_before" in record) is (sparsity > 0.025)
+
+
+def test_the_schedule_of_a_lower_sparsity_is_the_first_part_of_that_of_a_higher_one() -> None:
+    assert llm_surgeon.left(0.05, 0) == [0.0125, 0.025, 0.0375, 0.05]
+    for k in range(1, 80):
+        assert len(llm_surgeon.left(k / 80, 0) or ()) == k
+        assert llm_surgeon.left(0.99, 0, [k / 80]) == (llm_surgeon.left(0.99, 0) or [])[k:]
+    assert llm_surgeon.left(0.03, 0, [0.0125, 0.02]) == [0.025, 0.03]
+    assert llm_surgeon.left(0.03, 0, [0.0125, 0.03]) == []
+    assert llm_surgeon.left(0.03, 0, [0.0375]) is None
+    assert llm_surgeon.left(0.4, 2, [0.1]) is None
+    assert llm_surgeon.left(0.4, 2, [0.2]) == [0.4]
+
+
+def test_a_state_that_is_past_the_sparsity_is_left_alone(saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = api.Request(str(saved("llama")), "llm_surgeon", calibration=ids_file, samples=1)
+    for sparsity in (0.0375, 0.025):
+        api.prune(replace(request, sparsity=sparsity), tmp_path / f"{sparsity}", states=tmp_path / "states")
+    assert "is after a shot to 0.0375, which is not on the way to what is asked" in capsys.readouterr().err
+    alone = api.prune(replace(request, sparsity=0.025), tmp_path / "alone")
+    assert (tmp_path / "0.025" / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+    assert len(alone["shots"]) == 2
+    api.prune(replace(request, sparsity=0.025, options={"shots": 1}), tmp_path / "one", states=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_be_done_is_refused(saved: Callable[..., Path], windows: Tensor) -> None:

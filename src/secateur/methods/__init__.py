@@ -66,6 +66,10 @@ class Method:
         """Whether it plans all blocks at once: it can do nothing else, or its options say so."""
         return self.plan_model is not None and (self.plan_block is None or bool(getattr(options, "whole_model", False)))
 
+    def gradual(self, options: Any) -> bool:
+        """Whether a lower sparsity is a stop on its way to a higher one, which may go on from the same `run.checkpoint`: `gradual` in its file."""
+        return hasattr(self.module, "gradual") and bool(self.module.gradual(options))
+
     def counts_parameters(self, options: Any) -> bool:
         """Whether its sparsity is of the parameters of the whole model: it plans that alone, and not matrix by matrix. Zeroes are always of matrices."""
         pattern = self.pattern(options)

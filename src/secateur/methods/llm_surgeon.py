@@ -3,7 +3,8 @@
 From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`calibrate/kronecker.py`), from gradients of the
 language-model loss at the text's own next tokens (the empirical Fisher), damped by a hundredth of its mean diagonal. What stays of a matrix is changed to
 the exact minimiser of the quadratic under all its removals at once. All that is done in `shots`: in each a part goes, on a linear schedule, and the next one
-has gradients of the model as it then is.
+has gradients of the model as it then is. A lower sparsity is a stop on the way to a higher one, so `sweep` and `compare` take several in one run; a stop
+between two steps of the schedule is one more shot.
 
 With the pattern `rows` units go, those that the runtime removes for real: the features of the residual that attention and MLP of a block read and write, its
 feed-forward units, and its key-value heads with their query heads. The cost of a unit is the sum of the costs of the rows and columns it has in its
@@ -28,6 +29,7 @@ Shape letters: S windows, T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,6 +49,7 @@ CALIBRATION = "wikitext2"
 TRAINS = True  # a dry run does not know for how long
 DEMO: list[dict[str, object]] = []
 SHOTS_A_WHOLE = 80  # the paper has 40 for one half
+_EDGE = 1e-9  # k / 80 times 80 may not be quite k
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,35 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
     else:
         work = WeightShots(view, run, curvature=options.curvature, damping=options.damping, update=options.update, pattern=pattern)
     sparsity = run.sparsity or max(rate for rates in view.rates for rate in rates.values())
-    for wanted in track(stops(sparsity, options.shots)[len(work.told) :], "llm_surgeon: shots", status=work.status):
+    work.load(lambda done: left(sparsity, options.shots, done) is not None)
+    for wanted in track(left(sparsity, options.shots, work.done) or (), "llm_surgeon: shots", status=work.status):
         work.shot(data, wanted)
         work.save()
     run.notes["shots"] = work.told
     return tuple(work.plan(index) for index in range(view.blocks))
 
 
-def stops(sparsity: float, shots: int) -> list[float]:
-    """The sparsity after each shot; of the paper's schedule (`shots` is 0) those of a lower one are the first of a higher one."""
+def gradual(options: LLMSurgeon) -> bool:
+    """Whether a lower sparsity is a stop on the way to a higher one: with the paper's schedule it is."""
+    return not options.shots
+
+
+def left(sparsity: float, shots: int, done: Sequence[float] = ()) -> list[float] | None:
+    """The sparsity after each shot that is left.
+
+    Args:
+        sparsity: the last.
+        shots: how many in all; 0 is the paper's schedule, steps of 1/80, of which a higher sparsity has the same first ones.
+        done: those before, where a run goes on; with the paper's schedule it may have stopped between two steps.
+
+    Returns:
+        None where those before are no part of this schedule.
+    """
     if shots:
-        return [sparsity * shot / shots for shot in range(1, shots + 1)]
-    return [*(shot / SHOTS_A_WHOLE for shot in range(1, math.ceil(SHOTS_A_WHOLE * sparsity - 1e-6))), sparsity]
+        every = [sparsity * shot / shots for shot in range(1, shots + 1)]
+        return every[len(done) :] if list(done) == every[: len(done)] else None
+    reached = done[-1] if done else 0.0
+    if reached > sparsity:
+        return None
+    steps = [shot / SHOTS_A_WHOLE for shot in range(1, math.ceil(SHOTS_A_WHOLE * sparsity - _EDGE))]
+    return [*(step for step in steps if step > reached + _EDGE), *([sparsity] if sparsity > reached else [])]

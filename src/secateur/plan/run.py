@@ -17,7 +17,8 @@ class Run:
         sparsity: the fraction of the parameters of the whole model to remove; 0 where matrices have rates of their own.
         seed: of every random choice.
         device, dtype: of the computation.
-        checkpoint: a file for what an interrupted run needs to go on, of a method that learns; None keeps none. The caller removes it.
+        checkpoint: a file for what an interrupted run needs to go on, of a method that learns; None keeps none. The caller removes it. Of a method that is
+            gradual it may be that of a run at a lower sparsity.
         notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into the plan and the record.
         spill: a file for activations; None keeps them in memory. The caller removes it.
     """

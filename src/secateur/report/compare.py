@@ -14,7 +14,7 @@ from typing import Any
 from secateur.core.records import Record
 from secateur.report import words
 from secateur.report.published import PublishedTable, published
-from secateur.report.rows import Row, as_number, task_names
+from secateur.report.rows import Row, as_number, seconds_of, task_names
 from secateur.report.tables import Cell, Column, Table, table
 
 _NEAR = 0.03
@@ -120,7 +120,7 @@ def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | No
         healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
         sources = {record.get("healed") for record in healing}
         taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
-    seconds, peaks = ([v for record in taken if (v := as_number(record.get(name))) is not None] for name in ("seconds", "peak_rss_bytes"))
+    seconds, peaks = ([v for record in taken if (v := value(record)) is not None] for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes"))))
     return (sum(seconds) if seconds else None), (max(peaks) if peaks else None)
 
 

@@ -113,6 +113,12 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def seconds_of(record: Record) -> float | None:
+    """How long a run took, with those at lower sparsities that it went on from."""
+    taken = as_number(record.get("seconds"))
+    return None if taken is None else taken + (as_number(record.get("seconds_before")) or 0.0)
+
+
 def collect(records: Sequence[Record]) -> list[Row]:
     """The rows of the `prune` and `eval` records, the dense ones first, then by method and sparsity.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.core.records import Record
 from secateur.report import words
-from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, task_names
+from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, seconds_of, task_names
 
 MISSING = "\N{EN DASH}"
 
@@ -86,7 +86,7 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
         *_task_columns(rows),
         Column("KL", lambda row: _number(words.fixed, inner(row, "shift", "kl")), "nats per token, from the dense model", optional=True),
         Column("Top-1 agreement", lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")), "with the dense model", optional=True),
-        Column("Pruning time", lambda row: _number(words.duration, as_number(row.pruning.get("seconds")))),
+        Column("Pruning time", lambda row: _number(words.duration, seconds_of(row.pruning))),
         Column("Peak memory", lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))), "resident set of the pruning process"),
         Column("Loads as", lambda row: _loads(row), "stock: any transformers loads it; runtime: needs trust_remote_code or secateur", text=True),
     ]

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, TypeVar
 
 from secateur import api
@@ -125,12 +126,12 @@ def _attempts(base: api.Request, asked: Asked, own: str | None) -> dict[str, tup
         request = replace(base, pattern=pattern if own is not None else None)
         kind = None if pattern is None else parse_pattern(pattern)
         if kind is None or kind.structured:
-            for ratio in filter(None, asked.ratios):  # the dense model is always measured
+            for ratio in sorted(filter(None, asked.ratios)):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
                 found[f"{api.point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio), pattern in guesses)
         elif kind.implied_sparsity is not None:
             found[api.point_name(request, kind.implied_sparsity)] = (request, False)
         else:
-            for sparsity in filter(None, asked.sparsities):
+            for sparsity in sorted(filter(None, asked.sparsities)):
                 found[api.point_name(request, sparsity)] = (replace(request, sparsity=sparsity), False)
     return found
 
@@ -155,6 +156,8 @@ def run(
     for label in [label + part for label in todo.runs for part in (("", _HEALED) if asked.heal else ("",))]:
         if not (resume and (out / label / "plan.json").is_file()):
             refuse_existing(out / label, overwrite)
+    if not resume:
+        rmtree(out / api.STATES, ignore_errors=True)
     dense = replace(measure, model=asked.base.model, revision=asked.base.revision, against=None)
     yield in_own_process(_evaluate, dense, records_file, resume)
     for label, request in todo.runs.items():
@@ -171,6 +174,7 @@ def run(
         except SecateurError as error:
             todo.failed[label] = str(error)
             say(f"{label} failed: {error}")
+    rmtree(out / api.STATES, ignore_errors=True)
 
 
 def _bench(request: api.BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
@@ -231,7 +235,7 @@ def _evaluate(measure: api.EvalRequest, records_file: Path, resume: bool) -> Rec
 
 def _prune(request: api.Request, target: Path, measure: api.EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
     _quiet()
-    api.prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
+    api.prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file, states=target.parent / api.STATES)
     return api.evaluate(measure, records_file=records_file, resume=resume)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -59,7 +59,7 @@ class Shots(ABC):
 
     Args:
         view: the model.
-        run: the run; its checkpoint, where it is there, is what an interrupted one goes on from.
+        run: the run; `save` writes its checkpoint, and `load` goes on from it.
         curvature, damping: see `Factors`.
         update: whether weights that stay make up for those that go.
 
@@ -74,8 +74,11 @@ class Shots(ABC):
         self.view = replace(view, source=self.overlay)
         self.told: list[dict[str, float]] = []
         self._factors = partial(Factors, kind=curvature, damping=damping)
-        if run.checkpoint is not None and run.checkpoint.is_file():
-            self._load()
+
+    @property
+    def done(self) -> list[float]:
+        """What was wanted of each shot so far."""
+        return [told["wanted"] for told in self.told]
 
     @property
     @abstractmethod
@@ -172,10 +175,20 @@ class Shots(ABC):
                 os.fsync(handle.fileno())
             temporary.rename(file)
 
-    def _load(self) -> None:
-        assert self.run.checkpoint is not None
-        with safe_open(self.run.checkpoint, framework="pt") as handle:
-            self.told = json.loads(handle.metadata()["told"])
+    def load(self, fits: Callable[[list[float]], bool]) -> None:
+        """Go on from the run's checkpoint, where it is there.
+
+        Args:
+            fits: given what was wanted of each shot so far, whether they are the first of this run.
+        """
+        if (file := self.run.checkpoint) is None or not file.is_file():
+            return
+        with safe_open(file, framework="pt") as handle:
+            told: list[dict[str, float]] = json.loads(handle.metadata()["told"])
+            if not fits([shot["wanted"] for shot in told]):
+                say(f"'{file}' is after a shot to {told[-1]['wanted']:g}, which is not on the way to what is asked: starting from the original model")
+                return
+            self.told = told
             for name in handle.keys():  # noqa: SIM118  # the handle has no iterator
                 what, _, rest = name.partition(".")
                 if what == "kept":
