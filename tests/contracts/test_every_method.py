@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur import api
+from secateur.calibrate.backward import Backward
 from secateur.methods import find_method, method_names
 from secateur.plan.pattern import parse_pattern
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
@@ -146,6 +147,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     ids_file: str,
     tmp_path: Path,
     interrupted_at: Callable[..., AbstractContextManager[None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     request = api.Request(str(saved(model_type)), method, **_asked(pattern), options=_quick(method), calibration=ids_file)
     api.prune(request, tmp_path / "whole")
@@ -154,7 +156,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert not (tmp_path / "resumed").exists()
     with pytest.raises(api.UsageError, match="--resume"):
         api.prune(request, tmp_path / "resumed")
-    api.prune(request, tmp_path / "resumed", resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Backward, "retreat", lambda *_: pytest.fail("gradients are taken once"))
+        api.prune(request, tmp_path / "resumed", resume=True)
     names = sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "resumed").iterdir())
     equal, different, errors = filecmp.cmpfiles(tmp_path / "whole", tmp_path / "resumed", names, shallow=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from secateur import api
 from secateur.core.errors import NotFiniteError, SecateurError
+from secateur.models import save
 from secateur.train import learn as learning
-from secateur.train import state
 from secateur.train.choose import choose
 from secateur.train.hypernetwork import Hypernetwork
 from secateur.train.learn import Learning, learn, rows_of_step
@@ -157,7 +157,7 @@ def test_a_disk_that_fills_while_learning_is_told_in_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(save, "save_file", full)
     request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 1})
     with pytest.raises(SecateurError, match=r"no space left on the disk of .*; free some and go on with --resume"):
         api.prune(request, tmp_path / "out")

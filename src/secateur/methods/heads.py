@@ -79,8 +79,8 @@ def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple
         HopelessError: all gradients are zero.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
-    scores = head_importance(view, data, options, run)
-    orders = [_order(score_GQ) for score_GQ in scores]
+    kept = run.once(lambda: {str(index): score_GQ for index, score_GQ in enumerate(head_importance(view, data, options, run))})
+    orders = [_order(kept[str(index)]) for index in range(view.blocks)]
     gone = _fewest(view, options, [score for score, _ in orders], run.sparsity)
     plans = []
     for index, (number, (_, order)) in enumerate(zip(gone, orders, strict=True)):

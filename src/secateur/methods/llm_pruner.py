@@ -135,13 +135,22 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
     if options.mode == "channel":
-        keep_W = keep_units(channel_scores(view, data, options, run), view.config.hidden_size - _channels(view, run.sparsity))
+        kept = run.once(lambda: {"channels": channel_scores(view, data, options, run)})
+        keep_W = keep_units(kept["channels"], view.config.hidden_size - _channels(view, run.sparsity))
         spaces = [selection for selection in SELECTIONS if selection != "ffn"]
         of = dict.fromkeys(spaces, int(view.config.hidden_size))
         return tuple(BlockPlan(index, keep={space: keep_W.clone() for space in spaces}, of=of, select=SELECT_FIRST) for index in range(view.blocks))
-    scores = group_scores(view, data, options, run)
+    kept = run.once(
+        lambda: {_name(index, space): score_U for index, score in enumerate(group_scores(view, data, options, run)) for space, score_U in score.items()}
+    )
+    scores: Scores = [{space: kept[name] for space in MEMBERS if (name := _name(index, space)) in kept} for index in range(view.blocks)]
     keep = _choose(view, scores, options.ranking, run.sparsity)
     return tuple(BlockPlan(index, keep=keep[index], of={space: len(score_U) for space, score_U in scores[index].items()}) for index in range(view.blocks))
+
+
+def _name(index: int, space: str) -> str:
+    """Of a score that is kept."""
+    return f"{index}.{space}"
 
 
 def group_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run) -> Scores:

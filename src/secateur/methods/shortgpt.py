@@ -80,7 +80,8 @@ def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> tu
     Raises:
         NotFiniteError: the residual stream holds NaN or infinity; the block is named.
     """
-    influence = block_influence(view, data, run)
+    kept = run.once(lambda: {"influence": torch.tensor(block_influence(view, data, run), dtype=torch.float64)})
+    influence: list[float] = kept["influence"].tolist()
     may_go = influence[options.first : view.blocks - options.last]
     lowest = sorted(range(len(may_go)), key=lambda number: (may_go[number], number))[: removed_blocks(run.sparsity, view.blocks)]
     gone = {options.first + number for number in lowest}

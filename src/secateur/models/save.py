@@ -97,13 +97,8 @@ class CheckpointWriter:
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
         """Write a part, whole or not at all."""
-        file, temporary = self.part(name), self.part(name).with_suffix(".tmp")
         with self.disk():
-            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata={"format": "pt", "note": json.dumps(dict(note or {}))})
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.rename(file)
+            save_whole(self.part(name), tensors, {"format": "pt", "note": json.dumps(dict(note or {}))})
 
     def finish(self, weights: Sequence[str], plan: Sequence[str], config: Mapping[str, Any], source: Path | None, files: Mapping[str, str]) -> None:
         """Put weights, plan, configuration and companions in place, then rename the folder. May be run again after a kill at any point.
@@ -144,6 +139,15 @@ class CheckpointWriter:
     def disk(self) -> AbstractContextManager[None]:
         """Turns a full or forbidden disk into words."""
         return disk(self.out.parent)
+
+
+def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=dict(metadata or {}))
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.rename(file)
 
 
 @contextmanager

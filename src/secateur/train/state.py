@@ -6,17 +6,15 @@ The position in the text follows from the step and the seed. With it, a resumed 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.models.save import disk
+from secateur.models.save import disk, save_whole
 
 
 def save_state(
@@ -31,12 +29,8 @@ def save_state(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
     tensors |= ({} if noise is None else {"noise": noise.get_state()}) | {f"more.{name}": tensor for name, tensor in more.items()}
-    temporary = file.with_suffix(".tmp")
     with disk(file.parent):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"note": json.dumps(note)})
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.rename(file)
+        save_whole(file, tensors, {"note": json.dumps(note)})
 
 
 def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
