@@ -193,6 +193,7 @@ def study_modules(
     grid: Annotated[str, typer.Option(metavar="S,S,...", help="Also combine these sparsities of attention and of MLP.")] = "",
     mode: Annotated[str, typer.Option(help="shared: statistics of the dense model for all cells; sequential: each cell as prune makes it.")] = "shared",
     jobs: Annotated[int, typer.Option(help="Processes that share the cells.")] = 1,
+    engine: Annotated[str, typer.Option(help="Where they run: processes (of this machine), or ray (a cluster; pip install 'secateur[ray]').")] = "processes",
     pattern: PatternOption = None,
     calibration: Annotated[str | None, typer.Option(help="As for prune, or task:NAME (task:NAME+NAME): the text of tasks.")] = None,
     samples: Samples = 128,
@@ -240,7 +241,7 @@ def study_modules(
             return
         if out is None:
             raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
-        found = list(modules.run(request, asked, out, measure, jobs=jobs, resume=resume, overwrite=overwrite, records_file=records))
+        found = list(modules.run(request, asked, out, measure, jobs=jobs, engine=engine, resume=resume, overwrite=overwrite, records_file=records))
         study = told.read_studies(found)[0]
         verdict = told.verdict(study)
         if json:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +116,7 @@ def test_axes(saved: Callable[..., Path]) -> None:
         (Asked(), {"method": "slicegpt"}, "has no mask for each matrix"),
         (Asked(), {"calibration": "task:"}, "names no task"),
         (Asked(), {"jobs": 0}, "--jobs 0"),
+        (Asked(), {"engine": "slurm"}, r"unknown engine 'slurm' \(known: processes, ray\)"),
         (Asked(("q",), (0.0,)), {}, "nothing would be pruned at a sparsity of 0"),
         (Asked(("q", "k"), (0.5,), weights=(10**6,)), {}, "--weights 1000000: no kind has so many"),
     ],
@@ -120,6 +125,38 @@ def test_refusals(asked: Asked, how: dict[str, Any], words: str, saved: Callable
     with pytest.raises(api.UsageError, match=words):
         _study(saved("llama"), ids_file, tmp_path / "out", asked, **how)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("ray") is None:
+        with pytest.raises(api.UsageError, match=r"Ray is not installed: pip install 'secateur\[ray\]'"):
+            _study(saved("llama"), ids_file, tmp_path / "none", engine="ray")
+
+    class Pool:
+        """That of Ray, in this process."""
+
+        def __init__(self, processes: int, initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
+            started.append(processes)
+            initializer(*pickle.loads(pickle.dumps(initargs)))  # our own bytes
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def imap(self, work: Callable[[Any], Any], cells: Any) -> Any:
+            return map(work, cells)
+
+    started: list[int] = []
+    for name, content in (("ray", {}), ("ray.util", {}), ("ray.util.multiprocessing", {"Pool": Pool})):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    shared = _study(saved("llama"), ids_file, tmp_path / "ray", engine="ray", jobs=2)
+    assert started == [2]
+    for one, other in zip(shared, _study(saved("llama"), ids_file, tmp_path / "here"), strict=True):
+        assert {name for name in one if one[name] != other[name]} <= {"out", "key", "seconds", "peak_rss_bytes"}
 
 
 def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,8 +34,7 @@ from secateur.allocation.dense import DenseModel
 from secateur.calibrate.data import ids_hash
 from secateur.calibrate.stream import Stream
 from secateur.core import records
-from secateur.core.errors import SecateurError, UsageError
-from secateur.core.processes import end_with_parent
+from secateur.core.errors import SecateurError, UsageError, unknown
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
@@ -146,6 +147,7 @@ def run(
     measure: api.EvalRequest,
     *,
     jobs: int = 1,
+    engine: str = "processes",
     resume: bool = False,
     overwrite: bool = False,
     records_file: Path | None = None,
@@ -158,6 +160,7 @@ def run(
         out: the folder of the study, which receives `records.jsonl`.
         measure: the evaluation; its model is that of the request.
         jobs: processes that share the cells; each keeps the model and the statistics.
+        engine: `processes` of this machine, or `ray`: those of a Ray cluster (that of `RAY_ADDRESS`, or one that is started here), which see the same files.
         resume: cells that are in the records already are not made again.
         overwrite: forget the records of another study in `out`.
         records_file: where records go instead.
@@ -169,6 +172,7 @@ def run(
     file = records_file or out / "records.jsonl"
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}: at least one process is needed")
+    _check_engine(engine)
     if not resume:
         refuse_existing(out, overwrite)
     work, wanted = _prepare(request, asked, measure, out)
@@ -178,7 +182,8 @@ def run(
     missing = [cell for cell in wanted if work.key(cell) not in done]
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {file} already")
-    made = _in_processes(work, missing, min(jobs, len(missing))) if jobs > 1 and missing else work.make(missing)
+    here = not missing or (jobs == 1 and engine == "processes")
+    made = work.make(missing) if here else _ENGINES[engine](work, missing, min(jobs, len(missing)))
     started = time.monotonic()
     for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
         left = (time.monotonic() - started) / number * (len(missing) - number)
@@ -390,9 +395,9 @@ class _Work:
 _worker: _Work | None = None
 
 
-def _start(work: _Work, threads: int) -> None:
+def _start(work: _Work, threads: int, folder: str) -> None:
     global _worker
-    end_with_parent()
+    os.chdir(folder)  # paths may be relative to it
     torch.set_num_threads(threads)
     _worker = work
 
@@ -403,11 +408,32 @@ def _make(cell: Cell) -> Record:
 
 
 def _in_processes(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
-    threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(work, threads)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=_shared(work, jobs)) as pool:
         try:
             yield from pool.map(_make, wanted)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _in_ray(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
+    from ray.util.multiprocessing import Pool
+
+    with Pool(jobs, _start, _shared(work, jobs)) as pool:
+        yield from pool.imap(_make, wanted)
+
+
+def _shared(work: _Work, jobs: int) -> tuple[_Work, int, str]:
+    return work, max(1, torch.get_num_threads() // jobs), str(Path.cwd())
+
+
+def _check_engine(engine: str) -> None:
+    """Raises UsageError for one that is not known or not installed."""
+    if engine not in _ENGINES:
+        raise unknown("engine", engine, _ENGINES)
+    if engine == "ray" and find_spec("ray") is None:
+        raise UsageError("--engine ray: Ray is not installed: pip install 'secateur[ray]'; without --engine, --jobs N has N processes on this machine")
+
+
+_ENGINES = {"processes": _in_processes, "ray": _in_ray}
