@@ -2,10 +2,12 @@
 
 Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on a few short windows with a method that needs end-to-end gradients, in a process of
 its own, and compares the peak of the resident set above what the imports alone took with the bound: the weights once, as they are stored, and one
-block's statistics in float32, one number a weight. Weights with their gradients in float32, as the usual way keeps them, are printed beside it.
+block's statistics in float32: one number a weight, or for LLM Surgeon its Kronecker factors. Weights with their gradients in float32, as the usual way
+keeps them, are printed beside it.
 
     python benchmarks/gradient_memory.py                         some minutes on two cores, 5 GB of disk
     python benchmarks/gradient_memory.py --set order=mixed       another option of the method
+    python benchmarks/gradient_memory.py --method llm_surgeon --set shots=1 --sparsity 0.1      one shot; its float64 solves take long
     python benchmarks/gradient_memory.py --small                 seconds: does it run at all; its figures mean little
 """
 
@@ -37,7 +39,7 @@ def main() -> None:
         result = run_child(__file__, "prune", model=str(model), ids=str(ids), out=str(folder / "out"), **asked)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    above, block = result["peak"] - result["baseline"], shape.block_parameters * 4
+    above, block = result["peak"] - result["baseline"], 4 * _statistics(shape, options.method)
     kept = (shape.blocks + 1) * options.samples * options.seqlen * shape.hidden * 4
     run = {
         **asked,
@@ -56,6 +58,14 @@ def main() -> None:
     }
     _print(run)
     print(json.dumps({"benchmark": "gradient_memory", "small": options.small, **run}))
+
+
+def _statistics(shape: Shape, method: str) -> int:
+    """The numbers that one block's statistics hold: one a weight, or A of its four inputs and G of its seven outputs."""
+    if method != "llm_surgeon":
+        return shape.block_parameters
+    inputs = 3 * shape.hidden**2 + shape.ffn**2  # q, k and v read one input, gate and up another
+    return inputs + sum(outputs**2 for outputs, _ in shape.block_matrices.values())
 
 
 def _options() -> argparse.Namespace:

@@ -31,6 +31,7 @@ from secateur.calibrate.backward import Backward
 from secateur.core.numbers import at_least_float32
 from secateur.models.view import BlockView
 
+_COLUMNS = 512
 CURVATURES = ("kfac", "diagonal", "identity")
 
 
@@ -43,7 +44,7 @@ class Curvature:
 
     def part(self, rows_O: Tensor, columns_I: Tensor) -> Curvature:
         """That of a part of the matrix: what is gone already has no say. The masks are True where something stays."""
-        return Curvature(self.g_OO[rows_O][:, rows_O], self.a_II[columns_I][:, columns_I])
+        return Curvature(*(m if bool(stays.all()) else m[stays][:, stays] for m, stays in ((self.g_OO, rows_O), (self.a_II, columns_I))))
 
     def row_costs(self, weight_OI: Tensor) -> Tensor:
         """What making each row zero costs, [O]."""
@@ -70,7 +71,7 @@ class Curvature:
             tolerance: how far the cost may be above the lowest, as a share of it.
             most: iterations; the cost falls with each, so the last is the best.
         """
-        g_inverse_OO, a_inverse_II = (torch.cholesky_inverse(torch.linalg.cholesky(matrix)) for matrix in (self.g_OO, self.a_II))
+        g_inverse_OO, a_inverse_II = _inverse(self.g_OO), _inverse(self.a_II)
         made_OI = weight_OI * keep_OI
         residual_OI = self.g_OO @ (weight_OI - made_OI) @ self.a_II
         cost = float((residual_OI * (weight_OI - made_OI)).sum()) / 2
@@ -100,7 +101,18 @@ class Curvature:
 
 
 def _inverse_diagonal(matrix: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix)).diagonal()
+    """Of the inverse, some columns of the factor's inverse at a time: these are zero above the diagonal. LAPACK's potri takes many times as long."""
+    lower, parts = torch.linalg.cholesky(matrix), []
+    for start in range(0, len(matrix), _COLUMNS):
+        rest = lower[start:, start:]
+        unit = torch.eye(len(rest), min(_COLUMNS, len(rest)), dtype=matrix.dtype)
+        parts.append(torch.linalg.solve_triangular(rest, unit, upper=False).square_().sum(0))
+    return torch.cat(parts)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), torch.eye(len(matrix), dtype=matrix.dtype), upper=False)
+    return root.t() @ root
 
 
 def _fold(matrix: Tensor, keep: Tensor) -> Tensor:

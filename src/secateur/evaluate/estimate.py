@@ -37,11 +37,19 @@ def estimate(prepared: Prepared) -> Record:
         "calibration_tokens": tokens,
         "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
         "disk_bytes": 2 * (before if after is None else after) * stored,
-        "seconds_estimated": None if _trains(prepared) else round(seconds, 1),
+        "seconds_estimated": _training_seconds(prepared, tokens) if _trains(prepared) else round(seconds, 1),
     }
 
 
-def forward_seconds(tokens: float, weights: int, device: torch.device, dtype: torch.dtype) -> float:
+def _training_seconds(prepared: Prepared, tokens: int) -> float | None:
+    job = prepared.job
+    if job.method.operations is None:
+        return None
+    sparsity = job.sparsity or max(rate for rates in job.rates for rate in rates.values())
+    return round(forward_seconds(1, job.method.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype), 1)
+
+
+def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
     """What so many tokens take through matrices of so many weights, from a short measurement of this machine."""
     return 2 * tokens * weights / matrix_rate(device, dtype) * _OVERHEAD
 

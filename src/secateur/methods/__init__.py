@@ -86,8 +86,14 @@ class Method:
         return getattr(self.module, "GRADIENTS", False)
 
     @property
+    def operations(self) -> Callable[..., float] | None:
+        """The function of its file, of a method that trains, that says about how many multiplications a plan of the whole model takes."""
+        return getattr(self.module, "operations", None)
+
+    @property
     def trains(self) -> bool:
-        """Whether it goes over the text as often as its options say, so that a dry run knows neither its time nor its memory: `TRAINS` in its file."""
+        """Whether it goes over the text as often as its options say, so that a dry run knows neither its time (unless `operations` says) nor its memory:
+        `TRAINS` in its file."""
         return getattr(self.module, "TRAINS", False)
 
     def options(self, given: Mapping[str, Any]) -> Any:

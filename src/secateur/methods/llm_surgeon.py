@@ -46,7 +46,8 @@ from secateur.train.unit_shots import SPACES, UnitShots, removed_parameters
 from secateur.train.weight_shots import WeightShots
 
 CALIBRATION = "wikitext2"
-TRAINS = True  # a dry run does not know for how long
+GRADIENTS = True
+TRAINS = True
 DEMO: list[dict[str, object]] = []
 SHOTS_A_WHOLE = 80  # the paper has 40 for one half
 _EDGE = 1e-9  # k / 80 times 80 may not be quite k
@@ -123,6 +124,17 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
         work.save()
     run.notes["shots"] = work.told
     return tuple(work.plan(index) for index in range(view.blocks))
+
+
+def operations(view: ModelView, tokens: int, options: LLMSurgeon, sparsity: float) -> float:
+    """Multiplications of all shots, roughly: forward, forward again and back, sums of factors, factorisations, and 50 iterations where weights go."""
+    total, zeroes = 0.0, not parse_pattern(options.pattern).structured
+    passes = 2 if options.update and options.curvature == "kfac" else 1
+    for index in range(view.blocks):
+        for rows, columns in view.matrix_shapes(index).values():
+            total += passes * (tokens * (3 * rows * columns + rows**2 + columns**2 / 2) + rows**3 + columns**3)
+            total += 50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0  # in float64, which counts twice
+    return total * len(left(sparsity, options.shots) or ())
 
 
 def gradual(options: LLMSurgeon) -> bool:

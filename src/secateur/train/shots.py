@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,10 +33,10 @@ from secateur.plan.run import Run
 
 @dataclass(frozen=True)
 class Overlay:
-    """A model some of whose tensors are replaced. A `TensorSource`."""
+    """A model some of whose tensors are replaced, by others in memory or in safetensors files. A `TensorSource`."""
 
     source: TensorSource
-    changed: dict[str, Tensor]
+    changed: dict[str, Tensor | Path]
 
     def names(self) -> list[str]:
         """Those of the original."""
@@ -47,7 +48,14 @@ class Overlay:
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it is now."""
-        return self.changed[name] if name in self.changed else self.source.read(name)
+        now = self.changed.get(name)
+        if now is None:
+            return self.source.read(name)
+        if isinstance(now, Tensor):
+            return now
+        with safe_open(now, framework="pt") as handle:
+            found: Tensor = handle.get_tensor(name)
+        return found
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:
         """Some rows of a matrix outside the blocks, which nothing replaces."""
@@ -56,6 +64,8 @@ class Overlay:
 
 class Shots(ABC):
     """The model as it is between shots: its weights in the checkpoint's dtype, zero where something went.
+
+    Changed weights are written beside the run's checkpoint, a file for each block, and are in memory one block at a time; where it has none, they stay there.
 
     Args:
         view: the model.
@@ -148,7 +158,13 @@ class Shots(ABC):
         touched = {f"{path}.{kind}" for path in block.family.matrices.values() for kind in ("weight", "bias")}
         tensors = {name: tensor.clone() if name in touched else tensor for name, tensor in block.tensors.items()}
         self.change(replace(block, tensors=tensors), factors)
-        self.overlay.changed.update({self.view.block_prefix(block.index) + name: tensor for name, tensor in tensors.items() if name in touched})
+        changed = {self.view.block_prefix(block.index) + name: tensor for name, tensor in tensors.items() if name in touched}
+        if self.run.checkpoint is None:
+            self.overlay.changed.update(changed)
+            return
+        file = self.run.checkpoint.with_name(f"{self.run.checkpoint.stem}-{len(self.told) + 1:03}-{block.index:05}.safetensors")
+        _write(file, changed)
+        self.overlay.changed.update(dict.fromkeys(changed, file))
 
     def status(self) -> str:
         """Where it is, for who waits."""
@@ -167,13 +183,10 @@ class Shots(ABC):
         """
         if (file := self.run.checkpoint) is None:
             return
-        tensors = {f"kept.{name}": t for name, t in self.kept().items()} | {f"weights.{name}": t for name, t in self.overlay.changed.items()}
-        temporary = file.with_suffix(".tmp")
-        with disk(file.parent):
-            save_file(tensors, temporary, metadata={"told": json.dumps(self.told)})
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
-            temporary.rename(file)
+        weights = {name: place.name for name, place in self.overlay.changed.items() if isinstance(place, Path)}
+        _write(file, self.kept(), {"told": json.dumps(self.told), "weights": json.dumps(weights)})
+        for other in set(file.parent.glob(f"{file.stem}-*.safetensors")) - {file.with_name(name) for name in weights.values()}:
+            other.unlink()
 
     def load(self, fits: Callable[[list[float]], bool]) -> None:
         """Go on from the run's checkpoint, where it is there.
@@ -190,9 +203,16 @@ class Shots(ABC):
                 return
             self.told = told
             for name in handle.keys():  # noqa: SIM118  # the handle has no iterator
-                what, _, rest = name.partition(".")
-                if what == "kept":
-                    self.keep(rest, handle.get_tensor(name))
-                else:
-                    self.overlay.changed[rest] = handle.get_tensor(name)
+                self.keep(name, handle.get_tensor(name))
+            self.overlay.changed.update({name: file.with_name(place) for name, place in json.loads(handle.metadata()["weights"]).items()})
         say(f"going on after shot {len(self.told)}")
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    with disk(file.parent):
+        save_file(dict(tensors), temporary, metadata=metadata)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.rename(file)
