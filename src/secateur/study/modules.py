@@ -35,6 +35,7 @@ from secateur.calibrate.data import ids_hash
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
+from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
@@ -397,6 +398,7 @@ _worker: _Work | None = None
 
 def _start(work: _Work, threads: int, folder: str) -> None:
     global _worker
+    end_with_parent()  # Ray's have no such parent, and their own ways
     os.chdir(folder)  # paths may be relative to it
     torch.set_num_threads(threads)
     _worker = work
