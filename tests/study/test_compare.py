@@ -163,6 +163,12 @@ def test_the_plots_show_what_is_removed_and_what_is_zeroed_before_and_after_reco
     assert [picture.name for picture in compare_plots.pictures(collect(found[:-2]))] == ["compare-removed"], "of one method there is nothing to compare"
 
 
+def test_a_result_that_two_ratios_lead_to_stands_there_once() -> None:
+    found = [*record("a", 0.2, 7.0), *record("b", 0.25, 8.0)]
+    again = [{**r, "out": "/runs/again"} for r in record("b", 0.25, 8.0)]
+    assert comparison(collect([*found, *again]), [*found, *again]) == comparison(collect(found), found)
+
+
 def test_ratios_that_differ_are_told() -> None:
     found = [*record("a", 0.19, 7.0), *record("b", 0.22, 8.0)]
     result = comparison(collect(found), found)

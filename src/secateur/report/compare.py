@@ -40,7 +40,7 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
     Returns:
         None where fewer than two methods were measured.
     """
-    measured = sorted((row for row in rows if row.dense or row.measuring), key=_order)
+    measured = _once(sorted((row for row in rows if row.dense or row.measuring), key=_order))
     if len({_method(row) for row in measured if not row.dense}) < 2:
         return None
     cost = {row: _cost(row, records) for row in measured}
@@ -74,6 +74,11 @@ def _order(row: Row) -> tuple[bool, bool, float, str]:
     removed = row.number("pruning_ratio") or 0.0
     level = removed or _share_zeroed(row) or 0.0
     return not row.dense, not removed, round(level / _STEP), _method(row)
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """Of one method, two ratios may lead to the same result: whole blocks go, say."""
+    return list({(_method(row), row.number("pruning_ratio"), row.number("nonzero_after"), row.ppl): row for row in reversed(rows)}.values())[::-1]
 
 
 def _method(row: Row) -> str:
