@@ -111,7 +111,7 @@ def test_factors_are_the_second_moments_of_inputs_and_gradients(model_type: str,
 
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
-def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_sums_over_a_units_rows_and_columns(model_type: str, windows: Tensor) -> None:
+def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
     work = unit_shots.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
@@ -134,16 +134,40 @@ def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_sums_over_a_uni
     factors = Factors(block, backward, "kfac", 0.01)
     alive = {space: torch.ones(count, dtype=torch.bool) for space, count in unit_shots.units(view, block.index).items()}
     costs = unit_shots.unit_costs(block, factors, alive)
-    expected = factors["down"].column_costs(block.matrix("down"))[5]
-    for name in ("gate", "up"):
-        if name in block.names:
-            expected = expected + factors[name].row_costs(block.matrix(name))[5]
-    assert float(costs["ffn"][5]) == pytest.approx(float(expected))
-    width = block.dims.head_width
-    keys = sum(factors[name].row_costs(block.matrix(name))[width : 2 * width].sum() for name in ("k", "v"))
-    queries = factors["q"].row_costs(block.matrix("q")) + factors["o"].column_costs(block.matrix("o"))
-    across = width * block.dims.queries
-    assert float(costs["groups"][1]) == pytest.approx(float(keys + queries[across : 2 * across].sum()))
+    for space, name, unit, size in (("ffn", "down", 5, 1), ("groups", "o", 1, block.dims.head_width * block.dims.queries)):
+        zero = torch.zeros_like(block.matrix(name), dtype=torch.bool)
+        zero[:, unit * size : (unit + 1) * size] = True
+        assert float(costs[space][unit]) == pytest.approx(_exact(block.matrix(name), factors[name], zero)[1], rel=1e-6)
+    read = [factors[name].column_costs(block.matrix(name)) for name in ("gate", "up") if name in block.names]
+    torch.testing.assert_close(costs["mlp_in"], torch.stack(read).sum(0))
+    torch.testing.assert_close(costs["mlp_out"], factors["down"].row_costs(block.matrix("down")))
+
+
+@pytest.mark.parametrize("space", ["ffn", "groups"])
+def test_what_two_matrices_share_is_made_up_for_once_where_it_is_read(space: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make up for it in the matrices that give it too would be to do so twice."""
+    model = tiny_model("llama", dtype=torch.float64)
+    view = api.view_model(model)
+    given, reader = {"ffn": (("gate", "up"), "down"), "groups": (("q", "k", "v"), "o")}[space]
+    monkeypatch.setattr(
+        unit_shots, "choose", lambda view, alive, *_: [{s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive]
+    )
+    work = unit_shots.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
+    work.shot(windows, 0.2)
+    factors = _naive_factors(model, windows)
+    for name in given:
+        after, before = work.view.block(1).matrix(name), view.block(1).matrix(name)
+        count = len(before) // (view.dims(1).groups if space == "groups" else view.dims(1).ffn)
+        assert not after[:count].any()
+        assert torch.equal(after[count:], before[count:]), name
+    weight = view.block(1).matrix(reader)
+    zero = torch.zeros_like(weight, dtype=torch.bool)
+    zero[:, : weight.shape[1] // (view.dims(1).groups if space == "groups" else view.dims(1).ffn)] = True
+    torch.testing.assert_close(work.view.block(1).matrix(reader), _exact(weight, factors[1, reader], zero)[0])
+
+
+def _without_first(units: Tensor) -> Tensor:
+    return torch.arange(len(units)) > 0
 
 
 def _naive_factors(model: Any, windows: Tensor) -> dict[tuple[int, str], Curvature]:

@@ -9,13 +9,13 @@ Of all changes that make rows R and columns C zero, the cheapest one leaves, wit
 
     W'_KJ = G_KK^-1 G_K: W A_:J A_JJ^-1
 
-(the minimiser over all of W'_KJ: G_KK W'_KJ A_JJ = (G W A)_KJ). For one row r alone it costs (W A W^T)_rr / (2 [G^-1]_rr), for one column c
-(W^T G W)_cc / (2 [A^-1]_cc), for one weight W_oi^2 / (2 [G^-1]_oo [A^-1]_ii).
+(the minimiser over all of W'_KJ: G_KK W'_KJ A_JJ = (G W A)_KJ). For one row r alone it costs (W A W^T)_rr / (2 [G^-1]_rr), for columns C together
+tr(W_:C^T G W_:C [A^-1]_CC^-1) / 2, for one weight W_oi^2 / (2 [G^-1]_oo [A^-1]_ii).
 
 Where single weights go, wherever they are, no closed form is left: the minimiser W' is zero there and has (G (W - W') A)_oi = 0 everywhere else, one linear
 system over all weights that stay. `Curvature.masked` solves it by conjugate gradients. Everything here is in float64.
 
-Shape letters: O outputs, I inputs of a matrix, N tokens.
+Shape letters: O outputs, I inputs of a matrix, N tokens, U units of C columns.
 """
 
 from __future__ import annotations
@@ -50,9 +50,14 @@ class Curvature:
         """What making each row zero costs, [O]."""
         return ((weight_OI @ self.a_II) * weight_OI).sum(1) / (2 * _inverse_diagonal(self.g_OO))
 
-    def column_costs(self, weight_OI: Tensor) -> Tensor:
-        """What making each column zero costs, [I]."""
-        return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
+    def column_costs(self, weight_OI: Tensor, together: int = 1) -> Tensor:
+        """What making each column zero costs, or so many neighbours `together`, [I / together]."""
+        if together == 1:
+            return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
+        count = weight_OI.shape[1] // together
+        weight_UOC = weight_OI.view(-1, count, together).transpose(0, 1)
+        inverse_UCC = _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return (torch.linalg.inv(inverse_UCC) * (weight_UOC.transpose(1, 2) @ (self.g_OO @ weight_UOC))).sum((1, 2)) / 2
 
     def weight_costs(self, weight_OI: Tensor) -> Tensor:
         """What making each weight zero costs, [O, I]."""

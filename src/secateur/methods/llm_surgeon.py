@@ -7,8 +7,9 @@ has gradients of the model as it then is. A lower sparsity is a stop on the way 
 between two steps of the schedule is one more shot.
 
 With the pattern `rows` units go, those that the runtime removes for real: the features of the residual that attention and MLP of a block read and write, its
-feed-forward units, and its key-value heads with their query heads. The cost of a unit is the sum of the costs of the rows and columns it has in its
-matrices, and one threshold serves all units of the model. The sparsity is the fraction of the parameters of the whole model to remove.
+feed-forward units, and its key-value heads with their query heads. The cost of a feature is that of its rows and columns in all matrices that have it. A
+feed-forward unit or a head goes from the matrix that reads it: cost and update are those of these columns, all of a head together, and the rows that gave it
+go with them for nothing. One threshold serves all units of the model. The sparsity is the fraction of the parameters of the whole model to remove.
 
 With `unstructured` and N:M weights become zero, and the sparsity is of the matrices, as for other methods. One threshold serves all matrices that take part
 (those of one sparsity, where `--modules` gives several); with N:M the cheapest go that their groups of M can still spare. The minimiser is then found by
@@ -18,7 +19,8 @@ models: a matrix of 4096 x 4096 takes 5.5e11 operations an iteration. Rows and c
 `update=false` leaves the weights that stay as they were: K-OBD, the paper's baseline. `curvature=diagonal` has the diagonals of the factors alone (an
 L-OBD), `curvature=identity` is magnitude; neither has correlations, so neither changes what stays.
 
-Differences from the authors' code: rows and columns are removed, not zeroed; factors are summed block by block, on the way back, and in a second pass
+Differences from the authors' code: rows and columns are removed, not zeroed, so a unit goes from the matrices that give it and from the one that reads it at
+once, where theirs go one by one; factors are summed block by block, on the way back, and in a second pass
 where weights are updated, so that those of one block are in memory at a time; Cholesky factors in place of eigenvectors; units compete by their cost a
 parameter (`rank=cost`: by their cost); every space of a block keeps at least one unit; no LoRA between shots. Ties: the unit or weight of the earlier block
 goes first.

@@ -4,6 +4,10 @@ Units are what the runtime removes: of a block the features of the residual that
 (`attention_out`, `mlp_out`), its feed-forward units (`ffn`), and its key-value heads with their query heads (`groups`). Zero rows and columns in the weights
 of the stock model are the same function, so between shots nothing is narrowed.
 
+A feed-forward unit or a head is given by rows of some matrices and read by columns of another. It goes from its reader: what that costs, and what makes up
+for it, is of those columns, all of a head together. The rows that gave it are then read by nobody and go for nothing: to make up for them too would be to make
+up for one loss twice.
+
 Shape letters: O outputs, I inputs of a matrix, U units of a space, N units of all.
 """
 
@@ -24,6 +28,9 @@ from secateur.train.shots import Shots
 ROWS = {"q": "groups", "k": "groups", "v": "groups", "o": "attention_out", "gate": "ffn", "up": "ffn", "down": "mlp_out"}
 COLUMNS = {"q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups", "gate": "mlp_in", "up": "mlp_in", "down": "ffn"}
 SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
+
+GIVEN = ("groups", "ffn")
+"""Spaces whose units are given by rows and read by columns of a block's own matrices."""
 
 Alive = dict[str, Tensor]
 """Of one block: space -> [U], True for the units that stay."""
@@ -59,9 +66,10 @@ class UnitShots(Shots):
         for name in block.names:
             weight_OI = block.matrix(name)
             (rows_O, columns_I), (stay_O, stay_I) = (_sides(name, weight_OI, alive) for alive in (before, after))
-            if factors is not None and (not torch.equal(rows_O, stay_O) or not torch.equal(columns_I, stay_I)):
+            felt_O = rows_O if ROWS[name] in GIVEN else stay_O  # rows that go, and that nobody reads, are not made up for
+            if factors is not None and (not torch.equal(rows_O, felt_O) or not torch.equal(columns_I, stay_I)):
                 part_OI = weight_OI[rows_O][:, columns_I].double().cpu()
-                made_OI = factors[name].part(rows_O, columns_I).without(part_OI, stay_O[rows_O], stay_I[columns_I])
+                made_OI = factors[name].part(rows_O, columns_I).without(part_OI, felt_O[rows_O], stay_I[columns_I])
                 weight_OI[rows_O.nonzero(), columns_I.nonzero().t()] = made_OI.to(weight_OI)
             weight_OI[~stay_O] = 0
             weight_OI[:, ~stay_I] = 0
@@ -118,8 +126,10 @@ def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Te
         weight_OI = block.matrix(name)
         rows_O, columns_I = _sides(name, weight_OI, alive)
         part_OI, curvature = weight_OI[rows_O][:, columns_I].double().cpu(), factors[name].part(rows_O, columns_I)
-        for space, cost in ((ROWS[name], curvature.row_costs(part_OI)), (COLUMNS[name], curvature.column_costs(part_OI))):
-            costs[space][alive[space]] += cost.view(int(alive[space].sum()), -1).sum(1)
+        given, read = ROWS[name], COLUMNS[name]
+        if given not in GIVEN:
+            costs[given][alive[given]] += curvature.row_costs(part_OI)
+        costs[read][alive[read]] += curvature.column_costs(part_OI, part_OI.shape[1] // int(alive[read].sum()))
     return costs
 
 
