@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,14 @@ import torch
 from torch import Tensor
 
 from secateur import api
+from secateur.methods import llm_pruner
 from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
+from secateur.models.runtime import SELECT_FIRST
 from secateur.models.view import ModelView
 from secateur.plan.allocate import MEMBERS
+from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
+from secateur.train.structures import SELECTIONS
 from tests.tiny import MODEL_TYPES, tiny_model
 
 CPU = torch.device("cpu")
@@ -91,29 +98,172 @@ def test_the_other_ways_to_reduce(reduce: str, windows: Tensor) -> None:
         torch.testing.assert_close(found[space], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "phi3"])
-def test_a_step_towards_zero_changes_the_loss_as_the_first_order_says(model_type: str, windows: Tensor) -> None:
-    """The weights of a unit in one matrix, times 1 - e: the change over e tends to the estimate as e goes to 0, and its error goes with e."""
-    model = tiny_model(model_type, dtype=torch.float64).requires_grad_(False)
+# By hand, from the stock modules of the tiny models alone: 4 query heads of width 8 on 2 key-value heads (OPT: on 4), 48 feed-forward units, 32 features.
+# Matrix -> (module, rows of it); a fused module holds several matrices one above the other.
+STOCK: dict[str, tuple[str, dict[str, tuple[str, slice]]]] = {
+    "llama": (
+        "model.layers",
+        {
+            "q": ("self_attn.q_proj", slice(0, 32)),
+            "k": ("self_attn.k_proj", slice(0, 16)),
+            "v": ("self_attn.v_proj", slice(0, 16)),
+            "o": ("self_attn.o_proj", slice(0, 32)),
+            "gate": ("mlp.gate_proj", slice(0, 48)),
+            "up": ("mlp.up_proj", slice(0, 48)),
+            "down": ("mlp.down_proj", slice(0, 32)),
+        },
+    ),
+    "opt": (
+        "model.decoder.layers",
+        {
+            "q": ("self_attn.q_proj", slice(0, 32)),
+            "k": ("self_attn.k_proj", slice(0, 32)),
+            "v": ("self_attn.v_proj", slice(0, 32)),
+            "o": ("self_attn.out_proj", slice(0, 32)),
+            "up": ("fc1", slice(0, 48)),
+            "down": ("fc2", slice(0, 32)),
+        },
+    ),
+    "phi": (
+        "model.layers",
+        {
+            "q": ("self_attn.q_proj", slice(0, 32)),
+            "k": ("self_attn.k_proj", slice(0, 16)),
+            "v": ("self_attn.v_proj", slice(0, 16)),
+            "o": ("self_attn.dense", slice(0, 32)),
+            "up": ("mlp.fc1", slice(0, 48)),
+            "down": ("mlp.fc2", slice(0, 32)),
+        },
+    ),
+    "phi3": (
+        "model.layers",
+        {
+            "q": ("self_attn.qkv_proj", slice(0, 32)),
+            "k": ("self_attn.qkv_proj", slice(32, 48)),
+            "v": ("self_attn.qkv_proj", slice(48, 64)),
+            "o": ("self_attn.o_proj", slice(0, 32)),
+            "gate": ("mlp.gate_up_proj", slice(0, 48)),
+            "up": ("mlp.gate_up_proj", slice(48, 96)),
+            "down": ("mlp.down_proj", slice(0, 32)),
+        },
+    ),
+}
+
+
+def _by_hand(model: Any, model_type: str, index: int, space: str, unit: int) -> dict[str, list[Tensor]]:
+    """Matrix -> what it holds of a feed-forward unit, of a key-value head with its query heads, or of a residual feature: views of the stock parameters."""
+    blocks, matrices = STOCK[model_type]
+    head, query = slice(8 * unit, 8 * unit + 8), slice(8 * unit, 8 * unit + 8) if model_type == "opt" else slice(16 * unit, 16 * unit + 16)
+    one = slice(unit, unit + 1)
+    rows, columns = {
+        "ffn": ({"gate": one, "up": one}, {"down": one}),
+        "groups": ({"q": query, "k": head, "v": head}, {"o": query}),
+        "channel": ({"o": one, "down": one}, dict.fromkeys(("q", "k", "v", "gate", "up"), one)),
+    }[space]
+    found = {}
+    for name, (path, at) in matrices.items():
+        module = model.get_submodule(f"{blocks}.{index}.{path}")
+        if name in rows:
+            found[name] = [t[at][rows[name]] for t in (module.weight.data, None if module.bias is None else module.bias.data) if t is not None]
+        elif name in columns:
+            found[name] = [module.weight.data[at, columns[name]]]
+    return found
+
+
+def _smooth_model(model_type: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Float64 throughout (RMS norms of transformers are in float32), and with no kinks."""
+
+    def rms_norm(norm: Any, x_BTD: Tensor) -> Tensor:
+        return norm.weight * x_BTD / (x_BTD.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+    model = tiny_model(model_type, dtype=torch.float64, **({"activation_function": "gelu"} if model_type == "opt" else {})).requires_grad_(False)
+    for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
+        monkeypatch.setattr(kind, "forward", rms_norm)
+    return model
+
+
+@contextmanager
+def _scaled(parts: list[Tensor], by: float) -> Iterator[None]:
+    kept = [part.clone() for part in parts]
+    for part in parts:
+        part *= by
+    yield
+    for part, before in zip(parts, kept, strict=True):
+        part.copy_(before)
+
+
+def _slope(model: Any, windows: Tensor, parts: list[Tensor], step: float = 1e-3) -> float:
+    """d loss / dt at t = 0 of all these parts times 1 - t: central differences, with an error of step^4."""
+
+    def rise(t: float) -> float:
+        found = []
+        for way in (t, -t):
+            with _scaled(parts, 1 - way):
+                found.append(float(_losses(model, windows).mean()))
+        return (found[0] - found[1]) / (2 * t)
+
+    return (4 * rise(step) - rise(2 * step)) / 3
+
+
+@pytest.mark.parametrize("model_type", STOCK)
+def test_a_group_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_terms_say(
+    model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All members of a group, and each alone, on their way to zero; and at zero the loss is that of the model without the group."""
+    model = _smooth_model(model_type, monkeypatch)
+    options = LLMPruner(granularity="vector", keep_first=1, keep_last=0)
     view = api.view_model(model)
-    dense = _losses(model, windows).mean()
-    for space, units in (("groups", view.dims(1).groups), ("ffn", view.dims(1).ffn)):
-        members = MEMBERS[space]
-        names = [name for name in (*members.writers, members.reader) if name in view.family.matrices]
-        changes: dict[float, list[float]] = {0.1: [], 0.01: []}
-        for name in names:
-            for step, found in changes.items():
-                parts = _parts(view, 1, name, members.reader, units - 1, units)
-                kept = [part.clone() for part in parts]
-                for part in parts:
-                    part *= 1 - step
-                found.append(float((_losses(model, windows).mean() - dense) / step))
-                for part, before in zip(parts, kept, strict=True):
-                    part.copy_(before)
-        estimate = group_scores(view, windows, LLMPruner(granularity="vector"), FLOAT64)[1][space][units - 1]
-        errors = [abs(sum(map(abs, found)) - estimate) for found in changes.values()]
-        assert errors[1] < 0.02 * estimate
-        assert errors[1] < max(0.3 * errors[0], 1e-3 * estimate)  # a ReLU has kinks
+    for block, sums in llm_pruner._gradients(view, windows, options, FLOAT64, options.pruned_blocks(view.blocks)):
+        for space, unit in (("ffn", 0), ("ffn", 30), ("groups", 0), ("groups", 1)):
+            parts = _by_hand(model, model_type, block.index, space, unit)
+            terms = {name: float(change_U[unit]) for name, change_U in llm_pruner.unit_changes(block, sums, options, space).items()}
+            assert terms == pytest.approx({name: _slope(model, windows, part) for name, part in parts.items()}, rel=1e-6, abs=1e-9)
+            whole = [tensor for part in parts.values() for tensor in part]
+            assert sum(terms.values()) == pytest.approx(_slope(model, windows, whole), rel=1e-6, abs=1e-9)
+            units = block.dims.ffn if space == "ffn" else block.dims.groups
+            kept = torch.tensor([u for u in range(units) if u != unit], dtype=torch.int32)
+            plans = [BlockPlan(n, keep={space: kept}, of={space: units}) if n == block.index else BlockPlan(n) for n in range(3)]
+            without = float(_losses(api.cut(model, api.Plan({}, tuple(plans))), windows).detach().mean())
+            with _scaled(whole, 0):
+                assert without == pytest.approx(float(_losses(model, windows).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("model_type", STOCK)
+def test_a_channel_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_terms_say(
+    model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its part of every matrix of all blocks on the way to zero; gains of norms, which read it too, have no term."""
+    model = _smooth_model(model_type, monkeypatch)
+    options, names = LLMPruner(mode="channel", granularity="vector"), list(STOCK[model_type][1])
+    change_MD = llm_pruner.channel_changes(api.view_model(model), windows, options, FLOAT64)
+    assert len(change_MD) == 3 * len(names)
+    for channel in (0, 21):
+        members = [t for index in range(3) for part in _by_hand(model, model_type, index, "channel", channel).values() for t in part]
+        assert float(sum(change_MD)[channel]) == pytest.approx(_slope(model, windows, members), rel=1e-6, abs=1e-9)
+        kept = torch.tensor([d for d in range(32) if d != channel], dtype=torch.int32)
+        spaces = [space for space in SELECTIONS if space != "ffn"]
+        cut = [BlockPlan(n, keep=dict.fromkeys(spaces, kept), of=dict.fromkeys(spaces, 32), select=SELECT_FIRST) for n in range(3)]
+        without = float(_losses(api.cut(model, api.Plan({}, tuple(cut))), windows).detach().mean())
+        by_hand = deepcopy(model)
+        for index in range(3):
+            for part in _by_hand(by_hand, model_type, index, "channel", channel).values():
+                for tensor in part:
+                    tensor.zero_()
+            for module in by_hand.get_submodule(f"{STOCK[model_type][0]}.{index}").modules():
+                if "Norm" in type(module).__name__:
+                    module.forward = partial(_norm_of_kept, deepcopy(module), kept.long())  # type: ignore[method-assign]
+        assert without == pytest.approx(float(_losses(by_hand, windows).mean()), rel=1e-12)
+
+
+def _norm_of_kept(norm: Any, kept: Tensor, x_BTD: Tensor) -> Tensor:
+    """A norm over the features that are kept; the other has no reader."""
+    x_BTW = x_BTD[..., kept]
+    centred = x_BTW - x_BTW.mean(-1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else x_BTW
+    epsilon = norm.eps if isinstance(norm, torch.nn.LayerNorm) else norm.variance_epsilon
+    y_BTW = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt() * norm.weight[kept]
+    if getattr(norm, "bias", None) is not None:
+        y_BTW = y_BTW + norm.bias[kept]
+    return torch.zeros_like(x_BTD).index_copy(-1, kept, y_BTW)
 
 
 def test_query_heads_count_for_the_key_value_head_they_use(windows: Tensor) -> None:

@@ -164,16 +164,22 @@ def group_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run)
 
 def channel_scores(view: ModelView, windows: Tensor, options: LLMPruner, run: Run) -> Tensor:
     """The importance of each feature of the residual stream, float64 [D]: over the matrices of all blocks, the last one's `down` last."""
-    score_MD: list[Tensor] = []
+    change_MD = channel_changes(view, windows, options, run)
+    check_reacts("llm_pruner", change_MD)
+    return _REDUCE[options.reduce](torch.stack(change_MD).abs())
+
+
+def channel_changes(view: ModelView, windows: Tensor, options: LLMPruner, run: Run) -> list[Tensor]:
+    """For each matrix of all blocks, how the loss would change without each feature's part of it, float64 [D]; signed with granularity `vector`."""
+    change_MD: list[Tensor] = []
     for block, sums in _gradients(view, windows, options, run, range(view.blocks)):
         here = []
         for name in block.names:
             change_OI = sums[name].of(block.matrix(name), options.order)
             across = 1 if name in _READERS else 0  # o and down write channels, by rows; the others read them
-            here.append(_sizes(change_OI, options, across, change_OI.shape[1 - across]))
-        score_MD = here + score_MD
-    check_reacts("llm_pruner", score_MD)
-    return _REDUCE[options.reduce](torch.stack(score_MD))
+            here.append(_of_units(change_OI, options, across, change_OI.shape[1 - across]))
+        change_MD = here + change_MD
+    return change_MD
 
 
 def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, inside: range) -> Iterator[tuple[BlockView, dict[str, _Gradient]]]:
@@ -228,23 +234,25 @@ class _Gradient:
 
 
 def _unit_scores(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPruner) -> dict[str, Tensor]:
-    scores = {}
-    for space, members in MEMBERS.items():
-        units = block.dims.ffn if space == "ffn" else block.dims.groups
-        score_MU = []
-        for name in (*members.writers, members.reader):
-            if name in sums:
-                change_OI = sums[name].of(block.matrix(name), options.order)
-                score_MU.append(_sizes(change_OI, options, 0 if name == members.reader else 1, units))
-        scores[space] = _REDUCE[options.reduce](torch.stack(score_MU))
-    return scores
+    changes = {space: unit_changes(block, sums, options, space) for space in MEMBERS}
+    return {space: _REDUCE[options.reduce](torch.stack(list(change.values())).abs()) for space, change in changes.items()}
 
 
-def _sizes(change_OI: Tensor, options: LLMPruner, along: int, units: int) -> Tensor:
-    """The size of the change of each unit in one matrix, float64 [U]: the rows of a unit are neighbours, and so are the query heads of a group."""
+def unit_changes(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPruner, space: str) -> dict[str, Tensor]:
+    """Matrix -> how the loss would change without each unit's part of it, float64 [U]; signed with granularity `vector`."""
+    members, units = MEMBERS[space], block.dims.ffn if space == "ffn" else block.dims.groups
+    return {
+        name: _of_units(sums[name].of(block.matrix(name), options.order), options, 0 if name == members.reader else 1, units)
+        for name in (*members.writers, members.reader)
+        if name in sums
+    }
+
+
+def _of_units(change_OI: Tensor, options: LLMPruner, along: int, units: int) -> Tensor:
+    """The change of each unit in one matrix, float64 [U]: the rows of a unit are neighbours, and so are the query heads of a group."""
     if options.granularity == "parameter":
         change_OI = change_OI.abs()
-    return change_OI.sum(along, dtype=torch.float64).view(units, -1).sum(1).abs().cpu()
+    return change_OI.sum(along, dtype=torch.float64).view(units, -1).sum(1).cpu()
 
 
 def _channels(view: ModelView, sparsity: float) -> int:
