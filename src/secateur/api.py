@@ -22,7 +22,7 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
 from secateur.driver import make_job, pruned_blocks
-from secateur.evaluate.estimate import estimate
+from secateur.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.size import inspect

@@ -39,7 +39,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Revision = Annotated[str | None, typer.Option(help="The hub revision.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, ...: the dtype to compute in.")]
-Calibration = Annotated[str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, alpaca, or a file. Default: that of the method's paper.")]
+Calibration = Annotated[
+    str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, alpaca, a file, or task:NAME. Default: that of the method's paper.")
+]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default: those of the method's paper, or 128.")]
 Seqlen = Annotated[
     int | None, typer.Option(help="Tokens of a window. Default: that of the method's paper or of the protocol, or 2048; at most the model's maximum.")
@@ -77,6 +79,7 @@ def prune(
     dtype: Dtype = "auto",
     options: Set = None,
     text_field: TextField = "text",
+    include_path: IncludePath = None,
     spill: Annotated[bool, typer.Option("--spill", help="Keep calibration activations on disk instead of in memory.")] = False,
     stock_only: Annotated[bool, typer.Option("--stock-only", help="Refuse results that are not a stock architecture.")] = False,
     dry_run: DryRun = False,
@@ -93,7 +96,7 @@ def prune(
         api = _api()
         request = api.Request(
             model, method, sparsity, params_removed, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype,
-            _options(options), text_field, spill, stock_only,
+            _options(options), text_field, spill, stock_only, include_path,
         )  # fmt: skip
         if dry_run:
             _print(api.estimate(api.prepare(request)), json)

@@ -45,7 +45,7 @@ class Job:
         allocation: how the sparsity of each matrix is still to be chosen, from `rates.ALLOCATIONS`; the rates then hold one for all, which sets the budget.
         seed: of every random choice.
         device, dtype: of the computation of a plan for all blocks at once.
-        checkpoint, notes, spill: see `plan.run.Run`.
+        checkpoint, notes, spill, labels: see `plan.run.Run`.
     """
 
     view: ModelView
@@ -60,6 +60,7 @@ class Job:
     notes: dict[str, Any] = field(default_factory=dict)
     spill: Path | None = None
     allocation: str | None = None
+    labels: Tensor | None = None
 
     @property
     def learns(self) -> bool:
@@ -273,7 +274,7 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     """The plans of all blocks, made at once."""
     assert job.method.plan_model is not None
-    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes, job.spill)
+    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes, job.spill, job.labels)
     with watch("selection"):
         plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
     return plans

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocation.allocate import Allocation, allocate
-from secateur.calibrate.data import calibration_windows, check_ids, check_spec, holds_ids, ids_hash, read_text
+from secateur.calibrate.data import TASK, check_ids, check_spec, holds_ids, ids_hash, labelled_windows, read_text
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
@@ -26,6 +26,7 @@ from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after, family_after
 from secateur.driver import Job, make_job, pruned_blocks, whole_model_plan
+from secateur.evaluate.tasks import task_text
 from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
@@ -69,6 +70,7 @@ class Request:
         options: the method's own.
         spill: keep the activation buffer in a file beside the output.
         stock_only: refuse plans that a stock architecture cannot express.
+        include_path: a folder of task files for lm-eval, for a calibration on `task:NAME`.
     """
 
     model: str
@@ -88,6 +90,7 @@ class Request:
     text_field: str = "text"
     spill: bool = False
     stock_only: bool = False
+    include_path: str | Path | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ def prepare(request: Request) -> Prepared:
         raise UsageError(f"--samples {samples}: at least one window is needed")
     if request.calibration is not None:
         check_spec(request.calibration)
+    if request.include_path is not None and not (request.calibration or "").startswith(TASK):
+        raise UsageError(f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME")
     checkpoint = open_checkpoint(request.model, request.revision)
     view = checkpoint.view()
     sparsity = _sparsity(request, view, pattern, method, options)
@@ -205,25 +210,37 @@ def _check_stock(prepared: Prepared) -> None:
 
 def read_windows(prepared: Prepared) -> Tensor | None:
     """The calibration windows [S, T]; None where the method needs none."""
+    return _read_labelled(prepared)[0]
+
+
+def _read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+    """The windows, and the labels of those of a task."""
     request, spec = prepared.request, prepared.calibration
     if spec is None:
-        return None
-    return windows_of(prepared.checkpoint, spec, samples=prepared.samples, seqlen=prepared.seqlen, seed=request.seed, text_field=request.text_field)
+        return None, None
+    much = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed}
+    return _labelled_of(prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
 
 
 def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str) -> Tensor:
     """Windows [S, T] of the calibration part of a text SPEC, in the tokens of a model."""
+    return _labelled_of(checkpoint, spec, samples=samples, seqlen=seqlen, seed=seed, text_field=text_field)[0]
+
+
+def _labelled_of(
+    checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str, include_path: str | Path | None = None
+) -> tuple[Tensor, Tensor | None]:
     tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
-    text = read_text(spec, "calibration", text_field=text_field)
+    text = task_text(spec, include_path) if spec.startswith(TASK) else read_text(spec, "calibration", text_field=text_field)
 
     def tokenize(row: str) -> list[int]:
         assert tokenizer is not None
         found: list[int] = tokenizer(row, verbose=False)["input_ids"]
         return found
 
-    windows = calibration_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
+    windows, labels = labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
     check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec)
-    return windows
+    return windows, labels
 
 
 @processes()
@@ -255,7 +272,8 @@ def prune(
     refuse_out(out, prepared.checkpoint, prepared.calibration, records_file)
     watch = Stopwatch()
     with watch("text"):
-        windows = read_windows(prepared)
+        windows, labels = _read_labelled(prepared)
+    prepared = replace(prepared, job=replace(prepared.job, labels=labels))
     settings = prepared_settings(prepared, windows)
     if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
         return record if rank() == 0 else {}

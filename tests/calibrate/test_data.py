@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.calibrate.data import HUB_TEXTS, Text, calibration_windows, ids_hash, read_text, same_text
-from secateur.core.errors import SecateurError
+from secateur.calibrate.data import HUB_TEXTS, IGNORE, Text, calibration_windows, ids_hash, labelled_windows, read_text, same_text, task_names
+from secateur.core.errors import SecateurError, UsageError
 
 
 def letters(text: str) -> list[int]:
@@ -76,6 +76,31 @@ def test_windows_do_not_overlap_and_follow_the_seed() -> None:
     assert not torch.equal(windows, calibration_windows(text, letters, samples=10, seqlen=20, seed=1))
     everything = calibration_windows(text, letters, samples=50, seqlen=20, seed=3)
     assert torch.equal(everything.flatten(), torch.arange(1000))
+
+
+def test_of_questions_with_answers_the_answers_are_to_be_predicted() -> None:
+    """Also where tokens join the end of a question to its answer, and where there is no question."""
+    questions = [f"is {n} even? " for n in range(20)] + [""]
+    text = Text("task:t", [question + "YES" for question in questions], questions=questions)
+    assert labelled_windows(Text("t", text.rows), letters, samples=9, seqlen=30, seed=0)[1] is None
+    windows, labels = labelled_windows(text, letters, samples=9, seqlen=30, seed=0)
+    assert torch.equal(windows, calibration_windows(Text("t", text.rows), letters, samples=9, seqlen=30, seed=0))
+    assert labels is not None
+    assert torch.equal(labels, windows.where(windows < ord("Z"), IGNORE).where(windows >= ord("A"), IGNORE))
+
+    def joining(row: str) -> list[int]:
+        return letters(row.replace("? YES", "#ES"))
+
+    windows, labels = labelled_windows(text, joining, samples=10, seqlen=20, seed=0)
+    assert labels is not None
+    assert torch.equal(labels != IGNORE, torch.isin(windows, torch.tensor(letters("#YES"))))
+
+
+def test_tasks_are_text_to_calibrate_with_alone() -> None:
+    assert task_names("task:a+b") == ["a", "b"]
+    assert not task_names("wikitext2")
+    with pytest.raises(UsageError, match="ask them with --tasks"):
+        read_text("task:cloze", "evaluation")
 
 
 def test_rows_are_shuffled_and_no_more_are_read_than_needed() -> None:

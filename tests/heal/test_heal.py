@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur import api
-from secateur.calibrate.backward import IGNORE
+from secateur.calibrate.data import IGNORE
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal import tune as tuning
 from secateur.heal.data import answers_alone

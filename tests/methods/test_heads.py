@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import api
+from secateur.calibrate.data import IGNORE
+from secateur.evaluate.cloze import cloze_items
+from secateur.methods import heads
 from secateur.methods.heads import Heads, head_importance
 from secateur.plan.run import Run
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
@@ -19,7 +23,7 @@ from tests.tiny import MODEL_TYPES, some_ids, tiny_model
 FLOAT64 = Run(0.0, 0, torch.device("cpu"), torch.float64)
 
 
-def _naive(model: Any, windows: Tensor) -> Tensor:
+def _naive(model: Any, windows: Tensor, labels: Tensor | None = None) -> Tensor:
     """dL/d mask of every query head, for every window: [S, L, H]."""
     view = api.view_model(model)
     heads, found = view.dims(0).heads, []
@@ -29,9 +33,9 @@ def _naive(model: Any, windows: Tensor) -> Tensor:
         return lambda _, inputs: ((inputs[0].unflatten(-1, (heads, -1)) * mask_LH[index][:, None]).flatten(-2),)
 
     hooks = [model.get_submodule(view.block_prefix(index) + view.family.matrices["o"]).register_forward_pre_hook(scale(index)) for index in range(view.blocks)]
-    for window_T in windows:
+    for window_T, label_T in zip(windows, windows if labels is None else labels, strict=True):
         logits_TV = model(input_ids=window_T[None]).logits[0, :-1]
-        found.append(torch.autograd.grad(torch.nn.functional.cross_entropy(logits_TV, window_T[1:]), mask_LH)[0])
+        found.append(torch.autograd.grad(torch.nn.functional.cross_entropy(logits_TV, label_T[1:], ignore_index=IGNORE), mask_LH)[0])
     for hook in hooks:
         hook.remove()
     return torch.stack(found)
@@ -50,6 +54,32 @@ def test_importances_are_those_of_masks_in_the_whole_model(model_type: str, wind
         torch.testing.assert_close(of_heads[index], expected_H.view(groups, -1), rtol=1e-3, atol=1e-8)
         expected_G = gradient_SLH[:, index].unflatten(1, (groups, -1)).sum(2).abs().mean(0)
         torch.testing.assert_close(of_groups[index][0], expected_G / expected_G.norm(), rtol=1e-3, atol=1e-8)
+
+
+def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("opt", dtype=torch.float64)
+    labels = windows.where(torch.arange(20) % 5 > 2, IGNORE)
+    found = head_importance(api.view_model(model), windows, Heads(normalise=False), replace(FLOAT64, labels=labels))
+    expected_LH = _naive(model, windows, labels).abs().mean(0)
+    torch.testing.assert_close(torch.cat(found), expected_LH, rtol=1e-3, atol=1e-8)
+    asked: list[Run] = []
+
+    def listen(view: Any, windows: Tensor, options: Heads, run: Run) -> list[Tensor]:
+        asked.append(run)
+        return head_importance(view, windows, options, run)
+
+    monkeypatch.setattr(heads, "head_importance", listen)
+    for spec in ("task:cloze", "builtin"):
+        record = api.prune(api.Request("bundled", "heads", sparsity=0.3, calibration=spec, samples=8, seqlen=64), tmp_path / spec[:4])
+        assert record["calibration"]["spec"] == spec
+    assert asked[1].labels is None
+    assert asked[0].labels is not None
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "task")
+    answers = "".join(item.choices[item.answer] for item in cloze_items(300, seed=1, part="train"))
+    for label_T in asked[0].labels:
+        (places,) = (label_T != IGNORE).nonzero(as_tuple=True)
+        runs = torch.tensor_split(label_T[places], (places.diff() > 1).nonzero().flatten() + 1)
+        assert all(tokenizer.decode(run).strip() in answers for run in runs)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])

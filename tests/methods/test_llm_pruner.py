@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur import api
+from secateur.calibrate.data import IGNORE
 from secateur.methods import llm_pruner
 from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.runtime import SELECT_FIRST
@@ -264,6 +266,25 @@ def _norm_of_kept(norm: Any, kept: Tensor, x_BTD: Tensor) -> Tensor:
     if getattr(norm, "bias", None) is not None:
         y_BTW = y_BTW + norm.bias[kept]
     return torch.zeros_like(x_BTD).index_copy(-1, kept, y_BTW)
+
+
+def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor) -> None:
+    """The change is that of their mean loss, whatever share of the tokens they are."""
+    model = tiny_model("opt", dtype=torch.float64)
+    labels = windows.where(torch.arange(20) % 5 > 2, IGNORE)
+    options = LLMPruner(mode="channel", order="mixed", granularity="vector")
+    found_D = sum(llm_pruner.channel_changes(api.view_model(model), windows, options, replace(FLOAT64, labels=labels)))
+    first_D = second_D = torch.zeros(32, dtype=torch.float64)
+    for window_T, label_T in zip(windows, labels, strict=True):
+        model.zero_grad()
+        logits_TV = model(input_ids=window_T[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits_TV, label_T[1:], ignore_index=IGNORE).backward()
+        for name, p in model.named_parameters():
+            writes, reads = re.search(r"layers.*(out_proj|fc2)", name), re.search(r"layers.*([qkv]_proj|fc1).weight", name)
+            if p.grad is not None and (writes or reads):
+                change_DX = (p.detach() * p.grad if writes else (p.detach() * p.grad).t()).reshape(32, -1)
+                first_D, second_D = first_D - change_DX.sum(1) / len(windows), second_D + change_DX.square().sum(1) / (2 * len(windows))
+    torch.testing.assert_close(found_D, first_D + second_D, rtol=1e-6, atol=1e-12)
 
 
 def test_query_heads_count_for_the_key_value_head_they_use(windows: Tensor) -> None:

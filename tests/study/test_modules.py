@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from secateur import api
+from secateur.calibrate.data import ids_hash
 from secateur.cli import app
 from secateur.core import records
 from secateur.models.load import open_checkpoint
@@ -220,6 +221,13 @@ def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.C
     plain = replace(request, calibration=str(out / "task-learned-measured.jsonl"))
     again = list(modules.run(plain, asked, tmp_path / "again", measure=replace(measure, include_path=None)))
     assert [r["ppl"] for r in again] == [r["ppl"] for r in found]
+    windows = api.read_windows(api.prepare(replace(request, sparsity=0.5, include_path=files)))
+    assert windows is not None
+    assert ids_hash(windows) == found[1]["calibration"]["sha256"], "prune calibrates on the same"
+    with pytest.raises(api.UsageError, match="calibrate on a task too"):
+        api.prepare(replace(request, calibration="builtin", sparsity=0.5, include_path=files))
+    with pytest.raises(api.UsageError, match="names no task"):
+        api.prepare(replace(request, calibration="task:+", sparsity=0.5))
 
 
 def test_a_dry_run_counts_what_the_run_does(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secateur.calibrate.data import IGNORE
 from secateur.calibrate.stream import Stream, new_buffer
 from secateur.core.errors import HopelessError, NotFiniteError, UsageError
 from secateur.core.memory import give_back
@@ -31,7 +32,6 @@ from secateur.core.progress import track
 from secateur.models.save import disk
 from secateur.models.view import BlockView, ModelView
 
-IGNORE = -100  # a label that is not to be predicted, as in transformers
 _LOGITS = 1 << 23  # at a time
 PairListener = Callable[[Tensor, Tensor], None]
 """Called with x_BTI, what a matrix received, and g_BTO, the gradient of the loss with respect to what it gave."""
@@ -82,7 +82,7 @@ class Backward:
         self._target_ST = torch.nn.functional.pad(label_ST[:, 1:], (0, 1), value=IGNORE)
         self.targets = int((self._target_ST != IGNORE).sum())
         if not self.targets:
-            raise UsageError("no label is to be predicted, so there are no gradients: give windows of at least two tokens")
+            raise UsageError("no label is to be predicted, so there are no gradients: give windows of at least two tokens, of a task also more of them")
         self._stream = Stream(view, windows, device=device, dtype=dtype)
         self.gradient_STD = self._stream.hidden_STD  # the residual first, its gradient from the loss on
         with nullcontext() if spill is None else disk(spill.parent):

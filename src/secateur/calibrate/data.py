@@ -2,6 +2,7 @@
 
 A SPEC is `builtin`, `wikitext2`, `c4`, `alpaca` (hub data sets, resolved by role: the train part to calibrate, the test part to evaluate), or a
 path: `.jsonl`, `.json` (Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids [samples, seqlen], used as given), and anything else as plain text.
+To calibrate there is also `task:NAME+NAME`, the questions of tasks with their right answers, which `evaluate/tasks.py` reads.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ HUB_TEXTS = {
     ),
 }
 NAMED = ("builtin", *HUB_TEXTS)
+TASK = "task:"
+IGNORE = -100  # a label that is not to be predicted, as in transformers
 _ID_FILES = (".npy", ".safetensors")
 
 
@@ -82,11 +85,12 @@ class HubRows(Sequence[str]):
 
 @dataclass(frozen=True)
 class Text:
-    """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]."""
+    """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]. Of a task, `questions` are how the rows begin."""
 
     spec: str
     rows: Sequence[str] = ()
     ids: Tensor | None = None
+    questions: Sequence[str] = ()
 
 
 def holds_ids(spec: str) -> bool:
@@ -95,9 +99,23 @@ def holds_ids(spec: str) -> bool:
 
 
 def check_spec(spec: str) -> None:
-    """Raises UsageError where a SPEC is neither a name nor a file."""
-    if spec.partition("@")[0] not in NAMED and not Path(spec).expanduser().is_file():
+    """Raises UsageError where a SPEC to calibrate with is neither a name, nor a file, nor tasks."""
+    if spec.startswith(TASK):
+        task_names(spec)
+    elif spec.partition("@")[0] not in NAMED and not Path(spec).expanduser().is_file():
         raise UsageError(f"no text '{spec}': give one of {', '.join(NAMED)}, or the path of a file")
+
+
+def task_names(spec: str) -> list[str]:
+    """Of `task:NAME+NAME`; of any other SPEC none.
+
+    Raises:
+        UsageError: a SPEC of tasks without a name.
+    """
+    names = [name for name in spec.removeprefix(TASK).split("+") if name] if spec.startswith(TASK) else []
+    if spec.startswith(TASK) and not names:
+        raise UsageError("--calibration task: names no task; write task:NAME, or task:NAME+NAME")
+    return names
 
 
 def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
@@ -117,6 +135,8 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
         return Text(spec, tuple(d.text for d in documents("train" if role == "calibration" else "test")))
     if name in HUB_TEXTS:
         return Text(spec, _from_hub(name, role, revision or None))
+    if spec.startswith(TASK):
+        raise UsageError(f"text '{spec}': tasks are for calibration; ask them with --tasks")
     check_spec(spec)
     path = Path(spec).expanduser()
     if holds_ids(spec):
@@ -155,7 +175,12 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
 
 
 def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> Tensor:
-    """Windows of calibration text: int64 [S, T].
+    """The windows of `labelled_windows`."""
+    return labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)[0]
+
+
+def labelled_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Windows of calibration text, int64 [S, T], and of questions with answers what is to be predicted: the same, with `IGNORE` in the questions.
 
     The rows are shuffled and tokenised one after the other (each with what the tokenizer adds at its start) until there is enough; the
     stream is cut into windows that do not overlap, of which `samples` are drawn. Token ids are used as given, in order.
@@ -164,13 +189,18 @@ def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, sam
         SecateurError: the text has fewer windows than asked for.
     """
     if text.ids is not None:
-        return text.ids
+        return text.ids, None
     order = np.random.default_rng(seed)
     wanted = samples * seqlen
     stream: list[int] = []
+    labels: list[int] = []
     for number in order.permutation(len(text.rows)):
         if text.rows[number].strip():
-            stream += tokenize(text.rows[number])
+            ids = tokenize(text.rows[number])
+            stream += ids
+            if text.questions:
+                given = _common(ids, tokenize(text.questions[number])) if text.questions[number] else 0
+                labels += [IGNORE] * given + ids[given:]
         if len(stream) >= _READ_AHEAD * wanted:
             break
     there = len(stream) // seqlen
@@ -178,8 +208,14 @@ def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, sam
         raise SecateurError(
             f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; lower --samples or --seqlen, or give more text"
         )
-    windows = torch.tensor(stream[: there * seqlen], dtype=torch.int64).view(there, seqlen)
-    return windows[torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))]
+    drawn = torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))
+    windows, labelled = (torch.tensor(tokens[: there * seqlen], dtype=torch.int64).view(-1, seqlen) for tokens in (stream, labels))
+    return windows[drawn], labelled[drawn] if text.questions else None
+
+
+def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
+    """With how many tokens both begin; one that joins the end of a question to its answer is the answer's."""
+    return next((n for n, (one, other) in enumerate(zip(ids, begin, strict=False)) if one != other), min(len(ids), len(begin)))
 
 
 def same_text(spec: str, other: str) -> bool:

@@ -100,19 +100,19 @@ def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | N
     return Loaded(found, limit, hashes, frozenset(found["tasks"]) & (names_in(include) if include else set()))
 
 
-def task_texts(loaded: Loaded) -> tuple[list[str], list[str]]:
-    """See `tasks.task_texts`."""
-    texts, same = [], []
+def task_rows(loaded: Loaded) -> tuple[list[tuple[str, str]], list[str]]:
+    """Questions and answers, and the tasks without a training part."""
+    rows, same = [], []
     for name, task in loaded.found["tasks"].items():
         if not task.has_training_docs():
             same.append(name)
         with _quiet():
-            texts += [text for doc in (task.training_docs() if task.has_training_docs() else task.eval_docs) if (text := _solved(task, doc))]
-    return texts, same
+            rows += [row for doc in (task.training_docs() if task.has_training_docs() else task.eval_docs) if any(row := _solved(task, doc))]
+    return rows, same
 
 
-def _solved(task: Any, doc: Any) -> str:
-    """A question with its right answer; nothing where the answer is not told."""
+def _solved(task: Any, doc: Any) -> tuple[str, str]:
+    """A question, and its right answer with what is between them; nothing where the answer is not told."""
     asked, target = task.doc_to_text(doc), task.doc_to_target(doc)
     choices = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else []
     if getattr(task, "multiple_input", 0):  # the choices are contexts, and what follows is the same
@@ -122,8 +122,8 @@ def _solved(task: Any, doc: Any) -> str:
     if isinstance(target, list):
         target = target[0] if target else None
     if asked is None or target is None:
-        return ""
-    return f"{asked}{task.config.target_delimiter}{target}" if asked else str(target)
+        return "", ""
+    return (asked, f"{task.config.target_delimiter}{target}") if asked else ("", str(target))
 
 
 def _load(manager: Manager, name: str) -> dict[str, Any]:

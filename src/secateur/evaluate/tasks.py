@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.calibrate.data import Text, task_names
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.cloze import CLOZE, Item, cloze_items, evaluate_cloze, items_hash
 
@@ -90,25 +92,27 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None = None, lim
     return Tasks(cloze_items()[:limit] if CLOZE in wanted else (), loaded)
 
 
-def task_texts(names: Sequence[str], include_path: str | Path | None = None) -> tuple[list[str], list[str]]:
+def task_text(spec: str, include_path: str | Path | None = None) -> Text:
     """The text of tasks to calibrate with: questions with their right answers, of the training part where a task has one.
 
     Args:
-        names, include_path: as for `find_tasks`.
-
-    Returns:
-        The texts, and the tasks whose texts are those that they are measured on, for want of others.
+        spec: `task:NAME+NAME`.
+        include_path: as for `find_tasks`.
 
     Raises:
-        UsageError, SecateurError: as `find_tasks`.
+        UsageError, SecateurError: as `find_tasks`; or the tasks tell no answers.
     """
-    found = find_tasks(names, include_path)
+    found = find_tasks(task_names(spec), include_path)
     own = cloze_items(len(found.items), seed=1, part="train") if found.items else []
-    texts = [item.context + item.choices[item.answer] for item in own]
-    if found.loaded is None:
-        return texts, []
-    others, same = _harness("").task_texts(found.loaded)
-    return texts + others, same
+    rows, same = [(item.context, item.choices[item.answer]) for item in own], []
+    if found.loaded is not None:
+        others, same = _harness("").task_rows(found.loaded)
+        rows += others
+    if not rows:
+        raise SecateurError(f"{spec}: tells no answers, so there is no text to calibrate with")
+    if same:
+        say(f"warning: {', '.join(same)} have no training part: calibrated on the items that they are measured on")
+    return Text(spec, [question + answer for question, answer in rows], questions=[question for question, _ in rows])
 
 
 def _harness(task: str) -> Any:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibrate.backward import IGNORE
-from secateur.calibrate.data import alpaca_prompt, read_instructions
+from secateur.calibrate.data import IGNORE, alpaca_prompt, read_instructions
 from secateur.core.errors import SecateurError
 
 

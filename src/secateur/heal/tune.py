@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.calibrate.backward import IGNORE
+from secateur.calibrate.data import IGNORE
 from secateur.core.errors import SecateurError
 from secateur.core.progress import say, track
 from secateur.heal.data import Examples

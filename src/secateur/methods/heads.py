@@ -2,7 +2,8 @@
 
 From Michel et al., arXiv:1905.10650, equation 2: with a mask xi_h, at 1, on what head h gives, its importance is the mean over texts x of
 |dL(x) / d xi_h|, where L is the loss and a text is a window. It is divided by the Euclidean norm of the importances of its block, and the least important
-heads of the whole model go; every block keeps one. The sparsity is the fraction of query heads. Any text serves: that of a task, where the model is for one.
+heads of the whole model go; every block keeps one. The sparsity is the fraction of query heads. Any text serves; where the model is for a task, that of the
+task (`--calibration task:NAME`), of which the loss is on the right answers alone.
 
 Where several query heads share a key-value head, `unit=groups` removes a key-value head with all its query heads, under one mask; `unit=heads` removes
 query heads, the same number of every group of a block, so that what is left is grouped as before: the least important heads of all groups go together.
@@ -94,7 +95,7 @@ def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple
 
 def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) -> list[Tensor]:
     """For each block, [1, G] with `unit=groups` and [G, Q] with `unit=heads` (Q query heads of a group), float64; nats a token."""
-    backward = Backward(view, windows, device=run.device, dtype=run.dtype, spill=run.spill)
+    backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, spill=run.spill)
     scores: list[Tensor] = [torch.empty(0)] * view.blocks
     for block in backward.blocks():
         dims, weight_OI = block.dims, block.matrix("o").to(run.device)

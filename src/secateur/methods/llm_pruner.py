@@ -19,7 +19,8 @@ where the authors narrow them too: a feature that no block uses carries the toke
 Differences from the authors' code: gradients are reduced to scores block by block on the way back (`calibrate/backward.py`; they keep one for every
 weight); with shared key-value heads the query heads of a group are those that use it (they fold head h onto h modulo the number of groups); the part
 of a head in a matrix is one structure (they take sizes channel by channel); biases count; global ranking is by importance a parameter; the blocks left
-out scale with the depth. Any text will do in place of BookCorpus, which can no longer be loaded. Ties: the unit with the lower index is removed first.
+out scale with the depth. Any text will do in place of BookCorpus, which can no longer be loaded; of that of a task (`--calibration task:NAME`) the loss is
+on the right answers alone. Ties: the unit with the lower index is removed first.
 """
 
 from __future__ import annotations
@@ -186,21 +187,25 @@ def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, i
     """The gradients of the matrices of these blocks, from the last block."""
     if options.order != "first" and len(windows) < 2:
         raise HopelessError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
-    backward = Backward(view, windows, device=run.device, dtype=run.dtype, first=inside.start, spill=run.spill)
+    backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, first=inside.start, spill=run.spill)
+    predicted = backward.targets / len(windows)
     for block in backward.blocks():
         names = block.names if block.index in inside else ()
-        fisher, channel = options.order != "first", options.mode == "channel"
-        sums = {name: _Gradient(block.bias(name) if channel == (name in _READERS) else None, fisher=fisher) for name in names}
+        biases = {name: block.bias(name) if (options.mode == "channel") == (name in _READERS) else None for name in names}
+        sums = {name: _Gradient(bias_O, fisher=options.order != "first", predicted=predicted) for name, bias_O in biases.items()}
         backward.retreat(block, {name: gradient.update for name, gradient in sums.items()})
         if names:
             yield block, sums
 
 
 class _Gradient:
-    """The sum over windows of the gradient of one matrix and of its square, [O, I], float32 or better. A bias that goes with a row is one more input."""
+    """The sum over windows of the gradient of one matrix and of its square, [O, I], float32 or better. A bias that goes with a row is one more input.
 
-    def __init__(self, bias_O: Tensor | None, *, fisher: bool) -> None:
-        self.bias_O, self.fisher = bias_O, fisher
+    `predicted` is how many tokens a window is to predict, on average.
+    """
+
+    def __init__(self, bias_O: Tensor | None, *, fisher: bool, predicted: float) -> None:
+        self.bias_O, self.fisher, self.predicted = bias_O, fisher, predicted
         self.first_OI, self.second_OI = torch.zeros(()), torch.zeros(())
         self.windows = 0
 
@@ -213,12 +218,11 @@ class _Gradient:
             self.first_OI = torch.zeros(shape, dtype=at_least_float32(x_BTI[:0]).dtype, device=x_BTI.device)
             self.second_OI = torch.zeros_like(self.first_OI) if self.fisher else self.second_OI
         self.windows += len(x_BTI)
-        predicted = x_BTI.shape[1] - 1
         if not self.fisher:
-            self.first_OI += weight_gradient(x_BTI.flatten(0, 1), g_BTO.flatten(0, 1)).div_(predicted)
+            self.first_OI += weight_gradient(x_BTI.flatten(0, 1), g_BTO.flatten(0, 1)).div_(self.predicted)
             return
         for x_TI, g_TO in zip(x_BTI, g_BTO, strict=True):
-            gradient_OI = weight_gradient(x_TI, g_TO).div_(predicted)
+            gradient_OI = weight_gradient(x_TI, g_TO).div_(self.predicted)
             self.first_OI += gradient_OI
             self.second_OI += gradient_OI.square_()
 

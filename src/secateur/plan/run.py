@@ -27,6 +27,7 @@ class Run:
             gradual it may be that of a run at a lower sparsity.
         notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into the plan and the record.
         spill: a file for activations; None keeps them in memory. The caller removes it.
+        labels: what is to be predicted at each place of the windows of a task [S, T], -100 in the questions; None: all.
     """
 
     sparsity: float
@@ -36,6 +37,7 @@ class Run:
     checkpoint: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     spill: Path | None = None
+    labels: Tensor | None = None
 
     def once(self, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What `measure` gives, on a CPU: kept in `checkpoint`, from where a run that goes on takes it. For a method that keeps nothing else there.

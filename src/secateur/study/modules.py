@@ -31,7 +31,7 @@ from torch import Tensor
 
 from secateur import api
 from secateur.allocation.dense import DenseModel
-from secateur.calibrate.data import ids_hash
+from secateur.calibrate.data import TASK, ids_hash, task_names
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
@@ -40,9 +40,9 @@ from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
 from secateur.driver import Job, make_job, pruned_blocks
-from secateur.evaluate.estimate import forward_seconds
+from secateur.estimate import forward_seconds
 from secateur.evaluate.evaluate import Questions, prepare_questions
-from secateur.evaluate.tasks import task_texts
+from secateur.evaluate.tasks import task_text
 from secateur.models.load import BUNDLED, load_model
 from secateur.models.save import refuse_existing
 from secateur.models.view import ModelView
@@ -53,7 +53,6 @@ from secateur.prune import Prepared, identity, prepared_settings
 GROUPS = ("attention", "mlp", "all")
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 MODES = ("shared", "sequential")
-TASK = "task:"
 
 
 @dataclass(frozen=True)
@@ -242,15 +241,12 @@ def estimate(request: api.Request, asked: Asked, measure: api.EvalRequest, *, re
 
 def _prepare(request: api.Request, asked: Asked, measure: api.EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
     """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
-    spec = request.calibration or ""
-    names = [name for name in spec.removeprefix(TASK).split("+") if name] if spec.startswith(TASK) else []
-    if spec.startswith(TASK) and not names:
-        raise UsageError("--calibration task: names no task; write task:NAME, or task:NAME+NAME")
+    names = task_names(request.calibration or "")
     asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
     work = _Work(replace(request, calibration=None) if names else request, asked.mode, asking, str(folder))
     wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if names:
-        file = _write_task_text(names, measure, folder)
+        file = _write_task_text(names, measure.include_path, folder)
         work = replace(work, request=replace(request, calibration=str(file), text_field="text"))
         try:
             _ = work.settings  # reads the text
@@ -262,10 +258,9 @@ def _prepare(request: api.Request, asked: Asked, measure: api.EvalRequest, folde
     return work, wanted
 
 
-def _write_task_text(names: Sequence[str], measure: api.EvalRequest, folder: Path) -> Path:
-    texts, same = task_texts(names, measure.include_path)
-    if same:
-        say(f"warning: {', '.join(same)} have no training part: calibrated on the items that they are measured on")
+def _write_task_text(names: Sequence[str], include_path: str | Path | None, folder: Path) -> Path:
+    """One file for all processes."""
+    texts = task_text(f"{TASK}{'+'.join(names)}", include_path).rows
     file = folder / f"task-{'-'.join(names)}.jsonl"
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     if not (file.is_file() and file.read_text("utf-8") == content):
