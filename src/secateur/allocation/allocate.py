@@ -7,7 +7,7 @@ pruning, section 4.2) does not say how.
 
 `owl` is the baseline of the literature (arXiv:2310.05175, section 3.2): blocks with more outliers keep more. An outlier is an entry of |W_ij| ||X_j||_2 above M
 times the mean of its block; a block's density departs from the mean one by up to lambda, in proportion to its share of outliers. M = 5 and lambda = 0.08 are
-the paper's for LLaMA.
+the paper's for LLaMA. A rate that would fall below 0, or leave next to nothing of a block, is held, and the others move together until as much goes as asked.
 
 Shape letters: S windows, T tokens, B windows of a batch, L blocks, O outputs, I inputs.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.allocation.curves import Curve, cheapest
+from secateur.allocation.curves import HIGHEST, Curve, cheapest
 from secateur.allocation.dense import DenseModel
 from secateur.calibrate.stream import TOKENS_A_BATCH, Stream
 from secateur.core.numbers import at_least_float32
@@ -31,6 +31,7 @@ from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.driver import Job, collect
 from secateur.methods import find_method
+from secateur.models.view import ModelView
 from secateur.plan.rates import Rates
 
 LEVELS = (0.35, 0.5, 0.7, 0.9)
@@ -83,14 +84,15 @@ def _measured(job: Job, dense: DenseModel, windows: Tensor) -> Allocation:
     some_ST = spread_over(windows, TOKENS)
     batches = list(some_ST.to(job.device).split(max(1, TOKENS_A_BATCH // some_ST.shape[1])))
     loss, curves = sensitivities(dense, batches, LEVELS)
-    found = cheapest(LEVELS, curves, _budget(job))
+    losses = {}
+    with dense.pruned(job.rates) as budget:  # as the method counts
+        losses["uniform"] = dense.loss(batches)
+    found = cheapest(LEVELS, curves, budget)
     rates: Rates = tuple({} for _ in range(job.view.blocks))
     for curve, rate in zip(curves, found, strict=True):
         rates[curve.block][curve.name] = rate
-    losses = {}
-    for name, those in (("uniform", job.rates), ("auto", rates)):
-        with dense.pruned(those):
-            losses[name] = dense.loss(batches)
+    with dense.pruned(rates):
+        losses["auto"] = dense.loss(batches)
     ends = f"from {loss:.4f} to {losses['auto']:.4f}, at one sparsity for all to {losses['uniform']:.4f}"
     say(f"auto: on {some_ST.numel():,} calibration tokens the loss goes {ends}")
     if not losses["auto"] < losses["uniform"]:  # also where one of them is not finite
@@ -134,12 +136,6 @@ def sensitivities(dense: DenseModel, batches: list[Tensor], levels: Sequence[flo
     return loss, curves
 
 
-def _budget(job: Job) -> int:
-    """The weights that one sparsity for all removes, row by row."""
-    shapes = [(job.view.dims(index).shape(name), rate) for index, rates in enumerate(job.rates) for name, rate in rates.items()]
-    return sum(outputs * math.floor(inputs * rate) for (outputs, inputs), rate in shapes)
-
-
 def _by_outliers(job: Job, windows: Tensor) -> Allocation:
     """OWL (arXiv:2310.05175, section 3.2)."""
     view, wanda = job.view, replace(job, method=find_method("wanda"))
@@ -155,5 +151,32 @@ def _by_outliers(job: Job, windows: Tensor) -> Allocation:
     span = share_L.max() - share_L.min()
     above_L = 2 * SPREAD * (share_L - share_L.min()) / span if span > 0 else torch.zeros_like(share_L)
     change = (above_L - above_L.mean()).tolist()
-    rates = tuple({name: min(1.0, max(0.0, rate - change[index])) for name, rate in job.rates[index].items()} for index in range(view.blocks))
+    rates = balanced(view, job.rates, change, by_rows=getattr(job.options, "scope", "matrix") == "row")
     return Allocation(rates, {"name": "owl", "rates": [dict(r) for r in rates], "outliers": share_L.tolist(), "threshold": OUTLIER, "spread": SPREAD})
+
+
+def balanced(view: ModelView, rates: Rates, change: Sequence[float], *, by_rows: bool) -> Rates:
+    """Rates that depart by `-change` of their block, all moved by one amount such that as many weights go.
+
+    They stay within [0, `HIGHEST`], or go halfway from the given rate to 1 where that is more.
+
+    Args:
+        view: the model.
+        rates: at one sparsity, which sets how many weights go.
+        change: of each block.
+        by_rows: whether the method takes whole numbers of weights from each row, or from each matrix.
+    """
+    shapes = [{name: view.dims(index).shape(name) for name in rate} for index, rate in enumerate(rates)]
+
+    def moved(by: float) -> Rates:
+        return tuple({n: min(max(HIGHEST, (1 + r) / 2), max(0.0, r - less + by)) for n, r in rate.items()} for rate, less in zip(rates, change, strict=True))
+
+    def removed(found: Rates) -> int:
+        pairs = ((*shapes[index][n], r) for index, rate in enumerate(found) for n, r in rate.items())
+        return sum(outputs * math.floor(inputs * r) if by_rows else math.floor(outputs * inputs * r) for outputs, inputs, r in pairs)
+
+    budget, low, high = removed(rates), -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if removed(moved(middle)) >= budget else (middle, high)
+    return moved(high)

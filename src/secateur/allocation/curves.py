@@ -79,10 +79,11 @@ def cheapest(levels: Sequence[float], curves: Sequence[Curve], budget: int) -> l
     removed = np.cumsum(np.concatenate(weights)[order])
     taken = order[: int(np.searchsorted(removed, budget)) + 1] if budget else order[:0]
     steps_U = np.bincount(np.concatenate(owner)[taken], minlength=len(curves))
-    return [_rate(int(steps), curve.inputs) for steps, curve in zip(steps_U, curves, strict=True)]
+    return [_rate(int(steps), curve.outputs, curve.inputs) for steps, curve in zip(steps_U, curves, strict=True)]
 
 
-def _rate(steps: int, inputs: int) -> float:
-    """steps / inputs, such that floor(inputs * rate) is `steps` again in floating point."""
+def _rate(steps: int, outputs: int, inputs: int) -> float:
+    """steps / inputs, such that the floor of it, of a row's weights or the whole matrix's, is `steps` of each row again in floating point."""
     rate = steps / inputs
-    return rate if int(inputs * rate) == steps else (steps + 1e-9) / inputs
+    exact = int(inputs * rate) == steps and int(outputs * inputs * rate) == outputs * steps
+    return rate if exact else (steps + 1e-9) / inputs
