@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import math
 import pickle
 import sys
 import types
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from secateur import api
@@ -22,8 +24,10 @@ from secateur.cli import app
 from secateur.core import records
 from secateur.models.load import open_checkpoint
 from secateur.plan.pattern import parse_pattern
+from secateur.report import module_plots
 from secateur.report import modules as told
 from secateur.report.html import write_report
+from secateur.report.plots import png
 from secateur.study import modules
 from secateur.study.modules import Asked
 from tests.tiny import FAMILY_TYPES
@@ -160,7 +164,7 @@ def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., 
         assert {name for name in one if one[name] != other[name]} <= {"out", "key", "seconds", "peak_rss_bytes"}
 
 
-def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["study", "modules", saved("llama"), "--out", tmp_path / "s", "--calibration", ids_file, "--text", ids_file]
     more = ["--kinds", "q,v,attention,mlp,all", "--sparsity", "0.5,1", "--grid", "0,0.4,0.5"]
     done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--json"]])
@@ -170,8 +174,19 @@ def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, t
     assert result["verdict"]
     done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--resume"]])
     assert (done.exit_code, "attention" in done.stdout) == (0, True)
+    figures: list[Figure] = []
+    monkeypatch.setattr(module_plots, "png", lambda figure: figures.append(figure) or png(figure))  # type: ignore[func-returns-value]
     written = write_report(records.read([tmp_path / "s"]), tmp_path / "r.html")
     assert {"modules-sparsity.png", "modules-weights.png", "modules-groups.png", "modules-grid.png"} <= {p.name for p in written}
+    labels = [[axes.get_ylabel() for axes in figure.axes] for figure in figures]
+    added = "loss added, ln(perplexity / dense), log scale"
+    assert [one[-1] for one in labels[:2]] == [added] * 2
+    assert labels[2][2:] == [added] * 2, "small damage can be told apart"
+    assert labels[3][1].startswith("times the dense perplexity"), "colours have a scale"
+    dense = next(r["ppl"] for r in result["records"] if r["kind"] == "dense")
+    for kind, line in zip(("q", "v"), figures[0].axes[1].lines, strict=False):
+        found = [math.log(r["ppl"] / dense) for r in result["records"] if r["kind"] == kind]
+        assert list(line.get_ydata()) == pytest.approx([y for y in found if y > 1e-3])
     page = (tmp_path / "r.html").read_text()
     assert "Which module matters" in page
     wrong = CliRunner().invoke(app, [str(a) for a in [*args, "--kinds", "qq", "--resume"]])

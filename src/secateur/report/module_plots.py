@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, PercentFormatter
@@ -18,6 +21,9 @@ from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, logarith
 _DENSE = "#333333"
 _MORE = ("#000000", "#999999", "#8C564B", "#7F3C8D")
 _LOG_ABOVE = 3
+_LEAST_ADDED = 1e-3  # nats a token
+_WORST = 4.0  # times the dense perplexity is as bad as anything
+_SHADES = LinearSegmentedColormap.from_list("worse", [(1.0, 1.0, 1.0), (0.25, 0.45, 0.75)])
 
 
 def pictures(study: Study) -> list[Picture]:
@@ -35,55 +41,93 @@ def pictures(study: Study) -> list[Picture]:
 
 
 def _by_sparsity(study: Study) -> Picture:
-    figure, (axes,) = _figure(1)
-    _curves(axes, study, study.projections, lambda p: p.measured)
-    axes.set_title("Perplexity against the sparsity of one kind of matrix (figure 4.1)", fontsize=11, loc="left")
-    _sparsity_axis(axes)
+    figure, (left, right) = _figure(2)
+    _curves(left, study, study.projections, lambda p: p.measured)
+    left.set_title("Against the sparsity of one kind of matrix (figure 4.1)", fontsize=11, loc="left")
+    _added(right, study, study.projections, lambda p: p.measured)
+    for axes in (left, right):
+        _sparsity_axis(axes)
     return _picture("modules-sparsity", figure, study, study.projections, "Each curve prunes one kind in all blocks and leaves the rest as it is.")
 
 
 def _by_weights(study: Study) -> Picture:
-    figure, (axes,) = _figure(1)
-    _curves(axes, study, study.projections, lambda p: p.weights)
-    axes.set_title("Perplexity against the number of weights pruned (figure 4.2)", fontsize=11, loc="left")
-    _weights_axis(axes)
+    figure, (left, right) = _figure(2)
+    _curves(left, study, study.projections, lambda p: p.weights)
+    left.set_title("Against the number of weights pruned (figure 4.2)", fontsize=11, loc="left")
+    _added(right, study, study.projections, lambda p: p.weights)
+    for axes in (left, right):
+        _weights_axis(axes)
     return _picture("modules-weights", figure, study, study.projections, "The cells of the figure before, by the weights that they remove.")
 
 
 def _groups(study: Study) -> Picture:
-    figure, (left, right) = _figure(2)
+    figure, (left, right, under_left, under_right) = _figure(4)
     _curves(left, study, study.groups, lambda p: p.measured)
     _curves(right, study, study.groups, lambda p: p.weights)
     left.set_title("Attention, MLP, uniform: by rate (figure 4.3)", fontsize=11, loc="left")
     right.set_title("by number of weights pruned", fontsize=11, loc="left")
-    _sparsity_axis(left)
-    _weights_axis(right)
+    _added(under_left, study, study.groups, lambda p: p.measured)
+    _added(under_right, study, study.groups, lambda p: p.weights)
+    for axes in (left, under_left):
+        _sparsity_axis(axes)
+    for axes in (right, under_right):
+        _weights_axis(axes)
     return _picture("modules-groups", figure, study, study.groups, "'Uniform' prunes attention and MLP at one rate.")
 
 
 def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(7 if panels == 1 else 11, 4.4), dpi=DPI, layout="constrained", facecolor="white")
-    return figure, [figure.add_subplot(1, panels, n + 1) for n in range(panels)]
+    rows, columns = (panels + 1) // 2, min(panels, 2)
+    figure = Figure(figsize=(7 if panels == 1 else 11, 4.4 * rows), dpi=DPI, layout="constrained", facecolor="white")
+    return figure, [figure.add_subplot(rows, columns, n + 1) for n in range(panels)]
 
 
 def _curves(axes: Axes, study: Study, kinds: Sequence[str], axis: Callable[[Point], float]) -> None:
-    colours = (*COLOURS, *_MORE)
     drawn = [study.dense]
     for number, kind in enumerate(kinds):
         points = sorted(((axis(p), p.ppl) for p in study.curves[kind] if p.ppl is not None), key=lambda pair: pair[0])
         xs, ys = [0.0, *(x for x, _ in points)], [study.dense, *(y for _, y in points)]
         drawn += ys
-        look: dict[str, Any] = {"color": colours[number % len(colours)], "marker": MARKERS[number % len(MARKERS)], "linestyle": ("-", "--")[number // 7 % 2]}
-        axes.plot(xs, ys, linewidth=1.6, markersize=4.5, label=plain(NAMES.get(kind, kind)), **look)
+        axes.plot(xs, ys, label=plain(NAMES.get(kind, kind)), **_look(number))
     axes.axhline(study.dense, color=_DENSE, linestyle=":", linewidth=1.2, label=f"dense, {words.perplexity(study.dense)}")
     wide = max(drawn) > _LOG_ABOVE * min(drawn)
     if wide:
         logarithmic(axes, max(drawn) / min(drawn))
     axes.set_ylabel("perplexity, log scale" if wide else "perplexity")
+    _bare(axes)
+    axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID, loc="upper left")
+
+
+def _added(axes: Axes, study: Study, kinds: Sequence[str], axis: Callable[[Point], float]) -> None:
+    """The same by what they add to the loss, where small damage, which users choose among, can be told apart; what adds next to nothing is not drawn."""
+    highest = 1.0
+    for number, kind in enumerate(kinds):
+        added = [(axis(p), math.log(p.ppl / study.dense)) for p in study.curves[kind] if p.ppl is not None]
+        points = sorted((x, y) for x, y in added if y >= _LEAST_ADDED)
+        highest = max([highest, *(y for _, y in points)])
+        axes.plot([x for x, _ in points], [y for _, y in points], label=plain(NAMES.get(kind, kind)), **_look(number))
+    axes.set_yscale("log")
+    axes.set_ylim(0.8 * _LEAST_ADDED, 1.4 * highest)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for share, said in ((1.01, "+1%"), (1.1, "+10%"), (2.0, "twice")):
+        axes.axhline(math.log(share), color=_DENSE, linestyle=":", linewidth=1)
+        axes.annotate(said, (1.01, math.log(share)), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=_DENSE)
+    axes.set_xlim(left=0)
+    axes.set_ylabel("loss added, ln(perplexity / dense), log scale")
+    axes.set_title("The loss that this adds; at the right, in perplexity", fontsize=11, loc="left")
+    _bare(axes)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Of one curve."""
+    colours = (*COLOURS, *_MORE)
+    style = ("-", "--")[number // 7 % 2]
+    return {"color": colours[number % len(colours)], "marker": MARKERS[number % len(MARKERS)], "linestyle": style, "linewidth": 1.6, "markersize": 4.5}
+
+
+def _bare(axes: Axes) -> None:
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID, loc="upper left")
 
 
 def _sparsity_axis(axes: Axes) -> None:
@@ -139,12 +183,14 @@ def _accuracy(study: Study, task: str) -> float | None:
 def _grid(study: Study) -> Picture:
     attention, mlp = sorted({a for a, _ in study.grid}), sorted({m for _, m in study.grid})
     figure, (axes,) = _figure(1)
+    shades = ScalarMappable(LogNorm(1, _WORST, clip=True), _SHADES)
+    bar = figure.colorbar(shades, ax=axes, extend="max", ticks=[1, 1.5, 2, 3, 4], format=FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.minorticks_off()
+    bar.set_label(f"times the dense perplexity, {words.perplexity(study.dense)}")
     for column, a in enumerate(attention):
         for row, m in enumerate(mlp):
             if (a, m) in study.grid:
-                times = study.grid[a, m] / study.dense
-                shade = min(1.0, max(0.0, times - 1) / 3)  # four times the dense perplexity is as bad as anything
-                axes.add_patch(_square(column, row, (1 - 0.75 * shade, 1 - 0.55 * shade, 1 - 0.25 * shade)))
+                axes.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, facecolor=_shade(study.grid[a, m] / study.dense), edgecolor="none"))
                 axes.text(column, row, f"{words.perplexity(study.grid[a, m])}", ha="center", va="center", fontsize=10, color="#111111")
     axes.set_xlim(-0.5, len(attention) - 0.5)
     axes.set_ylim(-0.5, len(mlp) - 0.5)
@@ -157,5 +203,6 @@ def _grid(study: Study) -> Picture:
     return Picture("modules-grid", png(figure), f"Perplexity: {alt}", f"{study.about}. The darker, the worse; dense {words.perplexity(study.dense)}.")
 
 
-def _square(column: int, row: int, colour: tuple[float, float, float]) -> Rectangle:
-    return Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, facecolor=colour, edgecolor="none")
+def _shade(times: float) -> tuple[float, float, float, float]:
+    """That of the colour bar."""
+    return _SHADES(min(1.0, max(0.0, math.log(times, _WORST))))
