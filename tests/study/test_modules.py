@@ -8,8 +8,10 @@ import json
 import math
 import pickle
 import sys
+import threading
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,21 @@ def test_refusals(asked: Asked, how: dict[str, Any], words: str, saved: Callable
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cell_that_is_done_does_not_wait_for_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = threading.Event()
+
+    def make(cell: Any) -> records.Record:
+        assert cell or let_go.wait(60)
+        return {"cell": cell}
+
+    monkeypatch.setattr(modules, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(modules, "_make", make)
+    made = modules._in_processes(None, [0, 1, 2], 2)  # type: ignore[arg-type,list-item]
+    assert sorted(next(made)["cell"] for _ in range(2)) == [1, 2]
+    let_go.set()
+    assert list(made) == [{"cell": 0}]
+
+
 def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("ray") is None:
         with pytest.raises(api.UsageError, match=r"Ray is not installed: pip install 'secateur\[ray\]'"):
@@ -149,8 +166,8 @@ def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., 
 
         def __exit__(self, *_: object) -> None: ...
 
-        def imap(self, work: Callable[[Any], Any], cells: Any) -> Any:
-            return map(work, cells)
+        def imap_unordered(self, work: Callable[[Any], Any], cells: Any) -> Any:
+            return map(work, reversed(cells))
 
     started: list[int] = []
     for name, content in (("ray", {}), ("ray.util", {}), ("ray.util.multiprocessing", {"Pool": Pool})):

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -405,10 +405,12 @@ def _make(cell: Cell) -> Record:
 
 
 def _in_processes(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
+    """As they are done, so that each is on record at once, whatever those before it take."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=_shared(work, jobs)) as pool:
         try:
-            yield from pool.map(_make, wanted)
+            for future in as_completed([pool.submit(_make, cell) for cell in wanted]):
+                yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -418,7 +420,7 @@ def _in_ray(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
     from ray.util.multiprocessing import Pool
 
     with Pool(jobs, _start, _shared(work, jobs)) as pool:
-        yield from pool.imap(_make, wanted)
+        yield from pool.imap_unordered(_make, wanted)
 
 
 def _shared(work: _Work, jobs: int) -> tuple[_Work, int, str]:
