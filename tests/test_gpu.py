@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from secateur import api
-from tests.tiny import FAMILY_TYPES
+from secateur.evaluate import throughput
+from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
@@ -42,3 +43,16 @@ def test_slicing_and_its_prediction_agree_with_the_cpu(model_type: str, saved: C
         answers.append(api.predict_from_spectrum(request, at=[0.25])["predictions"][0]["ppl_ratio"])
     assert ppl[1] == pytest.approx(ppl[0], rel=1e-4)
     assert answers[1] == pytest.approx(answers[0], rel=1e-4)
+
+
+def test_semi_structured_products_are_those_of_the_matrices() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no 2:4 products")
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128, dtype=torch.bfloat16).cuda()
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.data.view(-1, 4)[:, ::2] = 0
+    with torch.inference_mode():
+        before = model(some_ids().cuda()).logits
+        assert throughput.compress(model)
+        torch.testing.assert_close(model(some_ids().cuda()).logits, before, rtol=0.05, atol=0.05)

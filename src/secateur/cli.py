@@ -569,6 +569,7 @@ def bench(
     new: Annotated[int, typer.Option(help="Tokens to generate after them.")] = 32,
     repeats: Annotated[int, typer.Option(help="Turns; the best of each counts.")] = 3,
     seed: Annotated[int, typer.Option(help="The seed of the prompts, which are random tokens.")] = 0,
+    semi_structured: Annotated[bool, typer.Option("--semi-structured", help="Multiply by 2:4 matrices in torch's compressed form (accelerators).")] = False,
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -580,7 +581,7 @@ def bench(
 
     def run() -> None:
         api = _api()
-        request = api.BenchRequest(model, dense, _counts(batch, "--batch"), prompt, new, repeats, revision, device, dtype, seed)
+        request = api.BenchRequest(model, dense, _counts(batch, "--batch"), prompt, new, repeats, revision, device, dtype, seed, semi_structured)
         record = api.bench(request, records_file=records)
         if json:
             _emit(record)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from secateur import api
@@ -121,6 +121,11 @@ def test_the_machine_is_measured_and_memory_too() -> None:
         (["--batch", ","], 2, "--batch is empty"),
         (["--repeats", "0"], 2, "--repeats 0: it is a count, at least 1"),
         (["--prompt", "60", "--new", "10"], 2, "--prompt 60 and --new 10 are 70 tokens together, and"),
+        (
+            ["--semi-structured", "--device", "cpu", "--prompt", "8", "--new", "2"],
+            2,
+            "--semi-structured needs an NVIDIA accelerator with 2:4 products (Ampere or later)",
+        ),
         (["--device", "abacus"], 2, "unknown device 'abacus'"),
         (["--dtype", "int3", "--prompt", "8"], 2, "unknown dtype 'int3'"),
     ],
@@ -129,6 +134,20 @@ def test_bad_input_is_refused_in_one_line(asked: list[str], status: int, words: 
     done = run(saved("llama"), *asked)
     assert (done.exit_code, words in done.stderr, done.stderr.count("\n")) == (status, True, 1), done.stderr
     assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_matrices_with_two_zeros_in_four_are_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=64)
+    wanted = [model.model.layers[0].mlp.down_proj, model.model.layers[1].mlp.gate_proj]
+    for module in wanted:
+        module.weight.data.view(-1, 4)[:, 1:3] = 0
+    model.model.layers[0].mlp.up_proj.weight.data.view(-1, 4)[1:, :2] = 0  # but for one group
+    seen: list[Tensor] = []
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: seen.append(weight) or weight)
+    assert throughput.compress(model) == 2
+    assert all(torch.equal(a, module.weight) for a, module in zip(seen, wanted, strict=True))
+    with pytest.raises(api.UsageError, match="no matrix of the model has two zeros in every four"):
+        throughput.compress(tiny_model("llama"))
 
 
 def test_a_folder_that_is_no_model_is_named(saved: Callable[..., Path], tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Curvature:
         count = weight_OI.shape[1] // together
         weight_UOC = weight_OI.view(-1, count, together).transpose(0, 1)
         inverse_UCC = _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        return (torch.linalg.inv(inverse_UCC) * (weight_UOC.transpose(1, 2) @ (self.g_OO @ weight_UOC))).sum((1, 2)) / 2
+        felt_UCC: Tensor = torch.linalg.inv(inverse_UCC) * (weight_UOC.transpose(1, 2) @ (self.g_OO @ weight_UOC))
+        return felt_UCC.sum((1, 2)) / 2
 
     def weight_costs(self, weight_OI: Tensor) -> Tensor:
         """What making each weight zero costs, [O, I]."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.core import records
@@ -25,13 +25,14 @@ from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import UsageError
 from secateur.core.machine import Machine, synchronize
 from secateur.core.memory import PeakMemory
-from secateur.core.progress import track
+from secateur.core.progress import say, track
 from secateur.evaluate.maps import linear_maps
 from secateur.models.load import Checkpoint, load_model, open_checkpoint
 from secateur.models.runtime import is_index_map
 from secateur.models.view import ModelView
 from secateur.plan.plan import read_plan_json
 
+_SPARSE_ROWS, _SPARSE_COLUMNS = 32, 64  # what torch's 16-bit form divides into
 _FROM_PLAN = ("method", "options", "sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks")
 
 
@@ -46,6 +47,7 @@ class BenchRequest:
         prompt: tokens of a sequence before the first new one.
         new: tokens generated after it.
         repeats: turns of each model; the best counts.
+        semi_structured: multiply by 2:4 matrices of `model` in torch's compressed form, on an accelerator that has such products.
     """
 
     model: str
@@ -58,6 +60,7 @@ class BenchRequest:
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
+    semi_structured: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,18 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
     checkpoints = _open(request)
     first = next(iter(checkpoints.values()))
     dtype = resolve_dtype(request.dtype, first.dtype, device)
+    if request.semi_structured:
+        _check_semi_structured(device, dtype)
     vocabulary = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     draw = torch.Generator().manual_seed(request.seed)
     prompts = [torch.randint(vocabulary, (batch, request.prompt), generator=draw).to(device) for batch in request.batches]
-    models, results = {}, []
+    models, results, compressed = {}, [], 0
     for role, checkpoint in checkpoints.items():
         memory = PeakMemory(device)
         models[role] = load_model(checkpoint, device=device, dtype=dtype)
+        if request.semi_structured and role == "model":
+            compressed = compress(models[role])
+            say(f"{checkpoint.name}: {compressed} matrices in semi-structured form")
         _turn(models[role], max(prompts, key=len), 2, time.perf_counter)
         results.append({"role": role, **_facts(checkpoint, models[role]), "peak_bytes": memory.peak()})
     machine = Machine(device, dtype)
@@ -189,6 +197,7 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
         "new": request.new,
         "repeats": request.repeats,
         "seed": request.seed,
+        "semi_structured": compressed,
         "flops_per_second": machine.flops_per_second,
         "bytes_per_second": machine.bytes_per_second,
         "results": results,
@@ -221,13 +230,48 @@ def _open(request: BenchRequest) -> dict[str, Checkpoint]:
     return checkpoints
 
 
+def compress(model: PreTrainedModel) -> int:
+    """Put the matrices with at most two weights that are not zero in every four of a row into torch's semi-structured form, in place; returns how many.
+
+    Raises:
+        UsageError: there is none.
+    """
+    count = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and _two_of_four(module.weight):
+            module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+            count += 1
+    if not count:
+        raise UsageError("--semi-structured: no matrix of the model has two zeros in every four weights of a row; prune it with --pattern 2:4")
+    return count
+
+
+def _two_of_four(weight_OI: Tensor) -> bool:
+    outputs, inputs = weight_OI.shape
+    fits = outputs % _SPARSE_ROWS == 0 and inputs % _SPARSE_COLUMNS == 0
+    return fits and bool(((weight_OI.view(outputs, -1, 4) != 0).sum(-1) <= 2).all())
+
+
+def _check_semi_structured(device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError(f"--semi-structured needs an NVIDIA accelerator with 2:4 products (Ampere or later); --device is {device}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise UsageError(f"--semi-structured computes in 16 bits: use --dtype bfloat16 (it is {str(dtype).removeprefix('torch.')})")
+
+
+def _stored(parameter: Tensor) -> int:
+    """Bytes; of a compressed matrix those of its parts."""
+    names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
+    return sum(getattr(parameter, name).nbytes for name in names) if names else parameter.nbytes
+
+
 def _facts(checkpoint: Checkpoint, model: PreTrainedModel) -> records.Record:
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "model": checkpoint.name,
         "model_type": checkpoint.config.model_type,
         "parameters": parameters,
-        "parameter_bytes": sum(p.nbytes for p in model.parameters()),
+        "parameter_bytes": sum(_stored(p) for p in model.parameters()),
         "index_map_bytes": sum(b.nbytes for name, b in model.named_buffers() if is_index_map(name)),
     }
 
