@@ -64,8 +64,16 @@ def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int
 
 
 def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """The tokens of a row, and how many of them are given."""
-    given: list[int] = tokenizer(alpaca_prompt({**row, "output": ""}), verbose=False)["input_ids"]
-    answer: list[int] = tokenizer(str(row["output"]), add_special_tokens=False, verbose=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return given + answer + end, len(given)
+    """The tokens of a row, as those of one text, with one end of text; and how many are given: those before the first that holds something of the answer."""
+    asked, text, end = alpaca_prompt({**row, "output": ""}), alpaca_prompt(dict(row)), tokenizer.eos_token_id
+    encoded = tokenizer(text, verbose=False, **({"return_offsets_mapping": True} if tokenizer.is_fast else {}))
+    ids: list[int] = list(encoded["input_ids"])
+    if ids and ids[-1] == end:
+        ids.pop()
+    if tokenizer.is_fast:
+        answered = (last > len(asked) for _, last in encoded["offset_mapping"][: len(ids)])
+    else:
+        alone = tokenizer(asked, verbose=False)["input_ids"]
+        answered = (place >= len(alone) or alone[place] != id for place, id in enumerate(ids))
+    given = next((place for place, here in enumerate(answered) if here), len(ids))
+    return ids + ([] if end is None else [int(end)]), given

@@ -260,6 +260,8 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
         _finish(prepared, facts, writer)
         del model, adapters, trainable
         after = perplexity(_reload(prepared, writer.out), prepared.held_out).ppl
+    if not after <= before:
+        say(f"warning: healing made it worse: perplexity {after:.4f}, before {before:.4f}; use a smaller --lr, or a --calibration nearer to what is measured")
     return {**facts, "ppl_before": before, "ppl": after}
 
 

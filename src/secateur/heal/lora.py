@@ -3,7 +3,9 @@
     W + M * (alpha / r) B A        M is 0 where W is 0, and 1 elsewhere
 
 What was pruned stays pruned: a weight that is zero, in whatever pattern, gets no update. The forward uses the masked update while it learns, so that what is
-merged is what was trained. An adapter that is kept apart is peft's own, without the mask, since others load it so.
+merged is what was trained. That costs, for each such matrix and forward, a product O x R x I and O x I floats of 32 bits with their mask, which are kept for
+the backward pass (of one block with `recompute`); a matrix without a zero, as of most structural results, has peft's own forward, B (A x). An adapter that is
+kept apart is peft's own, without the mask, since others load it so.
 
 Shape letters: O outputs, I inputs, R rank, B T tokens.
 """
@@ -105,7 +107,7 @@ def add_adapters(model: PreTrainedModel, targets: Sequence[str], *, rank: int, a
         wrapped = get_peft_model(model, config)
     layers: dict[str, Any] = {path: model.get_submodule(path) for path in targets}
     if masked:
-        for layer in layers.values():
+        for layer in (layer for layer in layers.values() if bool((layer.base_layer.weight == 0).any())):
             layer.forward = partial(_masked_forward, layer)
     return Adapters(wrapped, layers)
 

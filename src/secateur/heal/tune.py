@@ -1,4 +1,4 @@
-"""The training of adapters: AdamW on the loss of the next token, resumable, stopped where it diverges.
+"""The training of adapters: AdamW on the loss of the next token, resumable, stopped where it diverges from the loss it began with or the best since.
 
 Shape letters: S examples, B examples of a batch, T tokens.
 """
@@ -56,7 +56,8 @@ def tune(model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples
         state: the file that an interrupted run goes on from, where it is there, and that this one writes.
 
     Returns:
-        What was seen on the way: `step`, `loss` (nats a token, mean since the last look), `lr` (the setting it was reached with).
+        What was seen on the way: `step`, `loss` (nats a token, mean since the last look), `lr` (the setting it was reached with). The first look, of step 0, is
+        the model as it came, on what the second one is the mean of.
 
     Raises:
         SecateurError: the loss or a parameter is not finite, or the loss has risen far above the best; `state` holds the last good ones.
@@ -66,9 +67,13 @@ def tune(model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples
     if state.is_file():
         seen = load_state(state, trainable, optimizer, None)[1]["seen"]
         say(f"heal: going on from step {seen[-1]['step']:.0f} of {how.steps}")
+    else:
+        begun = {"step": 0, "loss": _loss_before(model, examples, how), "lr": how.lr}
+        _check(begun, seen, trainable, 0)
+        seen.append(begun)
     device = model.device
-    losses, since, saved = torch.zeros((), device=device), 0, int(seen[-1]["step"]) if seen else 0
-    for step in track(range(saved + 1, how.steps + 1), "heal: steps", status=lambda: f"loss {seen[-1]['loss']:.3f}" if seen else ""):
+    losses, since, saved = torch.zeros((), device=device), 0, int(seen[-1]["step"])
+    for step in track(range(saved + 1, how.steps + 1), "heal: steps", status=lambda: f"loss {seen[-1]['loss']:.3f}"):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step - 1, how)
         rows = rows_of_step(step - 1, len(examples.ids_ST), how.batch, how.seed)
@@ -88,6 +93,14 @@ def tune(model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples
             save_state(state, trainable, optimizer, None, {}, {"seen": seen})
             saved = step
     return seen
+
+
+@torch.no_grad()
+def _loss_before(model: PreTrainedModel, examples: Examples, how: Tuning) -> float:
+    """The mean loss, in nats, on the batches up to the first look at it; before any step the adapters change nothing."""
+    batches = [rows_of_step(step, len(examples.ids_ST), how.batch, how.seed) for step in range(min(LOOK_EVERY, how.save_every, how.steps))]
+    losses = [next_token_loss(model, examples.ids_ST[rows].to(model.device), examples.label_ST[rows].to(model.device)) for rows in batches]
+    return float(torch.stack(losses).mean())
 
 
 def next_token_loss(model: PreTrainedModel, ids_BT: Tensor, label_BT: Tensor) -> Tensor:
