@@ -16,7 +16,8 @@ W_0b + s_b (R_bb / diag)^-1, with s_b from those columns. Matrices with the same
 
 Differences from the authors' code: of each decision exactly the asked number goes (theirs takes one more), so the whole matrix loses floor(O I s);
 weights of inputs that are always zero go first, and those that may stay keep their values (theirs become zero); matrices that are fused in the file are
-pruned one by one; a Hessian that is not positive definite gets ten times the damping and a warning, as often as it takes. `order=activation`
+pruned one by one; a Hessian that is not positive definite gets ten times the damping and a warning, as often as it takes;
+the mean diagonal that the damping is a share of leaves out inputs that are always zero. `order=activation`
 settles the inputs with the most energy first, as GPTQ (arXiv:2210.17323) may; with N:M groups of M inputs stay together.
 
 Shape letters: O outputs, I inputs of a matrix, M inputs of a group, B columns of a decision; here O runs through all matrices of one input.

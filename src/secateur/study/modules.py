@@ -286,7 +286,7 @@ class _Work:
         prepared = api.prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
         job = prepared.job
         if job.method.plan_block is None or job.rotates or job.learns or job.whole_model:
-            raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda or magnitude")
+            raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude")
         return prepared
 
     @property
