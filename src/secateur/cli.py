@@ -379,7 +379,7 @@ def compare(
             _tell(f"{Path(record['out']).name if record.get('method') else 'dense'}: ppl {record['ppl']:.4f}")
         result = study.summary(asked, todo, out.absolute(), found, records_file=records)
         if json:
-            _emit({"records": found, "refused": todo.refused, "failed": todo.failed})
+            _emit({"records": found, "refused": todo.refused, "failed": todo.failed, "untimed": todo.untimed, "unhealed": todo.unhealed})
         elif result is not None:
             from secateur.terminal import cells_table
 
@@ -387,9 +387,9 @@ def compare(
             for note in result.notes:
                 _tell(note)
         _tell(f"{out / 'compare.md'}, {out / 'report.html'}" if result is not None else str(out / "report.html"))
-        if todo.failed:
-            first = next(iter(todo.failed))
-            raise SecateurError(f"{len(todo.failed)} of {len(todo.runs)} runs failed, first {first}; the same command with --resume tries them again")
+        if failed := todo.incomplete():
+            first = failed[0]
+            raise SecateurError(f"{len(failed)} of {len(todo.runs)} runs failed, first {first}; the same command with --resume tries them again")
 
     _guard(run, debug, resume=RESUME)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,22 @@ def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
     found = compare.cells(asked(dense, ids_file, "llm_surgeon", ratios=[0.2], sparsities=[0.5]))
     assert set(found.runs) == {"llm_surgeon-rows-0.2-params", "llm_surgeon-unstructured-0.5"}
     assert set(compare.cells(asked(dense, ids_file, "llm_surgeon", patterns=["2:4"])).runs) == {"llm_surgeon-2of4-0.5"}
+
+
+def test_what_failed_after_the_pruning_is_named_for_what_it_is(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timing that fails does not keep the healing from being tried, and the row is not said to be not run."""
+
+    def here(work: Any, *given: Any) -> Any:
+        if work in (compare._time, compare._heal):
+            raise SecateurError(work.__name__)
+        return {"out": str(given[0])}
+
+    monkeypatch.setattr(compare, "in_own_process", here)
+    what = replace(asked(dense, ids_file, "magnitude", patterns=["2:4"]), heal=api.HealRequest(""), bench=BenchRequest("", prompt=8))
+    todo = compare.cells(what)
+    assert len(list(compare.run(what, todo, tmp_path / "out", api.EvalRequest("")))) == 2
+    assert todo.notes() == ["Not timed: magnitude-2of4-0.5: _time", "Not healed: magnitude-2of4-0.5: _heal"]
+    assert (todo.failed, todo.incomplete()) == ({}, ["magnitude-2of4-0.5"])
 
 
 def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

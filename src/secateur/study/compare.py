@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,18 +62,25 @@ class Asked:
 
 @dataclass
 class Cells:
-    """What will be run, and what cannot be done, with the reason; `failed` fills during the run."""
+    """What will be run, and what cannot be done, with the reason; `failed`, `untimed` and `unhealed` fill during the run."""
 
     runs: dict[str, api.Request] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    untimed: dict[str, str] = field(default_factory=dict)
+    unhealed: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """What was not run and why, a line a reason."""
-        reasons: dict[str, list[str]] = {}
-        for label, reason in (self.refused | self.failed).items():
-            reasons.setdefault(reason, []).append(label)
-        return [f"Not run: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
+        """What was not run, timed or healed, and why, a line a reason."""
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for what, missing in {"run": self.refused | self.failed, "timed": self.untimed, "healed": self.unhealed}.items():
+            for label, reason in missing.items():
+                reasons.setdefault((what, reason), []).append(label)
+        return [f"Not {what}: {', '.join(labels)}: {reason}" for (what, reason), labels in reasons.items()]
+
+    def incomplete(self) -> list[str]:
+        """The runs of which a part failed, in their order."""
+        return [label for label in self.runs if label in self.failed | self.untimed | self.unhealed]
 
 
 def cells(asked: Asked) -> Cells:
@@ -163,18 +171,29 @@ def run(
     for label, request in todo.runs.items():
         target = out / label
         asking = replace(measure, model=str(target), revision=None)
-        try:
+        with _noted(todo.failed, label, "failed"):
             yield _finished_here(target, resume)(_prune, request, target, asking, records_file, resume, overwrite)
-            if asked.bench is not None:
+        if label in todo.failed:
+            continue
+        if asked.bench is not None:
+            with _noted(todo.untimed, label, "was not timed"):
                 _bench(asked.bench, asked.base.model, target, records_file, resume)
-            if asked.heal is not None:
-                healed = out / (label + _HEALED)
-                again = replace(asked.heal, model=str(target))
+        if asked.heal is not None:
+            healed = out / (label + _HEALED)
+            again = replace(asked.heal, model=str(target))
+            with _noted(todo.unhealed, label, "was not healed"):
                 yield _finished_here(healed, resume)(_heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite)
-        except SecateurError as error:
-            todo.failed[label] = str(error)
-            say(f"{label} failed: {error}")
     rmtree(out / api.STATES, ignore_errors=True)
+
+
+@contextmanager
+def _noted(where: dict[str, str], label: str, words: str) -> Iterator[None]:
+    """What goes wrong is written down, and the others go on."""
+    try:
+        yield
+    except SecateurError as error:
+        where[label] = str(error)
+        say(f"{label} {words}: {error}")
 
 
 def _bench(request: api.BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
