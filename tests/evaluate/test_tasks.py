@@ -152,6 +152,24 @@ def test_an_accelerator_without_memory_gets_smaller_batches(monkeypatch: pytest.
     assert sizes == [3, 3, 3, 3]
 
 
+def test_generation_without_memory_gets_smaller_batches(dense: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint, real, sizes = open_checkpoint(str(dense)), HFLM._model_generate, []
+
+    def small(self: Any, context: torch.Tensor, *given: Any, **more: Any) -> Any:
+        sizes.append(len(context))
+        if len(context) > 1:
+            raise torch.OutOfMemoryError("no")
+        return real(self, context, *given, **more)
+
+    monkeypatch.setattr(HFLM, "_model_generate", small)
+    tasks = find_tasks(["tiny_written"], task_files)
+    tasks.run(load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32), checkpoint.tokenizer(), Answers())
+    assert sizes[0] > 1
+    assert sizes[-1] == 1
+
+
 def test_logits_that_are_not_finite_are_no_result() -> None:
     model = tiny_model("llama")
     with torch.no_grad():

@@ -23,6 +23,7 @@ import datasets
 import lm_eval
 import lm_eval.api.task
 import numpy as np
+import torch
 import tqdm
 from lm_eval.evaluator import evaluate as run_lm_eval
 from lm_eval.models.huggingface import HFLM
@@ -38,7 +39,7 @@ from secateur.evaluate.task_files import Manager, find_names, hub_source, names_
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
 _BOOTSTRAPS = 1000  # for the standard errors of metrics that are no mean
-_GENERATE_TOGETHER = {"cuda": 32}
+_GENERATE_TOGETHER = {"cuda": 32}  # prompts to begin with, 4 elsewhere; halved as often as memory runs out
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork a process a core for a second's work
@@ -279,6 +280,15 @@ class _Backend(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return remembered_scores(self.model, [(context, rest) for _, context, rest in requests], "tasks", self._answers)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        while True:
+            try:
+                return self._generate(requests)
+            except torch.OutOfMemoryError:
+                if self.batch_size_per_gpu == 1:
+                    raise
+                self.batch_size_per_gpu //= 2
+
+    def _generate(self, requests: Any) -> list[str]:
         if any(request.args[1].get("do_sample") for request in requests):
             return list(super().generate_until(requests, disable_tqdm=True))  # what is drawn anew each time has no answer to remember
         keys = [_generation_key(*request.args) for request in requests]
