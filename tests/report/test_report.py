@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from secateur.core.errors import SecateurError
 from secateur.core.records import to_json
 from secateur.report.html import write_report
 from secateur.report.laws import fit_curves
 from secateur.report.layers import read_layers
+from secateur.report.plots import legend
 from secateur.report.rows import collect, group
 from secateur.report.series import compare, series
 
@@ -365,3 +367,20 @@ def test_compression_is_drawn_where_parameters_go(study: list[dict[str, Any]], t
     page = write_report([*study, wider, eval_record(40.0, tmp_path / "wide", wider)], tmp_path / "two.html")[0]
     assert (tmp_path / "two-plots" / "compression.png").exists()
     assert 'alt="Pruning ratio against measured sparsity: magnitude rows: -2.9% at 10.0%, 23.1% at 30.0%"' in page.read_text("utf-8")
+
+
+def test_a_legend_of_many_curves_gets_room_beside_the_plot() -> None:
+    def drawn(entries: int) -> Figure:
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for number in range(entries):
+            axes.plot([0, 1], [0, number], label=f"curve {number}")
+        legend(axes, figure)
+        figure.canvas.draw()
+        return figure
+
+    for entries in (3, 10, 40):
+        figure = drawn(entries)
+        plot, (width, height) = figure.axes[0].get_position(), figure.get_size_inches()
+        assert plot.height * height > 2.5, entries
+        assert plot.width * width > 3, entries

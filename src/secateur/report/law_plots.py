@@ -18,7 +18,7 @@ from secateur.predict.fit import Fit
 from secateur.predict.laws import Array
 from secateur.predict.select import Judged
 from secateur.report import words
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, legend, logarithmic, plain, png
 from secateur.report.series import Series
 
 _INK, _LAW, _CLAIM = "#111111", COLOURS[0], COLOURS[1]
@@ -205,6 +205,6 @@ def compression(curves: Sequence[Series]) -> Picture | None:
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
+    legend(axes, figure)
     caption = "Below zero the checkpoint is larger than the dense one. Parameters that a method adds (adapters) are counted; zeroed weights are not removed."
     return Picture("compression", png(figure), "Pruning ratio against measured sparsity: " + "; ".join(readings), caption)

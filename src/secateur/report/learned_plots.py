@@ -18,7 +18,7 @@ from secateur.core.records import Record
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
 from secateur.report.learned import FULL, Run, at_default_strength, by_strength, perplexities
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, legend, logarithmic, plain, png
 from secateur.report.rows import Group, Row, as_number, task_names
 from secateur.report.series import Series, base, series
 
@@ -293,7 +293,7 @@ def throughput(records: Sequence[Record]) -> Picture | None:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     best, at = max(found.items(), key=lambda item: max(item[1].values()))
     axes.set_title(plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"), fontsize=11, loc="left", color=_INK)
-    axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
+    legend(axes, figure)
     alt = "; ".join(
         f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items()) for (method, phase, batch), at in found.items()
     )

@@ -61,7 +61,7 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     if wide:
         logarithmic(axes, high / low)
     axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
-    _legend(axes)
+    legend(axes, figure)
     alt = "Perplexity against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.ppl, words.perplexity))
     caption = "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, or widths)"
     return Picture("perplexity", png(figure), alt, f"{caption}; the table has the pruning ratio, which is what files shrink by.")
@@ -79,7 +79,7 @@ def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comp
     if task in CHANCE:
         axes.axhline(CHANCE[task], color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {CHANCE[task]:g}")
     axes.set_ylabel(f"accuracy on {plain(task)} (higher is better)")
-    _legend(axes)
+    legend(axes, figure)
     alt = f"Accuracy on {task} against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.accuracy(task), lambda value: f"{value:.3f}"))
     slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in task)
     return Picture(f"accuracy-{slug}", png(figure), alt, "Bars are one standard error of the accuracy, where it was measured.")
@@ -145,12 +145,18 @@ def logarithmic(axes: Axes, span: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes) -> None:
-    many = len(axes.get_legend_handles_labels()[1]) > 6
-    if many:  # beside the plot, where it hides no point
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    else:
+_LINE = 0.19  # inches a line of a legend takes
+
+
+def legend(axes: Axes, figure: Figure) -> None:
+    """Inside a plot of few curves; beside one of many, where it hides no point, in a figure that is wide and high enough for it."""
+    entries = len(axes.get_legend_handles_labels()[1])
+    if entries <= 6:
         axes.legend(fontsize=9, framealpha=0.9, edgecolor=GRID)
+        return
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + (2 if entries > 12 else 0), max(height, _LINE * entries + 1))
 
 
 def _readings(curves: Sequence[Series], value: Callable[[Row], float | None], say: Callable[[float], str | None]) -> list[str]:
