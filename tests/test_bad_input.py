@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from secateur import api
 from secateur.cli import app
+from secateur.models.load import bundled_folder
 from tests.tiny import LENGTH, VOCABULARY
 
 Run = Callable[..., tuple[int, str]]
@@ -124,6 +126,11 @@ def edit_config(folder: Path, **fields: Any) -> None:
     ("fields", "words"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised (gptq)"),
+        ({"quantization_config": "gptq"}, "its weights are quantised"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}},
+            "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, which leaves zeros out (they are not quantised)",
+        ),
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
         ({"model_type": "llava", "vision_config": {}}, "'llava' is multimodal"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
@@ -154,6 +161,90 @@ def test_phi_with_qk_layernorm_is_refused(run: Run, saved: Callable[..., Path], 
     edit_config(folder, qk_layernorm=True)
     status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
     assert (status, "qk_layernorm" in line) == (1, True)
+
+
+def commands(model: Path, ids: str, out: Path) -> dict[str, list[str]]:
+    """Every command that opens a model."""
+    text, made = ["--text", ids], ["--calibration", ids, "--out", str(out)]
+    return {
+        "prune": ["prune", str(model), "--method", "wanda", "--sparsity", "0.5", *made],
+        "eval": ["eval", str(model), *text],
+        "sweep": ["sweep", str(model), "--method", "wanda", "--sparsity", "0.5", *text, *made],
+        "compare": ["compare", str(model), "--methods", "wanda,magnitude", "--sparsity", "0.5", *text, *made],
+        "study modules": ["study", "modules", str(model), "--sparsity", "0.5", *text, *made],
+        "study disp-llm": ["study", "disp-llm", str(model), *text, *made],
+        "heal": ["heal", str(model), *text, *made],
+        "bench": ["bench", str(model)],
+        "inspect": ["inspect", str(model)],
+        "pack": ["pack", str(model), "--out", str(out)],
+    }
+
+
+@pytest.mark.parametrize("command", commands(Path(), "", Path()))
+def test_an_adapter_beside_a_model_is_refused_by_every_command(command: str, run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    """transformers would load it, without a word, where a whole model is loaded, and not where a block is read."""
+    (dense / "adapter_config.json").write_text("{}")
+    status, line = run(*commands(dense, ids_file, tmp_path / "out")[command])
+    assert (status, "an adapter (adapter_config.json) lies beside the model" in line, "merge it first" in line) == (1, True, True)
+
+
+def test_an_adapter_beside_the_dense_model_is_refused(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    other = shutil.copytree(dense, tmp_path / "other")
+    (other / "adapter_config.json").write_text("{}")
+    status, line = run("eval", str(dense), "--text", ids_file, "--against", str(other))
+    assert (status, "an adapter" in line) == (1, True)
+
+
+def with_masks(folder: Path) -> None:
+    """As a tool leaves it that keeps masks beside the dense weights."""
+    tensors = load_file(folder / "model.safetensors")
+    masks = {f"{name}_mask": torch.ones_like(tensor) for name, tensor in tensors.items() if name.endswith("q_proj.weight")}
+    save_file(tensors | masks, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "compare", "study modules", "study disp-llm"])
+def test_tensors_that_the_model_does_not_have_are_named(command: str, run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    with_masks(dense)
+    status, line = run(*commands(dense, ids_file, tmp_path / "out")[command])
+    assert status == 1
+    assert "the files hold 3 tensors that a llama model does not have, first model.layers.0.self_attn.q_proj.weight_mask" in line
+    assert "--ignore-unknown" in line
+
+
+def test_tensors_that_the_model_does_not_have_may_be_left_out(dense: Path, tmp_path: Path, ids_file: str) -> None:
+    args = commands(dense, ids_file, tmp_path / "out")
+    assert CliRunner().invoke(app, args["prune"]).exit_code == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with_masks(dense)
+    again = CliRunner().invoke(app, [*args["prune"], "--ignore-unknown", "--overwrite"])
+    assert (again.exit_code, "warning: " in again.stderr, "they are left out" in again.stderr) == (0, True, True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    measured = CliRunner().invoke(app, args["eval"])
+    assert (measured.exit_code, "they are left out" in measured.stderr) == (0, True), "eval sees the model that transformers sees, and says so"
+
+
+def test_tables_that_old_files_hold_are_no_unknown_tensors(dense: Path, tmp_path: Path, ids_file: str) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    old = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq": torch.ones(4) for index in range(3)}
+    save_file(tensors | old, dense / "model.safetensors", metadata={"format": "pt"})
+    assert CliRunner().invoke(app, commands(dense, ids_file, tmp_path / "out")["prune"]).exit_code == 0
+
+
+def test_a_head_that_is_missing_has_a_next_step(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+    folder = saved("llama", tied=True)
+    edit_config(folder, tie_word_embeddings=False)
+    status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
+    assert (status, "the files hold no lm_head.weight" in line, "set that to true in config.json" in line) == (1, True, True)
+
+
+def test_healing_on_a_file_without_a_network_says_which_text_is_missing(run: Run, tmp_path: Path, saved: Callable[..., Path], ids_file: str) -> None:
+    api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5), tmp_path / "pruned", records_file=tmp_path / "r" / "records.jsonl")
+    status, line = run("heal", str(tmp_path / "pruned"), "--calibration", ids_file, "--out", str(tmp_path / "out"))
+    assert (status, "no tokenizer" in line) == (1, True)
+    shutil.copyfile(bundled_folder() / "tokenizer.json", tmp_path / "pruned" / "tokenizer.json")
+    shutil.copyfile(bundled_folder() / "tokenizer_config.json", tmp_path / "pruned" / "tokenizer_config.json")
+    status, line = run("heal", str(tmp_path / "pruned"), "--calibration", ids_file, "--out", str(tmp_path / "out"))
+    assert (status, "text 'wikitext2', to measure perplexity on" in line, "--text FILE" in line) == (1, True, True)
 
 
 def test_folders_that_are_no_model(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
@@ -244,7 +335,13 @@ def test_text_for_a_model_without_a_tokenizer(run: Run, dense: Path, tmp_path: P
         ("a.txt", "too short", "lower --samples or --seqlen"),
         ("a.jsonl", '{"text": "x"}\n{broken', "a.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"body": "x"}', "a row has no field 'text' (it has body); name it with --text-field"),
-        ("a.json", '{"text": "x"}', "read in Alpaca form"),
+        ("a.json", '{"body": "x"}', "a row has no field 'text' (it has body); name it with --text-field"),
+        ("a.json", '[{"text": "x"}, {"body": "x"}]', "a row has no field 'text' (it has body)"),
+        ("a.json", '{"text": "x"}\n{broken', "a.json, line 2: not JSON"),
+        ("a.json", "[1, 2]", "a row has no field 'text' (it has a int)"),
+        ("a.json", "[]", "holds no text"),
+        ("a.json.gz", '{"text": "x"}', "cannot be unpacked"),
+        ("a.jsonl.zst", '{"text": "x"}', ".zst is not read; unpack it first, or give it as .gz, .bz2, .xz"),
         ("a.parquet", "no parquet", "not a parquet file"),
         ("a.npy", "no array", "cannot be read as token ids"),
     ],

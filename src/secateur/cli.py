@@ -13,6 +13,7 @@ import typer
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import launched, speaks
+from secateur.core.words import perplexity_words
 
 if TYPE_CHECKING:
     from secateur.core.records import Record
@@ -57,6 +58,8 @@ ProtocolOption = Annotated[str | None, typer.Option("--protocol", help="A named 
 Tasks = Annotated[str, typer.Option(metavar="TASK,...", help="cloze, any task of lm-eval, or the presets disp-llm and modules.")]
 IncludePath = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder of task files for lm-eval.")]
 Limit = Annotated[int | None, typer.Option(help="Use the first so many windows and items.")]
+AtLeast = Annotated[bool, typer.Option("--at-least", help="With --params-removed: the first step that removes as much, not the nearest one.")]
+IgnoreUnknown = Annotated[bool, typer.Option("--ignore-unknown", help="Leave out tensors of the files that the model does not have, instead of refusing.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and what it would take.")]
 Against = Annotated[str | None, typer.Option(metavar="DENSE", help="Also say how behaviour shifted from this model.")]
 
@@ -67,7 +70,10 @@ def prune(
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     method: Annotated[str, typer.Option(help="A method; `secateur methods` lists them.")] = "",
     sparsity: Annotated[float | None, typer.Option(help="The fraction to remove, in [0, 1).")] = None,
-    params_removed: Annotated[float | None, typer.Option(help="Instead of --sparsity: the pruning ratio to reach.")] = None,
+    params_removed: Annotated[
+        float | None, typer.Option(help="Instead of --sparsity: the share of all parameters to remove; the nearest step is taken.")
+    ] = None,
+    at_least: AtLeast = False,
     modules: Modules = None,
     pattern: PatternOption = None,
     calibration: Calibration = None,
@@ -82,6 +88,7 @@ def prune(
     include_path: IncludePath = None,
     spill: Annotated[bool, typer.Option("--spill", help="Keep calibration activations on disk instead of in memory.")] = False,
     stock_only: Annotated[bool, typer.Option("--stock-only", help="Refuse results that are not a stock architecture.")] = False,
+    ignore_unknown: IgnoreUnknown = False,
     dry_run: DryRun = False,
     records: Records = None,
     resume: Resume = False,
@@ -96,7 +103,7 @@ def prune(
         api = _api()
         request = api.Request(
             model, method, sparsity, params_removed, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype,
-            _options(options), text_field, spill, stock_only, include_path,
+            _options(options), text_field, spill, stock_only, include_path, at_least, ignore_unknown,
         )  # fmt: skip
         if dry_run:
             _print(api.estimate(api.prepare(request)), json)
@@ -158,6 +165,7 @@ def sweep(
     tasks: Tasks = "",
     include_path: IncludePath = None,
     limit: Limit = None,
+    ignore_unknown: IgnoreUnknown = False,
     against: Annotated[bool, typer.Option("--against-dense", help="Also measure the shift from the dense model.")] = False,
     records: Records = None,
     resume: Resume = False,
@@ -170,7 +178,8 @@ def sweep(
     def run() -> None:
         api = _api()
         request = api.Request(
-            model, method, None, None, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
+            model, method, None, None, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options),
+            ignore_unknown=ignore_unknown,
         )  # fmt: skip
         measure = api.EvalRequest(
             model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=include_path
@@ -179,7 +188,7 @@ def sweep(
         found = []
         for record in points:
             found.append(record)
-            _tell(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {record['ppl']:.4f}")
+            _tell(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {perplexity_words(record['ppl'])}")
         _print_all(found, json)
 
     _guard(run, debug, resume=RESUME)
@@ -211,6 +220,7 @@ def study_modules(
     tasks: Tasks = "",
     include_path: IncludePath = None,
     limit: Limit = None,
+    ignore_unknown: IgnoreUnknown = False,
     dry_run: DryRun = False,
     records: Records = None,
     resume: Resume = False,
@@ -226,7 +236,8 @@ def study_modules(
         from secateur.study import modules
 
         request = api.Request(
-            model, method, None, None, None, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
+            model, method, None, None, None, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options),
+            ignore_unknown=ignore_unknown,
         )  # fmt: skip
         measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=include_path)
         asked = modules.Asked(
@@ -278,6 +289,7 @@ def study_disp_llm(
     tasks: Tasks = "",
     include_path: IncludePath = None,
     limit: Limit = None,
+    ignore_unknown: IgnoreUnknown = False,
     against: Annotated[bool, typer.Option("--against-dense", help="Also measure the shift from the dense model.")] = False,
     dry_run: DryRun = False,
     records: Records = None,
@@ -293,7 +305,8 @@ def study_disp_llm(
         from secateur.study import disp_llm
 
         request = api.Request(
-            model, disp_llm.METHOD, None, None, None, None, calibration, samples, seqlen, seed, revision, device, dtype, _options(options)
+            model, disp_llm.METHOD, None, None, None, None, calibration, samples, seqlen, seed, revision, device, dtype, _options(options),
+            ignore_unknown=ignore_unknown,
         )  # fmt: skip
         measure = api.EvalRequest(
             model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=include_path
@@ -307,7 +320,7 @@ def study_disp_llm(
         found = []
         for record in disp_llm.run(request, wanted, out, measure, parts=chosen, resume=resume, overwrite=overwrite, records_file=records):
             found.append(record)
-            _tell(f"{Path(record['out']).name}: ppl {record['ppl']:.4f}")
+            _tell(f"{Path(record['out']).name}: ppl {perplexity_words(record['ppl'])}")
         table = disp_llm.summary(request, wanted, found, parts=chosen)
         if json:
             _emit({"records": found, "study": table})
@@ -326,6 +339,7 @@ def compare(
     methods: Annotated[str, typer.Option(metavar="M,M,...", help="The methods; `secateur methods` lists them.")] = "",
     params_removed: Annotated[str, typer.Option(metavar="R,R,...", help="Pruning ratios over all parameters, for what removes them.")] = "",
     sparsity: Annotated[str, typer.Option(metavar="S,S,...", help="Sparsities, for unstructured pruning.")] = "",
+    at_least: AtLeast = False,
     patterns: Annotated[str, typer.Option(metavar="P,P,...", help="unstructured, N:M, rows, columns. Default: the method's own, and rows.")] = "",
     with_heal: Annotated[bool, typer.Option("--heal", help="Measure each result with low-rank recovery too.")] = False,
     heal_steps: Annotated[int | None, typer.Option(help="Steps of healing.")] = None,
@@ -343,6 +357,7 @@ def compare(
     tasks: Tasks = "",
     include_path: IncludePath = None,
     limit: Limit = None,
+    ignore_unknown: IgnoreUnknown = False,
     records: Records = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -360,7 +375,19 @@ def compare(
         steps = {} if heal_steps is None else {"steps": heal_steps}
         heal = api.HealRequest(model, calibration, seqlen=seqlen, text=text, protocol=protocol, limit=limit, device=device, dtype=dtype, seed=seed, **steps)
         asked = study.Asked(
-            api.Request(model, "", calibration=calibration, samples=samples, seqlen=seqlen, seed=seed, revision=revision, device=device, dtype=dtype),
+            api.Request(
+                model,
+                "",
+                calibration=calibration,
+                samples=samples,
+                seqlen=seqlen,
+                seed=seed,
+                revision=revision,
+                device=device,
+                dtype=dtype,
+                at_least=at_least,
+                ignore_unknown=ignore_unknown,
+            ),
             _names(methods),
             _numbers(params_removed, "--params-removed") if params_removed else [],
             _numbers(sparsity, "--sparsity") if sparsity else [],
@@ -376,7 +403,7 @@ def compare(
         found = []
         for record in study.run(asked, todo, out, measure, resume=resume, overwrite=overwrite, records_file=records):
             found.append(record)
-            _tell(f"{Path(record['out']).name if record.get('method') else 'dense'}: ppl {record['ppl']:.4f}")
+            _tell(f"{Path(record['out']).name if record.get('method') else 'dense'}: ppl {perplexity_words(record['ppl'])}")
         result = study.summary(asked, todo, out.absolute(), found, records_file=records)
         if json:
             _emit({"records": found, "refused": todo.refused, "failed": todo.failed, "untimed": todo.untimed, "unhealed": todo.unhealed})

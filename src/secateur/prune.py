@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocation.allocate import Allocation, allocate
-from secateur.calibrate.data import TASK, check_ids, check_spec, holds_ids, ids_hash, labelled_windows, read_text
+from secateur.calibrate.data import TASK, calibration_facts, check_ids, check_spec, holds_ids, labelled_windows, read_text
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
@@ -31,7 +31,7 @@ from secateur.methods import Method, find_method
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
-from secateur.models.save import CheckpointWriter, clean, differing, disk, is_finished, refuse_inside, same_run
+from secateur.models.save import PLAN_PATH, CheckpointWriter, clean, differing_from_plan, disk, is_finished, refuse_inside, same_run
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.allocate import removed_blocks, units_left
 from secateur.plan.budget import (
@@ -47,6 +47,7 @@ from secateur.plan.budget import (
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
 
+OFF = 0.01  # a pruning ratio that is further from the one asked for is said
 _ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix
 _LEARNING = "learning"  # the part that a method that learns goes on from
 STATES = "gradual"  # the folder, beside several results, that holds what runs of a gradual method go on from
@@ -71,6 +72,8 @@ class Request:
         spill: keep the activation buffer in a file beside the output.
         stock_only: refuse plans that a stock architecture cannot express.
         include_path: a folder of task files for lm-eval, for a calibration on `task:NAME`.
+        at_least: with `params_removed`, the first step that removes as much, instead of the nearest one.
+        ignore_unknown: leave out tensors of the files that the model does not have, instead of refusing.
     """
 
     model: str
@@ -91,6 +94,8 @@ class Request:
     spill: bool = False
     stock_only: bool = False
     include_path: str | Path | None = None
+    at_least: bool = False
+    ignore_unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def prepare(request: Request) -> Prepared:
         check_spec(request.calibration)
     if request.include_path is not None and not (request.calibration or "").startswith(TASK):
         raise UsageError(f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME")
-    checkpoint = open_checkpoint(request.model, request.revision)
+    checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
     sparsity = _sparsity(request, view, pattern, method, options)
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
@@ -154,24 +159,27 @@ def _options(request: Request) -> dict[str, Any]:
 
 
 def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method: Method, options: Any) -> float | None:
-    if request.params_removed is None:
+    wanted, at_least = request.params_removed, request.at_least
+    if wanted is None:
+        if at_least:
+            raise UsageError("--at-least belongs to --params-removed R: add it")
         return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
     if request.sparsity is not None:
         raise UsageError("give --sparsity or --params-removed, not both")
     if getattr(options, "whole_model", False):
         raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
     if method.removes == "blocks":
-        return find_dropped(view, request.params_removed)
+        return find_dropped(view, wanted, at_least=at_least)
     if method.removes == "heads":
-        return find_heads(view, request.params_removed, partial(method.module.dims_left, view, options))
+        return find_heads(view, wanted, partial(method.module.dims_left, view, options), at_least=at_least)
     if method.counts_parameters(options):
-        return request.params_removed
+        return wanted
     if method.plan_place is not None:
         if options.implied_sparsity:
             raise UsageError(f"--params-removed does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
-        return find_sliced(view, request.params_removed, partial(_residuals, view, method, options))
+        return find_sliced(view, wanted, partial(_residuals, view, method, options), at_least=at_least)
     assert pattern is not None
-    return find_sparsity(view, pattern, request.modules, request.params_removed)
+    return find_sparsity(view, pattern, request.modules, wanted, at_least=at_least)
 
 
 def _residuals(view: ModelView, method: Method, options: Any, sparsity: float) -> list[Residual]:
@@ -192,6 +200,35 @@ def parameters_expected(prepared: Prepared) -> int | None:
     if job.learns:
         return round((1 - (job.sparsity or 0.0)) * view.parameters())
     return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
+
+
+def say_expected(prepared: Prepared) -> bool:
+    """Say, before the work, where the size of the result is not what one would think; returns whether it did."""
+    before, after = prepared.checkpoint.view().parameters(), parameters_expected(prepared)
+    if after is None or not prepared.sparsity:
+        return False
+    removed, asked = 1 - after / before, prepared.request.params_removed
+    if asked is not None and abs(removed - asked) > OFF:
+        other = "" if prepared.request.at_least or removed > asked else "; --at-least takes the next one"
+        say(f"warning: --params-removed {asked:g}: whole units go, and the nearest step removes {removed:.4f}{other}")
+        return True
+    tied = prepared.checkpoint.config.tie_word_embeddings
+    if asked is None and prepared.job.rotates and (tied or removed <= 0):
+        why = "its tied head gets weights of its own, and adapters are added" if tied else "adapters are added"
+        sizes = f"{before:,} parameters become {after:,} ({-removed:+.1%})"
+        say(f"warning: {prepared.job.method.name} at sparsity {prepared.sparsity:.4g}: {sizes}, since {why}{_instead(prepared)}")
+        return True
+    return False
+
+
+def _instead(prepared: Prepared) -> str:
+    """What it takes to remove the share of the parameters that a sparsity of the residual width may be taken for."""
+    view, job, wanted = prepared.checkpoint.view(), prepared.job, round(prepared.sparsity or 0.0, 3)
+    try:
+        sparsity = find_sliced(view, wanted, partial(_residuals, view, job.method, job.options))
+    except UsageError:
+        return ""
+    return f"; --params-removed {wanted:g} would take sparsity {sparsity:.3g}"
 
 
 def _check_stock(prepared: Prepared) -> None:
@@ -239,7 +276,7 @@ def _labelled_of(
         return found
 
     windows, labels = labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
-    check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec)
+    check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec, None if tokenizer is None else len(tokenizer))
     return windows, labels
 
 
@@ -277,6 +314,7 @@ def prune(
     settings = prepared_settings(prepared, windows)
     if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
         return record if rank() == 0 else {}
+    said = say_expected(prepared)
     writer, buffer_bytes = on_first(lambda: _writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite))
     if rank() > 0:
         whole_model_plan(replace(prepared.job, checkpoint=writer.part(_LEARNING)), windows, watch)
@@ -302,7 +340,17 @@ def prune(
         "out": str(out),
     }
     records.append(records_file, record)
+    _say_result(record, said)
     return record
+
+
+def _say_result(record: records.Record, said: bool) -> None:
+    """Say, after the work, what shapes alone did not tell."""
+    asked = record["params_removed"]
+    if asked is not None and not said and abs(record["pruning_ratio"] - asked) > OFF:
+        say(f"warning: --params-removed {asked:g}: {record['pruning_ratio']:.4f} of the parameters were removed")
+    if rows := record["zero_rows"]:
+        say(f"note: {rows:,} rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN (int8 and int4 do not)")
 
 
 def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path) -> Path | None:
@@ -327,8 +375,8 @@ def _seconds(state: Path | None) -> dict[str, float]:
 def refuse_out(out: Path, checkpoint: Checkpoint, spec: str | None, records_file: Path) -> None:
     """Raises UsageError where `out` is no place for a result: around or inside the model, around the text `spec` or the records."""
     precious = {"the model": checkpoint.folder, "the records": records_file}
-    if spec is not None and Path(spec).is_file():
-        precious["the calibration text"] = Path(spec)
+    if spec is not None and (text := Path(spec).expanduser()).is_file():
+        precious["the calibration text"] = text
     refuse_inside(out, precious)
 
 
@@ -336,7 +384,7 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
     """The record of a run that was complete already; None to start again."""
     made = read_plan_json(out)
     assert made is not None
-    if not same_run(out, differing(made, settings), overwrite):
+    if not same_run(out, differing_from_plan(made, settings), overwrite):
         return None
     clean(out)
     say(f"{out}: already there")
@@ -347,6 +395,7 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
         "command": "prune",
         "version": records.version(),
         **{k: v for k, v in made.items() if k not in ("format", "blocks")},
+        **settings,
         "stock": stock,
         "out": str(out),
     }
@@ -398,7 +447,7 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
     facts = _facts(prepared, totals)
     with watch("files"):
         config = pruned_config(raw, view.family, totals.dims, stock=problem is None)
-        files = {"README.md": card.model_card(checkpoint, settings, facts, problem), "plan.json": plan_json({**settings, **facts}, totals.summaries)}
+        files = {"README.md": card.model_card(checkpoint, settings, facts, problem), PLAN_PATH: plan_json({**settings, **facts}, totals.summaries)}
         if problem:
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
         writer.finish(weights, [_plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
@@ -427,6 +476,7 @@ class _Totals:
     parameters: int = 0
     nonzero: int = 0
     matrices: int = 0
+    zero_rows: int = 0
     removed: int = 0
     targeted: int = 0
     dims: list[BlockDims] = field(default_factory=list)
@@ -439,6 +489,7 @@ class _Totals:
         self.parameters += note["parameters"]
         self.nonzero += note["nonzero"]
         self.matrices += note.get("matrices", 0)
+        self.zero_rows += note.get("zero_rows", 0)
 
     def add_block(self, before: BlockDims, block: BlockView, plan: BlockPlan) -> None:
         """Count what the plan removes from the matrices it was asked for."""
@@ -487,7 +538,7 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(_plan_part(block.index), plan.tensors(), plan.summary())
             if not plan.dropped and not writer.has(part):
-                note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block)}
+                note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block), "zero_rows": block.zero_rows()}
                 writer.write(part, {view.block_prefix(len(totals.kept)) + name: tensor for name, tensor in block.tensors.items()}, note)
             if not plan.dropped:
                 totals.add(writer.read_note(part))
@@ -540,14 +591,17 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
     request = prepared.request
     calibration = None
     if windows is not None:
-        calibration = {"spec": prepared.calibration, "samples": len(windows), "seqlen": windows.shape[1], "sha256": ids_hash(windows)}
+        assert prepared.calibration is not None
+        calibration = calibration_facts(prepared.calibration, windows)
     return {
         "model": request.model,
         "model_revision": prepared.checkpoint.revision,
+        "model_fingerprint": prepared.checkpoint.fingerprint(),
         "method": request.method,
         "options": asdict(prepared.job.options),
         "seed": request.seed,
         "sparsity": prepared.sparsity,
+        "params_removed": request.params_removed,
         "modules": request.modules,
         "pattern": None if prepared.pattern is None else str(prepared.pattern),
         "calibration": calibration,
@@ -557,7 +611,7 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A fingerprint of the original's files that costs no reading: a resumed run must start from the same ones."""
+    """A hash that changes when the files on this machine do, without reading them: a resumed run must start from the same ones."""
     files = sorted({file for file, _ in checkpoint.index.values()})
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([checkpoint.raw_config, facts]).encode()).hexdigest()
@@ -572,17 +626,29 @@ def _share_gone(view: ModelView, totals: _Totals, what: str) -> float:
     return 1 - totals.parameters / view.parameters()
 
 
+def _quantity(prepared: Prepared) -> str:
+    """What the sparsity is a fraction of: a key of `card.QUANTITIES`."""
+    method = prepared.job.method
+    if method.plan_place is not None:
+        return "width"
+    if method.counts_parameters(prepared.job.options):
+        return method.removes
+    return "units" if prepared.pattern is not None and prepared.pattern.structured else "weights"
+
+
 def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
     view = prepared.checkpoint.view()
     before, matrices = view.parameters(), view.matrix_parameters()
     targeted = totals.removed / totals.targeted if totals.targeted else 0.0
     return {
+        "sparsity_of": _quantity(prepared),
         "sparsity_measured": _share_gone(view, totals, prepared.job.method.removes) if prepared.job.learns else targeted,
         "pruning_ratio": 1 - totals.parameters / before,
         "pruning_ratio_blocks": 1 - totals.matrices / matrices,
         "params_before": before,
         "params_after": totals.parameters,
         "nonzero_after": totals.nonzero,
+        "zero_rows": totals.zero_rows,
         **prepared.job.notes,
         "updated": prepared.job.rotates or any("updates" in summary for summary in totals.summaries),
     }

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.core.records import Record
+from secateur.core.words import perplexity_words
 from secateur.evaluate.flow import ranges
 from secateur.models.runtime import SELECT_FORMS
 from secateur.report.modules import Study, rows
@@ -56,7 +57,7 @@ def runs_table(found: Sequence[Record]) -> Table:
             _pattern(record),
             f"{record.get('sparsity_measured') or 0:.3f}",
             *(f"{record[key] / 1e6:.3f}" if record.get(key) else "" for key in ("params_after", "nonzero_after")),
-            f"{record['ppl']:.2f}",
+            perplexity_words(record["ppl"]),
         ]
         accuracies = [((record.get("tasks") or {}).get(task) or {}).get("acc") for task in tasks]
         row += ["" if acc is None else f"{acc:.3f}" for acc in accuracies]
@@ -87,7 +88,7 @@ def _pattern(record: Record) -> str:
 def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
     """Perplexities of a study of variants: a line a variant, a column a sparsity."""
     sparsities = sorted({entry["sparsity"] for entry in entries})
-    table = Table("part", "variant", *(f"{s:.0%} removed" for s in sparsities), title=f"perplexity, dense {dense_ppl:.2f}")
+    table = Table("part", "variant", *(f"{s:.0%} removed" for s in sparsities), title=f"perplexity, dense {perplexity_words(dense_ppl)}")
     for part, variant in dict.fromkeys((entry["part"], entry["variant"]) for entry in entries):
         own = {entry["sparsity"]: entry for entry in entries if (entry["part"], entry["variant"]) == (part, variant)}
         table.add_row(part, variant, *(_mean(own[s]) if s in own else "" for s in sparsities))
@@ -95,7 +96,7 @@ def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
 
 
 def _mean(entry: Record) -> str:
-    return f"{entry['ppl']:.2f}" + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)")
+    return perplexity_words(entry["ppl"]) + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)")
 
 
 _CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where laws can be
@@ -171,9 +172,21 @@ def inspect_table(record: Record) -> Table:
     """What `inspect` found, block by block."""
     names = list(record["blocks"][0]["matrices"])
     title = f"{record['model']}: {record['parameters']:,} parameters, {record['nonzero']:,} not zero, {record['bytes'] / 1e6:.1f} MB"
+    caption = "under the names of matrices: per cent of zeros"
+    if record["zero_rows"]:
+        caption += f"; {record['zero_rows']:,} rows are all zero, which float8 weights with a scale a row turn into NaN"
     sliced = ["residual"] if any(block["residual"] for block in record["blocks"]) else []
     table = Table(
-        "#", "heads", "kv", "ffn", *sliced, "parameters", *names, title=title, caption="under the names of matrices: per cent of zeros", padding=(0, 0)
+        "#",
+        "heads",
+        "kv",
+        "ffn",
+        *sliced,
+        "parameters",
+        *names,
+        title=title,
+        caption=caption,
+        padding=(0, 0),
     )
     for block in record["blocks"]:
         shares = (f"{100 * block['matrices'][name]['sparsity']:.0f}%" for name in names)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.calibrate.data import HUB_TEXTS, IGNORE, Text, calibration_windows, ids_hash, labelled_windows, read_text, same_text, task_names
+from secateur.calibrate.data import (
+    HUB_TEXTS,
+    IGNORE,
+    Text,
+    calibration_windows,
+    check_ids,
+    file_hash,
+    ids_hash,
+    labelled_windows,
+    read_instructions,
+    read_text,
+    same_text,
+    task_names,
+)
 from secateur.core.errors import SecateurError, UsageError
 
 
@@ -42,6 +58,58 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
         assert torch.equal(calibration_windows(given, letters, samples=99, seqlen=99, seed=7), ids), "used as given, in order"
 
 
+@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".xz"])
+def test_text_may_be_packed_and_c4s_own_shards_are_lines_of_json(packing: str, tmp_path: Path) -> None:
+    """`c4-train.00000-of-01024.json.gz` ends in .json and holds an object a line."""
+    write = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[packing]
+    lines = '{"text": "one\\u2028two", "url": "u"}\n\n{"text": "three"}\n'
+    for name, content, rows in (
+        ("c4-train.00000-of-01024.json", lines, ("one\u2028two", "three")),
+        ("one.json", '{"text": "alone"}', ("alone",)),
+        ("list.json", '[\n  {"text": "a"},\n  {"text": "b"}\n]', ("a", "b")),
+        ("mixed.jsonl", '{"text": "t"}\n{"instruction": "Hi", "output": "Ho"}\n', ("t", "### Instruction:\nHi\n\n### Response:\nHo")),
+        ("plain.txt", "as it\r\n is \n", ("as it\r\n is \n",)),
+    ):
+        file = tmp_path / (name + packing)
+        with write(file, "wb") as handle:
+            handle.write(content.encode())
+        assert read_text(str(file), "calibration").rows == rows, name
+
+
+def test_instructions_may_be_packed_too(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.json.gz", "wt") as handle:
+        handle.write('{"instruction": "Hi", "output": "Ho"}\n{"instruction": "Add", "output": "3"}')
+    assert [row["output"] for row in read_instructions(str(tmp_path / "a.json.gz"))] == ["Ho", "3"]
+
+
+def test_a_packed_file_that_is_cut_short_is_no_text(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.txt.gz", "wb") as handle:
+        handle.write(b"words " * 1000)
+    (tmp_path / "a.txt.gz").write_bytes((tmp_path / "a.txt.gz").read_bytes()[:-10])
+    with pytest.raises(SecateurError, match=r"a\.txt\.gz: cannot be unpacked .+ download it again"):
+        read_text(str(tmp_path / "a.txt.gz"), "calibration")
+
+
+def test_ids_outside_the_vocabulary_say_whose_fault_it_is() -> None:
+    windows = torch.tensor([[1, 2, 9]])
+    check_ids(windows, 10, 3, "here")
+    with pytest.raises(SecateurError, match=r"here: token id 9 is outside the vocabulary of the model \(0 to 8\); tokenise with its own tokenizer"):
+        check_ids(windows, 9, 3, "here")
+    both = r"the tokenizer gives id 9, and the embedding of the model has 9 rows .+ the tokenizer has 10 tokens\): .+resize_token_embeddings\(10\)"
+    with pytest.raises(SecateurError, match=both):
+        check_ids(windows, 9, 3, "here", tokens=10)
+
+
+def test_one_text_is_known_by_its_file_wherever_that_lies(tmp_path: Path) -> None:
+    for folder, content in (("a", "text"), ("b", "text"), ("c", "other")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.txt").write_text(content)
+    known = file_hash(str(tmp_path / "a" / "t.txt"))
+    assert same_text("t.txt", str(tmp_path / "b" / "t.txt"), known)
+    assert not same_text("t.txt", str(tmp_path / "c" / "t.txt"), known)
+    assert not same_text("u.txt", str(tmp_path / "b" / "t.txt"), known)
+
+
 def test_hub_texts_are_asked_for_by_role_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -63,7 +131,7 @@ def test_hub_texts_are_asked_for_by_role_and_revision(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", sorted(HUB_TEXTS))
 def test_a_hub_text_without_a_network_says_so(name: str) -> None:
-    with pytest.raises(SecateurError, match=f"text '{name}': the hub did not give"):
+    with pytest.raises(SecateurError, match=f"text '{name}', to calibrate on: the hub did not give .+ give a local file: --calibration FILE"):
         read_text(name, "calibration")
 
 

@@ -273,6 +273,19 @@ def small_index(task_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "SHIPPED", folder)
 
 
+@pytest.mark.parametrize("task", ["tiny_choices", "tiny_text", "tiny_written", "cloze"])
+def test_a_tokenizer_larger_than_the_embedding_is_said_in_one_line(task: str, dense: Path, task_files: Path, ids_file: str) -> None:
+    """A token was added and the model never resized: torch says 'index out of range in self'."""
+    content = json.loads((dense / "tokenizer.json").read_text())
+    size = json.loads((dense / "config.json").read_text())["vocab_size"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": size, "content": "mpor", "special": True, **flags})
+    (dense / "tokenizer.json").write_text(json.dumps(content))
+    wrong = rf"the tokenizer gives id {size}, and the embedding of the model has {size} rows .+ has {size + 1} tokens\)"
+    with pytest.raises(SecateurError, match=wrong):
+        api.evaluate(api.EvalRequest(str(dense), text=ids_file, tasks=[task], include_path=None if task == "cloze" else task_files))
+
+
 @pytest.mark.usefixtures("small_index")
 def test_refusals(dense: Path, task_files: Path, tmp_path: Path) -> None:
     status, line = refuse(dense, "--tasks", "close")

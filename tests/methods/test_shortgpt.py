@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def test_blocks_of_unequal_widths_keep_their_own(saved: Callable[..., Path], ids
 
 def test_params_removed_and_what_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense = str(saved("llama"))
-    record = api.prune(api.Request(dense, "shortgpt", params_removed=0.4, calibration=ids_file), tmp_path / "out")
+    request = api.Request(dense, "shortgpt", params_removed=0.4, calibration=ids_file)
+    record = api.prune(request, tmp_path / "nearest")
+    assert record["sparsity_measured"] == pytest.approx(1 / 3), "0.283 is nearer to 0.4 than 0.566 is"
+    record = api.prune(replace(request, at_least=True), tmp_path / "out")
     assert record["pruning_ratio"] >= 0.4
     assert record["sparsity_measured"] == pytest.approx(2 / 3)
     for wrong, words in (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from secateur import api
 from secateur.models import load, save
 from secateur.models.load import open_checkpoint
+from tests.folders import contents
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
 
 
@@ -108,21 +109,6 @@ def test_fewer_heads_in_every_block_are_stock_where_the_configuration_can_say_so
         assert not (tmp_path / "no.partial").exists()
 
 
-def test_the_card_says_what_was_done_and_carries_the_licence(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    folder = saved("llama")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nhello")
-    (folder / "LICENSE").write_text("the licence")
-    api.prune(api.Request(str(folder), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "license: apache-2.0" in text.split("---")[1]
-    assert "base_model: dense-llama" in text.split("---")[1]
-    assert "0.5000 of the targeted matrices" in text
-    assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
-    for _ in range(2):
-        api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
-    assert (tmp_path / "out" / "README.md").read_text().count("perplexity") == 1
-
-
 def test_weights_are_not_read_when_a_checkpoint_is_opened(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved("llama")
     monkeypatch.setattr(load, "_read", lambda *_: pytest.fail("weights were read"))
@@ -159,6 +145,41 @@ def test_a_stock_result_has_no_auto_map_of_the_original(saved: Callable[..., Pat
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
+def test_two_models_whose_folders_have_one_name_are_not_the_same_run(saved: Callable[..., Path], tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        saved("llama", seed=number).rename(tmp_path / str(number) / "final")
+    request = api.Request(str(tmp_path / "1" / "final"), "magnitude", sparsity=0.5)
+    api.prune(request, tmp_path / "out")
+    with pytest.raises(api.UsageError, match="had model_fingerprint"):
+        api.prune(replace(request, model=str(tmp_path / "2" / "final")), tmp_path / "out", resume=True)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "1" / "final").rename(moved)
+    moved = moved.rename(tmp_path / "2" / "final2").rename(tmp_path / "final")
+    assert api.prune(replace(request, model=str(moved)), tmp_path / "out", resume=True)["out"] == str(tmp_path / "out"), "the same model at another place"
+
+
+def test_all_zero_rows_are_counted_and_said(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved("llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][:3] *= 1e-6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    record = api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    pruned = load_file(tmp_path / "out" / "model.safetensors")
+    matrices = [tensor for name, tensor in pruned.items() if name.endswith("proj.weight")]
+    assert record["zero_rows"] == sum(int((~tensor.any(1)).sum()) for tensor in matrices) >= 3
+    assert "rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN" in capsys.readouterr().err
+    found = api.inspect(str(tmp_path / "out"))
+    assert found["zero_rows"] == record["zero_rows"]
+    assert found["blocks"][1]["matrices"]["down"]["zero_rows"] == int((~pruned["model.layers.1.mlp.down_proj.weight"].any(1)).sum()) >= 3
+    assert api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=str(ids(tmp_path))))["zero_rows"] == record["zero_rows"]
+
+
+def ids(folder: Path) -> Path:
+    np.save(folder / "some.npy", np.ones((2, 8), dtype=np.int64))
+    return folder / "some.npy"
+
+
 def test_the_hub_is_asked_for_one_revision_and_the_commit_is_recorded(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -167,18 +188,18 @@ def test_the_hub_is_asked_for_one_revision_and_the_commit_is_recorded(saved: Cal
     saved("llama").rename(snapshot)
     asked: list[object] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append((name, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns, "consolidated*" in ignore_patterns))
+    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+        asked.append((name, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns, "consolidated*" in (ignore_patterns or ())))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     record = api.prune(api.Request("org/model", "magnitude", sparsity=0.5, revision="v1"), tmp_path / "out")
-    assert asked == [("org/model", "v1", True, False, True)]
+    assert asked == [("org/model", "v1", True, False, True), ("org/model", "0123abc", False, False, False)]
     assert (record["model"], record["model_revision"]) == ("org/model", "0123abc")
     assert "base_model: org/model" in (tmp_path / "out" / "README.md").read_text()
 
 
-KILL_POINTS = ["_copy_companions", "_gather", "_join", "_swap", "clean"]
+KILL_POINTS = ["copy_companions", "_gather", "_join", "_swap", "clean"]
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
@@ -205,9 +226,7 @@ def test_a_kill_at_any_point_of_the_finish_loses_nothing(
         record = api.prune(replace(request, spill=False), tmp_path / "out", resume=True)
     assert record["params_after"] == record["params_before"]
     assert (tmp_path / "records.jsonl").read_text().count("\n") == 1
-    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
-    assert filecmp.cmpfiles(tmp_path / "whole", tmp_path / "out", names, shallow=False)[1:] == ([], [])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert api.prune(request, tmp_path / "out", resume=True)["out"] == record["out"]
     with pytest.raises(api.UsageError, match=r"is finished, and its run had sparsity = 0\.5, this one has 0\.25"):
         api.prune(replace(request, sparsity=0.25), tmp_path / "out", resume=True)

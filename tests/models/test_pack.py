@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur import api
 from secateur.models.pack import decode, encode
+from tests.folders import contents
 from tests.tiny import MODEL_TYPES
 
 
@@ -52,9 +52,7 @@ def test_a_checkpoint_comes_back_byte_for_byte(model_type: str, saved: Callable[
     packed = api.pack(str(tmp_path / "sparse"), tmp_path / "packed")
     assert packed["bytes_after"] < 0.9 * packed["bytes_before"]
     api.unpack(tmp_path / "packed", tmp_path / "back")
-    names = sorted(p.name for p in (tmp_path / "sparse").iterdir())
-    assert names == sorted(p.name for p in (tmp_path / "back").iterdir())
-    assert filecmp.cmpfiles(tmp_path / "sparse", tmp_path / "back", names, shallow=False)[1:] == ([], [])
+    assert contents(tmp_path / "back") == contents(tmp_path / "sparse")
 
 
 def test_shards_and_narrow_models_come_back(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,10 +60,9 @@ def test_shards_and_narrow_models_come_back(saved: Callable[..., Path], tmp_path
     api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5, modules="mlp", pattern="rows"), tmp_path / "narrow")
     api.prune(api.Request(str(tmp_path / "narrow"), "magnitude", sparsity=0.7), tmp_path / "sparse")
     api.pack(str(tmp_path / "sparse"), tmp_path / "packed")
-    assert len(list((tmp_path / "packed").glob("packed-*.safetensors"))) > 3
+    assert len(list((tmp_path / "packed" / "secateur").glob("packed-*.safetensors"))) > 3
     api.unpack(tmp_path / "packed", tmp_path / "back")
-    for file in (tmp_path / "sparse").iterdir():
-        assert file.read_bytes() == (tmp_path / "back" / file.name).read_bytes()
+    assert contents(tmp_path / "back") == contents(tmp_path / "sparse")
 
 
 def test_bad_input_is_refused_in_a_line_and_leaves_nothing(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -81,7 +78,7 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(saved: Callable[..., 
         api.pack(str(tmp_path / "packed"), tmp_path / "twice")
     with pytest.raises(api.SecateurError, match=r"is not packed: it has no packed\*\.safetensors"):
         api.unpack(tmp_path / "sparse", tmp_path / "back")
-    file = tmp_path / "packed" / "packed.safetensors"
+    file = tmp_path / "packed" / "secateur" / "packed.safetensors"
     whole = file.read_bytes()
     value = 8 + int.from_bytes(whole[:8], "little")  # the first byte behind the header
     with safe_open(file, framework="pt") as handle:

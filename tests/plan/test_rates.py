@@ -77,17 +77,20 @@ def test_a_module_may_be_removed_whole(windows: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize("wanted", [0.0, 0.1, 0.25, 0.4])
-def test_the_ratio_asked_for_is_the_smallest_that_is_reached(model_type: str, wanted: float) -> None:
+def test_the_step_nearest_to_the_ratio_is_taken_or_the_first_that_reaches_it(model_type: str, wanted: float) -> None:
     model = tiny_model(model_type)
     view = api.view_model(model)
     pattern = parse_pattern("rows")
     sparsity = find_sparsity(view, pattern, None, wanted)
     pruned = api.cut(model, api.plan(model, "magnitude", sparsity=sparsity, pattern="rows"))
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
-    assert 1 - after / before >= wanted
     assert after == parameters_left(view, resolve_rates(view, sparsity, None, pattern))
+    units = {size for index in range(view.blocks) for size in (view.dims(index).ffn, view.dims(index).groups)}
+    steps = sorted({k / n + 1e-9 for n in units for k in range(1, n)})
+    ratios = {step: 1 - parameters_left(view, resolve_rates(view, step, None, pattern)) / before for step in steps}
+    enough = find_sparsity(view, pattern, None, wanted, at_least=True)
     if wanted:
-        less = resolve_rates(view, sparsity - 0.03, None, pattern)
-        assert 1 - parameters_left(view, less) / before < wanted
+        assert abs(1 - after / before - wanted) == pytest.approx(min(abs(ratio - wanted) for ratio in ratios.values()))
+        assert enough == min(step for step, ratio in ratios.items() if ratio >= wanted)
     else:
-        assert sparsity == 0
+        assert sparsity == enough == 0

@@ -1,18 +1,24 @@
 """Text, and its way into windows of token ids. One vocabulary of names (SPEC) serves calibration and evaluation.
 
 A SPEC is `builtin`, `wikitext2`, `c4`, `alpaca` (hub data sets, resolved by role: the train part to calibrate, the test part to evaluate), or a
-path: `.jsonl`, `.json` (Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids [samples, seqlen], used as given), and anything else as plain text.
+path: `.jsonl` or `.json` (one object a line, or a list of them; text, or instructions in Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids
+[samples, seqlen], used as given), and anything else as plain text. Text may be compressed: `.gz`, `.bz2`, `.xz` behind the suffix.
 To calibrate there is also `task:NAME+NAME`, the questions of tasks with their right answers, which `evaluate/tasks.py` reads.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -66,6 +72,9 @@ NAMED = ("builtin", *HUB_TEXTS)
 TASK = "task:"
 IGNORE = -100  # a label that is not to be predicted, as in transformers
 _ID_FILES = (".npy", ".safetensors")
+_JSON_FILES = (".json", ".jsonl", ".ndjson")
+_COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]  # read as bytes
+_OTHER_ARCHIVES = (".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
 
 
 class HubRows(Sequence[str]):
@@ -158,16 +167,10 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
     if name == "alpaca":
         return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
     path = Path(spec).expanduser()
-    if path.suffix not in (".json", ".jsonl", ".parquet") or name in NAMED:
+    if _suffix(path) not in (*_JSON_FILES, ".parquet") or name in NAMED:
         raise UsageError(f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'")
     check_spec(spec)
-    rows: Any
-    if path.suffix == ".json":
-        rows = _json(_plain(path), str(path))
-    elif path.suffix == ".jsonl":
-        rows = [_json(line, f"{path}, line {n}") for n, line in enumerate(_plain(path).split("\n"), 1) if line.strip()]
-    else:
-        rows = _parquet(path).to_pylist()
+    rows: Any = _parquet(path).to_pylist() if _suffix(path) == ".parquet" else list(_objects(path))
     if not _in_alpaca_form(rows):
         has = f", its first row has {', '.join(rows[0])}" if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
         raise SecateurError(f"{path}: rows need the fields 'instruction' and 'output' (and perhaps 'input'){has}")
@@ -218,22 +221,66 @@ def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
     return next((n for n, (one, other) in enumerate(zip(ids, begin, strict=False)) if one != other), min(len(ids), len(begin)))
 
 
-def same_text(spec: str, other: str) -> bool:
-    """Whether a SPEC to calibrate with and one to evaluate on stand for the same text."""
+def same_text(spec: str, other: str, file_sha256: str | None = None) -> bool:
+    """Whether a SPEC to calibrate with and one to evaluate on stand for the same text.
+
+    Args:
+        spec: to calibrate with; of a plan, the name of a file without its folder, and then `file_sha256` is the hash of that file.
+        other: to evaluate on.
+    """
     name, other_name = spec.partition("@")[0], other.partition("@")[0]
     if name in HUB_TEXTS and name == other_name:
         return HUB_TEXTS[name].split["calibration"] == HUB_TEXTS[name].split["evaluation"]
-    return Path(spec).is_file() and Path(spec).expanduser().resolve() == Path(other).expanduser().resolve()
+    one, two = Path(spec).expanduser(), Path(other).expanduser()
+    if file_sha256 is not None:
+        return one.name == two.name and file_hash(other) == file_sha256
+    return one.is_file() and one.resolve() == two.resolve()
 
 
-def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str) -> None:
-    """Raises SecateurError where a token id is outside the vocabulary, or a window longer than the model knows."""
+def file_hash(spec: str) -> str | None:
+    """SHA-256 of the file that a SPEC names; None where it names none."""
+    file = Path(spec).expanduser()
+    if not file.is_file():
+        return None
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str, tokens: int | None = None) -> None:
+    """Hold token ids against what a model takes.
+
+    Args:
+        windows: token ids, of any shape; the last dimension is a window.
+        vocabulary: rows of its embedding.
+        longest: positions it knows.
+        spec: where the ids come from.
+        tokens: how many its tokenizer knows, where it gave them; None where they were given.
+
+    Raises:
+        SecateurError: a window is longer, or an id outside the vocabulary.
+    """
     if windows.shape[-1] > longest:
         raise SecateurError(f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter")
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise SecateurError(f"{spec}: token id {bad} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer")
+        raise outside_vocabulary(low if low < 0 else high, vocabulary, spec, tokens)
+
+
+def outside_vocabulary(token: int, vocabulary: int, spec: str, tokens: int | None) -> SecateurError:
+    """The error for a token id that the embedding has no row for; arguments as for `check_ids`."""
+    if tokens is None:
+        return SecateurError(f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer")
+    return SecateurError(
+        f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to {vocabulary - 1}; the tokenizer has {tokens} "
+        f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), then save_pretrained), or use the tokenizer it was "
+        "trained with"
+    )
+
+
+def calibration_facts(spec: str, windows: Tensor) -> dict[str, Any]:
+    """`calibration` of a record: the SPEC, the windows [S, T], the hash of their token ids and, of a file, that of its bytes."""
+    facts = {"spec": spec, "samples": len(windows), "seqlen": windows.shape[1], "sha256": ids_hash(windows)}
+    return facts if (found := file_hash(spec)) is None else {**facts, "file_sha256": found}
 
 
 def ids_hash(ids: Tensor) -> str:
@@ -252,21 +299,61 @@ def _token_ids(path: Path) -> Tensor:
 
 
 def _rows(path: Path, field: str) -> Sequence[str]:
-    if path.suffix == ".jsonl":
-        return [_field(_json(line, f"{path}, line {n}"), field, path) for n, line in enumerate(_plain(path).split("\n"), 1) if line.strip()]
-    if path.suffix == ".json":
-        rows = _json(_plain(path), str(path))
-        if not _in_alpaca_form(rows):
-            raise SecateurError(
-                f"{path}: .json is read in Alpaca form, a list of objects with 'instruction', 'output' and perhaps 'input'; use .jsonl for other text"
-            )
-        return [alpaca_prompt(row) for row in rows]
-    if path.suffix == ".parquet":
+    suffix = _suffix(path)
+    if suffix in _JSON_FILES:
+        return [_row_text(row, field, path) for row in _objects(path)]
+    if suffix == ".parquet":
         table = _parquet(path)
         if field not in table.column_names:
             raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
         return [_string(value) for value in table.column(field).to_pylist()]
-    return [_plain(path)]
+    return ["".join(_lines(path))]
+
+
+def _suffix(path: Path) -> str:
+    """That of the text in a file, whether it is compressed or not: `.json` of `c4-train.00000-of-01024.json.gz`."""
+    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _objects(path: Path) -> Iterator[Any]:
+    """The rows of a file of JSON: one a line (C4's shards are so, and end in `.json`), or all in one list, on as many lines as they like."""
+    lines = enumerate(_lines(path), 1)
+    first = next(((n, line) for n, line in lines if line.strip()), None)
+    if first is None:
+        return
+    if first[1].lstrip("\ufeff \t\r").startswith("["):
+        found = _json("".join([first[1], *(line for _, line in lines)]), str(path))
+        yield from found
+        return
+    for number, line in itertools.chain([first], lines):
+        if line.strip():
+            yield _json(line, f"{path}, line {number}")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file with their ends, unpacked where it is compressed; never all of it in memory twice."""
+    if path.suffix in _OTHER_ARCHIVES:
+        raise SecateurError(f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}")
+    place = 0
+    try:
+        with _COMPRESSED.get(path.suffix, Path.open)(path, mode="rb") as file:  # type: ignore[call-arg]  # all of them have a mode
+            for line in file:
+                yield line.decode("utf-8")
+                place += len(line)
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{path}: not UTF-8 text (byte {place + error.start}); convert it, or give token ids as .npy") from None
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise SecateurError(f"{path}: cannot be unpacked ({error}): it is cut short, or not what its suffix says; download it again") from None
+
+
+def _row_text(row: Any, field: str, path: Path) -> str:
+    """The text of a row: of its field, or of an instruction with its answer."""
+    if isinstance(row, dict) and field not in row and {"instruction", "output"} <= row.keys():
+        return alpaca_prompt(row)
+    if not isinstance(row, dict) or field not in row:
+        has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise SecateurError(f"{path}: a row has no field '{field}' (it has {has}); name it with --text-field")
+    return _string(row[field])
 
 
 def _in_alpaca_form(rows: Any) -> bool:
@@ -282,25 +369,11 @@ def _parquet(path: Path) -> Any:
         raise SecateurError(f"{path}: not a parquet file ({error})") from error
 
 
-def _plain(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise SecateurError(f"{path}: not UTF-8 text (byte {error.start}); convert it, or give token ids as .npy") from None
-
-
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise SecateurError(f"{where}: not JSON ({error.msg})") from None
-
-
-def _field(row: Any, field: str, path: Path) -> str:
-    if not isinstance(row, dict) or field not in row:
-        has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise SecateurError(f"{path}: a row has no field '{field}' (it has {has}); name it with --text-field")
-    return _string(row[field])
 
 
 def _string(value: Any) -> str:
@@ -324,4 +397,7 @@ def _hub_data(name: str, role: Role, revision: str | None) -> Any:
             return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
         except Exception as error:
             why = error if answers else "it does not answer"
-            raise SecateurError(f"text '{name}': the hub did not give {source.path} ({why}); check the network, or give a local file") from error
+            use, option = ("to calibrate on", "--calibration") if role == "calibration" else ("to measure perplexity on", "--text")
+            raise SecateurError(
+                f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, or give a local file: {option} FILE"
+            ) from error

@@ -109,4 +109,6 @@ def _parse(line: str, file: Path, number: int) -> Record:
         raise SecateurError(f"{file}, line {number}: not JSON ({error.msg}); remove or repair that line") from None
     if not isinstance(record, dict):
         raise SecateurError(f"{file}, line {number}: a record is a JSON object, this is a {type(record).__name__}")
+    if "ppl" in record and record["ppl"] is None and isinstance(record.get("loss"), int | float):
+        record["ppl"] = math.inf  # which JSON has no word for
     return record

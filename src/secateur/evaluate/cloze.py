@@ -1,7 +1,7 @@
 """The built-in task: which of four continuations really follows? From the held-out part of the built-in text, so it needs no network.
 
 An item is a piece of a file, the lines that follow it, and three pieces of the same length from elsewhere in the same file. Chance is
-0.25. `acc` takes the continuation of the highest log-probability, `acc_norm` the highest per byte, as lm-eval defines them.
+0.25. `acc` takes the continuation of the highest log-probability, `acc_norm` the highest per character, as lm-eval defines them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.bundled.text import Part, documents
 from secateur.core.errors import SecateurError
 from secateur.evaluate.answers import Answers, remembered_scores
+from secateur.evaluate.continuations import known_ids
 
 CLOZE = "cloze"
 ITEMS = 300
@@ -73,11 +74,15 @@ def evaluate_cloze(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], answers: Answers | None = None
 ) -> tuple[dict[str, Any], list[int]]:
     """Accuracy with its standard error, and the answers given (by `acc`), to compare with another model's. What `answers` has is not asked again."""
-    rows = [(tokenizer(item.context)["input_ids"], tokenizer(choice, add_special_tokens=False)["input_ids"]) for item in items for choice in item.choices]
+
+    def ids(text: str, **how: bool) -> list[int]:
+        return known_ids(tokenizer(text, **how)["input_ids"], model, tokenizer, CLOZE)
+
+    rows = [(ids(item.context), ids(choice, add_special_tokens=False)) for item in items for choice in item.choices]
     scores_I4 = torch.tensor([score.logp for score in remembered_scores(model, rows, CLOZE, answers or Answers())]).view(len(items), 4)
-    bytes_I4 = torch.tensor([[len(c.encode()) for c in item.choices] for item in items])
+    characters_I4 = torch.tensor([[len(c) for c in item.choices] for item in items])
     truth_I = torch.tensor([item.answer for item in items])
-    answers_I, normed_I = scores_I4.argmax(1), (scores_I4 / bytes_I4).argmax(1)
+    answers_I, normed_I = scores_I4.argmax(1), (scores_I4 / characters_I4).argmax(1)
     n = len(items)
     acc, acc_norm = ((found == truth_I).double().mean().item() for found in (answers_I, normed_I))
     stderr, stderr_norm = (math.sqrt(value * (1 - value) / max(1, n - 1)) for value in (acc, acc_norm))

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.calibrate.data import outside_vocabulary
 from secateur.core.errors import SecateurError
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
@@ -37,6 +38,17 @@ class Score(NamedTuple):
 
     logp: float
     greedy: bool
+
+
+def known_ids(ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str) -> list[int]:
+    """Token ids that the tokenizer gave, found to be in the vocabulary of the model.
+
+    Raises:
+        SecateurError: one is not: the tokenizer is larger than the embedding.
+    """
+    if ids and max(ids) >= model.config.vocab_size:
+        raise outside_vocabulary(max(ids), model.config.vocab_size, description, len(tokenizer))
+    return ids
 
 
 def score_continuations(

@@ -30,8 +30,8 @@ from secateur.plan.plan import read_plan_json
 
 # What an evaluation repeats from the folder's plan.json.
 _FROM_PLAN = (
-    "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_measured", "modules", "pattern", "pruning_ratio",
-    "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "updated", "calibration", "heal",
+    "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules", "pattern", "pruning_ratio",
+    "pruning_ratio_blocks", "params_removed", "params_before", "params_after", "nonzero_after", "zero_rows", "updated", "calibration", "heal",
 )  # fmt: skip
 
 
@@ -89,12 +89,12 @@ class Questions:
         return {"ppl_protocol": protocol_facts(self.protocol, self.windows), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
 
     def ask(self, model: PreTrainedModel) -> dict[str, Any]:
-        """`ppl` and `tasks` of a model in memory."""
+        """`ppl`, `loss` and `tasks` of a model in memory."""
         results: dict[str, Any] = {}
         if self.tasks:
             assert self.tokenizer is not None
             results = self.tasks.run(model, self.tokenizer, Answers())
-        return {"ppl": perplexity(model, self.windows).ppl, "tasks": results}
+        return {**perplexity(model, self.windows).facts, "tasks": results}
 
 
 def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: bool) -> Questions:
@@ -115,8 +115,9 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     tasks = find_tasks(request.tasks, request.include_path, request.limit)
     tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
     windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
+    tokens = None if tokenizer is None or holds_ids(protocol.spec) else len(tokenizer)
     for window in windows:
-        check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec)
+        check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec, tokens)
     device = resolve_device(request.device)
     return Questions(protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device))
 
@@ -155,7 +156,7 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         "command": "eval",
         "version": records.version(),
         **_identity(request, checkpoint, plan, model),
-        "ppl": measured.ppl,
+        **measured.facts,
         **facts,
         "key": key,
         "tasks": task_results,
@@ -269,5 +270,5 @@ def _progress_file(records_file: Path, key: str, resume: bool) -> Path:
 
 def _warn_of_overlap(plan: dict[str, Any] | None, protocol: Protocol) -> None:
     calibration = (plan or {}).get("calibration") or {}
-    if calibration and same_text(calibration["spec"], protocol.spec):
+    if calibration and same_text(calibration["spec"], protocol.spec, calibration.get("file_sha256")):
         say(f"warning: the model was calibrated on '{protocol.spec}', which it is now evaluated on; the perplexity will look too good")

@@ -34,7 +34,7 @@ from secateur.core.hub import hub
 from secateur.core.records import to_json
 from secateur.evaluate.answers import Answers, remembered_scores, request_key
 from secateur.evaluate.classification import classification_scores
-from secateur.evaluate.continuations import Score
+from secateur.evaluate.continuations import Score, known_ids
 from secateur.evaluate.task_files import Manager, find_names, hub_source, names_in, runs_code
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
@@ -272,6 +272,16 @@ class _Backend(HFLM):  # type: ignore[misc]  # lm-eval has no types
         )
         self._answers = answers
         self.cache_hook = _Hook(answers)
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        return self._known(super().tok_encode(string, *args, **kwargs))
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+        self._known([i for string in strings for i in self.tokenizer(string)["input_ids"]])
+        return super().tok_batch_encode(strings, *args, **kwargs)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        return known_ids(ids, self.model, self.tokenizer, "tasks")
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return super().loglikelihood(requests, disable_tqdm=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from secateur.core.errors import SecateurError
 from secateur.core.progress import track
+from secateur.core.words import exp
 from secateur.models.loss import hidden_states, token_losses
 
 _TOKENS_A_BATCH = 2048
@@ -24,11 +25,26 @@ _TOKENS_A_BATCH = 2048
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and what it was computed from."""
+    """What was measured, and of how much.
 
-    ppl: float
+    Attributes:
+        loss: the mean loss of a predicted token, in nats.
+        windows, tokens: how many; tokens that are predicted.
+    """
+
+    loss: float
     windows: int
     tokens: int
+
+    @property
+    def ppl(self) -> float:
+        """exp(loss); infinity where that is more than a float holds."""
+        return exp(self.loss)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Fields of a record: JSON has no word for an infinite perplexity, so the loss stands beside it."""
+        return {"ppl": self.ppl, "loss": self.loss}
 
 
 def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: Path | None = None) -> Perplexity:
@@ -53,7 +69,7 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
         if progress is not None:
             _remember(progress, losses)
     tokens = sum(len(window) - 1 for window in windows)
-    return Perplexity(math.exp(math.fsum(losses) / tokens), len(windows), tokens)
+    return Perplexity(math.fsum(losses) / tokens, len(windows), tokens)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from secateur.core.records import Record
 from secateur.evaluate.maps import linear_maps
 from secateur.models.load import open_checkpoint
 from secateur.models.runtime import is_index_map
-from secateur.models.view import BlockView
+from secateur.models.view import BlockView, zero_rows
 from secateur.plan.plan import read_plan_json
 
 
@@ -20,7 +20,7 @@ def inspect(model: str, revision: str | None = None) -> Record:
     """Look at a checkpoint, pruned or not, one block at a time.
 
     Returns:
-        A record with `blocks` (sizes, parameters, zeros of every matrix; `residual` has the widths and adapters of a sliced model), totals,
+        A record with `blocks` (sizes, parameters, zeros and all-zero rows of every matrix; `residual` has the widths and adapters of a sliced model), totals,
         `bytes` on disk and `flops_per_token` (two for each weight of a product, the head and adapters included; attention over the
         context comes on top).
     """
@@ -39,6 +39,7 @@ def inspect(model: str, revision: str | None = None) -> Record:
         "parameters": parameters,
         "parameters_blocks": view.matrix_parameters(),
         "nonzero": sum(outer.values()) + sum(block["nonzero"] for block in blocks),
+        "zero_rows": sum(matrix["zero_rows"] for block in blocks for matrix in block["matrices"].values()),
         "bytes": sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}),
         "flops_per_token": sum(found.flops() for found in linear_maps(view)),
         "blocks": blocks,
@@ -68,4 +69,4 @@ def _block(block: BlockView) -> dict[str, Any]:
 def _matrix(block: BlockView, name: str) -> dict[str, Any]:
     weight_OI: torch.Tensor = block.matrix(name)
     zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
-    return {"shape": list(weight_OI.shape), "zeros": zeros, "sparsity": zeros / weight_OI.numel()}
+    return {"shape": list(weight_OI.shape), "zeros": zeros, "sparsity": zeros / weight_OI.numel(), "zero_rows": zero_rows(weight_OI)}

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.calibrate.data import check_ids, check_spec, holds_ids, ids_hash, same_text
+from secateur.calibrate.data import NAMED, TASK, calibration_facts, check_ids, check_spec, file_hash, holds_ids, same_text
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say, track
+from secateur.core.words import exp, perplexity_words
 from secateur.evaluate.evaluate import protocol_facts
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.protocols import Protocol, evaluation_windows, find_protocol, window_length
@@ -29,13 +30,12 @@ from secateur.heal.tune import SCHEDULES, Tuning, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import stock_problem
-from secateur.models.save import CheckpointWriter, differing, is_finished, same_run
+from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, CheckpointWriter, differing, differing_from_plan, is_finished, plan_file, same_run
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.prune import identity, refuse_out, windows_of
 
 _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
-_PLAN_TENSORS = "plan.safetensors"
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class _Prepared:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, but for the learning rate, which may change where an interrupted run goes on."""
-        request, label_ST = self.request, self.examples.label_ST
+        request = self.request
         names = ("steps", "batch", "schedule", "weight_decay", "rank", "alpha", "completion_only", "keep_adapter", "save_every", "seed")
         return {
             **{name: getattr(request, name) for name in names},
             "targets": ",".join(request.targets),
-            "calibration": {"spec": self.spec, "samples": len(label_ST), "seqlen": label_ST.shape[1], "sha256": ids_hash(self.examples.ids_ST)},
+            "calibration": calibration_facts(self.spec, self.examples.ids_ST),
             "tokens": self.examples.tokens,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -133,7 +133,7 @@ def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bo
     finished = is_finished(out, resume=resume, overwrite=overwrite)
     _check_request(request)
     need_peft()
-    prepared = _prepare(request)
+    prepared = _prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
     if finished and (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
@@ -182,16 +182,16 @@ def _check_request(request: HealRequest) -> None:
         check_spec(request.calibration)
 
 
-def _prepare(request: HealRequest) -> _Prepared:
+def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     checkpoint = open_checkpoint(request.model)
     plan = read_plan_json(checkpoint.folder)
-    if plan is None:
-        raise UsageError(f"'{request.model}' has no plan.json: it was not written by secateur; heal mends what 'secateur prune' made")
+    if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
+        raise UsageError(f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; give the folder that it wrote")
     targets = find_targets(checkpoint.view(), request.targets)
     if request.rank > (widest := checkpoint.config.hidden_size):
         raise UsageError(f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, the width of the model")
     bundled = plan["model"] == BUNDLED
-    spec = request.calibration or (plan["calibration"] or {}).get("spec") or ("builtin" if bundled else None)
+    spec = request.calibration or _same_calibration(plan, Path(request.model), records_file) or ("builtin" if bundled else None)
     if spec is None:
         raise UsageError("--calibration SPEC is missing: the text to heal on (the pruning itself needed none)")
     longest = checkpoint.max_length()
@@ -208,11 +208,32 @@ def _prepare(request: HealRequest) -> _Prepared:
     else:
         ids_ST = windows_of(checkpoint, spec, samples=request.samples, seqlen=seqlen, seed=request.seed, text_field=request.text_field)
         examples = Examples(ids_ST, ids_ST)
-    for ids, where in ((examples.ids_ST, spec), *((window, protocol.spec) for window in held_out)):
-        check_ids(ids, checkpoint.config.vocab_size, longest, where)
+    for where, several in ((spec, [examples.ids_ST]), (protocol.spec, held_out)):
+        tokens = None if holds_ids(where) else len(checkpoint.tokenizer())
+        for ids in several:
+            check_ids(ids, checkpoint.config.vocab_size, longest, where, tokens)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
     return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
+
+
+def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) -> str | None:
+    """The text that a checkpoint was pruned with; None where it needed none. The plan has the name of a file alone, the record where it lay.
+
+    Raises:
+        UsageError: the file is not to be found, or holds something else by now.
+    """
+    calibration = plan["calibration"] or {}
+    spec = calibration.get("spec")
+    if spec is None or spec.startswith(TASK) or spec.partition("@")[0] in NAMED:
+        return None if spec is None else str(spec)
+    places = [records_file, folder.absolute().parent / "records.jsonl"]
+    pruned = next(filter(None, (records.last(place, "prune", folder.absolute()) for place in places)), {})
+    known = calibration.get("file_sha256")
+    for place in (spec, str((pruned.get("calibration") or {}).get("spec"))):
+        if Path(place).expanduser().is_file() and known in (None, file_hash(place)):
+            return place
+    raise UsageError(f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, or another text")
 
 
 def _finished(prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
@@ -220,7 +241,7 @@ def _finished(prepared: _Prepared, out: Path, settings: dict[str, Any], records_
     made = read_plan_json(out)
     assert made is not None
     pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
-    if not same_run(out, differing(made.get("heal") or {}, settings) or differing(made, pruned), overwrite):
+    if not same_run(out, differing_from_plan(made.get("heal") or {}, settings) or differing_from_plan(made, pruned), overwrite):
         return None
     found = records.last(records_file, "heal", out)
     if found is None:
@@ -239,30 +260,31 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
     protocol = protocol_facts(prepared.protocol, prepared.held_out)
     if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
-        writer.write(_BEFORE, {}, {"ppl": perplexity(model, prepared.held_out).ppl, "protocol": protocol})
-    before = writer.read_note(_BEFORE)["ppl"]
+        writer.write(_BEFORE, {}, {"loss": perplexity(model, prepared.held_out).loss, "protocol": protocol})
+    before = writer.read_note(_BEFORE)["loss"]
     adapters = add_adapters(model, prepared.targets, rank=request.rank, alpha=request.alpha, seed=request.seed, masked=not request.keep_adapter)
     if request.checkpointing:
         recompute(model.get_submodule(checkpoint.view().family.blocks).children())
     how = Tuning(request.steps, request.batch, request.lr, request.schedule, request.weight_decay, request.save_every, request.seed)
     trainable = adapters.trainable
-    say(f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {before:.4f}")
+    say(f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {perplexity_words(exp(before))}")
     seen = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
     done = {**settings, "lr": request.lr, "trainable": sum(p.numel() for p in trainable), "losses": [look["loss"] for look in _thinned(seen)]}
     rates = sorted({look["lr"] for look in seen}, reverse=True)
     heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
     if request.keep_adapter:
-        after = perplexity(model, prepared.held_out).ppl
+        after = perplexity(model, prepared.held_out)
         facts: dict[str, Any] = {"heal": heal_facts}
         _write_adapter(prepared, adapters, facts, writer)
     else:
         facts = {"heal": heal_facts, "nonzero_after": _write_merged(prepared, adapters, writer)}
         _finish(prepared, facts, writer)
         del model, adapters, trainable
-        after = perplexity(_reload(prepared, writer.out), prepared.held_out).ppl
-    if not after <= before:
-        say(f"warning: healing made it worse: perplexity {after:.4f}, before {before:.4f}; use a smaller --lr, or a --calibration nearer to what is measured")
-    return {**facts, "ppl_before": before, "ppl": after}
+        after = perplexity(_reload(prepared, writer.out), prepared.held_out)
+    if after.loss > before:
+        worse = f"perplexity {perplexity_words(after.ppl)}, before {perplexity_words(exp(before))}"
+        say(f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is measured")
+    return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
 
 
 def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:
@@ -302,9 +324,10 @@ def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter
     files = _words(prepared, facts, problem)
     if problem:
         files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
-    if (plan_tensors := checkpoint.folder / _PLAN_TENSORS).is_file():
+    if (plan_tensors := plan_file(checkpoint.folder, PLAN_TENSORS)) is not None:
         with writer.disk():
-            (writer.partial / _PLAN_TENSORS).write_bytes(plan_tensors.read_bytes())
+            (writer.partial / OWN_FOLDER).mkdir(exist_ok=True)
+            (writer.partial / OWN_FOLDER / PLAN_TENSORS).write_bytes(plan_tensors.read_bytes())
     writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files)
 
 
@@ -312,7 +335,7 @@ def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> d
     """The plan and the card: what the pruning said, and the healing."""
     plan = {**prepared.plan, **facts}
     content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
-    return {"README.md": card.model_card(prepared.checkpoint, plan, plan, problem), "plan.json": plan_json(content, plan["blocks"])}
+    return {"README.md": card.model_card(prepared.checkpoint, plan, plan, problem), PLAN_PATH: plan_json(content, plan["blocks"])}
 
 
 def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +17,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError, UsageError
-from secateur.models import runtime
+from secateur.core.progress import say
+from secateur.models import companions, runtime
 from secateur.models.family import all_families, find_family
+from secateur.models.save import OWN_FOLDER
 from secateur.models.view import ModelView
 
 BUNDLED = "bundled"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BEGINNING = 512  # numbers of a tensor that tell it from another one
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NOT_WANTED = ["*/*", "consolidated*"]  # other formats, and second copies of the weights
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+_HUB_FILES = ["*.safetensors", "*.json", "README.md", *companions.PATTERNS]
+_HUB_FOLDERS = [f"{companions.TEMPLATES}/*.jinja", f"{OWN_FOLDER}/*"]
+# What old files hold beside the weights, and no model has any more: tables that are computed.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$")
 
 
 def bundled_folder() -> Path:
@@ -72,6 +80,14 @@ class Checkpoint:
         """The model, seen through its family."""
         return ModelView(self.name, self.config, self.raw_config, find_family(self.config, self.name), self)
 
+    def fingerprint(self) -> str:
+        """Tells this model from another one, wherever its folder is: SHA-256 of its configuration and of the beginning of every tensor."""
+        digest = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
+        for name in self.index:
+            digest.update(f"{name} {self.shapes[name]}".encode())
+            digest.update(self.read(name).flatten()[:_BEGINNING].contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises SecateurError where the folder has none."""
         try:
@@ -86,12 +102,13 @@ class Checkpoint:
         return int(self.config.max_position_embeddings)
 
 
-def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: bool = True) -> Checkpoint:
     """Find, check and open a model without reading its weights.
 
     Args:
         model: a local folder, a hub name, or `bundled`.
         revision: the hub revision; not used for folders.
+        ignore_unknown: go on, with a warning, where the files hold tensors that the model does not have.
 
     Raises:
         UsageError: there is no such folder, and the name cannot be one of the hub.
@@ -99,6 +116,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """
     folder = _locate(model, revision)
     raw = _read_config(folder, model)
+    _refuse_adapter(folder, model)
     _refuse_other_kinds(raw, model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -108,6 +126,7 @@ def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     stored = _stored_tensors(folder, model)
     skeleton = build_skeleton(config)
     index, shapes = _match(skeleton, stored, model)
+    _check_unknown(skeleton, set(stored) - {key for _, key in index.values()}, model, ignore_unknown)
     _check_tied_head(config, skeleton, stored, model)
     from_hub = folder.resolve() != Path(model).expanduser().resolve() and model != BUNDLED
     commit = folder.name if from_hub else None  # the hub's cache names its folders by commit
@@ -146,7 +165,9 @@ def _locate(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_WANTED))
+        found = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_WANTED))
+        snapshot_download(model, revision=found.name, allow_patterns=_HUB_FOLDERS)  # a pattern of the first kind would not stop at a slash
+        return found
     except Exception as error:
         raise SecateurError(
             f"'{model}' is no local folder, and the hub did not give it ({_first_line(error)}); check the name and the network, "
@@ -169,11 +190,26 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
     return raw
 
 
+def _refuse_adapter(folder: Path, model: str) -> None:
+    """transformers puts an adapter that lies beside a model on it, without a word."""
+    if (folder / "adapter_config.json").is_file():
+        raise SecateurError(
+            f"{model}: an adapter (adapter_config.json) lies beside the model, so it is not clear which of the two is meant: "
+            "merge it first (peft's merge_and_unload, then save_pretrained), or move adapter_config.json away"
+        )
+
+
 def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
     """Models that are no dense decoder get their own word, whatever else is wrong with them."""
     kind = raw["model_type"]
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unnamed method")
+    if stored := raw.get("quantization_config"):
+        method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else "an unnamed method"
+        sparsity = stored.get("sparsity_config") if isinstance(stored, dict) else None
+        if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense" and not stored.get("config_groups"):
+            raise SecateurError(
+                f"{model}: its weights are sparse, in the format {sparsity['format']} of {method}, which leaves zeros out (they are not quantised): "
+                f"write them out dense with a version of {method} that reads it, then prune the result"
+            )
         raise SecateurError(f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result")
     if any((raw.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
         raise SecateurError(f"{model}: '{kind}' is a mixture of experts, which is not supported; use a dense model")
@@ -190,7 +226,7 @@ def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int
     """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read."""
     files = weight_files(folder, model)
     if not files:
-        if any(folder.glob("packed*.safetensors")):
+        if packed_files(folder):
             raise SecateurError(f"'{model}' is packed: write it out first, with 'secateur unpack {model} --out DIR'")
         if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
             raise SecateurError(
@@ -204,6 +240,11 @@ def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int
             for name in handle.keys():  # noqa: SIM118  # not a dict: the handle has no iterator
                 found[name] = (file, tuple(handle.get_slice(name).get_shape()))
     return found
+
+
+def packed_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint whose zeros are packed, in `secateur/`, or at the root as version 0.1 wrote them."""
+    return sorted([*folder.glob(f"{OWN_FOLDER}/packed*.safetensors"), *folder.glob("packed*.safetensors")])
 
 
 def weight_files(folder: Path, model: str) -> list[Path]:
@@ -220,6 +261,24 @@ def weight_files(folder: Path, model: str) -> list[Path]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
     return [folder / name for name in names]
+
+
+def _check_unknown(skeleton: PreTrainedModel, unused: set[str], model: str, ignore: bool) -> None:
+    """Tensors that no part of the model takes: often what another tool has left of its own, as masks that it has not applied yet."""
+    prefix, tied = skeleton.base_model_prefix + ".", set(skeleton.all_tied_weights_keys)
+    known = {*tied, *(name.removeprefix(prefix) for name in (*tied, *skeleton.state_dict()))}
+    ignored = [_COMPUTED, *(re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ())]
+    unknown = sorted(name for name in unused - known if not any(pattern.search(name) for pattern in ignored))
+    if not unknown:
+        return
+    what = f"{model}: the files hold {len(unknown)} tensors that a {skeleton.config.model_type} model does not have, first {unknown[0]}"
+    if ignore:
+        say(f"warning: {what}; they are left out")
+        return
+    raise SecateurError(
+        f"{what}: another tool may have left a half-made result (masks beside dense weights, say); "
+        "write it out with that tool first, or leave these tensors out with --ignore-unknown"
+    )
 
 
 def _check_tied_head(config: PreTrainedConfig, skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str) -> None:
@@ -265,8 +324,16 @@ def _match(
         if shape != tuple(tensor.shape):
             wrong.append(f"{name} is {list(shape)}, config.json says {list(tensor.shape)}")
         index[name], shapes[name] = (file, key), shape
+    if absent and set(absent) <= set(skeleton._tied_weights_keys or ()):
+        raise SecateurError(
+            f"{model}: the files hold no {absent[0]}, and config.json says that it is not the embedding (tie_word_embeddings false): "
+            "set that to true in config.json if the model was trained so, or download the model again if a file is missing"
+        )
     if absent:
-        raise SecateurError(f"{model}: the files lack {len(absent)} tensors of a {skeleton.config.model_type} model, first {absent[0]}")
+        raise SecateurError(
+            f"{model}: the files lack {len(absent)} tensors of a {skeleton.config.model_type} model, first {absent[0]}; "
+            "download the model again, or correct config.json if it is that of another one"
+        )
     if wrong:
         raise SecateurError(f"{model}: {wrong[0]}; config.json and weights do not belong together")
     return index, shapes

@@ -1,6 +1,7 @@
 """Packed checkpoints: zeros take a bit or less, nothing else changes, and unpacking gives every file back, byte for byte.
 
-A packed folder has a `packed*.safetensors` for each `model*.safetensors`, and all other files as they are. In it each tensor NAME is one of
+A packed folder has, in its folder `secateur/` where no engine looks for weights, a `packed*.safetensors` for each `model*.safetensors`; all other files are
+as they are. In it each tensor NAME is one of
 
     NAME                           as it was: a third of it or less is zero, or it is no matrix of numbers of two bytes or more
     NAME.mask and NAME.values      U8, a bit for each entry, row after row, eight a byte, the first one highest, set where the entry is not zero;
@@ -23,7 +24,7 @@ import math
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,9 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError
 from secateur.core.progress import track
-from secateur.models.load import open_checkpoint, weight_files
-from secateur.models.save import CheckpointWriter, refuse_inside
+from secateur.models.companions import TEMPLATES
+from secateur.models.load import open_checkpoint, packed_files, weight_files
+from secateur.models.save import OWN_FOLDER, CheckpointWriter, refuse_inside
 
 FORMAT, VERSION = "secateur-packed", 1
 _MODEL, _PACKED = "model", "packed"
@@ -59,10 +61,12 @@ def pack(model: str, out: Path, *, overwrite: bool = False) -> Facts:
     files = weight_files(folder, model)
     stored: Counter[str] = Counter()
     with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
+        own = partial / OWN_FOLDER
+        own.mkdir()
         for file in files:
-            stored += _pack_file(file, partial / file.name.replace(_MODEL, _PACKED, 1))
-        _copy_others(folder, partial, {file.name for file in files})
-        after = sum(file.stat().st_size for file in partial.glob(f"{_PACKED}*.safetensors"))
+            stored += _pack_file(file, own / file.name.replace(_MODEL, _PACKED, 1))
+        _copy_others(folder, partial, files)
+        after = sum(file.stat().st_size for file in own.glob(f"{_PACKED}*.safetensors"))
     before = sum(file.stat().st_size for file in files)
     return {"bytes_before": before, "bytes_after": after, "packed_ratio": after / before, "stored": dict(stored)}
 
@@ -74,7 +78,7 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
         UsageError: `out` exists, or holds the packed checkpoint.
         SecateurError: the folder is not packed, or damaged.
     """
-    files = sorted(folder.glob(f"{_PACKED}*.safetensors"))
+    files = packed_files(folder)
     if not files:
         raise SecateurError(f"'{folder}' is not packed: it has no {_PACKED}*.safetensors; give a folder that 'secateur pack' wrote")
     refuse_inside(out, {"the packed checkpoint": folder})
@@ -84,7 +88,7 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
                 _unpack_file(file, partial / file.name.replace(_PACKED, _MODEL, 1))
             except (SafetensorError, ValueError, KeyError, IndexError) as error:
                 raise SecateurError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); pack the checkpoint again") from None
-        _copy_others(folder, partial, {file.name for file in files})
+        _copy_others(folder, partial, files)
         after = sum(file.stat().st_size for file in partial.glob(f"{_MODEL}*.safetensors"))
     return {"bytes_before": sum(file.stat().st_size for file in files), "bytes_after": after}
 
@@ -264,8 +268,10 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _copy_others(source: Path, target: Path, but: set[str]) -> None:
-    """Every other file of a checkpoint's folder; no pickles, no folders inside it."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and file.name not in but and file.suffix not in _PICKLES:
-            shutil.copyfile(file, target / file.name)
+def _copy_others(source: Path, target: Path, but: Sequence[Path]) -> None:
+    """Every other file of a checkpoint's folder, and of the folders inside it that belong to it; no pickles."""
+    for file in sorted(file for pattern in ("*", f"{TEMPLATES}/*", f"{OWN_FOLDER}/*") for file in source.glob(pattern)):
+        if file.is_file() and file not in but and file.suffix not in _PICKLES:
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)

@@ -22,24 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.names import without_paths
+from secateur.models.companions import copy_companions
 
+OWN_FOLDER = "secateur"  # of a checkpoint: the plan, which no other tool may take for weights
+PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
+PLAN_PATH = f"{OWN_FOLDER}/{PLAN}"
+_ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least")  # settings that plans of version 0.1 lack
 JOURNAL = "journal.json"
 _PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 _PIECE = 1 << 22
-_COPIED = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "*.model",
-    "*.tiktoken",
-    "generation_config.json",
-    "LICENSE*",
-)
 
 
 class CheckpointWriter:
@@ -108,20 +102,20 @@ class CheckpointWriter:
             plan: the parts that hold the tensors of the plan.
             config: the content of config.json.
             source: the original's folder: tokenizer, generation settings and licence are copied from it.
-            files: more text files by name; `plan.json` and the model card are among them.
+            files: more text files by their paths in the folder; the JSON part of the plan and the model card are among them.
         """
         with self.disk():
             if source is not None:
-                _copy_companions(source, self.partial)
+                copy_companions(source, self.partial)
             for name, content in files.items():
                 _write_whole(self.partial / name, content)
             _gather([self.part(name) for name in weights], self.partial)
-            _join([self.part(name) for name in plan], self.partial / "plan.safetensors")
+            _join([self.part(name) for name in plan], self.partial / OWN_FOLDER / PLAN_TENSORS)
             _write_whole(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
             self.publish({})
 
     def publish(self, files: Mapping[str, str]) -> None:
-        """Add text files by name, and rename the folder."""
+        """Add text files by their paths in the folder, and rename it."""
         with self.disk():
             for name, content in files.items():
                 _write_whole(self.partial / name, content)
@@ -182,6 +176,18 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return None
 
 
+def differing_from_plan(plan: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """As `differing`, of a finished run: its plan names files without their folders, and one of an earlier version lacks some settings."""
+    plan, now = without_paths(plan), without_paths(now)
+    return differing(_comparable(plan, now), _comparable(now, plan))
+
+
+def _comparable(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in content.items() if name in other or name not in _ADDED}
+    nested = {name: (value, other.get(name)) for name, value in kept.items()}
+    return {name: _comparable(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a for name, (a, b) in nested.items()}
+
+
 def _read_journal(partial: Path) -> dict[str, Any] | None:
     """The settings of an interrupted run; None where there is none, or not even its journal was finished."""
     try:
@@ -215,10 +221,15 @@ def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
     Raises:
         UsageError: it does not, and something is in the way.
     """
-    finished = resume and (out / "plan.json").is_file()
+    finished = resume and plan_file(out) is not None
     if not finished:
         refuse_existing(out, overwrite)
     return finished
+
+
+def plan_file(folder: Path, name: str = PLAN) -> Path | None:
+    """Where a part of the plan is in a folder: in `secateur/`, or at the root, as earlier versions and plans on their own have it. None: nowhere."""
+    return next((file for file in (folder / OWN_FOLDER / name, folder / name) if file.is_file()), None)
 
 
 def same_run(out: Path, difference: str | None, overwrite: bool) -> bool:
@@ -309,13 +320,6 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
         count -= len(piece)
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    for pattern in _COPIED:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.suffix not in (".safetensors", ".bin"):
-                shutil.copyfile(file, target / file.name)
-
-
 def _swap(partial: Path, out: Path) -> None:
     """Give the folder its name; what had that name before goes only when the new one is there."""
     old = None
@@ -333,6 +337,7 @@ def _swap(partial: Path, out: Path) -> None:
 
 
 def _write_whole(path: Path, content: str) -> None:
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content, "utf-8")
     temporary.rename(path)

@@ -165,6 +165,15 @@ class BlockView:
         """The number of weights in the matrices (no biases, no norms)."""
         return sum(self.matrix(name).numel() for name in self.names)
 
+    def zero_rows(self) -> int:
+        """How many rows of the matrices are all zero."""
+        return sum(zero_rows(self.matrix(name)) for name in self.names)
+
+
+def zero_rows(weight_OI: Tensor) -> int:
+    """How many rows of a matrix are all zero."""
+    return len(weight_OI) - int(weight_OI.any(1).sum())
+
 
 @dataclass(frozen=True)
 class ModelView:

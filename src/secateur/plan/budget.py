@@ -1,9 +1,11 @@
-"""`--params-removed`: the sparsity whose pruning ratio is the one wanted. Known from shapes alone, before any work."""
+"""`--params-removed`: the sparsity whose pruning ratio is nearest to the one wanted. Known from shapes alone, before any work."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -18,14 +20,36 @@ from secateur.plan.rates import Rates, resolve_rates
 _EDGE = 1e-9  # k / n times n may fall just short of k in floating point
 
 
-def find_sparsity(view: ModelView, pattern: Pattern, modules: str | None, wanted: float) -> float:
-    """The smallest sparsity whose pruning ratio, over all parameters, is at least `wanted`.
+def nearest(steps: Iterable[float], ratio: Callable[[float], float], wanted: float, *, at_least: bool, what: str) -> float:
+    """The step whose pruning ratio is nearest to the one wanted; of two as near, the one that removes less, but not nothing.
+
+    Args:
+        steps: sparsities, ascending from 0; what they remove rises with them, or nearly so. No more of them are looked at than it takes.
+        ratio: the pruning ratio, over all parameters, of one of them.
+        wanted: the ratio that was asked for.
+        at_least: take the first step that removes as much, however much more that is.
+        what: what removes, for the message.
+
+    Raises:
+        UsageError: the ratio is outside its range, or no step removes so much.
+    """
+    if not 0 <= wanted < 1:
+        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
+    below, most = (0.0, 0.0), 0.0
+    for step in steps:
+        if (removed := ratio(step)) >= wanted:
+            nothing = below[0] == 0 < wanted
+            return step if at_least or nothing or removed - wanted < wanted - below[1] else below[0]
+        below, most = max(below, (step, removed), key=lambda found: found[1]), max(most, removed)
+    raise UsageError(f"--params-removed {wanted:g}: {what} can remove at most {most:.3f} of this model")
+
+
+def find_sparsity(view: ModelView, pattern: Pattern, modules: str | None, wanted: float, *, at_least: bool = False) -> float:
+    """The sparsity of whole units whose pruning ratio is nearest to the one wanted; see `nearest`.
 
     Raises:
         UsageError: the pattern zeroes weights instead of removing them, or cannot remove so much.
     """
-    if not 0 <= wanted < 1:
-        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
     if not pattern.structured:
         raise UsageError(f"--params-removed: pattern {pattern} zeroes weights and removes no parameters; use --sparsity, or --pattern rows or columns")
     before = view.parameters()
@@ -35,28 +59,15 @@ def find_sparsity(view: ModelView, pattern: Pattern, modules: str | None, wanted
 
     sizes = {size for index in range(view.blocks) for size in (view.dims(index).ffn, view.dims(index).groups)}
     steps = [0.0, *(step + _EDGE for step in sorted({k / n for n in sizes for k in range(1, n)}))]
-    if (most := ratio(steps[-1])) < wanted:
-        raise UsageError(f"--params-removed {wanted:g}: pattern {pattern} can remove at most {most:.3f} of this model")
-    low, high = 0, len(steps) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if ratio(steps[middle]) >= wanted else (middle + 1, high)
-    return steps[low]
+    start = max(0, bisect_left(steps, wanted, key=ratio) - 1)  # the ratio rises with every step
+    return nearest(steps[start:], ratio, wanted, at_least=at_least, what=f"pattern {pattern}")
 
 
-def find_dropped(view: ModelView, wanted: float) -> float:
-    """The smallest fraction of whole blocks whose pruning ratio, over all parameters, is at least `wanted`, as if all blocks were as large as their mean.
-
-    Raises:
-        UsageError: the blocks do not hold so much.
-    """
-    if not 0 <= wanted < 1:
-        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
+def find_dropped(view: ModelView, wanted: float, *, at_least: bool = False) -> float:
+    """The fraction of whole blocks whose pruning ratio is nearest to the one wanted, as if all blocks were as large as their mean; see `nearest`."""
     share = mean_block(view) / view.parameters()
-    remove = math.ceil(wanted / share - _EDGE)
-    if remove >= view.blocks:
-        raise UsageError(f"--params-removed {wanted:g}: dropping blocks can remove at most {share * (view.blocks - 1):.3f} of this model")
-    return remove / view.blocks
+    steps = (number / view.blocks for number in range(view.blocks))
+    return nearest(steps, lambda step: step * view.blocks * share + _EDGE, wanted, at_least=at_least, what="dropping blocks")
 
 
 def mean_block(view: ModelView) -> float:
@@ -76,27 +87,17 @@ def parameters_left(view: ModelView, rates: Rates) -> int:
     return left
 
 
-def find_heads(view: ModelView, wanted: float, dims_left: Callable[[float], Sequence[BlockDims]]) -> float:
-    """The smallest sparsity of heads whose pruning ratio, over all parameters, is at least `wanted`.
+def find_heads(view: ModelView, wanted: float, dims_left: Callable[[float], Sequence[BlockDims]], *, at_least: bool = False) -> float:
+    """The sparsity of heads whose pruning ratio is nearest to the one wanted; see `nearest`.
 
     Args:
         view: a model whose blocks have heads of one size.
-        wanted: the ratio.
+        wanted, at_least: as for `nearest`.
         dims_left: sparsity -> the sizes of blocks that have lost as many heads, wherever these are.
-
-    Raises:
-        UsageError: so much cannot be removed.
     """
-    if not 0 <= wanted < 1:
-        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
     before, heads = view.parameters(), sum(view.dims(index).heads for index in range(view.blocks))
-    most = 0.0
-    for gone in range(heads):
-        sparsity = gone / heads
-        most = max(most, 1 - dims_parameters(view, dims_left(sparsity)) / before)
-        if most >= wanted:
-            return sparsity
-    raise UsageError(f"--params-removed {wanted:g}: without heads at most {most:.3f} of this model goes")
+    steps = (gone / heads for gone in range(heads))
+    return nearest(steps, lambda step: 1 - dims_parameters(view, dims_left(step)) / before, wanted, at_least=at_least, what="removing heads")
 
 
 def dims_parameters(view: ModelView, after: Sequence[BlockDims]) -> int:
@@ -111,33 +112,32 @@ def dims_parameters(view: ModelView, after: Sequence[BlockDims]) -> int:
     return left
 
 
-def find_sliced(view: ModelView, wanted: float, residuals: Callable[[float], Sequence[Residual]]) -> float:
-    """The smallest sparsity of the residual width whose pruning ratio, over all parameters and with what is added, is at least `wanted`.
+def find_sliced(view: ModelView, wanted: float, residuals: Callable[[float], Sequence[Residual]], *, at_least: bool = False) -> float:
+    """The sparsity of the residual width whose pruning ratio, with what slicing adds, is nearest to the one wanted; see `nearest`.
 
     Args:
         view: the model.
-        wanted: the ratio.
+        wanted, at_least: as for `nearest`.
         residuals: sparsity -> the widths of all blocks; raises UsageError where nothing would be left.
-
-    Raises:
-        UsageError: so much cannot be removed.
     """
-    if not 0 <= wanted < 1:
-        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
     if wanted == 0:
         return 0.0
-    hidden, before, most = view.config.hidden_size, view.parameters(), 0.0
+    hidden, before = int(view.config.hidden_size), view.parameters()
     canonical = canonical_view(view, torch.float32)
-    for width in range(hidden - 1, 0, -1):
-        try:
-            found = residuals(1 - width / hidden)
-        except UsageError:  # nothing left after rounding
-            break
-        ratio = 1 - sliced_parameters(canonical, found) / before
-        if ratio >= wanted:
-            return 1.0 - found[0].attention[0] / int(hidden)
-        most = max(most, ratio)
-    raise UsageError(f"--params-removed {wanted:g}: narrowing the residual stream can remove at most {most:.3f} of this model")
+
+    def widths() -> Iterator[float]:
+        yield 0.0
+        seen = hidden
+        for width in range(hidden - 1, 0, -1):
+            with suppress(UsageError):  # nothing left after rounding
+                if (rounded := residuals(1 - width / hidden)[0].attention[0]) < seen:
+                    seen = rounded
+                    yield 1 - rounded / hidden
+
+    def ratio(step: float) -> float:
+        return 1 - sliced_parameters(canonical, residuals(step)) / before if step else 0.0
+
+    return nearest(widths(), ratio, wanted, at_least=at_least, what="narrowing the residual stream")
 
 
 def sliced_parameters(view: ModelView, residuals: Sequence[Residual]) -> int:

@@ -1,7 +1,8 @@
 """A plan: what to keep and what to change, as data that can be saved, read, compared and merged.
 
 Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every block) and
-`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too). New weights are in neither.
+`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too). New weights are in neither. A checkpoint has
+both in its folder `secateur/`, where no engine looks for weights.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
+from secateur.core.names import without_paths
+from secateur.models.save import PLAN, PLAN_TENSORS, plan_file
 
 FORMAT = 1
+_AGAIN = "prune the original again, or copy the folder again"
 
 
 def sha256_of(tensor: Tensor) -> str:
@@ -263,35 +268,53 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Write `plan.json` and, where there are tensors, `plan.safetensors`."""
-        (folder / "plan.json").write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
+        (folder / PLAN).write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
         tensors = {name: t.contiguous() for block in self.blocks for name, t in (block.tensors() | block.bases()).items()}
         if tensors:
-            (folder / "plan.safetensors").write_bytes(save(tensors))
+            (folder / PLAN_TENSORS).write_bytes(save(tensors))
 
 
 def plan_json(settings: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The content of plan.json."""
-    return json.dumps({"format": FORMAT, **settings, "blocks": list(summaries)}, indent=1) + "\n"
+    """The content of plan.json. It travels with the checkpoint, so it names files without the folders of this machine."""
+    return json.dumps({"format": FORMAT, **without_paths(settings), "blocks": list(summaries)}, indent=1) + "\n"
 
 
 def read_plan(folder: Path) -> Plan:
-    """Read what `Plan.save` wrote.
+    """Read what `Plan.save` wrote, or the plan of a checkpoint.
 
     Raises:
-        SecateurError: there is no plan, or its format is a later one.
+        SecateurError: there is no plan, it is damaged, or its format is a later one.
     """
     content = read_plan_json(folder)
     if content is None:
         raise SecateurError(f"'{folder}' has no plan.json: it was not written by secateur")
-    if content["format"] > FORMAT:
-        raise SecateurError(f"{folder}/plan.json has format {content['format']}, this secateur knows {FORMAT}; use a newer one")
-    file = folder / "plan.safetensors"
-    tensors = load_file(file) if file.is_file() else {}
-    blocks = tuple(BlockPlan.read(summary, tensors) for summary in content.pop("blocks"))
+    file = plan_file(folder, PLAN_TENSORS)
+    try:
+        tensors = load_file(file) if file is not None else {}
+        blocks = tuple(BlockPlan.read(summary, tensors) for summary in content.pop("blocks"))
+    except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        raise SecateurError(f"{file or plan_file(folder)}: a damaged plan ({type(error).__name__}: {error}); {_AGAIN}") from error
     return Plan({k: v for k, v in content.items() if k != "format"}, blocks)
 
 
 def read_plan_json(folder: Path) -> dict[str, Any] | None:
-    """The JSON part alone; None where the folder was not written by secateur."""
-    file = folder / "plan.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    """The JSON part alone; None where the folder was not written by secateur.
+
+    Raises:
+        SecateurError: it is damaged, or its format is a later one.
+    """
+    if (file := plan_file(folder)) is None:
+        return None
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SecateurError(f"{file}: not JSON ({error}); {_AGAIN}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
+        if file.parent == folder:
+            return None  # another tool's: it names its plans alike
+        raise SecateurError(f"{file}: not a plan of secateur (it has no whole number as 'format'); {_AGAIN}")
+    if content["format"] > FORMAT:
+        raise SecateurError(f"{file} has format {content['format']}, this secateur knows {FORMAT}; use a newer one")
+    if lacking := [name for name in ("model", "method", "calibration", "blocks") if name not in content] if file.parent != folder else []:
+        raise SecateurError(f"{file}: a plan without '{lacking[0]}'; {_AGAIN}")
+    return content

@@ -91,4 +91,6 @@ def _too_few(law: Law, points: Points) -> str:
     count = len(points.s)
     have = "one pruned point" if count == 1 else f"{count} pruned points" if count else "no pruned point"
     fewer = ", or --law theory, which needs none" if points.kind == "ppl" else ", or --law proportional, which has one constant" if count == 1 else ""
-    return f"{have} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): measure more sparsities with 'secateur sweep'{fewer}"
+    lost = [warning for warning in points.warnings if warning.endswith("left out")]
+    why = f" ({len(lost)} more left out, the first: {lost[0]})" if lost else ""
+    return f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): measure more sparsities with 'secateur sweep'{fewer}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +18,7 @@ import numpy as np
 
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.names import named, shown
 from secateur.core.records import Record
 from secateur.evaluate.cloze import CHANCE as CLOZE_CHANCE
 from secateur.predict.laws import Array, Kind
@@ -255,6 +255,7 @@ def _number(text: str | None, place: str, column: str) -> float:
 
 def _from_records(found: list[Record], metric: str | None, where: dict[str, str]) -> tuple[str, Point, list[Point], dict[str, Any], list[str]]:
     measured: dict[str, Record] = {}
+    found, where = named(found), {name: shown(value) if name == "model" else value for name, value in where.items()}
     for index, record in enumerate(found):
         if record.get("command") == "eval":  # a later evaluation of a folder replaces an earlier one
             # the dense model may have been measured in several ways, of which the pruned ones may want any
@@ -290,6 +291,8 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
         point = read(record)
         if point is None:
             said.append(f"{_place(record)}: {name} was not measured, or is not finite; left out")
+        elif math.isinf(point.value):
+            said.append(f"{_place(record)}: the perplexity is infinite, which no law can say; left out")
         elif point.s == 0:
             said.append(f"{_place(record)}: nothing was removed; left out")
         else:
@@ -330,7 +333,7 @@ def _place(record: Record) -> str:
 
 
 def _model(record: Record) -> str:
-    return os.path.normpath(str(record.get("model") or "unknown model"))
+    return str(record.get("model") or "unknown model")
 
 
 def _field(record: Record, name: str) -> Any:

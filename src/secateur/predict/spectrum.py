@@ -31,8 +31,10 @@ from torch import Tensor
 from secateur.calibrate.statistics import SecondMoment
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import NotFiniteError, SecateurError, UsageError
+from secateur.core.names import shown
 from secateur.core.progress import track
 from secateur.core.records import Record, version
+from secateur.core.words import exp
 from secateur.models.view import ModelView
 from secateur.predict.points import Points
 from secateur.prune import Prepared, prepared_settings, read_windows
@@ -213,7 +215,7 @@ def predict_from_spectrum(
 
 def _check_same(points: Points, prepared: Prepared) -> None:
     """Raises SecateurError where the points say that they are of something else."""
-    for name, here in (("model", prepared.request.model), ("method", prepared.request.method)):
+    for name, here in (("model", shown(prepared.request.model)), ("method", prepared.request.method)):
         there = points.about.get(name)
         if there is not None and there != here:
             raise SecateurError(f"the points are of {name} '{there}', --spectrum predicts {name} '{here}': give points of the same, or keep them with --where")
@@ -230,12 +232,8 @@ def _answer(costs: Costs, s: float, constant: float, factor: float | None, dense
     ends = (None, None) if factor is None else (gain / factor, gain * factor)
     scale = 1.0 if dense is None else dense
     key = "ppl_ratio" if dense is None else "ppl"
-    low, high = (None if end is None else scale * _exp(end) for end in ends)
-    return {"sparsity": float(s), key: scale * _exp(gain), "low": low, "high": high, "extrapolated": s > reach}
-
-
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
+    low, high = (None if end is None else scale * exp(end) for end in ends)
+    return {"sparsity": float(s), key: scale * exp(gain), "low": low, "high": high, "extrapolated": s > reach}
 
 
 def _error(costs: Costs, constant: float, points: Points) -> float:

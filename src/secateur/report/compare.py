@@ -48,7 +48,7 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
     columns = [
         Column("Method", lambda row: Cell("dense" if row.dense else _method(row)), text=True),
         Column("W update", lambda row: None if row.dense else Cell("yes" if _updated(row) else "no"), "weights that stay were changed", text=True),
-        Column("Removed", lambda row: _cell(words.percent(row.number("pruning_ratio")), row.number("pruning_ratio")), "measured: of all parameters"),
+        Column("Removed", _removed, "measured: of all parameters; what was asked for beside it, where that is more than a point away"),
         Column("Zeroed", _zeroed, "measured: of all parameters", optional=True),
         Column("PPL", lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl), "lower is better"),
         *(Column(task, lambda row, t=task: _accuracy(row, t), "per cent; length-normalised where the task has it") for task in tasks),  # type: ignore[misc]
@@ -70,8 +70,20 @@ def markdown(found: Comparison) -> str:
     return body + "\n" + "".join(f"\n- {note}" for note in found.notes) + ("\n" if found.notes else "")
 
 
+def asked_elsewhere(row: Row) -> float | None:
+    """The pruning ratio that was asked for, where the measured one is more than a point away from it."""
+    asked, removed = row.number("params_removed"), row.number("pruning_ratio")
+    return asked if asked is not None and removed is not None and abs(asked - removed) > _SPREAD else None
+
+
+def _removed(row: Row) -> Cell | None:
+    removed, asked = row.number("pruning_ratio"), asked_elsewhere(row)
+    text = words.percent(removed)
+    return _cell(f"{text} (asked {asked:.0%})" if text and asked is not None else text, removed)
+
+
 def _order(row: Row) -> tuple[bool, bool, float, str]:
-    removed = row.number("pruning_ratio") or 0.0
+    removed = row.number("params_removed") or row.number("pruning_ratio") or 0.0
     level = removed or _share_zeroed(row) or 0.0
     return not row.dense, not removed, round(level / _STEP), _method(row)
 
@@ -144,9 +156,11 @@ def _cell(text: str | None, exact: float | None) -> Cell | None:
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """What the reader must know: where ratios that stand together are not quite the same, and where published numbers come from."""
+    if any(asked_elsewhere(row) is not None for row in rows):
+        yield "A ratio with 'asked' beside it is more than a point away from it: whole units go, and this was the nearest step. Do not compare that row."
     levels: dict[float, list[Row]] = {}
     for row in rows:
-        if ratio := row.number("pruning_ratio"):
+        if asked_elsewhere(row) is None and (ratio := row.number("pruning_ratio")):
             levels.setdefault(round(ratio / _STEP) * _STEP, []).append(row)
     for level, members in levels.items():
         ratios = [row.number("pruning_ratio") or 0.0 for row in members]

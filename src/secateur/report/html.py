@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from secateur.core.errors import SecateurError
+from secateur.core.names import named
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
 from secateur.report import block_plots, compare_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
@@ -61,6 +62,7 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     Raises:
         SecateurError: no record is of `prune` or `eval`, or the page cannot be written.
     """
+    records = named(records)
     studies = modules.read_studies(records)
     alone = not any(record.get("command") in ("prune", "eval") for record in records)
     rows = collect([{**r, "command": "eval"} for r in records if modules.is_dense(r)] if alone and studies else records)

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from secateur.core.errors import SecateurError
 from secateur.models.family import CANONICAL
 from secateur.plan.plan import read_plan_json
 from secateur.report.rows import Row
@@ -65,7 +66,7 @@ def _read(row: Row) -> Layers | None:
     try:
         plan = read_plan_json(Path(str(row.get("out") or "")))
         return _layers(row, plan) if plan is not None and _same_run(row, plan) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SecateurError):
         return None  # a damaged plan costs its picture, not the report
 
 

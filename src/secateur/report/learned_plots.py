@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from secateur.core.records import Record
+from secateur.models.save import PLAN_TENSORS, plan_file
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
 from secateur.report.learned import FULL, Run, at_default_strength, by_strength, perplexities
@@ -162,7 +163,7 @@ def _selections(runs: Sequence[Run]) -> Picture | None:
 def _plan(row: Row) -> Plan | None:
     folder = Path(str(row.get("out") or ""))
     try:
-        plan = read_plan(folder) if (folder / "plan.safetensors").is_file() else None
+        plan = read_plan(folder) if plan_file(folder, PLAN_TENSORS) else None
         same = plan is not None and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
         return plan if same and plan is not None and all(block.select and set(_SELECTIONS) & set(block.keep) for block in plan.blocks) else None
     except Exception:

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from secateur.models.save import PLAN_TENSORS, plan_file
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
 from secateur.report.plots import DPI, GRID, Picture, plain, png
@@ -33,7 +34,7 @@ def spectra(rows: Sequence[Row]) -> Picture | None:
 def _plan(row: Row) -> Plan | None:
     folder = Path(str(row.get("out") or ""))
     try:
-        plan = read_plan(folder) if (folder / "plan.safetensors").is_file() else None
+        plan = read_plan(folder) if plan_file(folder, PLAN_TENSORS) else None
         same = plan is not None and plan.rotates and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
     except Exception:
         return None  # a damaged plan costs its picture, not the report

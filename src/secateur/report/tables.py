@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.core.names import shown
 from secateur.core.records import Record
 from secateur.report import words
 from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, seconds_of, task_names
@@ -169,10 +170,10 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
     pruned = [row for row in rows if not row.dense]
     unmeasured, diverged = [row for row in pruned if row.protocol is None], [row for row in rows if row.diverged]
     if unmeasured:
-        folders = ", ".join(str(row.get("out") or "unnamed") for row in unmeasured[:3]) + (", …" if len(unmeasured) > 3 else "")
+        folders = ", ".join(_folder(row) or "unnamed" for row in unmeasured[:3]) + (", …" if len(unmeasured) > 3 else "")
         said.append(f"{words.plural(len(unmeasured), 'checkpoint')} without a perplexity ({folders}): run 'secateur eval DIR'.")
     if diverged:
-        said.append(f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, not in the plot.")
+        said.append(f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, left out of plots and laws.")
     if groups[0].dense is None:
         said.append(f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'.")
     for task in task_names(groups[0].rows):
@@ -199,12 +200,18 @@ def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(text, words.plural(users, "run")) for text, users in used.items()]
 
 
+def _folder(row: Row) -> str | None:
+    """The name of its folder: a report travels, and says nothing of the machine that wrote it."""
+    out = row.get("out")
+    return shown(str(out)) if out else None
+
+
 def settings(rows: Sequence[Row]) -> Table:
     """Where each run is and what else decided it."""
     columns = [
         Column("Run", lambda row: _text("dense" if row.dense else row.get("method")), text=True),
         Column("Sparsity asked", lambda row: _number(words.percent, row.number("sparsity"))),
-        Column("Folder", lambda row: _text(row.get("out")), text=True),
+        Column("Folder", lambda row: _text(_folder(row)), text=True),
         Column("Model", lambda row: _text(row.model), text=True),
         Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
         Column("Weights updated", lambda row: _updated(row), "whether weights that stay were changed to make up for those that went", text=True, optional=True),

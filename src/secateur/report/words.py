@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from secateur.core.words import perplexity_words
 from secateur.report.rows import Row
 from secateur.report.series import Comparison, Entry
 
@@ -17,7 +18,7 @@ def perplexity(value: float | None) -> Words:
     """Two decimals as long as they mean something."""
     if value is None:
         return None
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e7 else f"{value:.2e}"
+    return perplexity_words(value)
 
 
 def ratio(value: float | None) -> Words:

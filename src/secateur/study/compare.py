@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 from secateur import api
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.names import named, shown
 from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
-from secateur.models.save import refuse_existing
+from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.pattern import parse_pattern
 from secateur.report.compare import Comparison, comparison, markdown
 from secateur.report.rows import collect, group
@@ -101,7 +102,7 @@ def cells(asked: Asked) -> Cells:
     for name in dict.fromkeys(asked.methods):
         method, options = api.find_method(name), asked.options.get(name, {})
         own = getattr(method.options(options), "pattern", None)
-        base = replace(asked.base, method=name, sparsity=None, params_removed=None, pattern=None, modules=None, options=options)
+        base = replace(asked.base, method=name, sparsity=None, params_removed=None, pattern=None, modules=None, options=options, at_least=False)
         attempts = _attempts(base, asked, own)
         for label, (request, guessed) in attempts.items():
             try:
@@ -135,7 +136,7 @@ def _attempts(base: api.Request, asked: Asked, own: str | None) -> dict[str, tup
         kind = None if pattern is None else parse_pattern(pattern)
         if kind is None or kind.structured:
             for ratio in sorted(filter(None, asked.ratios)):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
-                found[f"{api.point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio), pattern in guesses)
+                found[f"{api.point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio, at_least=asked.base.at_least), pattern in guesses)
         elif kind.implied_sparsity is not None:
             found[api.point_name(request, kind.implied_sparsity)] = (request, False)
         else:
@@ -162,7 +163,7 @@ def run(
     out = out.absolute()
     records_file = records_file or out / "records.jsonl"
     for label in [label + part for label in todo.runs for part in (("", _HEALED) if asked.heal else ("",))]:
-        if not (resume and (out / label / "plan.json").is_file()):
+        if not (resume and plan_file(out / label)):
             refuse_existing(out / label, overwrite)
     if not resume:
         rmtree(out / api.STATES, ignore_errors=True)
@@ -216,18 +217,18 @@ def summary(asked: Asked, todo: Cells, out: Path, found: Sequence[Record], *, re
         for record in records.read([records_file or out / "records.jsonl"])
         if record.get("command") in ("prune", "heal", "bench") and record.get("out") in places
     ]
-    both = [*taken, *found]
+    both, model = named([*taken, *found]), shown(asked.base.model)
     result = comparison(group(collect(both))[0].rows, both)
     if result is not None:
         notes = [*result.notes, *todo.notes()]
-        (out / "compare.md").write_text(f"# {asked.base.model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8")
-    api.write_report(both, out / "report.html", title=f"{asked.base.model}: methods compared")
+        (out / "compare.md").write_text(f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8")
+    api.write_report(both, out / "report.html", title=f"{model}: methods compared")
     return result
 
 
 def _finished_here(target: Path, resume: bool) -> Callable[..., Record]:
     """What is made already needs no process of its own."""
-    return _here if resume and (target / "plan.json").is_file() else in_own_process
+    return _here if resume and plan_file(target) else in_own_process
 
 
 def _here(work: Callable[..., T], *given: Any) -> T:

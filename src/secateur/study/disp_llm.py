@@ -6,6 +6,7 @@ every report; cells that several parts share are made once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,9 +159,14 @@ def summary(base: api.Request, sparsities: Sequence[float], records: Sequence[Re
             assert request.sparsity is not None
             values.setdefault((cell.part, cell.variant.name, request.sparsity), []).append(measured[key])
     return [
-        {"part": part, "variant": name, "sparsity": s, "ppl": fmean(several), "sd": stdev(several) if len(several) > 1 else None, "runs": len(several)}
+        {"part": part, "variant": name, "sparsity": s, "ppl": fmean(several), "sd": _deviation(several), "runs": len(several)}
         for (part, name, s), several in values.items()
     ]
+
+
+def _deviation(several: Sequence[float]) -> float | None:
+    """The standard deviation; None of one value, and where one is infinite."""
+    return stdev(several) if len(several) > 1 and all(map(math.isfinite, several)) else None
 
 
 def _key(options: Mapping[str, Any], sparsity: float | None, seed: int) -> tuple[Any, ...]:

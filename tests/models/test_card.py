@@ -1,0 +1,112 @@
+"""The model card: what was pruned, of whom, under which licence, and nothing of the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secateur import api
+from secateur.core import records
+
+
+def test_the_card_says_what_was_done_and_carries_the_licence(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    folder = saved("llama")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nhello")
+    (folder / "LICENSE").write_text("the licence")
+    api.prune(api.Request(str(folder), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in text.split("---")[1]
+    assert "base_model: dense-llama" in text.split("---")[1]
+    assert "0.5000 of the weights of the targeted matrices" in text
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
+    for _ in range(2):
+        api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
+    assert (tmp_path / "out" / "README.md").read_text().count("perplexity") == 1
+
+
+OWN = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "card", "base"),
+    [
+        ({"_name_or_path": "org/origin"}, "", "org/origin"),
+        ({}, "---\nbase_model: org/from-card\n---\n", "org/from-card"),
+        ({}, "---\nbase_model:\n- org/first\n- org/second\n---\n", "org/first"),
+        ({"_name_or_path": "/home/somebody/models/x"}, "", "dense-llama"),
+        ({}, "---\nbase_model: [broken\n---\n", "dense-llama"),
+        ({}, "", "dense-llama"),
+    ],
+)
+def test_the_card_names_the_original_by_its_hub_name_where_that_is_known(
+    config: dict[str, Any], card: str, base: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = saved("llama")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**{k: v for k, v in content.items() if k != "_name_or_path"}, **config}))
+    if card:
+        (folder / "README.md").write_text(card)
+    api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    assert f"\nbase_model: {base}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "lines"),
+    [
+        ({"README.md": "---\nlicense: mit\n---\n"}, ["license: mit"]),
+        ({"README.md": "---\r\nlicense: mit\r\n---\r\n"}, ["license: mit"]),
+        ({"README.md": OWN}, ["license: other", "license_name: own", "license_link: LICENSE"]),
+        ({"LICENSE": "  Apache License\n  Version 2.0, January 2004\n"}, ["license: apache-2.0"]),
+        ({"LICENSE.txt": "Copyright. Permission is hereby granted, free of charge, to any person"}, ["license: mit"]),
+        ({"LICENSE": "ask me"}, ["license: other", "license_link: LICENSE"]),
+        ({}, []),
+    ],
+)
+def test_the_card_has_the_licence_of_the_original(files: dict[str, str], lines: list[str], saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = saved("llama")
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode())
+    api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    front = (tmp_path / "out" / "README.md").read_text().split("---")[1]
+    assert [line for line in front.splitlines() if line.startswith("license")] == lines
+
+
+def test_nothing_that_travels_tells_the_folders_of_this_machine(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = str(saved("llama"))
+    for number, method in enumerate(("wanda", "magnitude")):
+        out = tmp_path / f"out-{number}"
+        record = api.prune(api.Request(dense, method, sparsity=0.5, calibration=ids_file), out)
+        assert record["model"] == dense, "a record may say where things were"
+        api.evaluate(api.EvalRequest(str(out), text=ids_file))
+    api.heal(api.HealRequest(str(tmp_path / "out-0"), steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed")
+    api.evaluate(api.EvalRequest(dense, text=ids_file), records_file=tmp_path / "records.jsonl")
+    api.write_report(records.read([tmp_path / "records.jsonl"]), tmp_path / "report.html")
+    card = (tmp_path / "out-0" / "README.md").read_text()
+    digest = hashlib.sha256(Path(ids_file).read_bytes()).hexdigest()
+    assert f"ids.npy (SHA-256 of its file {digest[:16]}...)" in card
+    assert "perplexity, ids.npy (SHA-256 of its token ids" in card
+    folders = [tmp_path / name for name in ("out-0", "out-1", "healed")]
+    travelling = [tmp_path / "report.html", *(file for folder in folders for file in folder.rglob("*") if file.suffix in (".md", ".json"))]
+    assert len(travelling) >= 3 * 3 + 1
+    for file in travelling:
+        assert str(tmp_path) not in file.read_text(), file
+        assert tmp_path.parent.name not in file.read_text(), file
+
+
+def test_the_card_says_what_the_sparsity_is_a_fraction_of(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    words = {
+        "slicegpt": ({"sparsity": 0.25}, "0.2500 of the residual width"),
+        "shortgpt": ({"sparsity": 0.34}, "0.3333 of the blocks"),
+        "llm_pruner": ({"sparsity": 0.3}, " of all parameters"),
+        "heads": ({"sparsity": 0.34}, " of the attention heads"),
+        "magnitude": ({"sparsity": 0.5}, "0.5000 of the weights of the targeted matrices"),
+    }
+    for method, (asked, expected) in words.items():
+        record = api.prune(api.Request(str(saved("llama")), method, calibration=ids_file, **asked), tmp_path / method)
+        assert expected in (tmp_path / method / "README.md").read_text()
+        assert record["sparsity_of"] in ("width", "blocks", "parameters", "heads", "weights")
