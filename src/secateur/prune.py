@@ -420,7 +420,14 @@ def _writer(
     kept = (view.blocks + 1 if differentiates else 1) * windows.numel() if windows is not None and (streams or differentiates) else 0
     buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
-    return CheckpointWriter(out, {**settings, "source": identity(checkpoint)}, resume=resume, overwrite=overwrite, needed=needed), buffer
+    return CheckpointWriter(
+        out,
+        {**settings, "source": identity(checkpoint)},
+        resume=resume,
+        overwrite=overwrite,
+        needed=needed,
+        may_change=prepared.job.method.may_change,
+    ), buffer
 
 
 def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:

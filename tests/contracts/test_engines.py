@@ -31,7 +31,7 @@ CASES = {
     "new weights": {"method": "sparsegpt", "sparsity": 0.5},
     "unequal widths": {"method": "magnitude", "sparsity": 0.4, "pattern": "rows", "options": {"scope": "model"}},
     "sliced": {"method": "slicegpt", "sparsity": 0.25},
-    "selected": {"method": "disp_llm", "sparsity": 0.2, "options": {"steps": 2}},
+    "selected": {"method": "disp_llm", "sparsity": 0.2, "options": {"unmet": "cut", "steps": 2}},
     "blocks dropped": {"method": "shortgpt", "sparsity": 1 / BLOCKS},
 }
 

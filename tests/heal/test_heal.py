@@ -27,7 +27,7 @@ from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
 ASKED: dict[str, dict[str, Any]] = {
     "wanda": {"sparsity": 0.5},
     "slicegpt": {"sparsity": 0.25},
-    "disp_llm": {"sparsity": 0.2, "options": {"steps": 2, "separate": True}},
+    "disp_llm": {"sparsity": 0.2, "options": {"unmet": "cut", "steps": 2, "separate": True}},
 }
 CASES = [(m, f) for i, f in enumerate(FAMILY_TYPES) for j, m in enumerate(ASKED) if (i + j) % 2 == 0]  # every family with a runtime model, every method twice
 ASKED |= {"llm_pruner": {"sparsity": 0.25}, "shortgpt": {"sparsity": 0.5}, "sparsegpt": {"sparsity": 0.5}}

@@ -26,7 +26,7 @@ from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool, separate: bool, windows: Tensor) -> None:
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
-    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, steps=2, norm=norm, separate=separate)
+    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=2, norm=norm, separate=separate)
     form = SELECT_FORMS[norm == "selected"]
     view = api.view_model(model)
     structures = find_structures(view, constrained=False, form=form, whole=True, separate=separate)
@@ -61,7 +61,7 @@ def test_scales_are_folded_into_the_weights(model_type: str, norm: str, separate
 
 def test_a_scale_is_learned_only_when_asked_for_and_the_plan_says_so(windows: Tensor) -> None:
     model = tiny_model("llama")
-    frozen, scaled = (api.plan(model, "disp_llm", windows, sparsity=0.4, steps=2, scale=scale).blocks[0] for scale in (False, True))
+    frozen, scaled = (api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=2, scale=scale).blocks[0] for scale in (False, True))
     assert not frozen.updated
     assert set(scaled.updated) == {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -73,7 +73,7 @@ def test_learning_beats_a_choice_that_was_not_learned(windows: Tensor) -> None:
     ids = windows % 8 + 4  # few tokens, so that there is something to learn
 
     def loss(**options: Any) -> float:
-        narrow = api.cut(model, api.plan(model, "disp_llm", ids, sparsity=0.4, batch=6, lr=1e-2, **options))
+        narrow = api.cut(model, api.plan(model, "disp_llm", ids, sparsity=0.4, batch=6, lr=1e-2, unmet="cut", **options))
         return float(narrow(input_ids=ids, labels=ids).loss.detach())
 
     unlearned, learned = loss(steps=1), loss(steps=150)
@@ -84,7 +84,7 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
     model = tiny_model("llama")
 
     def blocks(**asked: Any) -> Any:
-        return api.plan(model, "disp_llm", windows, sparsity=0.4, steps=3, **asked).blocks
+        return api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=3, **asked).blocks
 
     first = blocks()
     for asked in (
@@ -105,21 +105,23 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
 
 
 def test_a_budget_that_learning_did_not_reach_is_told(windows: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = api.plan(tiny_model("llama"), "disp_llm", windows, sparsity=0.4, steps=1, cut="half")
+    plan = api.plan(tiny_model("llama"), "disp_llm", windows, sparsity=0.4, unmet="cut", steps=1, cut="half")
     assert plan.settings["learning"]["removed_half"] == 0
     told = capsys.readouterr().err
     assert "asked to remove 0.4000; gates open half of the time remove 0.0000, those kept 0.0000" in told
-    assert re.search(r"has not reached its budget: draws of its gates remove 0\.0\d+; more --set steps", told)
+    assert re.search(r"has not met its budget: draws of its gates remove 0\.0\d+ of the parameters, asked 0\.4000; the cut removes what ranks lowest", told)
 
 
 def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", params_removed=0.35, calibration=ids_file, options={"steps": 2})
+    request = api.Request(str(saved("llama")), "disp_llm", params_removed=0.35, calibration=ids_file, options={"unmet": "cut", "steps": 2})
     record = api.prune(request, tmp_path / "out")
     assert record["pruning_ratio"] == record["sparsity_measured"] == pytest.approx(0.35, abs=0.01)
     learning = api.read_plan(tmp_path / "out").settings["learning"]
     assert record["learning"] == learning
     assert learning["step"] == [2]
-    assert learning["budget"] == [pytest.approx(math.log(learning["left"][0] / 0.65), abs=1e-3)]
+    model = tiny_model("llama")
+    fixed = find_structures(api.view_model(model), constrained=False, form=SELECT_FORMS[0], whole=True).fixed / model.num_parameters()
+    assert learning["budget"] == [pytest.approx(math.log((learning["left"][0] - fixed) / (0.65 - fixed)), abs=1e-3)]
     assert learning["removed_half"] < 0.35
     found = api.inspect(str(tmp_path / "out"))
     assert found["parameters"] == record["params_after"] == sum(b["parameters"] for b in found["blocks"]) + 2 * 64 * 32 + 32
@@ -133,7 +135,7 @@ def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids
 
 
 def test_the_constrained_choice_is_one_for_all_and_is_written(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", 0.4, calibration=ids_file, options={"steps": 2, "constrained": True})
+    request = api.Request(str(saved("llama")), "disp_llm", 0.4, calibration=ids_file, options={"unmet": "cut", "steps": 2, "constrained": True})
     api.prune(request, tmp_path / "out")
     blocks = api.read_plan(tmp_path / "out").blocks
     shared = [block.keep[space] for block in blocks for space in ("attention_in", "attention_out", "mlp_in", "mlp_out")]
@@ -144,7 +146,7 @@ def test_the_constrained_choice_is_one_for_all_and_is_written(saved: Callable[..
 def test_a_result_whose_readers_select_apart_is_pruned_further(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     """q, k and v are three matrices then, each with an input of its own, also where a stock block has one module for them."""
     dense = saved(model_type, dtype=torch.bfloat16)
-    first = api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 2, "separate": True})
+    first = api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 2, "separate": True})
     api.prune(first, tmp_path / "apart")
     assert (tmp_path / "apart" / "model.safetensors").is_file(), "odd widths beside whole numbers are no reason for shards"
     record = api.prune(api.Request(str(tmp_path / "apart"), "wanda", modules="k=0.5", calibration=ids_file), tmp_path / "sparse")
@@ -160,7 +162,7 @@ def test_a_result_whose_readers_select_apart_is_pruned_further(model_type: str, 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 def test_the_pruned_model_compiles_without_breaks_or_recompiles(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
     model = tiny_model(model_type, num_hidden_layers=1)
-    narrow = api.cut(model, api.plan(model, "disp_llm", windows, sparsity=0.3, steps=1, **options))
+    narrow = api.cut(model, api.plan(model, "disp_llm", windows, sparsity=0.3, unmet="cut", steps=1, **options))
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(narrow, fullgraph=True, backend=counter)
@@ -199,4 +201,4 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(windows: Tensor) -> None:
     model = tiny_model("llama")
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(api.SecateurError, match=r"the loss is not finite .* at step 1;"):
-        api.plan(model, "disp_llm", windows, sparsity=0.3, steps=2)
+        api.plan(model, "disp_llm", windows, sparsity=0.3, unmet="cut", steps=2)

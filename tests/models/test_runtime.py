@@ -52,7 +52,7 @@ def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: 
 
     def selected(model_type: str, **how: object) -> Path:
         apart = request.param != "selected"
-        options = {"steps": 2, "norm": "selected" if apart else "full", "separate": apart}
+        options = {"unmet": "cut", "steps": 2, "norm": "selected" if apart else "full", "separate": apart}
         asked = api.Request(str(saved(model_type, **how)), "disp_llm", sparsity=0.4, calibration=ids_file, options=options)
         assert not api.prune(asked, tmp_path / f"pruned-{model_type}")["stock"]
         return tmp_path / f"pruned-{model_type}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from secateur import api
 from secateur.core.errors import NotFiniteError, SecateurError
+from secateur.methods.disp_llm import UNMET
 from secateur.models import save
 from secateur.train import learn as learning
 from secateur.train.choose import choose
 from secateur.train.hypernetwork import Hypernetwork
-from secateur.train.learn import Learning, learn, rows_of_step
+from secateur.train.learn import Learning, budget_term, learn, rows_of_step
 from secateur.train.masked import MaskedModel
-from tests.tiny import tiny_model
+from tests.tiny import HIDDEN, tiny_model
 from tests.train.test_masked import masked_of
 
 HOW = Learning(steps=150, batch=2, lr=1e-2, weight_decay=0.05, strength=6.0, gate="reinmax", bias=3.0, temperature=1.0, seed=0)
@@ -39,6 +42,81 @@ def test_the_budget_term_brings_the_parameters_to_the_target(windows: Tensor) ->
     assert seen[-1]["step"] == HOW.steps
     half = choose(network() + HOW.bias, structures, target=target, multiple=1, half=True)
     assert float(structures.parameters([float(len(k)) for k in half])) == pytest.approx(target, rel=0.01), "what is open half of the time is the budget"
+
+
+def tiny_with_embeddings(share: float) -> PreTrainedModel:
+    """A tiny model whose untied embedding and head hold about this share of all parameters."""
+    blocks = sum(p.numel() for name, p in tiny_model("llama").named_parameters() if ".layers." in name)
+    return tiny_model("llama", vocab_size=round(share / (1 - share) * blocks / (2 * HIDDEN)))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_lambda_pulls_alike_whatever_the_share_of_the_embeddings(share: float) -> None:
+    """A real model with 40% of its parameters in the embeddings was at 0.09 of 0.30 after 1000 steps when the term counted all of them."""
+    slopes, values = [], []
+    for model in (tiny_with_embeddings(share), tiny_with_embeddings(0.25)):
+        structures = masked_of(model, dtype=torch.float64).structures
+        target = structures.fixed + 0.5 * (structures.total - structures.fixed)
+        gate_N = torch.full((sum(structures.widths),), 0.9, dtype=torch.float64, requires_grad=True)
+        term = budget_term(structures.counter(torch.device("cpu"))(gate_N), target, structures.fixed)
+        slopes.append(torch.autograd.grad(term, gate_N)[0])
+        values.append(float(term.detach()))
+    assert structures.fixed / structures.total != pytest.approx(share)
+    torch.testing.assert_close(slopes[0], slopes[1])
+    assert values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_the_budget_is_met_within_a_fifth_of_the_steps(share: float, windows: Tensor) -> None:
+    """Half of what blocks hold is to go."""
+    model = tiny_with_embeddings(share)
+    masked = masked_of(model, dtype=torch.float32)
+    structures = masked.structures
+    assert sum(p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)) / structures.total == pytest.approx(share, abs=0.02)
+    target = structures.total - 0.5 * sum(p.numel() for p in model.model.layers.parameters())
+    network = Hypernetwork(structures.widths)
+    ids = windows % model.config.vocab_size
+    learn(network, masked, ids, target, replace(HOW, steps=40, lr=5e-3))
+    drawn = float(structures.counter(torch.device("cpu"))(torch.sigmoid(network() + HOW.bias)).detach())
+    assert abs(drawn - target) / structures.total < UNMET, "40 of the 200 steps that a short run has"
+
+
+def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 2, "lr": 3e-3, "save_every": 1})
+    with pytest.raises(SecateurError, match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; go on with --resume --set steps=4"):
+        api.prune(request, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    longer = replace(request, options={**request.options, "steps": 80})
+    api.prune(longer, tmp_path / "whole")
+    record = api.prune(longer, tmp_path / "out", resume=True)
+    assert record["options"]["steps"] == 80
+    for name in ("model.safetensors", "secateur/plan.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_budget_that_was_missed_may_be_cut_to_all_the_same(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 4})
+    with pytest.raises(SecateurError, match="has not met its budget"):
+        api.prune(request, tmp_path / "out")
+    with pytest.raises(api.UsageError, match=r"had options\.lr = 0\.001"):
+        api.prune(replace(request, options={"steps": 4, "lr": 0.1}), tmp_path / "out", resume=True)
+    with pytest.raises(SecateurError, match="has done 4 steps, more than the 3 asked for"):
+        api.prune(replace(request, options={"steps": 3}), tmp_path / "out", resume=True)
+    record = api.prune(replace(request, options={"steps": 4, "unmet": "cut"}), tmp_path / "out", resume=True)
+    assert record["pruning_ratio"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_options_may_not_change_once_a_block_is_written(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, interrupted_at: Callable[..., AbstractContextManager[None]]
+) -> None:
+    options = {"steps": 4, "unmet": "cut"}
+    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options=options)
+    with interrupted_at("block-00001"):
+        api.prune(request, tmp_path / "out")
+    with pytest.raises(api.UsageError, match=r"had options\.steps = 4, this one has 8"):
+        api.prune(replace(request, options={**options, "steps": 8}), tmp_path / "out", resume=True)
+    api.prune(request, tmp_path / "out", resume=True)
 
 
 def test_every_window_is_seen_once_an_epoch() -> None:
@@ -134,7 +212,7 @@ def test_what_is_not_finite_stops_and_is_never_saved_over_a_good_state(
 def test_a_run_that_stops_before_its_first_state_leaves_nothing(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 4, "save_every": 3})
+    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 4, "save_every": 3})
     with monkeypatch.context() as patch:
         patch.setattr(MaskedModel, "loss", spoiled(2, slope=False))
         with pytest.raises(NotFiniteError, match=r"the loss is not finite .* at step 2; .*try a smaller --set lr"):
@@ -158,6 +236,6 @@ def test_a_disk_that_fills_while_learning_is_told_in_one_line(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(save, "save_file", full)
-    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 1})
+    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 1})
     with pytest.raises(SecateurError, match=r"no space left on the disk of .*; free some and go on with --resume"):
         api.prune(request, tmp_path / "out")

@@ -115,7 +115,7 @@ def test_a_norm_over_open_gates_divides_by_their_number() -> None:
 def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, constrained: bool, form: str, windows: Tensor) -> None:
     model = tiny_model(model_type)
     norm = "full" if form == SELECT_FORMS[0] else "selected"
-    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, steps=1, constrained=constrained, norm=norm)
+    plan = api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=1, constrained=constrained, norm=norm)
     structures = find_structures(api.view_model(model), constrained=constrained, form=form, whole=True)
     kept = [0.0] * len(structures.widths)
     for block, uses in zip(plan.blocks, structures.uses, strict=True):

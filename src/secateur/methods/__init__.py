@@ -76,6 +76,11 @@ class Method:
         return self.plan_model is not None and self.plan_block is None and (pattern is None or pattern.structured)
 
     @property
+    def may_change(self) -> tuple[str, ...]:
+        """The options that may have another value where an interrupted run goes on before its first block: `MAY_CHANGE` in its file."""
+        return getattr(self.module, "MAY_CHANGE", ())
+
+    @property
     def removes(self) -> str:
         """What that sparsity is a fraction of, where it is not parameters: `REMOVES` in its file."""
         return getattr(self.module, "REMOVES", "parameters")

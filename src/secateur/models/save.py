@@ -45,20 +45,24 @@ class CheckpointWriter:
         resume: go on with what an interrupted run left.
         overwrite: replace an existing folder, and forget an interrupted run with other settings.
         needed: bytes the result will need, to refuse a full disk before the work.
+        may_change: options of the method that a resumed run may have others of, as long as no block is written.
 
     Raises:
         UsageError: the folder exists and is not empty, an interrupted run lies there, or it had other settings.
         SecateurError: the disk has no room.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool, needed: int) -> None:
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool, needed: int, may_change: Sequence[str] = ()) -> None:
         self.out = out.absolute()
         self.partial = self.out.with_name(self.out.name + ".partial")
         refuse_existing(self.out, overwrite)
         before = _read_journal(self.partial)
         if before is not None and resume:
-            difference = differing(before, settings)
+            free = [] if any(self.partial.glob(f"{_PART}block-*")) else may_change
+            difference = differing(_without_options(before, free), _without_options(settings, free))
             if difference is None:
+                with self.disk():
+                    _write_whole(self.partial / JOURNAL, json.dumps(dict(settings), indent=1, default=str))
                 return
             if not overwrite:
                 raise UsageError(f"--resume: the interrupted run in '{self.partial}' {difference}; give the same settings, or start again with --overwrite")
@@ -174,6 +178,13 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         elif had != value:
             return f"had {key} = {_short(had)}, this one has {_short(value)}"
     return None
+
+
+def _without_options(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    options = settings.get("options")
+    if not isinstance(options, Mapping):
+        return dict(settings)
+    return {**settings, "options": {name: value for name, value in options.items() if name not in names}}
 
 
 def differing_from_plan(plan: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

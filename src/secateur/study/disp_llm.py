@@ -18,6 +18,7 @@ from secateur.core.errors import UsageError, unknown
 from secateur.core.records import Record
 
 METHOD = "disp_llm"
+_ALWAYS = {"unmet": "cut"}  # a variant that misses its budget is a finding
 SEEDS = 5
 
 
@@ -85,7 +86,7 @@ def cells(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] =
                 raise UsageError(f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts ({', '.join(VARIANTS)})")
             for sparsity in [max(sparsities)] if variant.highest else [s for s in sparsities if s]:
                 for seed in range(base.seed, base.seed + variant.seeds):
-                    options = {**base.options, **variant.options}
+                    options = {**_ALWAYS, **base.options, **variant.options}
                     found.append(Cell(part, variant, replace(base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options)))
     return found
 
@@ -134,7 +135,8 @@ def estimate(base: api.Request, sparsities: Sequence[float], *, parts: Sequence[
 def _name(request: api.Request) -> str:
     assert request.sparsity is not None
     seed = {"seed": request.seed} if request.seed else {}
-    return api.point_name(replace(request, options={**request.options, **seed}), request.sparsity)
+    options = {name: value for name, value in request.options.items() if name not in _ALWAYS}
+    return api.point_name(replace(request, options={**options, **seed}), request.sparsity)
 
 
 def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

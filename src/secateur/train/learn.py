@@ -2,6 +2,8 @@
 
     loss = cross-entropy + lambda |log(T(s) / (p T_total))|
 
+T counts what gates can remove, so that lambda pulls alike whatever the share of the embeddings (the authors' code counts the matrices of the blocks).
+
 One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a seeded generator on the device.
 Gradients of the first term are taken in the gates, part by part of the step's windows, summed in the order of the parts, and go through the network
 once. Several processes share the parts of a step and nothing else: all of them draw the same gates and take the same step of the optimiser, so that
@@ -49,9 +51,17 @@ class Learning:
     save_every: int = 100
 
 
-def budget_term(left: Tensor | float, target: float) -> Tensor:
-    """|log(T(s) / (p T_total))|, equation 6."""
-    return torch.log(torch.as_tensor(left) / target).abs()
+def budget_term(left: Tensor | float, target: float, fixed: float = 0.0) -> Tensor:
+    """|log(T(s) / (p T_total))|, equation 6, counted over what gates can remove.
+
+    Counted over everything, its slope shrinks with the share of what no gate removes: with embeddings of 80% it is a tenth, and the budget is not met.
+
+    Args:
+        left: T(s), the parameters that the gates leave.
+        target: p T_total, the parameters to keep.
+        fixed: those that no gate removes, in both: embeddings, head, final norm, what heads share.
+    """
+    return torch.log((torch.as_tensor(left) - fixed) / (target - fixed)).abs()
 
 
 def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None = None) -> list[dict[str, float]]:
@@ -71,10 +81,14 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; the step is named.
-        SecateurError: the same after a state was saved, which is kept; the disk is full; or the networks of two processes are no longer the same.
+        SecateurError: the same after a state was saved, which is kept; the disk is full; the networks of two processes are no longer the same; or more
+            steps are done than asked for.
     """
     learner = Learner(network, masked, windows, target, how, checkpoint)
     done = learner.resume()
+    if done > how.steps:
+        steps = f"{done} steps, more than the {how.steps} asked for"
+        raise SecateurError(f"disp_llm: the interrupted run has done {steps}; give --set steps={done}, or start again with --overwrite")
     if done:
         say(f"disp_llm: going on from step {done} of {how.steps}")
     for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=learner.status):
@@ -114,7 +128,7 @@ class Learner:
         noise_N = torch.rand(logit_N.shape, generator=self.noise, device=self.device)
         gate_N = draw_gates(logit_N, noise_N, how.gate, bias=how.bias, temperature=how.temperature)
         left = self.count(gate_N)
-        budget = budget_term(left, self.target)
+        budget = budget_term(left, self.target, self.masked.structures.fixed)
         open_M = with_scales(gate_N, self.network)
         loss, slope_M = self._model_loss(step, open_M.detach())
         self.optimizer.zero_grad(set_to_none=True)
