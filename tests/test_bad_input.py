@@ -294,12 +294,28 @@ def test_weights_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path
 
 def test_activations_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
     tensors = load_file(dense / "model.safetensors")
-    tensors["model.layers.1.input_layernorm.weight"][0] = float("nan")
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38  # finite, and what it computes is not
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert status == 1
     assert "block 1: the input of matrix" in line
     assert "not finite" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("model.layers.1.input_layernorm.weight", "block 1: input_layernorm.weight has weights that are not finite"),
+        ("model.norm.weight", "model.norm.weight has weights that are not finite"),
+        ("lm_head.weight", "lm_head.weight has weights that are not finite"),
+    ],
+)
+def test_other_weights_that_are_not_finite_are_named(name: str, words: str, run: Run, dense: Path, tmp_path: Path) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    status, line = run("prune", str(dense), "--method", "magnitude", "--sparsity", "0.5", "--out", str(tmp_path / "out"))
+    assert (status, words in line) == (1, True)
 
 
 def test_token_ids(run: Run, dense: Path, tmp_path: Path) -> None:

@@ -316,8 +316,16 @@ def collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Sta
 
 def _check_weights(block: BlockView) -> None:
     for name in block.names:
-        # a sum is one cheap pass and is not finite where an entry is not; it may also overflow, so the entries decide
-        # (in the weight's own dtype: torch would first copy all of it to another)
-        weight_OI = block.matrix(name)
-        if not torch.isfinite(weight_OI.sum()) and not torch.isfinite(weight_OI).all():
-            raise NotFiniteError(f"block {block.index}: matrix {name} has weights that are not finite (NaN or infinity); the checkpoint is damaged")
+        check_finite(block.matrix(name), f"block {block.index}: matrix {name}")
+    matrices = {f"{path}.weight" for path in block.family.matrices.values()}
+    for name, tensor in block.tensors.items():
+        if name not in matrices and tensor.is_floating_point():
+            check_finite(tensor, f"block {block.index}: {name}")
+
+
+def check_finite(weight: Tensor, what: str) -> None:
+    """Raises NotFiniteError where a weight holds NaN or infinity."""
+    # a sum is one cheap pass and is not finite where an entry is not; it may also overflow, so the entries decide
+    # (in the weight's own dtype: torch would first copy all of it to another)
+    if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
+        raise NotFiniteError(f"{what} has weights that are not finite (NaN or infinity); the checkpoint is damaged")

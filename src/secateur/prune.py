@@ -25,7 +25,7 @@ from secateur.core.memory import give_back
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after, family_after
-from secateur.driver import Job, make_job, pruned_blocks, whole_model_plan
+from secateur.driver import Job, check_finite, make_job, pruned_blocks, whole_model_plan
 from secateur.evaluate.tasks import task_text
 from secateur.methods import Method, find_method
 from secateur.models import card, runtime
@@ -433,6 +433,9 @@ def _writer(
 def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:
     """The work: blocks, the rest, the finish. Returns the facts, and whether the result is stock."""
     try:
+        dense = prepared.checkpoint.view()
+        for name in dense.outer_names():  # those of a block are looked at when their turn comes
+            check_finite(dense.source.read(name), name)
         prepared = _allocated(prepared, windows, writer, watch)
     except HopelessError:
         writer.discard()

@@ -306,7 +306,7 @@ def _rows(path: Path, field: str) -> Sequence[str]:
         table = _parquet(path)
         if field not in table.column_names:
             raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
-        return [_string(value) for value in table.column(field).to_pylist()]
+        return [_string(value, field, path) for value in table.column(field).to_pylist()]
     return ["".join(_lines(path))]
 
 
@@ -348,16 +348,21 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _row_text(row: Any, field: str, path: Path) -> str:
     """The text of a row: of its field, or of an instruction with its answer."""
-    if isinstance(row, dict) and field not in row and {"instruction", "output"} <= row.keys():
+    if isinstance(row, dict) and field not in row and _is_instruction(row):
         return alpaca_prompt(row)
     if not isinstance(row, dict) or field not in row:
         has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
         raise SecateurError(f"{path}: a row has no field '{field}' (it has {has}); name it with --text-field")
-    return _string(row[field])
+    return _string(row[field], field, path)
 
 
 def _in_alpaca_form(rows: Any) -> bool:
-    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and {"instruction", "output"} <= row.keys() for row in rows)
+    return isinstance(rows, list) and bool(rows) and all(map(_is_instruction, rows))
+
+
+def _is_instruction(row: Any) -> bool:
+    """Whether a row has an instruction and its answer, and text where it has anything."""
+    return isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str) and isinstance(row.get("input") or "", str)
 
 
 def _parquet(path: Path) -> Any:
@@ -376,9 +381,11 @@ def _json(text: str, where: str) -> Any:
         raise SecateurError(f"{where}: not JSON ({error.msg})") from None
 
 
-def _string(value: Any) -> str:
+def _string(value: Any, field: str, path: Path) -> str:
     """A missing text is an empty row."""
-    return "" if value is None else str(value)
+    if value is not None and not isinstance(value, str):
+        raise SecateurError(f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; name the field of the text with --text-field")
+    return value or ""
 
 
 def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:

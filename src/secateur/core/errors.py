@@ -6,11 +6,15 @@ A message names the thing, the value met, the values allowed and the next step, 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class SecateurError(Exception):
     """The work could not be done: bad data, a broken model, no memory. Exit status 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"\s*\n\s*", " ", message))  # what a library says may be on several lines
 
 
 class UsageError(SecateurError, ValueError):

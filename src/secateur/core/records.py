@@ -90,10 +90,17 @@ def read(paths: Iterable[Path]) -> list[Record]:
         file = path / "records.jsonl" if path.is_dir() else path
         if not file.is_file():
             raise SecateurError(f"no records at '{path}': give a records.jsonl file, or the folder that holds it")
-        for number, line in enumerate(_split_torn(file.read_bytes())[0].decode("utf-8").splitlines(), start=1):
+        for number, line in enumerate(_text(file).splitlines(), start=1):
             if line.strip():
                 records.append(_parse(line, file, number))
     return records
+
+
+def _text(file: Path) -> str:
+    try:
+        return _split_torn(file.read_bytes())[0].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SecateurError(f"{file}: not UTF-8 text (byte {error.start}); records are JSON lines: remove or repair that line") from None
 
 
 def last(file: Path, command: str, out: Path) -> Record | None:
@@ -102,13 +109,45 @@ def last(file: Path, command: str, out: Path) -> Record | None:
     return found[-1] if found else None
 
 
+# What other commands rely on. A field may be missing, or null; `_SCALARS` are objects of text and numbers alone.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("command", "model", "method", "modules", "pattern", "device", "dtype", "out", "version"), str),
+    **dict.fromkeys(("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", "heal", "versions", "weights"), dict),
+    **dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks", "params_removed", "ppl", "loss", "seconds"), (int, float)),
+    **dict.fromkeys(("params_before", "params_after", "nonzero_after", "peak_rss_bytes", "seed"), (int, float)),
+}
+_SCALARS = ("options", "calibration", "ppl_protocol")
+
+
+def _wrong_field(record: Record) -> str | None:
+    """The first field that does not hold what it should, in words."""
+    for name, allowed in _TYPES.items():
+        value = record.get(name)
+        if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not dict)):
+            return f"'{name}' is {_named(value)}, and {'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
+    for name in _SCALARS:
+        for key, value in (record.get(name) or {}).items():
+            if isinstance(value, dict | list):
+                return f"'{name}.{key}' is {_named(value)}, and text or a number is expected"
+    for task, found in (record.get("tasks") or {}).items():
+        if not isinstance(found, dict):
+            return f"'tasks.{task}' is {_named(found)}, and an object is expected"
+    return None
+
+
+def _named(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
+
+
 def _parse(line: str, file: Path, number: int) -> Record:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise SecateurError(f"{file}, line {number}: not JSON ({error.msg}); remove or repair that line") from None
     if not isinstance(record, dict):
-        raise SecateurError(f"{file}, line {number}: a record is a JSON object, this is a {type(record).__name__}")
+        raise SecateurError(f"{file}, line {number}: a record is a JSON object, this is {_named(record)}")
+    if (wrong := _wrong_field(record)) is not None:
+        raise SecateurError(f"{file}, line {number}: {wrong}; remove or repair that line")
     if "ppl" in record and record["ppl"] is None and isinstance(record.get("loss"), int | float):
         record["ppl"] = math.inf  # which JSON has no word for
     return record

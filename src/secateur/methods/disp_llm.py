@@ -6,10 +6,11 @@ gates (`train/gates.py`) are drawn from logits that a small network gives (`trai
 plus lambda |log(T(s) / (p T_total))|. The sparsity is the fraction of the parameters of the whole model to remove.
 
 Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one draw for the loss and the
-budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the whole model, as in the paper, less what no gate removes; what is kept is not a
-random draw but the gates with the highest logits, as many as the budget allows (`cut=half`: those open as often as not); no selection is empty. Key-value
-heads shared by several query heads, biases and fused weights are handled; heads are kept. The norm is over all features, then those are
-selected; `norm=selected` is the paper's order. The constrained variant shares one selection in place of its four of the residual, in all blocks.
+budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the whole model, as in the paper, less what no gate removes, so
+that lambda pulls alike whatever the share of the embeddings; what is kept is not a random draw but the gates with the highest logits, as many as the
+budget allows (`cut=half`: those open as often as not); no selection is empty. Key-value heads shared by several query heads, biases and fused weights are
+handled; heads are kept. The norm is over all features, then those are selected; `norm=selected` is the paper's order. The constrained variant shares one
+selection in place of its four of the residual, in all blocks.
 
 Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that far fewer steps do), and `scale` learns a
 scale beside each gate, which the cut folds into the weights: no parameter more, but the weights are no longer those of the model.
@@ -71,8 +72,8 @@ class DispLLM:
         checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory, about a third more time.
         autocast: products in bfloat16: `auto` where an accelerator computes in float32, `on` or `off`.
         clip: the largest norm of a step's gradient; 0 lets any pass.
-        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters; of one that counts what gates can remove, as this
-            one, 4 pulls as much on a model with a quarter of its parameters in embeddings and head.
+        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters. This term counts what gates can remove,
+            and 4 pulls as much on a model that has a quarter of its parameters in embeddings and head.
         gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel` (soft).
         bias: c; gates begin open with probability sigmoid(c).
         tau: the temperature of the gates.

@@ -123,6 +123,11 @@ def all_families() -> dict[str, Family]:
     return {family.name: family for family in found}
 
 
+def is_pruned(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is one of `runtime`'s, with widths of its own for each block."""
+    return bool(config.model_type.startswith(PRUNED_PREFIX))
+
+
 def find_family(config: PreTrainedConfig, source: str) -> Family:
     """The family of a configuration (a pruned model belongs to the family of its original).
 
@@ -135,9 +140,11 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
             if reason := family.refuse(config):
                 raise SecateurError(f"{source}: {reason}")
             heads, groups = getattr(config, family.heads), getattr(config, family.groups)
+            sizes = {family.heads: heads, family.groups: groups, family.ffn: getattr(config, family.ffn), "num_hidden_layers": config.num_hidden_layers}
+            if wrong := [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]:
+                raise SecateurError(f"{source}: config.json has {wrong[0]} = {sizes[wrong[0]]!r}; it is a count, at least 1")
             if heads % groups:
                 raise SecateurError(f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not divide; no such model runs")
-            widths = getattr(config, "pruned_widths", None) or [{}]
-            return family.separated() if "readers" in widths[0] else family
+            return family.separated() if is_pruned(config) and "readers" in config.pruned_widths[0] else family
     known = sorted(t for family in all_families().values() for t in family.model_types)
     raise SecateurError(f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: docs/add-a-family.md")

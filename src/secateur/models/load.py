@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from secateur.models.view import ModelView
 
 BUNDLED = "bundled"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LONGEST_REASON = 240
 _BEGINNING = 512  # numbers of a tensor that tell it from another one
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _NOT_WANTED = ["*/*", "consolidated*"]  # other formats, and second copies of the weights
@@ -91,15 +92,20 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises SecateurError where the folder has none."""
         try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            found("a")  # some settings are only met here
+            return found
         except Exception as error:
             raise SecateurError(
-                f"{self.name}: no tokenizer that transformers can load ({_first_line(error)}); give token ids (.npy or .safetensors) as text"
+                f"{self.name}: no tokenizer that transformers can load ({_reason(error)}); give token ids (.npy or .safetensors) as text"
             ) from error
 
     def max_length(self) -> int:
         """The most tokens the model knows positions for."""
-        return int(self.config.max_position_embeddings)
+        found = getattr(self.config, "max_position_embeddings", None)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise SecateurError(f"{self.name}: config.json has max_position_embeddings {found!r}; write the number of positions that the model knows")
+        return found
 
 
 def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: bool = True) -> Checkpoint:
@@ -121,16 +127,32 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise SecateurError(f"{model}: transformers cannot read its config.json ({_first_line(error)})") from error
+        raise SecateurError(f"{model}: transformers cannot read its config.json ({_reason(error)})") from error
     find_family(config, model)
     stored = _stored_tensors(folder, model)
-    skeleton = build_skeleton(config)
+    skeleton = _tried_skeleton(config, model)
     index, shapes = _match(skeleton, stored, model)
     _check_unknown(skeleton, set(stored) - {key for _, key in index.values()}, model, ignore_unknown)
     _check_tied_head(config, skeleton, stored, model)
     from_hub = folder.resolve() != Path(model).expanduser().resolve() and model != BUNDLED
     commit = folder.name if from_hub else None  # the hub's cache names its folders by commit
     return Checkpoint(model, folder, commit, config, raw, index, shapes, _common_dtype(index))
+
+
+def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
+    """The model without weights, found to run: what is wrong with a configuration may only show there.
+
+    Raises:
+        SecateurError: transformers cannot build or run it.
+    """
+    try:
+        skeleton = build_skeleton(config)
+        ids, mask = torch.zeros(1, 2, dtype=torch.int64, device="meta"), torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
+        with torch.no_grad():  # positions and mask are given, since transformers looks at the values of its own
+            skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+    except Exception as error:
+        raise SecateurError(f"{model}: config.json describes a {config.model_type} model that transformers cannot run ({_reason(error)})") from error
+    return skeleton
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -145,8 +167,10 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     """The whole model in memory, for evaluation."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (SafetensorError, OSError) as error:
-        raise SecateurError(f"{checkpoint.name}: its weights cannot be loaded ({_first_line(error)})") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise SecateurError(f"{checkpoint.name}: its weights cannot be loaded ({_reason(error)})") from error
     nn.Module.to(model, device)
     model.eval()
     return model
@@ -170,7 +194,7 @@ def _locate(model: str, revision: str | None) -> Path:
         return found
     except Exception as error:
         raise SecateurError(
-            f"'{model}' is no local folder, and the hub did not give it ({_first_line(error)}); check the name and the network, "
+            f"'{model}' is no local folder, and the hub did not give it ({_reason(error)}); check the name and the network, "
             f"or use '{BUNDLED}' for the model in the package"
         ) from error
 
@@ -211,19 +235,25 @@ def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
                 f"write them out dense with a version of {method} that reads it, then prune the result"
             )
         raise SecateurError(f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result")
-    if any((raw.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")):
+    experts = [raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")]
+    if any(isinstance(count, int | float) and count > 1 for count in experts):
         raise SecateurError(f"{model}: '{kind}' is a mixture of experts, which is not supported; use a dense model")
     if any(key in raw for key in ("vision_config", "audio_config", "text_config", "speech_config")):
         raise SecateurError(f"{model}: '{kind}' is multimodal, which is not supported; use a text-only causal language model")
     if raw.get("is_encoder_decoder"):
         raise SecateurError(f"{model}: '{kind}' is an encoder-decoder, which is not supported; use a causal language model")
-    architectures = raw.get("architectures") or []
-    if architectures and not any(a.endswith(("ForCausalLM", "LMHeadModel", "Model")) for a in architectures):
-        raise SecateurError(f"{model}: {architectures[0]} is an encoder or a classifier, not a causal language model")
+    architectures = raw.get("architectures")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel", "Model")) for name in names):
+        raise SecateurError(f"{model}: {names[0]} is an encoder or a classifier, not a causal language model")
 
 
 def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read."""
+    """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read.
+
+    Raises:
+        SecateurError: there are none, they are damaged, or a weight is stored as something else than floating-point numbers.
+    """
     files = weight_files(folder, model)
     if not files:
         if packed_files(folder):
@@ -238,7 +268,13 @@ def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int
     for file in files:
         with _opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118  # not a dict: the handle has no iterator
-                found[name] = (file, tuple(handle.get_slice(name).get_shape()))
+                part = handle.get_slice(name)
+                found[name] = (file, tuple(part.get_shape()))
+                if part.get_dtype() not in _DTYPES and name.endswith((".weight", ".bias")):
+                    raise SecateurError(
+                        f"{file}: {name} is stored as {part.get_dtype()}, and weights are pruned in {', '.join(_DTYPES)}; "
+                        "use the original model, or write it out in one of these first"
+                    )
     return found
 
 
@@ -255,8 +291,13 @@ def weight_files(folder: Path, model: str) -> list[Path]:
     if not index_file.is_file():
         return []
     try:
-        names = sorted(set(json.loads(index_file.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        index = json.loads(index_file.read_text("utf-8"))
+        if not isinstance(index.get("metadata", {}), dict):
+            raise ValueError("its 'metadata' is no object, which transformers wants")
+        names = sorted(set(index["weight_map"].values()))
+        if wrong := [name for name in names if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_REASON or Path(name).name != name]:
+            raise ValueError(f"'{wrong[0]!s:.40}' is no name of a file beside it")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SecateurError(f"{index_file}: not an index of weights ({error}); download the model again") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
@@ -271,7 +312,7 @@ def _check_unknown(skeleton: PreTrainedModel, unused: set[str], model: str, igno
     unknown = sorted(name for name in unused - known if not any(pattern.search(name) for pattern in ignored))
     if not unknown:
         return
-    what = f"{model}: the files hold {len(unknown)} tensors that a {skeleton.config.model_type} model does not have, first {unknown[0]}"
+    what = f"{model}: the files hold {_count(unknown)} that a {skeleton.config.model_type} model does not have, first {unknown[0]}"
     if ignore:
         say(f"warning: {what}; they are left out")
         return
@@ -331,7 +372,7 @@ def _match(
         )
     if absent:
         raise SecateurError(
-            f"{model}: the files lack {len(absent)} tensors of a {skeleton.config.model_type} model, first {absent[0]}; "
+            f"{model}: the files lack {_count(absent)} of a {skeleton.config.model_type} model, first {absent[0]}; "
             "download the model again, or correct config.json if it is that of another one"
         )
     if wrong:
@@ -348,8 +389,14 @@ def _common_dtype(index: dict[str, tuple[Path, str]]) -> torch.dtype:
     return torch.float32
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _count(tensors: Sequence[str]) -> str:
+    return "1 tensor" if len(tensors) == 1 else f"{len(tensors)} tensors"
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line and not at length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
 # The Auto classes of transformers know the pruned models from here on.

@@ -7,6 +7,7 @@ blocks, and the pieces of the plan. It has no config.json until the end, so noth
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -17,12 +18,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.names import without_paths
+from secateur.core.progress import say
 from secateur.models.companions import copy_companions
 
 OWN_FOLDER = "secateur"  # of a checkpoint: the plan, which no other tool may take for weights
@@ -30,6 +33,7 @@ PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 PLAN_PATH = f"{OWN_FOLDER}/{PLAN}"
 _ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least")  # settings that plans of version 0.1 lack
 JOURNAL = "journal.json"
+_DIGEST = "digest"
 _PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
@@ -63,6 +67,7 @@ class CheckpointWriter:
             if difference is None:
                 with self.disk():
                     _write_whole(self.partial / JOURNAL, json.dumps(dict(settings), indent=1, default=str))
+                    _drop_damaged(self.partial)
                 return
             if not overwrite:
                 raise UsageError(f"--resume: the interrupted run in '{self.partial}' {difference}; give the same settings, or start again with --overwrite")
@@ -140,12 +145,42 @@ class CheckpointWriter:
 
 
 def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all; a digest of its content goes into its metadata, see `is_intact`."""
     temporary = file.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=dict(metadata or {}))
+    held, about = {name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata or {})
+    save_file(held, temporary, metadata={**about, _DIGEST: _digest(held, about)})
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     temporary.rename(file)
+
+
+def is_intact(file: Path) -> bool:
+    """Whether a file that `save_whole` wrote still holds what was written."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            about = dict(handle.metadata() or {})
+            digest = about.pop(_DIGEST, None)
+            return bool(digest == _digest({name: handle.get_tensor(name) for name in handle.keys()}, about))  # noqa: SIM118  # the handle has no iterator
+    except SafetensorError:
+        return False
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _drop_damaged(partial: Path) -> None:
+    """Remove what an interrupted run left and the disk did not keep: it is made again. A state and its parts go together."""
+    for file in sorted(partial.glob(f"{_PART}*.safetensors")):
+        if file.is_file() and not is_intact(file):
+            state = file.name.startswith(f"{_PART}learning")
+            say(f"'{file}' is damaged: it is made again")
+            for lost in partial.glob(f"{_PART}learning*") if state else [file]:
+                lost.unlink()
 
 
 @contextmanager
@@ -175,6 +210,8 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         if isinstance(had, dict) and isinstance(value, dict) and had.keys() == value.keys():
             if (inner := differing(had, value)) is not None:
                 return inner.replace("had ", f"had {key}.", 1)
+        elif had != value and key == "source":
+            return "started from other files of the model, which have changed since or been copied anew"
         elif had != value:
             return f"had {key} = {_short(had)}, this one has {_short(value)}"
     return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from secateur.models.family import CANONICAL, Family
+from secateur.models.family import CANONICAL, Family, is_pruned
 from secateur.models.runtime import SELECT_FORMS, is_index_map
 
 
@@ -115,8 +115,8 @@ def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
     """The sizes of block `index`, also of an already pruned model."""
     dense = getattr(config, family.heads)
     hidden = config.hidden_size
-    head_width = getattr(config, "head_dim", None) or hidden // dense
-    if getattr(config, "pruned_widths", None):
+    head_width = (getattr(config, "head_dim", None) if family.stock_heads else None) or hidden // dense
+    if is_pruned(config):
         widths = config.pruned_widths[index]
         residual = Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips", "readers") if name in widths)) if "attention" in widths else None
         return BlockDims(hidden, widths["heads"], widths["groups"], head_width, widths["ffn"], residual)

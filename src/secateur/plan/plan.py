@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,23 @@ from secateur.core.names import without_paths
 from secateur.models.save import PLAN, PLAN_TENSORS, plan_file
 
 FORMAT = 1
+# What every plan of a checkpoint has; of a plan on its own, what is there is of this kind.
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "method": str,
+    "options": dict,
+    "seed": int,
+    "sparsity": (int, float, NoneType),
+    "modules": (str, NoneType),
+    "pattern": (str, NoneType),
+    "calibration": (dict, NoneType),
+    "sparsity_measured": (int, float),
+    "pruning_ratio": (int, float),
+    "params_before": int,
+    "params_after": int,
+    "nonzero_after": int,
+    "blocks": list,
+}
 _AGAIN = "prune the original again, or copy the folder again"
 
 
@@ -315,6 +333,9 @@ def read_plan_json(folder: Path) -> dict[str, Any] | None:
         raise SecateurError(f"{file}: not a plan of secateur (it has no whole number as 'format'); {_AGAIN}")
     if content["format"] > FORMAT:
         raise SecateurError(f"{file} has format {content['format']}, this secateur knows {FORMAT}; use a newer one")
-    if lacking := [name for name in ("model", "method", "calibration", "blocks") if name not in content] if file.parent != folder else []:
-        raise SecateurError(f"{file}: a plan without '{lacking[0]}'; {_AGAIN}")
+    for name, allowed in _FIELDS.items():
+        if name in content and not isinstance(content[name], allowed):
+            raise SecateurError(f"{file}: '{name}' is a {type(content[name]).__name__}; {_AGAIN}")
+        if name not in content and file.parent != folder:
+            raise SecateurError(f"{file}: a plan without '{name}'; {_AGAIN}")
     return content

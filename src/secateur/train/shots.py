@@ -9,15 +9,13 @@ Shape letters: S windows, T tokens.
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward
@@ -25,7 +23,7 @@ from secateur.calibrate.kronecker import Factors
 from secateur.core.errors import HopelessError
 from secateur.core.memory import give_back
 from secateur.core.progress import say
-from secateur.models.save import disk
+from secateur.models.save import disk, save_whole
 from secateur.models.view import BlockView, ModelView, TensorSource
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
@@ -163,7 +161,8 @@ class Shots(ABC):
             self.overlay.changed.update(changed)
             return
         file = self.run.checkpoint.with_name(f"{self.run.checkpoint.stem}-{len(self.told) + 1:03}-{block.index:05}.safetensors")
-        _write(file, changed)
+        with disk(file.parent):
+            save_whole(file, changed)
         self.overlay.changed.update(dict.fromkeys(changed, file))
 
     def status(self) -> str:
@@ -184,7 +183,8 @@ class Shots(ABC):
         if (file := self.run.checkpoint) is None:
             return
         weights = {name: place.name for name, place in self.overlay.changed.items() if isinstance(place, Path)}
-        _write(file, self.kept(), {"told": json.dumps(self.told), "weights": json.dumps(weights)})
+        with disk(file.parent):
+            save_whole(file, self.kept(), {"told": json.dumps(self.told), "weights": json.dumps(weights)})
         for other in set(file.parent.glob(f"{file.stem}-*.safetensors")) - {file.with_name(name) for name in weights.values()}:
             other.unlink()
 
@@ -206,13 +206,3 @@ class Shots(ABC):
                 self.keep(name, handle.get_tensor(name))
             self.overlay.changed.update({name: file.with_name(place) for name, place in json.loads(handle.metadata()["weights"]).items()})
         say(f"going on after shot {len(self.told)}")
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    with disk(file.parent):
-        save_file(dict(tensors), temporary, metadata=metadata)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.rename(file)
