@@ -96,8 +96,8 @@ def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float], bool]]
         for entry in getattr(find_method(name).module, "DEMO", []):
             options: dict[str, Any] = dict(entry.get("options", {}))
             pattern = options.pop("pattern", None)
-            if effort.points is not None and "steps" in options:
-                options |= {"steps": effort.steps}
+            if effort.points is not None:
+                options |= find_method(name).quick
             request = api.Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
             requests.append((request, entry["sparsities"][: effort.points], bool(entry.get("heal"))))
     return requests

@@ -43,8 +43,7 @@ def _asked(pattern: str | None) -> dict[str, Any]:
 
 def _quick(method: str) -> dict[str, Any]:
     """The options that keep a method of many steps short."""
-    fields = find_method(method).options_class.__dataclass_fields__
-    return {name: value for name, value in (("steps", 2), ("shots", 1), ("unmet", "cut")) if name in fields}
+    return find_method(method).quick
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

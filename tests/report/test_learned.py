@@ -65,7 +65,7 @@ def test_variants_seeds_and_lambda_are_told_apart(study: list[Record]) -> None:
     found = learned.by_strength(runs)
     assert found is not None
     assert found[0] == 0.5
-    assert [(r.strength, r.row.ppl, r.missed) for r in found[1]] == [(1.0, 31.0, True), (6.0, 20.0, False), (8.0, 19.5, False)]
+    assert [(r.strength, r.row.ppl, r.missed) for r in found[1]] == [(1.0, 31.0, True), (DEFAULTS["strength"], 20.0, False), (8.0, 19.5, False)]
 
 
 def test_the_page_has_every_figure_and_the_papers_tables(study: list[Record], tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ class Method:
         return self.plan_model is not None and self.plan_block is None and (pattern is None or pattern.structured)
 
     @property
+    def quick(self) -> dict[str, Any]:
+        """The options that make a run short, whatever it is worth then: `QUICK` in its file."""
+        return dict(getattr(self.module, "QUICK", {}))
+
+    @property
     def may_change(self) -> tuple[str, ...]:
         """The options that may have another value where an interrupted run goes on before its first block: `MAY_CHANGE` in its file."""
         return getattr(self.module, "MAY_CHANGE", ())

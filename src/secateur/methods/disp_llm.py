@@ -44,6 +44,7 @@ CALIBRATION = "wikitext2"
 TRAINS = True  # a dry run does not know for how long
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
+QUICK = {"steps": 2, "unmet": "cut"}
 MAY_CHANGE = ("steps", "unmet")  # where an interrupted run goes on: the rate is constant, so more steps are the same run, longer
 UNMET = 0.02  # of all parameters that are counted: learning that ends further from its budget has not done what was asked
 

@@ -47,6 +47,7 @@ from secateur.train.shots import Shots
 from secateur.train.unit_shots import SPACES, UnitShots, removed_parameters
 from secateur.train.weight_shots import WeightShots
 
+QUICK = {"shots": 1}
 CALIBRATION = "wikitext2"
 GRADIENTS = True
 TRAINS = True
