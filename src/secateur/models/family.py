@@ -125,7 +125,7 @@ def all_families() -> dict[str, Family]:
 
 def is_pruned(config: PreTrainedConfig) -> bool:
     """Whether a configuration is one of `runtime`'s, with widths of its own for each block."""
-    return bool(config.model_type.startswith(PRUNED_PREFIX))
+    return bool(type(config).model_type.startswith(PRUNED_PREFIX))
 
 
 def find_family(config: PreTrainedConfig, source: str) -> Family:
