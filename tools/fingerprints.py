@@ -43,7 +43,7 @@ def cases() -> list[tuple[str, str | None]]:
 def request(model: str, method: str, pattern: str | None, calibration: str, **more: Any) -> api.Request:
     """A prune that takes moments."""
     sparsity = None if ":" in (pattern or "") else 0.5 if method != "llm_surgeon" else 0.3
-    return api.Request(model, method, sparsity=sparsity, pattern=pattern, calibration=calibration, options=find_method(method).quick, **more)
+    return api.Request(model, method, sparsity=sparsity, pattern=pattern, calibration=calibration, options=find_method(method).says.QUICK, **more)
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, str] | str]:

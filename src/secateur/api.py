@@ -21,7 +21,7 @@ from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
-from secateur.driver import make_job, pruned_blocks
+from secateur.driver import make_job, pruned_blocks, whole_model_plan
 from secateur.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
@@ -146,7 +146,9 @@ def plan(
     if job.streams:
         assert windows is not None
         stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)
-    blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, windows, stream, Stopwatch()))
+    watch = Stopwatch()
+    plans = whole_model_plan(job, windows, watch) if job.whole_model else None
+    blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, stream, watch, plans=plans))
     pattern = getattr(settings, "pattern", None)
     return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": pattern, **job.notes}, blocks)
 

@@ -83,7 +83,7 @@ def _study_modules(out: Path, effort: Effort) -> None:
 def _say_laws(out: Path) -> None:
     """The law of the representation dimension, for the methods that narrow it."""
     for name in method_names():
-        if find_method(name).plan_place is not None:
+        if find_method(name).says.plan_place is not None:
             law = api.predict([out], metric="ppl", where={"method": name})
             missed = f"misses points held out by {law['heldout_rmse']:.1%}; best: {law['best']}"
             say(f"law of {name}: ln PPL0 / ln PPL = {law['a']:.2f} s + {law['b']:.2f}, {missed}")
@@ -93,11 +93,11 @@ def demo_requests(effort: Effort) -> list[tuple[api.Request, list[float], bool]]
     """One sweep for each entry of each method's `DEMO`: {"options": {...}, "sparsities": [...], "heal": whether the last of them is healed}."""
     requests = []
     for name in method_names():
-        for entry in getattr(find_method(name).module, "DEMO", []):
+        for entry in find_method(name).says.DEMO:
             options: dict[str, Any] = dict(entry.get("options", {}))
             pattern = options.pop("pattern", None)
             if effort.points is not None:
-                options |= find_method(name).quick
+                options |= find_method(name).says.QUICK
             request = api.Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
             requests.append((request, entry["sparsities"][: effort.points], bool(entry.get("heal"))))
     return requests

@@ -26,7 +26,8 @@ from secateur.models.canonical import canonical_view
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan, Place
-from secateur.plan.rates import ALLOCATIONS, Rates, check_allocation, check_sparsity, resolve_rates
+from secateur.plan.quantity import Quantity
+from secateur.plan.rates import ALLOCATIONS, Rates, check_allocation, resolve_rates
 from secateur.plan.run import Run
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
@@ -63,9 +64,9 @@ class Job:
     labels: Tensor | None = None
 
     @property
-    def learns(self) -> bool:
-        """Whether parameters of the whole model are to be removed, wherever they are."""
-        return self.method.counts_parameters(self.options) and bool(self.sparsity)
+    def quantity(self) -> Quantity:
+        """What the sparsity is a fraction of."""
+        return self.method.quantity(self.options)
 
     @property
     def whole_model(self) -> bool:
@@ -75,17 +76,17 @@ class Job:
     @property
     def rotates(self) -> bool:
         """Whether the residual stream is rotated and narrowed."""
-        return self.view.dims(0).residual is not None and self.method.plan_place is not None
+        return self.view.dims(0).residual is not None and self.method.says.plan_place is not None
 
     @property
     def streams(self) -> bool:
         """Whether calibration tokens have to pass through the blocks."""
-        return self.rotates or (self.method.statistics is not None and not self.whole_model and any(self.rates))
+        return self.rotates or (self.method.says.STATISTICS is not None and not self.whole_model and any(self.rates))
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration tokens are needed at all."""
-        return self.streams or self.allocation is not None or (self.whole_model and self.method.module.CALIBRATION is not None)
+        return self.streams or self.allocation is not None or (self.whole_model and self.method.says.CALIBRATION is not None)
 
     @property
     def last(self) -> int:
@@ -115,62 +116,55 @@ def make_job(
         UsageError: a sparsity outside its range, or modules that do not go with the method.
         SecateurError: the method cannot do this model.
     """
-    if method.counts_parameters(options):
-        return _whole_job(view, method, options, sparsity, modules, seed)
-    if method.plan_place is None:
-        pattern = method.pattern(options) or parse_pattern("unstructured")
-        allocation = modules if modules in ALLOCATIONS else None
-        if allocation is not None:
-            check_allocation(allocation, sparsity, pattern)
-            if method.plan_block is None:
-                raise UsageError(f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; use --sparsity")
-        rates = resolve_rates(view, sparsity, None if allocation else modules, pattern)
-        return Job(view, method, options, rates, seed=seed, allocation=allocation if sparsity else None)
-    if modules is not None:
-        raise UsageError(f"--modules does not go with {method.name}: it narrows the residual stream, which all matrices share; use --sparsity")
-    if options.implied_sparsity:
-        if sparsity is not None:
-            raise UsageError(f"--sparsity does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
-    elif sparsity is None:
-        raise UsageError(f"{method.name} needs --sparsity S, --params-removed R, or --set energy=E")
-    sparsity = check_sparsity(sparsity or 0.0)
+    quantity = method.quantity(options)
+    if quantity.shared is None:
+        return _job_of_matrices(view, method, options, sparsity, modules, seed)
+    sparsity = quantity.check(method.name, sparsity, modules)
+    if method.says.check is not None:
+        method.says.check(view, sparsity, options)
+    rotates = method.says.plan_place is not None and sparsity != 0
     nothing: Rates = tuple({} for _ in range(view.blocks))
-    if sparsity == 0 and not options.implied_sparsity:
-        return Job(view, method, options, nothing, sparsity, seed)
-    method.module.width_after(view.config.hidden_size, sparsity, options)  # a width of 0 shows before the work
-    return Job(canonical_view(view, dtype), method, options, nothing, sparsity, seed)
+    return Job(canonical_view(view, dtype) if rotates else view, method, options, nothing, sparsity or 0.0, seed)
 
 
-def _whole_job(view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int) -> Job:
-    """Of a method whose sparsity is of the parameters of the whole model."""
-    if modules is not None:
-        raise UsageError(f"--modules does not go with {method.name}: it chooses among all parameters of the model; use --sparsity")
-    if sparsity is None:
-        raise UsageError(f"{method.name} needs --sparsity S, the fraction of the parameters of the whole model to remove")
-    if sparsity := check_sparsity(sparsity):
-        method.module.check(view, sparsity, options)
-    return Job(view, method, options, tuple({} for _ in range(view.blocks)), sparsity, seed)
+def _job_of_matrices(view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int) -> Job:
+    """A job in which each matrix has a sparsity of its own."""
+    pattern = method.pattern(options) or parse_pattern("unstructured")
+    allocation = modules if modules in ALLOCATIONS else None
+    if allocation is not None:
+        check_allocation(allocation, sparsity, pattern)
+        if method.says.plan_block is None:
+            raise UsageError(f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; use --sparsity")
+    rates = resolve_rates(view, sparsity, None if allocation else modules, pattern)
+    return Job(view, method, options, rates, seed=seed, allocation=allocation if sparsity else None)
 
 
 def pruned_blocks(
-    job: Job, windows: Tensor | None, stream: Stream | None, watch: Stopwatch, finished: Finished = lambda _: None
+    job: Job,
+    stream: Stream | None,
+    watch: Stopwatch,
+    finished: Finished = lambda _: None,
+    plans: Sequence[BlockPlan] | None = None,
 ) -> Iterator[tuple[BlockView, BlockPlan]]:
-    """Every block after its cut, with its plan, in order. A plan of the whole model is made before this returns.
+    """Every block after its cut, with its plan, in order.
 
     Args:
         job: what to do.
-        windows: the calibration token ids [S, T]; None where the method needs none.
-        stream: the same on their way through the blocks; None where `job.streams` is false.
+        stream: the calibration tokens on their way through the blocks; None where `job.streams` is false.
         watch: receives the seconds of `files`, `forward`, `statistics` and `selection`.
         finished: gives blocks that an interrupted run has already done: they are run, not pruned again.
+        plans: those of `whole_model_plan`, where `job.whole_model`.
 
     Raises:
         NotFiniteError: a weight or an input is not finite; the block and the matrix are named.
     """
+    if (notice := job.method.says.notice) is not None and job.sparsity and (line := notice(job.view, job.sparsity, job.options)):
+        say(line)
     if job.rotates:
         assert stream is not None
         return _rotated_blocks(job, stream, watch, finished)
-    return _cut_blocks(job, whole_model_plan(job, windows, watch) if job.whole_model else None, stream, watch, finished)
+    assert (plans is not None) == job.whole_model, "a method for the whole model has planned it"
+    return _cut_blocks(job, plans, stream, watch, finished)
 
 
 def _cut_blocks(
@@ -203,8 +197,6 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
     each half of a block runs once, and its second moment is summed as it goes by.
     """
     view, halves = job.view, len(job.view.family.norms)
-    if notice := job.method.module.rounding_notice(view.config.hidden_size, job.sparsity, job.options):
-        say(notice)
     enter: Place | None = None
     for index in range(view.blocks):
         done = finished(index)
@@ -215,11 +207,10 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
         if enter is None:
             enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch)
         places, run = {"enter": enter}, None
-        at_end = index == view.blocks - 1 and not job.options.slice_head
         for half, name in _HALVES[halves]:
             before = places["between"] if name == "leave" and halves == 2 else enter
-            if at_end and name == "leave":
-                places[name] = plan.places[name] if plan else job.method.module.last_place(before, job.options)
+            if name == "leave" and index == view.blocks - 1 and (last := _last_place(job, before)) is not None:
+                places[name] = plan.places[name] if plan else last
                 continue
             run = partial(stream.advance_half, block, half, _projection(before, stream))
             if plan:
@@ -242,9 +233,18 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
         give_back()  # before the next block is read
 
 
+def _last_place(job: Job, before: Place) -> Place | None:
+    """The place behind the last block, where the method does not choose it like the others."""
+    assert job.method.says.last_place is not None
+    return job.method.says.last_place(before, job.options)
+
+
 def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:
     """Run a part of the network, sum the second moment of the residual behind it, and let the method choose its directions."""
-    moment = job.method.module.new_moment(job.view.config.hidden_size, torch.device("cpu"), job.options)
+    says = job.method.says
+    assert says.plan_place is not None
+    assert says.new_moment is not None
+    moment = says.new_moment(job.view.config.hidden_size, torch.device("cpu"), job.options)
 
     def listen(x_ND: Tensor) -> None:
         with watch("statistics"):
@@ -257,9 +257,8 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
         raise NotFiniteError(
             f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
         )
-    assert job.method.plan_place is not None
     with watch("eigenproblems"):
-        place: Place = job.method.plan_place(moment, before, job.sparsity, job.options, job.seed)
+        place = says.plan_place(moment, before, job.sparsity or 0.0, job.options, job.seed)
     assert place.basis_DW is not None
     return replace(place, basis_DW=place.basis_DW.contiguous())
 
@@ -273,11 +272,10 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 
 def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     """The plans of all blocks, made at once."""
-    assert job.method.plan_model is not None
+    assert job.method.says.plan_model is not None
     run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes, job.spill, job.labels)
     with watch("selection"):
-        plans: Sequence[BlockPlan] = job.method.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
-    return plans
+        return job.method.says.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
 
 
 def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatch) -> BlockPlan:
@@ -286,19 +284,19 @@ def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatc
     statistics = None if stream is None else collect(job, block, stream, watch)
     if sum(tensor.nbytes for tensor in block.tensors.values()) > _LARGE_BYTES:
         give_back()  # what the forward freed is of sizes that the plan cannot use; a small block is planned faster in warm memory
-    assert job.method.plan_block is not None
+    assert job.method.says.plan_block is not None
     with watch("selection"):
-        plan: BlockPlan = job.method.plan_block(block, statistics, job.options)
-    return plan
+        return job.method.says.plan_block(block, statistics, job.options)
 
 
-def collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Statistics:
-    """The statistics of the matrices of a block that anything is asked of; the stream stays where it is."""
-    assert job.method.statistics is not None
+def collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Statistics[Any]:
+    """Collect the statistics of the matrices of a block that have a rate; the stream stays where it is."""
+    new_statistic = job.method.says.STATISTICS
+    assert new_statistic is not None
     family = block.family
     apart = block.dims.residual is not None and block.dims.residual.selected
     inputs = sorted({family.input_of(name, apart=apart) for name in block.rates})
-    collected = {name: job.method.statistics(block.dims.shape(name)[1], stream.device) for name in inputs}
+    collected = {name: new_statistic(block.dims.shape(name)[1], stream.device) for name in inputs}
 
     def listener(name: str) -> Callable[[Tensor], None]:
         def listen(x_NI: Tensor) -> None:

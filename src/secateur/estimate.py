@@ -43,10 +43,10 @@ def estimate(prepared: Prepared) -> Record:
 
 def _training_seconds(prepared: Prepared, tokens: int) -> float | None:
     job = prepared.job
-    if job.method.operations is None:
+    if job.method.says.operations is None:
         return None
     sparsity = job.sparsity or max(rate for rates in job.rates for rate in rates.values())
-    return round(forward_seconds(1, job.method.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype), 1)
+    return round(forward_seconds(1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype), 1)
 
 
 def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
@@ -56,12 +56,12 @@ def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: 
 
 def _differentiates(prepared: Prepared) -> bool:
     """Whether gradients of the loss are carried back through the blocks."""
-    return prepared.job.whole_model and prepared.job.method.gradients
+    return prepared.job.whole_model and prepared.job.method.says.GRADIENTS
 
 
 def _trains(prepared: Prepared) -> bool:
     """Whether time and memory depend on options of the method that nothing here knows."""
-    return prepared.job.whole_model and prepared.job.method.trains
+    return prepared.job.whole_model and prepared.job.method.says.TRAINS
 
 
 def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[tuple[int, int], float]]:

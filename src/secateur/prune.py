@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,33 +19,23 @@ from secateur.calibrate.data import TASK, calibration_facts, check_ids, check_sp
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.distributed import on_first, processes, rank, size
+from secateur.core.distributed import on_first, processes, rank
 from secateur.core.errors import HopelessError, UsageError
 from secateur.core.memory import give_back
-from secateur.core.progress import say, track
+from secateur.core.progress import launched, say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_outer, dims_after, family_after
 from secateur.driver import Job, check_finite, make_job, pruned_blocks, whole_model_plan
 from secateur.evaluate.tasks import task_text
-from secateur.methods import Method, find_method
+from secateur.methods import Method, find_method, method_names
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
 from secateur.models.save import PLAN_PATH, CheckpointWriter, clean, differing_from_plan, disk, is_finished, refuse_inside, same_run
-from secateur.models.view import BlockDims, BlockView, ModelView, Residual
-from secateur.plan.allocate import removed_blocks, units_left
-from secateur.plan.budget import (
-    dims_parameters,
-    find_dropped,
-    find_heads,
-    find_sliced,
-    find_sparsity,
-    mean_block,
-    parameters_left,
-    sliced_parameters,
-)
+from secateur.models.view import BlockDims, BlockView, ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan, plan_json, read_plan_json
+from secateur.plan.quantity import Counts, Subject, words_of
 
 OFF = 0.01  # a pruning ratio that is further from the one asked for is said
 _ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix
@@ -113,9 +103,14 @@ class Prepared:
     seqlen: int
 
     @property
+    def subject(self) -> Subject:
+        """The model as it is, and how it is pruned."""
+        return _subject(self.checkpoint.view(), self.job.method, self.job.options, self.request.modules)
+
+    @property
     def calibration(self) -> str | None:
         """The text SPEC, None where the method needs no calibration."""
-        own = self.job.method.module.CALIBRATION or ("c4" if self.job.allocation else None)
+        own = self.job.method.says.CALIBRATION or ("c4" if self.job.allocation else None)
         if own is None or not (self.job.rotates or self.job.whole_model or any(self.job.rates)):
             return None
         default = "builtin" if self.request.model == BUNDLED else own
@@ -132,7 +127,7 @@ def prepare(request: Request) -> Prepared:
     method = find_method(request.method)
     options = method.options(_options(request))
     pattern = method.pattern(options)
-    samples = getattr(method.module, "SAMPLES", 128) if request.samples is None else request.samples
+    samples = method.says.SAMPLES if request.samples is None else request.samples
     if samples < 1:
         raise UsageError(f"--samples {samples}: at least one window is needed")
     if request.calibration is not None:
@@ -141,10 +136,10 @@ def prepare(request: Request) -> Prepared:
         raise UsageError(f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME")
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
-    sparsity = _sparsity(request, view, pattern, method, options)
+    sparsity = _sparsity(request, view, method, options)
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
-    seqlen = min(getattr(method.module, "SEQLEN", 2048), checkpoint.max_length()) if request.seqlen is None else request.seqlen
+    seqlen = min(method.says.SEQLEN, checkpoint.max_length()) if request.seqlen is None else request.seqlen
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
@@ -158,48 +153,35 @@ def _options(request: Request) -> dict[str, Any]:
     return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
 
 
-def _sparsity(request: Request, view: ModelView, pattern: Pattern | None, method: Method, options: Any) -> float | None:
-    wanted, at_least = request.params_removed, request.at_least
+def _subject(view: ModelView, method: Method, options: Any, modules: str | None) -> Subject:
+    """The model and how it is pruned, for the quantity that the sparsity counts."""
+    sizes_left = method.says.sizes_left
+    return Subject(
+        view,
+        method.name,
+        method.pattern(options) or parse_pattern("unstructured"),
+        modules,
+        ranked=method.whole_model(options),
+        sizes_left=(lambda _: None) if sizes_left is None else partial(sizes_left, view, options),
+    )
+
+
+def _sparsity(request: Request, view: ModelView, method: Method, options: Any) -> float | None:
+    """The sparsity that is asked for, or that `--params-removed` takes."""
+    wanted, pattern = request.params_removed, method.pattern(options)
     if wanted is None:
-        if at_least:
+        if request.at_least:
             raise UsageError("--at-least belongs to --params-removed R: add it")
         return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
     if request.sparsity is not None:
         raise UsageError("give --sparsity or --params-removed, not both")
-    if getattr(options, "whole_model", False):
-        raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
-    if method.removes == "blocks":
-        return find_dropped(view, wanted, at_least=at_least)
-    if method.removes == "heads":
-        return find_heads(view, wanted, partial(method.module.dims_left, view, options), at_least=at_least)
-    if method.counts_parameters(options):
-        return wanted
-    if method.plan_place is not None:
-        if options.implied_sparsity:
-            raise UsageError(f"--params-removed does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
-        return find_sliced(view, wanted, partial(_residuals, view, method, options), at_least=at_least)
-    assert pattern is not None
-    return find_sparsity(view, pattern, request.modules, wanted, at_least=at_least)
-
-
-def _residuals(view: ModelView, method: Method, options: Any, sparsity: float) -> list[Residual]:
-    """The widths of the residual stream in all blocks at a sparsity."""
-    found: list[Residual] = method.module.residuals(view.config.hidden_size, view.blocks, view.family.parallel, sparsity, options)
-    return found
+    subject = _subject(view, method, options, request.modules)
+    return method.quantity(options).sparsity_for(subject, wanted, request.at_least)
 
 
 def parameters_expected(prepared: Prepared) -> int | None:
-    """All parameters of the result, from shapes alone; None where widths follow from the text."""
-    view, job = prepared.job.view, prepared.job
-    if job.rotates:
-        return None if job.options.implied_sparsity else sliced_parameters(view, _residuals(view, job.method, job.options, job.sparsity or 0.0))
-    if job.learns and job.method.removes == "blocks":
-        return round(view.parameters() - removed_blocks(job.sparsity or 0.0, view.blocks) * mean_block(view))
-    if job.learns and job.method.removes == "heads":
-        return dims_parameters(view, job.method.module.dims_left(view, job.options, job.sparsity))
-    if job.learns:
-        return round((1 - (job.sparsity or 0.0)) * view.parameters())
-    return parameters_left(view, job.rates) if prepared.pattern is not None and prepared.pattern.structured else view.parameters()
+    """All parameters of the result, from shapes alone; None where the text decides them."""
+    return prepared.job.quantity.parameters(prepared.subject, prepared.sparsity)
 
 
 def say_expected(prepared: Prepared) -> bool:
@@ -223,26 +205,38 @@ def say_expected(prepared: Prepared) -> bool:
 
 def _instead(prepared: Prepared) -> str:
     """What it takes to remove the share of the parameters that a sparsity of the residual width may be taken for."""
-    view, job, wanted = prepared.checkpoint.view(), prepared.job, round(prepared.sparsity or 0.0, 3)
+    wanted = round(prepared.sparsity or 0.0, 3)
     try:
-        sparsity = find_sliced(view, wanted, partial(_residuals, view, job.method, job.options))
+        sparsity = prepared.job.quantity.sparsity_for(prepared.subject, wanted, False)
     except UsageError:
         return ""
     return f"; --params-removed {wanted:g} would take sparsity {sparsity:.3g}"
 
 
 def _check_stock(prepared: Prepared) -> None:
-    """Refuse before the work what shapes alone tell."""
-    view = prepared.job.view
-    if prepared.job.learns and prepared.job.method.removes != "blocks":
-        raise UsageError(f"--stock-only: {prepared.job.method.name} gives every block its own widths, which no stock architecture has; use another method")
-    if prepared.job.whole_model and prepared.pattern is not None and prepared.pattern.structured:
-        raise UsageError("--stock-only: ranking all blocks together gives every block its own widths, which no stock architecture has; use scope=block")
-    dims = [view.dims(index) for index in range(view.blocks)]
-    if prepared.pattern is not None and prepared.pattern.structured:
-        dims = [units_left(d, rate) for d, rate in zip(dims, prepared.job.rates, strict=True)]
-    if problem := stock_problem(view.raw_config, view.family, dims):
+    """Refuse before the work where no result, or none of these sizes, is a stock model.
+
+    Where only the choice tells the sizes, `_check_stock_plans` looks again once the plans are made.
+    """
+    job, view = prepared.job, prepared.checkpoint.view()
+    never = job.method.says.never_stock
+    if never is not None and prepared.sparsity and (reason := never(job.options)):
+        raise UsageError(f"--stock-only: {job.method.name}: {reason}, which no stock architecture has; use another method")
+    sizes = job.quantity.sizes(prepared.subject, prepared.sparsity)
+    if job.rotates:
+        sizes = [job.view.dims(index) for index in range(view.blocks)]
+    if sizes is not None and (problem := stock_problem(view.raw_config, view.family, sizes)):
         raise UsageError(f"--stock-only: {problem}; nothing was written")
+
+
+def _check_stock_plans(prepared: Prepared, plans: Sequence[BlockPlan]) -> None:
+    """Refuse plans of the whole model that do not give a stock model, before anything is cut."""
+    view = prepared.job.view
+    kept = [plan for plan in plans if not plan.dropped]
+    sizes = [dims_after(view.dims(plan.index), plan) for plan in kept]
+    raw = drop_blocks(view.raw_config, view.config, [plan.index for plan in kept])
+    if problem := stock_problem(raw, view.family, sizes):
+        raise HopelessError(f"--stock-only: {problem}; nothing was written")
 
 
 def read_windows(prepared: Prepared) -> Tensor | None:
@@ -280,13 +274,12 @@ def _labelled_of(
     return windows, labels
 
 
-@processes()
 def prune(
     request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None, states: Path | None = None
 ) -> records.Record:
     """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
 
-    Started by torchrun, a method that learns does so in all processes together; the first writes, and the others return an empty record.
+    Started by torchrun, a method that says SHARDS shares its work among the processes; the first writes, and the others return an empty record.
 
     Args:
         request: what to do.
@@ -300,12 +293,17 @@ def prune(
     Raises:
         UsageError, SecateurError: nothing that looks like a result is left behind.
     """
+    _refuse_processes(request)
+    with processes():
+        return _prune(request, out, resume, overwrite, records_file, states)
+
+
+def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None) -> records.Record:
     started = time.perf_counter()
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
     finished = is_finished(out, resume=resume, overwrite=overwrite)
     prepared = prepare(request)
-    _refuse_together(prepared)
     refuse_out(out, prepared.checkpoint, prepared.calibration, records_file)
     watch = Stopwatch()
     with watch("text"):
@@ -403,12 +401,21 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
     return record
 
 
-def _refuse_together(prepared: Prepared) -> None:
-    """What several processes cannot do together."""
-    if size() > 1 and not prepared.job.learns:
-        raise UsageError(f"torchrun: {prepared.job.method.name} works in one process, at this sparsity; start it without torchrun")
-    if size() > 1 and prepared.device.index is not None:
-        raise UsageError(f"torchrun: --device {prepared.device} is one device for {size()} processes; use --device {prepared.device.type}")
+def _refuse_processes(request: Request) -> None:
+    """Refuse before any work what the processes of torchrun cannot do together.
+
+    Raises:
+        UsageError: the method, or this sparsity, is for one process; or one device is named for all.
+    """
+    if not launched():
+        return
+    if not find_method(request.method).says.SHARDS:
+        together = ", ".join(name for name in method_names() if find_method(name).says.SHARDS)
+        raise UsageError(f"torchrun: {request.method} works in one process (several can share: {together}); start it without torchrun")
+    if request.sparsity == 0:
+        raise UsageError("torchrun: --sparsity 0 leaves nothing to share among processes; start it without torchrun")
+    if ":" in request.device:
+        raise UsageError(f"torchrun: --device {request.device} is one device for all processes; use --device {request.device.partition(':')[0]}")
 
 
 def _writer(
@@ -416,7 +423,7 @@ def _writer(
 ) -> tuple[CheckpointWriter, int]:
     """What writes the result, and the size of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
-    streams, differentiates = prepared.job.streams, prepared.job.whole_model and prepared.job.method.gradients
+    streams, differentiates = prepared.job.streams, prepared.job.whole_model and prepared.job.method.says.GRADIENTS
     kept = (view.blocks + 1 if differentiates else 1) * windows.numel() if windows is not None and (streams or differentiates) else 0
     buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
@@ -426,7 +433,7 @@ def _writer(
         resume=resume,
         overwrite=overwrite,
         needed=needed,
-        may_change=prepared.job.method.may_change,
+        may_change=prepared.job.method.says.MAY_CHANGE,
     ), buffer
 
 
@@ -453,11 +460,12 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
     weights = _write_outer(prepared, writer, watch, totals) + [_block_part(index) for index in totals.kept]
     raw = drop_blocks(view.raw_config, view.config, totals.kept)
     problem = stock_problem(raw, view.family, totals.dims)
-    assert not (problem and prepared.request.stock_only), "prepare has refused it"
+    assert not (problem and prepared.request.stock_only), "--stock-only has refused it"
     facts = _facts(prepared, totals)
     with watch("files"):
         config = pruned_config(raw, view.family, totals.dims, stock=problem is None)
-        files = {"README.md": card.model_card(checkpoint, settings, facts, problem), PLAN_PATH: plan_json({**settings, **facts}, totals.summaries)}
+        words = card.model_card(checkpoint, settings, facts, problem, words_of(facts["sparsity_of"]))
+        files = {"README.md": words, PLAN_PATH: plan_json({**settings, **facts}, totals.summaries)}
         if problem:
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
         writer.finish(weights, [_plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
@@ -527,6 +535,9 @@ def _end(plan: BlockPlan, name: str) -> BlockPlan:
 def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> _Totals:
     job = replace(prepared.job, checkpoint=prepared.job.checkpoint or writer.part(_LEARNING), spill=writer.scratch if prepared.request.spill else None)
     view, rates = job.view, job.rates
+    plans = whole_model_plan(job, windows, watch) if job.whole_model else None
+    if plans is not None and prepared.request.stock_only:
+        _check_stock_plans(prepared, plans)
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
         if not writer.has(_plan_part(index)) or not (writer.has(_block_part(index)) or writer.read_note(_plan_part(index)).get("dropped")):
@@ -540,7 +551,7 @@ def _write_blocks(prepared: Prepared, windows: Tensor | None, writer: Checkpoint
         return BlockView(family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]), plan
 
     totals = _Totals()
-    for block, plan in track(pruned_blocks(job, windows, stream, watch, finished), f"{job.method.name}: blocks", view.blocks):
+    for block, plan in track(pruned_blocks(job, stream, watch, finished, plans), f"{job.method.name}: blocks", view.blocks):
         with watch("files"):
             part = _block_part(block.index)
             if not (writer.has(part) and writer.has(_plan_part(block.index))):
@@ -627,32 +638,20 @@ def identity(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([checkpoint.raw_config, facts]).encode()).hexdigest()
 
 
-def _share_gone(view: ModelView, totals: _Totals, what: str) -> float:
-    """Of parameters, of query heads, or of blocks."""
-    if what == "blocks":
-        return 1 - len(totals.kept) / view.blocks
-    if what == "heads":
-        return 1 - sum(dims.heads for dims in totals.dims) / sum(view.dims(index).heads for index in range(view.blocks))
-    return 1 - totals.parameters / view.parameters()
-
-
-def _quantity(prepared: Prepared) -> str:
-    """What the sparsity is a fraction of: a key of `card.QUANTITIES`."""
-    method = prepared.job.method
-    if method.plan_place is not None:
-        return "width"
-    if method.counts_parameters(prepared.job.options):
-        return method.removes
-    return "units" if prepared.pattern is not None and prepared.pattern.structured else "weights"
-
-
 def _facts(prepared: Prepared, totals: _Totals) -> dict[str, Any]:
-    view = prepared.checkpoint.view()
+    view, quantity = prepared.checkpoint.view(), prepared.job.quantity
     before, matrices = view.parameters(), view.matrix_parameters()
-    targeted = totals.removed / totals.targeted if totals.targeted else 0.0
+    heads = sum(view.dims(index).heads for index in range(view.blocks))
+    counts = Counts(
+        totals.targeted,
+        totals.removed,
+        parameters=(before, totals.parameters),
+        heads=(heads, sum(dims.heads for dims in totals.dims)),
+        blocks=(view.blocks, len(totals.kept)),
+    )
     return {
-        "sparsity_of": _quantity(prepared),
-        "sparsity_measured": _share_gone(view, totals, prepared.job.method.removes) if prepared.job.learns else targeted,
+        "sparsity_of": quantity.name,
+        "sparsity_measured": quantity.share_gone(counts),
         "pruning_ratio": 1 - totals.parameters / before,
         "pruning_ratio_blocks": 1 - totals.matrices / matrices,
         "params_before": before,

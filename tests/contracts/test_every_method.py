@@ -43,7 +43,7 @@ def _asked(pattern: str | None) -> dict[str, Any]:
 
 def _quick(method: str) -> dict[str, Any]:
     """The options that keep a method of many steps short."""
-    return find_method(method).quick
+    return find_method(method).says.QUICK
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -56,3 +56,17 @@ def test_two_processes_write_the_bytes_of_one(saved: Callable[..., Path], ids_fi
     assert json.loads(line)["params_after"] == record["params_after"]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_torchrun_is_refused_in_one_line_without_a_traceback_of_ours(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = saved("llama")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur.cli"]
+    asked = ["prune", dense, "--method", "llm_surgeon", "--set", "shots=2", "--sparsity", 0.1, "--calibration", ids_file]
+    done = subprocess.run([*launcher, *map(str, asked), "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    ours, _, of_the_launcher = done.stderr.partition("torch/distributed/")
+    assert ours.count("error: torchrun: llm_surgeon works in one process") == 1
+    assert "Traceback" not in ours
+    assert "secateur/" not in of_the_launcher  # it reports that processes ended, and shows no frame of this package
+    assert not list(tmp_path.glob("*out*"))

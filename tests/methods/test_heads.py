@@ -172,3 +172,21 @@ def test_gradients_that_are_all_zero_are_refused(windows: Tensor) -> None:
     model.lm_head.weight.data.zero_()
     with pytest.raises(api.SecateurError, match="heads: all gradients are zero"):
         api.plan(model, "heads", windows, sparsity=0.5)
+
+
+def test_stock_only_takes_heads_of_equal_number_and_refuses_others(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = api.Request(str(saved("llama")), "heads", sparsity=0.5, calibration=ids_file, stock_only=True)
+
+    def importance(of_groups: list[list[float]]) -> None:
+        scores = [torch.tensor([row], dtype=torch.float64) for row in of_groups]
+        monkeypatch.setattr(heads, "head_importance", lambda *_: scores)
+
+    importance([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])  # of each block one of two key-value heads goes
+    assert api.prune(request, tmp_path / "out")["stock"] is True
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+    importance([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+    with pytest.raises(api.SecateurError, match="--stock-only: the widths differ from block to block"):
+        api.prune(replace(request, sparsity=0.34), tmp_path / "no")
+    assert not list(tmp_path.glob("*no*"))

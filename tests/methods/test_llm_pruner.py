@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from secateur import api
 from secateur.calibrate.data import IGNORE
@@ -23,7 +24,10 @@ from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.view import ModelView
 from secateur.plan.allocate import MEMBERS
+from secateur.plan.budget import parameters_left
+from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
+from secateur.plan.rates import resolve_rates
 from secateur.plan.run import Run
 from secateur.train.structures import SELECTIONS
 from tests.tiny import MODEL_TYPES, tiny_model
@@ -370,7 +374,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.9, "options": {"mode": "channel"}}, r"--sparsity 0.9 would empty the blocks: .* use --sparsity 0\.\d+ or less"),
     ({"sparsity": 0.5, "options": {"mode": "channel", "keep_last": "0"}}, r"keep_last does not go with mode=channel"),
     ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with llm_pruner"),
-    ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: llm_pruner"),
+    ({"sparsity": 0.2, "options": {"mode": "channel"}, "stock_only": True}, r"--stock-only: llm_pruner: its blocks read"),
 ]
 
 
@@ -392,3 +396,15 @@ def test_gradients_that_say_nothing_are_refused(windows: Tensor, saved: Callable
     model.lm_head.weight.data.zero_()
     with pytest.raises(api.SecateurError, match="all gradients are zero"):
         api.plan(model, "llm_pruner", windows, sparsity=0.3)
+
+
+def test_stock_only_takes_widths_that_agree_and_refuses_others(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = saved("llama")
+    view = api.prepare(api.Request(str(dense), "magnitude", sparsity=0.5)).job.view
+    half = parameters_left(view, resolve_rates(view, 0.5, None, parse_pattern("rows")))  # of each space of each block
+    request = api.Request(str(dense), "llm_pruner", sparsity=1 - half / view.parameters() - 1e-9, calibration=ids_file, stock_only=True)
+    assert api.prune(request, tmp_path / "out")["stock"] is True
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+    with pytest.raises(api.SecateurError, match="--stock-only: the widths differ from block to block"):
+        api.prune(replace(request, options={"keep_first": 1, "keep_last": 0}), tmp_path / "no")
+    assert not list(tmp_path.glob("*no*"))

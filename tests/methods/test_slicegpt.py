@@ -59,7 +59,7 @@ def rotated_at_full_width(model: PreTrainedModel, windows: Tensor, **options: An
     settings = METHOD.options({"orientation": "random", **options})
     job = Job(view, METHOD, settings, ({},) * view.blocks, sparsity=0.0, seed=4)
     stream = Stream(view, windows, device=torch.device("cpu"), dtype=model.dtype)
-    plan = Plan({}, tuple(block_plan for _, block_plan in pruned_blocks(job, None, stream, Stopwatch())))
+    plan = Plan({}, tuple(block_plan for _, block_plan in pruned_blocks(job, stream, Stopwatch())))
     sliced = api.cut(model, plan)
     basis_DW = plan.blocks[1].places["enter"].basis_DW
     assert basis_DW is not None
@@ -408,7 +408,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "modules": "mlp=0.5"}, "--modules does not go with slicegpt"),
     ({"sparsity": 0.5, "pattern": "2:4"}, "unknown option of slicegpt 'pattern'"),
     ({"sparsity": 0.5, "options": {"energy": 0.9}}, "--sparsity does not go with --set energy=0.9"),
-    ({"params_removed": 0.5, "options": {"energy": 0.9}}, "--params-removed does not go with --set energy=0.9"),
+    ({"params_removed": 0.5, "options": {"energy": 0.9}}, "--params-removed does not go with these options of slicegpt: the text decides the widths"),
     ({"params_removed": 0.95}, "narrowing the residual stream can remove at most"),
     ({}, "needs --sparsity S, --params-removed R, or --set energy=E"),
     ({"sparsity": 1.0}, "sparsity 1 is outside"),

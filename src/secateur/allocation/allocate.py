@@ -144,14 +144,15 @@ def _by_outliers(job: Job, windows: Tensor) -> Allocation:
     for index in track(range(view.blocks), "owl: blocks"):
         block = view.block(index, job.rates[index])
         statistics = collect(wanda, block, stream, watch)
-        scores = [(at_least_float32(block.matrix(n)).abs() * statistics[n].norm_I.to(torch.float32).cpu()).flatten() for n in block.rates]  # type: ignore[attr-defined]
+        scores = [(at_least_float32(block.matrix(n)).abs() * statistics[n].norm_I.to(torch.float32).cpu()).flatten() for n in block.rates]
         score_N = torch.cat(scores)
         share_L[index] = (score_N > OUTLIER * score_N.mean()).double().mean()
         stream.advance(block)
     span = share_L.max() - share_L.min()
     above_L = 2 * SPREAD * (share_L - share_L.min()) / span if span > 0 else torch.zeros_like(share_L)
     change = (above_L - above_L.mean()).tolist()
-    rates = balanced(view, job.rates, change, by_rows=getattr(job.options, "scope", "matrix") == "row")
+    by_rows = job.method.says.by_rows
+    rates = balanced(view, job.rates, change, by_rows=by_rows is not None and by_rows(job.options))
     return Allocation(rates, {"name": "owl", "rates": [dict(r) for r in rates], "outliers": share_L.tolist(), "threshold": OUTLIER, "spread": SPREAD})
 
 

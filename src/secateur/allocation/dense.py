@@ -47,15 +47,15 @@ class DenseModel:
         self._windows = windows
 
     @cached_property
-    def statistics(self) -> list[Statistics | None]:
+    def statistics(self) -> list[Statistics[Any] | None]:
         """Of the dense model, a block each; collected when they are first needed."""
         return _dense_statistics(self.job, self._windows)
 
     def cut(self, index: int, rates: Mapping[str, float]) -> tuple[BlockView, BlockPlan]:
         """One block pruned at these rates, and its plan; the model stays as it is."""
         block = self.job.view.block(index, rates)
-        assert self.job.method.plan_block is not None
-        plan: BlockPlan = self.job.method.plan_block(block, self.statistics[index], self.job.options)
+        assert self.job.method.says.plan_block is not None
+        plan = self.job.method.says.plan_block(block, self.statistics[index], self.job.options)
         return cut_block(block, plan), plan
 
     def put(self, block: BlockView, names: Iterable[str]) -> None:
@@ -142,9 +142,9 @@ class _Known(nn.Module):
         return self.hidden
 
 
-def _dense_statistics(job: Job, windows: Tensor | None) -> list[Statistics | None]:
+def _dense_statistics(job: Job, windows: Tensor | None) -> list[Statistics[Any] | None]:
     view = job.view
-    if windows is None or job.method.statistics is None:
+    if windows is None or job.method.says.STATISTICS is None:
         return [None] * view.blocks
     watch, found = Stopwatch(), []
     stream = Stream(view, windows, device=job.device, dtype=job.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ class Statistic(Protocol):
 
     def finite(self) -> bool:
         """Whether no NaN or infinity has been added."""
+
+
+S = TypeVar("S", bound=Statistic)
 
 
 class InputNorm:
@@ -96,14 +99,14 @@ class SecondMoment:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(Generic[S]):
     """The statistics of one block. `statistics["k"]` is that of the input of k, which q and v share. `apart`: see `Family.input_of`."""
 
     family: Family
-    of_input: Mapping[str, Statistic]
+    of_input: Mapping[str, S]
     apart: bool = False
 
-    def __getitem__(self, name: str) -> Statistic:
+    def __getitem__(self, name: str) -> S:
         return self.of_input[self.family.input_of(name, apart=self.apart)]
 
     def check_finite(self, block: int) -> None:

@@ -33,6 +33,7 @@ from secateur.models.pruned_config import stock_problem
 from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, CheckpointWriter, differing, differing_from_plan, is_finished, plan_file, same_run
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
+from secateur.plan.quantity import words_of
 from secateur.prune import identity, refuse_out, windows_of
 
 _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
@@ -335,7 +336,10 @@ def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> d
     """The plan and the card: what the pruning said, and the healing."""
     plan = {**prepared.plan, **facts}
     content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
-    return {"README.md": card.model_card(prepared.checkpoint, plan, plan, problem), PLAN_PATH: plan_json(content, plan["blocks"])}
+    return {
+        "README.md": card.model_card(prepared.checkpoint, plan, plan, problem, words_of(plan.get("sparsity_of"))),
+        PLAN_PATH: plan_json(content, plan["blocks"]),
+    }
 
 
 def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:

@@ -1,15 +1,7 @@
-"""The pruning methods: one file each, found by name. `--method wanda` is `methods/wanda.py`.
+"""The pruning methods, found by name. `--method wanda` is `methods/wanda.py`, or the folder `methods/wanda/`.
 
-A method is a module with one frozen dataclass (its options) and one of three functions:
-
-    plan_block(block, statistics, options) -> BlockPlan     the blocks are streamed, each cut before the next is calibrated
-    plan_place(moment, before, sparsity, options, seed)     the same, for what narrows the residual stream: one Place of it at a time
-    plan_model(view, data, options, run) -> BlockPlans      the whole model is needed at once; data is token ids [S, T], or None; run is
-                                                            `plan.run.Run`: the seed, where to compute, how much to remove of the whole
-
-It says with `CALIBRATION` which text its paper calibrates with (None: it needs no tokens), with `SAMPLES` and `SEQLEN` how much of it, with
-`STATISTICS` what to collect for each distinct input of a block, and with `DEMO` what `secateur demo` shows of it. Other packages add methods by the
-entry point `secateur.methods`.
+What such a module must say and may say is written down in `methods/contract.py`. Other packages add methods by the entry point
+`secateur.methods`.
 """
 
 from __future__ import annotations
@@ -18,93 +10,49 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
-from secateur.calibrate.statistics import NewStatistic
 from secateur.core.errors import UsageError, unknown
+from secateur.methods.contract import Says, read_contract
 from secateur.plan.pattern import Pattern, parse_pattern
+from secateur.plan.quantity import UNITS, WEIGHTS, Quantity
+
+_NO_METHODS = ("contract",)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the driver sees it."""
+    """A method as the driver sees it: its module, its options, and what it says (`contract.Says`)."""
 
     name: str
     module: ModuleType
     options_class: type[Any]
-
-    @property
-    def statistics(self) -> NewStatistic | None:
-        """What to collect for each distinct input, None for a method that needs no tokens."""
-        return getattr(self.module, "STATISTICS", None)
-
-    @property
-    def plan_block(self) -> Callable[..., Any] | None:
-        """The function that plans one block."""
-        return getattr(self.module, "plan_block", None)
-
-    @property
-    def plan_place(self) -> Callable[..., Any] | None:
-        """The function that plans one place of the residual stream; its module has more of them, see `slicegpt`."""
-        return getattr(self.module, "plan_place", None)
-
-    @property
-    def plan_model(self) -> Callable[..., Any] | None:
-        """The function that plans the whole model at once."""
-        return getattr(self.module, "plan_model", None)
+    says: Says
 
     def pattern(self, options: Any) -> Pattern | None:
         """What its options say of it, None where it has no such option."""
         return parse_pattern(options.pattern) if hasattr(options, "pattern") else None
 
+    def quantity(self, options: Any) -> Quantity:
+        """What its sparsity is a fraction of."""
+        pattern = self.pattern(options)
+        if pattern is not None and not pattern.structured:
+            return WEIGHTS
+        return self.says.REMOVES or (WEIGHTS if pattern is None else UNITS)
+
     def whole_model(self, options: Any) -> bool:
         """Whether it plans all blocks at once: it can do nothing else, or its options say so."""
-        return self.plan_model is not None and (self.plan_block is None or bool(getattr(options, "whole_model", False)))
+        both = self.says.plan_block is not None
+        return self.says.plan_model is not None and (not both or bool(getattr(options, "whole_model", False)))
 
     def gradual(self, options: Any) -> bool:
-        """Whether a lower sparsity is a stop on its way to a higher one, which may go on from the same `run.checkpoint`: `gradual` in its file."""
-        return hasattr(self.module, "gradual") and bool(self.module.gradual(options))
-
-    def counts_parameters(self, options: Any) -> bool:
-        """Whether its sparsity is of the parameters of the whole model: it plans that alone, and not matrix by matrix. Zeroes are always of matrices."""
-        pattern = self.pattern(options)
-        return self.plan_model is not None and self.plan_block is None and (pattern is None or pattern.structured)
-
-    @property
-    def quick(self) -> dict[str, Any]:
-        """The options that make a run short, whatever it is worth then: `QUICK` in its file."""
-        return dict(getattr(self.module, "QUICK", {}))
-
-    @property
-    def may_change(self) -> tuple[str, ...]:
-        """The options that may have another value where an interrupted run goes on before its first block: `MAY_CHANGE` in its file."""
-        return getattr(self.module, "MAY_CHANGE", ())
-
-    @property
-    def removes(self) -> str:
-        """What that sparsity is a fraction of, where it is not parameters: `REMOVES` in its file."""
-        return getattr(self.module, "REMOVES", "parameters")
-
-    @property
-    def gradients(self) -> bool:
-        """Whether it takes gradients of the loss from `calibrate/backward.py`: `GRADIENTS` in its file."""
-        return getattr(self.module, "GRADIENTS", False)
-
-    @property
-    def operations(self) -> Callable[..., float] | None:
-        """The function of its file, of a method that trains, that says about how many multiplications a plan of the whole model takes."""
-        return getattr(self.module, "operations", None)
-
-    @property
-    def trains(self) -> bool:
-        """Whether it goes over the text as often as its options say, so that a dry run knows neither its time (unless `operations` says) nor its memory:
-        `TRAINS` in its file."""
-        return getattr(self.module, "TRAINS", False)
+        """Whether a lower sparsity is a stop on its way to a higher one."""
+        return self.says.gradual is not None and self.says.gradual(options)
 
     def options(self, given: Mapping[str, Any]) -> Any:
         """The options from their values, or from text as `--set` gives it.
@@ -128,12 +76,16 @@ class Method:
 
 def method_names() -> list[str]:
     """Every method there is."""
-    built_in = [m.name for m in pkgutil.iter_modules(__path__)]
+    built_in = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_METHODS]
     return sorted({*built_in, *_added()})
 
 
 def find_method(name: str) -> Method:
-    """Raises UsageError where no method has that name."""
+    """Find a method and check what its module says.
+
+    Raises:
+        UsageError: no method has that name, or its module does not keep to the contract; file and attribute are named.
+    """
     if name not in method_names():
         raise unknown("method", name, method_names())
     added = _added()
@@ -141,7 +93,7 @@ def find_method(name: str) -> Method:
     options = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
     if len(options) != 1:
         raise UsageError(f"method '{name}': its file must define one dataclass, its options; it defines {len(options)}")
-    return Method(name, module, options[0])
+    return Method(name, module, options[0], read_contract(name, module))
 
 
 @cache

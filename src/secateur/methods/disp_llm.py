@@ -30,6 +30,7 @@ from secateur.core.progress import say
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
 from secateur.train.choose import choose, smallest
 from secateur.train.gates import GATES
@@ -41,7 +42,9 @@ from secateur.train.structures import Structures, find_structures
 from secateur.train.warm import begin, importance
 
 CALIBRATION = "wikitext2"
+REMOVES = PARAMETERS
 TRAINS = True  # a dry run does not know for how long
+SHARDS = True  # windows and blocks are shared among processes, and all learn the same
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
 QUICK = {"steps": 2, "unmet": "cut"}
@@ -136,13 +139,17 @@ class DispLLM:
             raise UsageError(f"disp_llm: batch={self.batch} windows cannot be split into accumulate={self.accumulate} equal parts")
 
 
-def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
+def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
     """Refuse before the work what cannot be done.
 
     Raises:
-        UsageError: the sparsity is too high, for the method or for this model.
+        UsageError: there is no sparsity, or it is too high, for the method or for this model.
         SecateurError: the residual stream of the model is rotated or selected from already.
     """
+    if sparsity is None:
+        raise UsageError("disp_llm needs --sparsity S, the fraction of the parameters of the whole model to remove")
+    if sparsity == 0:
+        return
     if view.dims(0).residual is not None:
         raise SecateurError(
             f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
@@ -160,6 +167,11 @@ def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
             f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate removes leave at most {most:.4f}; "
             f"use --sparsity {int(most * 100) / 100:g} or less"
         )
+
+
+def never_stock(options: DispLLM) -> str | None:
+    """Why the result is no stock model."""
+    return "it gives every block its own widths"
 
 
 def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tuple[BlockPlan, ...]:

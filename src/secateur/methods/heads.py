@@ -26,10 +26,11 @@ from secateur.calibrate.backward import Backward, check_reacts, mask_gradient
 from secateur.core.errors import UsageError
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import HEADS
 from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
-REMOVES = "heads"
+REMOVES = HEADS
 GRADIENTS = True  # what a dry run is to count
 DEMO: list[dict[str, object]] = []
 
@@ -55,12 +56,16 @@ class Heads:
         return dims.queries if self.unit == "groups" else dims.groups
 
 
-def check(view: ModelView, sparsity: float, options: Heads) -> None:
+def check(view: ModelView, sparsity: float | None, options: Heads) -> None:
     """Refuse before the work what cannot be done.
 
     Raises:
-        UsageError: the sparsity is less than one unit, or would empty a block; or there are no query heads to choose among.
+        UsageError: there is no sparsity; it is less than one unit, or would empty a block; or there are no query heads to choose among.
     """
+    if sparsity is None:
+        raise UsageError("heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R")
+    if sparsity == 0:
+        return
     dims = [view.dims(index) for index in range(view.blocks)]
     heads = sum(d.heads for d in dims)
     if options.unit == "heads" and all(d.queries == 1 for d in dims):
@@ -115,7 +120,7 @@ def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) 
     return scores
 
 
-def dims_left(view: ModelView, options: Heads, sparsity: float) -> Sequence[BlockDims]:
+def sizes_left(view: ModelView, options: Heads, sparsity: float) -> Sequence[BlockDims]:
     """The sizes of the blocks, were the heads of the first ones the least important."""
     dims = [view.dims(index) for index in range(view.blocks)]
     gone = _fewest(view, options, [torch.zeros(d.heads // options.step(d)) for d in dims], sparsity)

@@ -39,11 +39,13 @@ from secateur.models.view import BlockView, ModelView
 from secateur.plan.allocate import MEMBERS, keep_units
 from secateur.plan.budget import unit_parameters
 from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
 from secateur.train.structures import SELECTIONS, Structures, find_structures
 
 CALIBRATION = "c4"
 SAMPLES, SEQLEN = 10, 128
+REMOVES = PARAMETERS
 GRADIENTS = True  # what a dry run is to count
 DEMO = [{"options": {"ranking": "global"}, "sparsities": [0.2]}]
 
@@ -107,13 +109,17 @@ class LLMPruner:
         return range(first, blocks - last)
 
 
-def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
+def check(view: ModelView, sparsity: float | None, options: LLMPruner) -> None:
     """Refuse before the work what cannot be done.
 
     Raises:
-        UsageError: no block is left to prune, or the sparsity would empty one.
+        UsageError: there is no sparsity, no block is left to prune, or the sparsity would empty one.
         SecateurError: the channels are no longer those of a stock model.
     """
+    if sparsity is None:
+        raise UsageError("llm_pruner needs --sparsity S, the fraction of the parameters of the whole model to remove")
+    if sparsity == 0:
+        return
     if options.mode == "channel":
         _check_channels(view, sparsity)
         return
@@ -126,6 +132,11 @@ def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
             f"llm_pruner: --sparsity {sparsity:g} would empty a block: with a key-value head and a feed-forward unit left in each of blocks "
             f"{inside.start} to {inside.stop - 1}, at most {most:.4f} of the parameters go; use --sparsity {int(most * 100) / 100:g} or less"
         )
+
+
+def never_stock(options: LLMPruner) -> str | None:
+    """Why the result is no stock model, with `mode=channel`."""
+    return "its blocks read and write parts of the residual stream" if options.mode == "channel" else None
 
 
 def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> tuple[BlockPlan, ...]:

@@ -42,6 +42,7 @@ from secateur.core.progress import track
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
 from secateur.train.shots import Shots
 from secateur.train.unit_shots import SPACES, UnitShots, removed_parameters
@@ -49,6 +50,7 @@ from secateur.train.weight_shots import WeightShots
 
 QUICK = {"shots": 1}
 CALIBRATION = "wikitext2"
+REMOVES = PARAMETERS
 GRADIENTS = True
 TRAINS = True
 DEMO: list[dict[str, object]] = []
@@ -88,13 +90,17 @@ class LLMSurgeon:
             raise UsageError(f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular")
 
 
-def check(view: ModelView, sparsity: float, options: LLMSurgeon) -> None:
+def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
     """Refuse before the work what cannot be done.
 
     Raises:
-        UsageError: the sparsity would empty a block.
+        UsageError: there is no sparsity, or it would empty a block.
         SecateurError: the residual stream of the model is rotated or selected from already.
     """
+    if sparsity is None:
+        raise UsageError("llm_surgeon needs --sparsity S, the fraction of the parameters of the whole model to remove")
+    if sparsity == 0:
+        return
     if view.dims(0).residual is not None:
         raise SecateurError(
             f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
@@ -105,6 +111,11 @@ def check(view: ModelView, sparsity: float, options: LLMSurgeon) -> None:
             f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each space, at most {most:.4f} of the parameters go; "
             f"use --sparsity {int(most * 100) / 100:g} or less"
         )
+
+
+def never_stock(options: LLMSurgeon) -> str | None:
+    """Why the result is no stock model, with `pattern=rows`."""
+    return "it gives every block its own widths" if parse_pattern(options.pattern).structured else None
 
 
 def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> tuple[BlockPlan, ...]:

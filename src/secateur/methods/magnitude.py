@@ -57,6 +57,11 @@ class Magnitude:
         return self.scope == "model"
 
 
+def by_rows(options: Magnitude) -> bool:
+    """Whether weights are compared within each row."""
+    return options.scope == "row"
+
+
 def plan_block(block: BlockView, statistics: Any, options: Magnitude) -> BlockPlan:
     """The plan of one block; `statistics` is not used."""
     score = partial(_absolute, block)

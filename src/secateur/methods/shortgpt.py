@@ -26,10 +26,11 @@ from secateur.core.progress import say, track
 from secateur.models.view import ModelView
 from secateur.plan.allocate import removed_blocks
 from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import BLOCKS
 from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
-REMOVES = "blocks"
+REMOVES = BLOCKS
 DEMO = [{"sparsities": [0.17]}]
 
 
@@ -51,13 +52,17 @@ class ShortGPT:
                 raise UsageError(f"shortgpt: {name} is {getattr(self, name)}; it is a count of blocks, at least 0")
 
 
-def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
+def check(view: ModelView, sparsity: float | None, options: ShortGPT) -> None:
     """Refuse before the work what cannot be done.
 
     Raises:
-        UsageError: less than half a block is asked for, or more blocks than may go.
+        UsageError: there is no sparsity; less than half a block is asked for, or more blocks than may go.
         SecateurError: the residual stream of the model is rotated, so that neighbours alone fit one another.
     """
+    if sparsity is None:
+        raise UsageError("shortgpt needs --sparsity S, the fraction of the blocks to remove, or --params-removed R")
+    if sparsity == 0:
+        return
     if (residual := view.dims(0).residual) is not None and not residual.selected:
         raise SecateurError(
             f"{view.name}: its residual stream is rotated, and every block goes from one basis to the next, so none can be left out; "

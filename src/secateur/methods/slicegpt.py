@@ -26,10 +26,12 @@ from torch import Tensor
 
 from secateur.calibrate.statistics import SecondMoment
 from secateur.core.errors import HopelessError, UsageError
-from secateur.models.view import Residual
+from secateur.models.view import BlockDims, ModelView, Residual
 from secateur.plan.plan import Place
+from secateur.plan.quantity import WIDTH
 
 CALIBRATION = "wikitext2"
+REMOVES = WIDTH
 DEMO = [{"sparsities": [0.1, 0.25, 0.4], "heal": True}]
 
 
@@ -63,10 +65,20 @@ class SliceGPT:
         if not 0 <= self.energy < 1:
             raise UsageError(f"slicegpt: energy {self.energy:g} is outside (0, 1): it is the share of the mean square to keep, as in 0.99")
 
-    @property
-    def implied_sparsity(self) -> bool:
-        """Whether the widths follow from something else than --sparsity."""
-        return self.energy > 0
+
+def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
+    """Refuse before the work what cannot be done.
+
+    Raises:
+        UsageError: there is no sparsity, or one beside `energy`; or nothing would be left.
+    """
+    if options.energy:
+        if sparsity is not None:
+            raise UsageError(f"--sparsity does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
+    elif sparsity is None:
+        raise UsageError("slicegpt needs --sparsity S, --params-removed R, or --set energy=E")
+    else:
+        width_after(view.config.hidden_size, sparsity, options)
 
 
 def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
@@ -122,8 +134,10 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
     return _joined(Place(basis_DW, spectrum_D, width, len(spectrum_D)), vector_DD[:, width:], before, options)
 
 
-def last_place(before: Place, options: SliceGPT) -> Place:
+def last_place(before: Place, options: SliceGPT) -> Place | None:
     """What leaves the last block where the head is not sliced: all directions, those kept before them first, so that the adapter vanishes."""
+    if options.slice_head:
+        return None
     basis_DW = before.basis_DW
     assert basis_DW is not None
     hidden, width = basis_DW.shape
@@ -132,10 +146,11 @@ def last_place(before: Place, options: SliceGPT) -> Place:
     return replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()}) if options.adapters == "dense" else whole
 
 
-def rounding_notice(hidden: int, sparsity: float, options: SliceGPT) -> str | None:
+def notice(view: ModelView, sparsity: float, options: SliceGPT) -> str | None:
     """What to say where rounding the width moved the sparsity by more than 0.02."""
+    hidden = view.config.hidden_size
     width = width_after(hidden, sparsity, options)
-    if sparsity == 0 or abs(1 - width / hidden - sparsity) <= 0.02:
+    if abs(1 - width / hidden - sparsity) <= 0.02:
         return None
     return f"slicegpt: --sparsity {sparsity:g} becomes {1 - width / hidden:.4g}: {width} of {hidden} directions, a multiple of {options.round} (--set round=N)"
 
@@ -154,6 +169,14 @@ def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
         return None
     factors = rank * inputs if inputs == outputs else rank * (inputs + outputs)
     return rank if factors < inputs * outputs else "dense"
+
+
+def sizes_left(view: ModelView, options: SliceGPT, sparsity: float) -> list[BlockDims] | None:
+    """The sizes of all blocks with a narrowed residual stream; None with `energy`."""
+    if options.energy:
+        return None
+    narrow = residuals(view.config.hidden_size, view.blocks, view.family.parallel, sparsity, options)
+    return [replace(view.dims(index), residual=residual) for index, residual in enumerate(narrow)]
 
 
 def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options: SliceGPT) -> list[Residual]:

@@ -79,7 +79,7 @@ class SparseGPT:
             raise UsageError(f"sparsegpt: unknown order '{self.order}' (allowed: natural, activation)")
 
 
-def plan_block(block: BlockView, statistics: Statistics, options: SparseGPT) -> BlockPlan:
+def plan_block(block: BlockView, statistics: Statistics[SecondMoment], options: SparseGPT) -> BlockPlan:
     """Masks and new weights of one block, from the second moments of its inputs.
 
     Raises:
@@ -90,7 +90,7 @@ def plan_block(block: BlockView, statistics: Statistics, options: SparseGPT) -> 
     pruned = [name for name, rate in block.rates.items() if rate > 0]  # a matrix of which nothing is to go stays as it is
     for moment in dict.fromkeys(statistics[name] for name in pruned):
         names = [name for name in pruned if statistics[name] is moment]
-        hessian_II = moment.sum_II  # type: ignore[attr-defined]  # STATISTICS is SecondMoment
+        hessian_II = moment.sum_II
         where = f"block {block.index}: the Hessian of the input of {', '.join(names)}"
         for name, keep_OI, new_OI in _prune(block, names, hessian_II, parse_pattern(options.pattern), options, where):
             masks[name], updates[name] = Mask.pack(keep_OI), new_OI

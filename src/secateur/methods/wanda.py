@@ -50,11 +50,16 @@ class Wanda:
             raise UsageError(f"wanda: unknown scope '{self.scope}' (allowed: row, matrix)")
 
 
-def plan_block(block: BlockView, statistics: Statistics, options: Wanda) -> BlockPlan:
+def by_rows(options: Wanda) -> bool:
+    """Whether weights are compared within each row."""
+    return options.scope == "row"
+
+
+def plan_block(block: BlockView, statistics: Statistics[InputNorm], options: Wanda) -> BlockPlan:
     """The plan of one block from the norms of its inputs."""
 
     def score_OI(name: str) -> torch.Tensor:
-        weight_OI, norm_I = at_least_float32(block.matrix(name)), statistics[name].norm_I  # type: ignore[attr-defined]  # STATISTICS is InputNorm
+        weight_OI, norm_I = at_least_float32(block.matrix(name)), statistics[name].norm_I
         return weight_OI.abs().mul_(norm_I.to(weight_OI))
 
     return plan_masks_or_units(block, score_OI, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")

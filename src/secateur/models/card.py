@@ -15,15 +15,6 @@ from secateur.core import records
 from secateur.core.names import shown
 from secateur.models.load import Checkpoint
 
-# What a sparsity is a fraction of: `sparsity_of` in plans and records.
-QUANTITIES = {
-    "weights": "the weights of the targeted matrices",
-    "units": "the weights of the targeted matrices",
-    "width": "the residual width",
-    "parameters": "all parameters",
-    "heads": "the attention heads",
-    "blocks": "the blocks",
-}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCES = {
     "apache-2.0": "Apache License Version 2.0",
@@ -34,7 +25,7 @@ _LICENCES = {
 _BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
 
 
-def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mapping[str, Any], not_stock: str | None) -> str:
+def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mapping[str, Any], not_stock: str | None, counted: str) -> str:
     """The README.md of a checkpoint; it holds nothing that varies between equal runs, and no folder of this machine.
 
     Args:
@@ -42,6 +33,7 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
         settings: what decided the result; `model` is the original.
         facts: what came out.
         not_stock: why the result is no stock architecture, or None.
+        counted: what the sparsity is a fraction of, see `plan.quantity.words_of`.
     """
     known = front_matter(checkpoint.folder)
     name = shown(settings["model"])
@@ -52,7 +44,7 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
         "method": f"{settings['method']} ({', '.join(f'{k}={v}' for k, v in settings['options'].items())})",
         "parameters": f"{facts['params_after']:,} of {facts['params_before']:,} ({facts['pruning_ratio']:.2%} removed)",
         "not zero": f"{facts['nonzero_after']:,}",
-        "sparsity": f"{facts['sparsity_measured']:.4f} of {QUANTITIES.get(facts.get('sparsity_of', ''), 'what the method removes from')}",
+        "sparsity": f"{facts['sparsity_measured']:.4f} of {counted}",
         "modules": settings["modules"] or "all matrices of the blocks",
         "weights that stay": "changed, to make up for those that went" if facts.get("updated") else "as they were",
         "calibration": f"{_text(calibration)}, seed {settings['seed']}" if calibration else "none needed",

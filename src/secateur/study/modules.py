@@ -285,7 +285,7 @@ class _Work:
     def prepared(self) -> Prepared:
         prepared = api.prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
         job = prepared.job
-        if job.method.plan_block is None or job.rotates or job.learns or job.whole_model:
+        if job.method.says.plan_block is None or job.whole_model:
             raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude")
         return prepared
 
@@ -379,7 +379,7 @@ class _Work:
             stream = Stream(view, self.windows, device=prepared.device, dtype=prepared.dtype)
         removed = 0
         try:
-            for block, plan in pruned_blocks(job, self.windows, stream, Stopwatch()):
+            for block, plan in pruned_blocks(job, stream, Stopwatch()):
                 removed += sum(mask.removed for mask in plan.masks.values())
                 dense.put(block, rates[block.index])
             yield removed
