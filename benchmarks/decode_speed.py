@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from secateur import api
 from secateur.core.machine import Machine
 from secateur.evaluate.throughput import Speed, Work, measure_speed
+from secateur.methods.disp_llm.choose import choose
 from secateur.models.runtime import NORM_FIRST, PartNorm, Select
 from secateur.plan.plan import BlockPlan, Plan
-from secateur.train.choose import choose
-from secateur.train.structures import find_structures
+from secateur.plan.structures import find_structures
 
 CPU = torch.device("cpu")
 REMOVED = 0.5

@@ -122,12 +122,12 @@ def make_learner(folder: Path, batch: int, *, checkpointing: bool) -> Any:
     """What `methods/disp_llm.py` makes of its default options, but for the windows of a step."""
     import torch
 
+    from secateur.methods.disp_llm.hypernetwork import Hypernetwork
+    from secateur.methods.disp_llm.learn import Learner, Learning
+    from secateur.methods.disp_llm.masked import MaskedModel
     from secateur.models.load import open_checkpoint
     from secateur.models.runtime import NORM_FIRST
-    from secateur.train.hypernetwork import Hypernetwork
-    from secateur.train.learn import Learner, Learning
-    from secateur.train.masked import MaskedModel
-    from secateur.train.structures import find_structures
+    from secateur.plan.structures import find_structures
 
     view = open_checkpoint(str(folder)).view()
     structures = find_structures(view, constrained=False, form=NORM_FIRST, whole=True)
@@ -150,7 +150,7 @@ class PlainDispLLM:
         from torch import nn
         from transformers import AutoModelForCausalLM
 
-        from secateur.train.hypernetwork import Hypernetwork
+        from secateur.methods.disp_llm.hypernetwork import Hypernetwork
 
         class Masked(nn.Module):
             """A module whose output is multiplied by a mask."""
@@ -243,7 +243,7 @@ def _measure_memory(side: str, folder: Path) -> None:
     import torch._dynamo  # which the first step of an optimiser imports
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import secateur.train.learn  # noqa: F401
+    import secateur.methods.disp_llm.learn  # noqa: F401
     from secateur.core.records import peak_rss_bytes
 
     torch.randn(512, 512) @ torch.randn(512, 512)  # what the libraries of products set up for themselves

@@ -31,8 +31,14 @@ def method_page(method: Method) -> str:
     return (
         f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` also as `--pattern`).\n\n"
         f"| option | default | |\n|---|---|---|\n{rows}\n\n## Use\n\n```sh\nsecateur prune MODEL --method {method.name} --sparsity 0.5 --out DIR\n```\n\n"
-        f"The code is `src/secateur/methods/{method.name}.py`.\n"
+        f"The code is `{_code(method)}`.\n"
     )
+
+
+def _code(method: Method) -> str:
+    """Where a method is: its file, or its folder."""
+    own = f"src/secateur/methods/{method.name}"
+    return f"{own}/" if hasattr(method.module, "__path__") else f"{own}.py"
 
 
 def _text(text: str) -> str:

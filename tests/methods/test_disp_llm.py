@@ -15,9 +15,9 @@ from torch._dynamo.testing import CompileCounter
 
 from secateur import api
 from secateur.methods import disp_llm
+from secateur.methods.disp_llm.masked import MaskedModel, keep_gates
 from secateur.models.runtime import SELECT_FORMS
-from secateur.train.masked import MaskedModel, keep_gates
-from secateur.train.structures import find_structures
+from secateur.plan.structures import find_structures
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
 
 

@@ -29,7 +29,7 @@ from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
 from secateur.plan.rates import resolve_rates
 from secateur.plan.run import Run
-from secateur.train.structures import SELECTIONS
+from secateur.plan.structures import SELECTIONS
 from tests.tiny import MODEL_TYPES, tiny_model
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from secateur import api
 from secateur.calibrate.backward import Backward
-from secateur.calibrate.kronecker import Curvature, Factors
 from secateur.core import records
 from secateur.methods import llm_surgeon
+from secateur.methods.llm_surgeon.kronecker import Curvature, Factors
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
 from secateur.train import shots, unit_shots, weight_shots

@@ -18,8 +18,8 @@ from secateur.core.errors import SecateurError
 from secateur.core.progress import say, track
 from secateur.heal.data import Examples
 from secateur.models.loss import hidden_states, mean_loss
-from secateur.train.learn import all_finite, rows_of_step
 from secateur.train.state import load_state, save_state
+from secateur.train.steps import all_finite, rows_of_step
 
 LOOK_EVERY = 10  # steps between two looks at the loss
 WORSE = 1.0  # nats above the best look: diverged

@@ -41,7 +41,7 @@ from secateur.plan.budget import unit_parameters
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
-from secateur.train.structures import SELECTIONS, Structures, find_structures
+from secateur.plan.structures import SELECTIONS, Structures, find_structures
 
 CALIBRATION = "c4"
 SAMPLES, SEQLEN = 10, 128

@@ -1,1 +1,1 @@
-"""Learning what to prune: gates, the network that gives their logits, and the loop. The model's weights are never touched."""
+"""What everything that trains shares: the windows of a step, and the state that an interrupted run goes on from."""

@@ -1,6 +1,6 @@
 """LLM Surgeon: rows and columns, or weights, go that cost the loss least by its Kronecker-factored curvature, and what stays makes up for them.
 
-From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`calibrate/kronecker.py`), from gradients of the
+From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`kronecker.py`), from gradients of the
 language-model loss at the text's own next tokens (the empirical Fisher), damped by a hundredth of its mean diagonal. What stays of a matrix is changed to
 the exact minimiser of the quadratic under all its removals at once. All that is done in `shots`: in each a part goes, on a linear schedule, and the next one
 has gradients of the model as it then is. A lower sparsity is a stop on the way to a higher one, so `sweep` and `compare` take several in one run; a stop
@@ -36,17 +36,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from secateur.calibrate.kronecker import CURVATURES
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import track
+from secateur.methods.llm_surgeon.kronecker import CURVATURES
+from secateur.methods.llm_surgeon.shots import Shots
+from secateur.methods.llm_surgeon.units import SPACES, UnitShots, removed_parameters
+from secateur.methods.llm_surgeon.weights import WeightShots
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
-from secateur.train.shots import Shots
-from secateur.train.unit_shots import SPACES, UnitShots, removed_parameters
-from secateur.train.weight_shots import WeightShots
 
 QUICK = {"shots": 1}
 CALIBRATION = "wikitext2"

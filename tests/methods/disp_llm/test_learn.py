@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from secateur import api
 from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.methods.disp_llm import UNMET
+from secateur.methods.disp_llm.choose import choose
+from secateur.methods.disp_llm.hypernetwork import Hypernetwork
+from secateur.methods.disp_llm.learn import Learning, budget_term, learn, rows_of_step
+from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.models import save
 from secateur.train import learn as learning
-from secateur.train.choose import choose
-from secateur.train.hypernetwork import Hypernetwork
-from secateur.train.learn import Learning, budget_term, learn, rows_of_step
-from secateur.train.masked import MaskedModel
+from tests.methods.disp_llm.test_masked import masked_of
 from tests.tiny import HIDDEN, tiny_model
-from tests.train.test_masked import masked_of
 
 HOW = Learning(steps=150, batch=2, lr=1e-2, weight_decay=0.05, strength=6.0, gate="reinmax", bias=3.0, temperature=1.0, seed=0)
 

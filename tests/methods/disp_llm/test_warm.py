@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from secateur import api
+from secateur.methods.disp_llm.masked import MaskedModel
+from secateur.methods.disp_llm.warm import SURE, begin, importance
 from secateur.models.runtime import NORM_FIRST
-from secateur.train.masked import MaskedModel
-from secateur.train.structures import find_structures
-from secateur.train.warm import SURE, begin, importance
+from secateur.plan.structures import find_structures
 from tests.tiny import tiny_model
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.train.choose import choose
-from secateur.train.masked import MaskedModel, keep_gates
+from secateur.methods.disp_llm.choose import choose
+from secateur.methods.disp_llm.masked import MaskedModel, keep_gates
 
 SURE = 3.0  # the logit at the ends of the ranking, the paper's c
 

@@ -26,7 +26,7 @@ from secateur.models.load import build_skeleton
 from secateur.models.loss import hidden_states, mean_loss
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.view import ModelView
-from secateur.train.structures import Structures
+from secateur.plan.structures import Structures
 
 
 class MaskedModel:

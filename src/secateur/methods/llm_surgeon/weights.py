@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.calibrate.kronecker import Factors
+from secateur.methods.llm_surgeon.kronecker import Factors
+from secateur.methods.llm_surgeon.shots import Shots
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.pattern import Pattern
 from secateur.plan.plan import BlockPlan, Mask
 from secateur.plan.run import Run
-from secateur.train.shots import Shots
 
 _EDGE = 1e-6  # a share times a count may fall just short of a whole number
 

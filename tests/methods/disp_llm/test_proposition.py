@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from secateur import api
+from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.models.runtime import NORM_FIRST
-from secateur.train.masked import MaskedModel
-from secateur.train.structures import find_structures
+from secateur.plan.structures import find_structures
 from tests.tiny import some_ids, tiny_model
 
 WIDTH, CASES = 24, 300

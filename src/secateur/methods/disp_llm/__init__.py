@@ -1,8 +1,8 @@
 """DISP-LLM: blocks that read and write different parts of the residual stream, learned with the weights frozen.
 
-From arXiv:2410.11988. Every block has five selections (`train/structures.py`): the features of the residual that attention and MLP read and write, and the
+From arXiv:2410.11988. Every block has five selections (`plan/structures.py`): the features of the residual that attention and MLP read and write, and the
 units of the MLP's middle. The residual keeps its width, so blocks may differ in what they select, and no adapters are needed. Binary
-gates (`train/gates.py`) are drawn from logits that a small network gives (`train/hypernetwork.py`), which alone is trained, on the language-model loss
+gates (`gates.py`) are drawn from logits that a small network gives (`hypernetwork.py`), which alone is trained, on the language-model loss
 plus lambda |log(T(s) / (p T_total))|. The sparsity is the fraction of the parameters of the whole model to remove.
 
 Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one draw for the loss and the
@@ -27,19 +27,19 @@ from torch import Tensor
 from secateur.core.distributed import size
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
+from secateur.methods.disp_llm.choose import choose, smallest
+from secateur.methods.disp_llm.gates import GATES
+from secateur.methods.disp_llm.history import history
+from secateur.methods.disp_llm.hypernetwork import HYPERNETWORKS, Hypernetwork
+from secateur.methods.disp_llm.learn import Learning, learn
+from secateur.methods.disp_llm.masked import MaskedModel
+from secateur.methods.disp_llm.warm import begin, importance
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
-from secateur.train.choose import choose, smallest
-from secateur.train.gates import GATES
-from secateur.train.history import history
-from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
-from secateur.train.learn import Learning, learn
-from secateur.train.masked import MaskedModel
-from secateur.train.structures import Structures, find_structures
-from secateur.train.warm import begin, importance
+from secateur.plan.structures import Structures, find_structures
 
 CALIBRATION = "wikitext2"
 REMOVES = PARAMETERS
@@ -86,7 +86,7 @@ class DispLLM:
         separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed and leaves it out).
         norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
-        warm: windows whose gradients say which gates begin open, see `train/warm.py`; 0 begins with all of them likely open, as the paper does.
+        warm: windows whose gradients say which gates begin open, see `warm.py`; 0 begins with all of them likely open, as the paper does.
         scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated then, as the record says.
         cut: keep what the `budget` allows, or what is open `half` of the time.
         unmet: where draws of the learned gates are more than 0.02 away from the budget, `refuse` the result, or let the `cut` do the rest all the same.

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,10 +24,11 @@ from torch import Tensor
 from secateur.core.distributed import check_same, gather, on_first, rank, size
 from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.core.progress import say, track
-from secateur.train.gates import draw_gates
-from secateur.train.hypernetwork import Hypernetwork
-from secateur.train.masked import MaskedModel
+from secateur.methods.disp_llm.gates import draw_gates
+from secateur.methods.disp_llm.hypernetwork import Hypernetwork
+from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.train.state import read_state, restore_state, save_state
+from secateur.train.steps import all_finite, rows_of_step
 
 LOOK_EVERY = 20  # steps between two looks at the losses
 
@@ -197,19 +197,3 @@ class Learner:
         if self.checkpoint is None or not self.checkpoint.is_file():
             raise NotFiniteError(why)
         raise SecateurError(f"{why}; the last state saved is kept: --resume goes on from it, --overwrite starts again")
-
-
-def all_finite(network: torch.nn.Module) -> bool:
-    """Whether all parameters are; the host waits once."""
-    return bool(torch.stack([torch.isfinite(parameter).all() for parameter in network.parameters()]).all())
-
-
-def rows_of_step(step: int, windows: int, batch: int, seed: int) -> Tensor:
-    """The windows of a step, int64 [batch]: every window once an epoch, in an order that follows from the step and the seed alone."""
-    positions = range(step * batch, (step + 1) * batch)
-    return torch.stack([_order(position // windows, windows, seed)[position % windows] for position in positions])
-
-
-@lru_cache(maxsize=2)
-def _order(epoch: int, windows: int, seed: int) -> Tensor:
-    return torch.randperm(windows, generator=torch.Generator().manual_seed((seed << 20) + epoch))

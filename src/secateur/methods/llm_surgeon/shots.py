@@ -19,10 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward
-from secateur.calibrate.kronecker import Factors
 from secateur.core.errors import HopelessError
 from secateur.core.memory import give_back
 from secateur.core.progress import say
+from secateur.methods.llm_surgeon.kronecker import Factors
 from secateur.models.save import disk, save_whole
 from secateur.models.view import BlockView, ModelView, TensorSource
 from secateur.plan.plan import BlockPlan

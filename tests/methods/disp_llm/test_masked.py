@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from secateur import api
+from secateur.methods.disp_llm.choose import choose, smallest
+from secateur.methods.disp_llm.hypernetwork import HYPERNETWORKS, Hypernetwork
+from secateur.methods.disp_llm.learn import budget_term
+from secateur.methods.disp_llm.masked import MaskedModel, keep_gates, masked_norm
 from secateur.models import loss
 from secateur.models.runtime import SELECT_FORMS
-from secateur.train.choose import choose, smallest
-from secateur.train.hypernetwork import HYPERNETWORKS, Hypernetwork
-from secateur.train.learn import budget_term
-from secateur.train.masked import MaskedModel, keep_gates, masked_norm
-from secateur.train.structures import SELECTIONS, find_structures
+from secateur.plan.structures import SELECTIONS, find_structures
 from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, MODEL_TYPES, some_ids, tiny_model
 
 CPU = torch.device("cpu")

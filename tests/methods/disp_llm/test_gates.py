@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from secateur.train.gates import GATES, draw_gates
+from secateur.methods.disp_llm.gates import GATES, draw_gates
 
 X = torch.tensor([-4.0, -2.5, -0.3, 0.0, 1.7], dtype=torch.float64)
 

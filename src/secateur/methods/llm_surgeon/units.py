@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from secateur.calibrate.kronecker import Factors
+from secateur.methods.llm_surgeon.kronecker import Factors
+from secateur.methods.llm_surgeon.shots import Shots
 from secateur.models.runtime import NORM_FIRST
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
-from secateur.train.shots import Shots
 
 ROWS = {"q": "groups", "k": "groups", "v": "groups", "o": "attention_out", "gate": "ffn", "up": "ffn", "down": "mlp_out"}
 COLUMNS = {"q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups", "gate": "mlp_in", "up": "mlp_in", "down": "ffn"}

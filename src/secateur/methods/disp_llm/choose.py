@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.train.structures import Structures
+from secateur.plan.structures import Structures
 
 
 def choose(logit_N: Tensor, structures: Structures, *, target: float, multiple: int, half: bool) -> list[Tensor]:

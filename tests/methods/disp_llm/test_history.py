@@ -1,6 +1,6 @@
 """The curve of a learning run stays small and keeps its means."""
 
-from secateur.train.history import FIELDS, POINTS, history
+from secateur.methods.disp_llm.history import FIELDS, POINTS, history
 
 
 def test_a_long_run_is_averaged_to_few_points() -> None:
