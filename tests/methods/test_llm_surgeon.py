@@ -19,7 +19,7 @@ from secateur.methods import llm_surgeon
 from secateur.methods.llm_surgeon.kronecker import Curvature, Factors
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
-from secateur.train import shots, unit_shots, weight_shots
+from secateur.methods.llm_surgeon import shots, units, weights
 from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def test_factors_are_the_second_moments_of_inputs_and_gradients(model_type: str,
 def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
-    work = unit_shots.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
+    work = units.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
     work.shot(windows, 0.2)
     masked = tiny_model(model_type, dtype=torch.float64)
     masked.load_state_dict(work.overlay.changed, strict=False)
@@ -132,8 +132,8 @@ def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_typ
     backward = Backward(view, windows, device=CPU, dtype=torch.float64)
     block = next(iter(backward.blocks()))
     factors = Factors(block, backward, "kfac", 0.01)
-    alive = {space: torch.ones(count, dtype=torch.bool) for space, count in unit_shots.units(view, block.index).items()}
-    costs = unit_shots.unit_costs(block, factors, alive)
+    alive = {space: torch.ones(count, dtype=torch.bool) for space, count in units.units(view, block.index).items()}
+    costs = units.unit_costs(block, factors, alive)
     for space, name, unit, size in (("ffn", "down", 5, 1), ("groups", "o", 1, block.dims.head_width * block.dims.queries)):
         zero = torch.zeros_like(block.matrix(name), dtype=torch.bool)
         zero[:, unit * size : (unit + 1) * size] = True
@@ -150,9 +150,9 @@ def test_what_two_matrices_share_is_made_up_for_once_where_it_is_read(space: str
     view = api.view_model(model)
     given, reader = {"ffn": (("gate", "up"), "down"), "groups": (("q", "k", "v"), "o")}[space]
     monkeypatch.setattr(
-        unit_shots, "choose", lambda view, alive, *_: [{s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive]
+        units, "choose", lambda view, alive, *_: [{s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive]
     )
-    work = unit_shots.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
+    work = units.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
     work.shot(windows, 0.2)
     factors = _naive_factors(model, windows)
     for name in given:
@@ -225,7 +225,7 @@ def test_single_weights_go_by_one_threshold_and_the_others_make_up_for_them(mode
 
 def test_n_of_m_is_reached_shot_by_shot_and_no_group_loses_more(windows: Tensor) -> None:
     view = replace(api.view_model(tiny_model("qwen2")), rates=({"q": 0.75, "down": 0.75}, {}, {"k": 0.75}))
-    work = weight_shots.WeightShots(view, Run(0.0, 0, CPU, torch.float32), curvature="kfac", damping=0.01, update=True, pattern=parse_pattern("1:4"))
+    work = weights.WeightShots(view, Run(0.0, 0, CPU, torch.float32), curvature="kfac", damping=0.01, update=True, pattern=parse_pattern("1:4"))
     before = {place: mask.unpack() for place, mask in work.masks.items()}
     for shot, wanted in enumerate((0.25, 0.5, 0.75)):
         work.shot(windows, wanted)

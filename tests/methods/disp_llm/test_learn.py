@@ -22,7 +22,7 @@ from secateur.methods.disp_llm.hypernetwork import Hypernetwork
 from secateur.methods.disp_llm.learn import Learning, budget_term, learn, rows_of_step
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.models import save
-from secateur.train import learn as learning
+from secateur.methods.disp_llm import learn as learning
 from tests.methods.disp_llm.test_masked import masked_of
 from tests.tiny import HIDDEN, tiny_model
 

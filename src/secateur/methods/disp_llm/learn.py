@@ -35,7 +35,7 @@ LOOK_EVERY = 20  # steps between two looks at the losses
 
 @dataclass(frozen=True)
 class Learning:
-    """How the gates are learned; see the options of `methods/disp_llm.py`."""
+    """How the gates are learned; see `DispLLM`."""
 
     steps: int
     batch: int
