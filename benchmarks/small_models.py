@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from secateur.bundled.text import documents
 from secateur.models.load import bundled_folder
+from secateur.text.builtin import documents
 
 SEQLEN, BATCH, PEAK, WARMUP = 256, 16, 3e-3, 60
 COMMON = {"vocab_size": 2048, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": False}

@@ -2,7 +2,7 @@
 
     python tools/train_bundled.py --out src/secateur/bundled/model
 
-Text and split are those of `secateur.bundled.text` (train part, the library's test suite included). One seed fixes the tokenizer, the weights and
+Text and split are those of `secateur.text.builtin` (train part, the library's test suite included). One seed fixes the tokenizer, the weights and
 the order of the data. The state is saved every few minutes; the same command again continues. At the end it writes bf16
 safetensors, tokenizer and model card with the held-out perplexity, the bits per byte and a sample.
 """
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secateur.bundled.text import documents
+from secateur.text.builtin import documents
 
 BOS, EOS = "<s>", "</s>"
 VOCABULARY = 2048

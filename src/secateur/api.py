@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.allocation.allocate import allocate
 from secateur.calibrate.stream import Stream, make_computed_tables
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
-from secateur.driver import make_job, pruned_blocks, whole_model_plan
-from secateur.estimate import estimate
 from secateur.evaluate.evaluate import EvalRequest, evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.size import inspect
@@ -40,7 +37,14 @@ from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
-from secateur.prune import STATES, Request, prepare, prune, read_windows, refuse_out
+from secateur.prune.allocation.allocate import allocate
+from secateur.prune.driver import make_job, pruned_blocks, whole_model_plan
+from secateur.prune.estimate import estimate
+from secateur.prune.prepare import prepare
+from secateur.prune.request import Request
+from secateur.prune.run import STATES, prune
+from secateur.prune.settings import refuse_out
+from secateur.prune.windows import read_windows
 
 __all__ = [
     "STATES",

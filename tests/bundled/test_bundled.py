@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import api
-from secateur.bundled.text import documents
 from secateur.calibrate.statistics import Statistics
 from secateur.methods import sparsegpt
 from secateur.models.load import bundled_folder
 from secateur.models.view import BlockView
 from secateur.plan.pattern import keep_highest
 from secateur.plan.plan import BlockPlan
+from secateur.text.builtin import documents
 from tests.folders import contents
 
 

@@ -14,7 +14,7 @@ from secateur import api
 from secateur.calibrate import backward as backward_module
 from secateur.calibrate import stream as stream_module
 from secateur.calibrate.backward import Backward, mask_gradient, weight_gradient
-from secateur.calibrate.data import IGNORE
+from secateur.text.windows import IGNORE
 from tests.tiny import MODEL_TYPES, tiny_model
 
 CPU = torch.device("cpu")

@@ -79,7 +79,7 @@ def test_what_works_in_one_process_is_refused_under_torchrun_before_any_work(
     for variable, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("it began to work"))
-    monkeypatch.setattr("secateur.prune.open_checkpoint", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr("secateur.prune.prepare.open_checkpoint", lambda *_, **__: pytest.fail("it began to work"))
     with pytest.raises(UsageError, match=f"torchrun: {name} works in one process .*disp_llm.*; start it without torchrun"):
         api.prune(api.Request(str(dense), name, sparsity=0.3, calibration=ids_file), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

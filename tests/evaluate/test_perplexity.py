@@ -20,9 +20,9 @@ from secateur.evaluate import perplexity as module
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.cloze import CHANCE, cloze_items, evaluate_cloze, items_hash
 from secateur.evaluate.perplexity import perplexity
-from secateur.evaluate.protocols import PROTOCOLS, evaluation_windows, find_protocol, wikitext_rows, window_length
 from secateur.evaluate.shift import functionality_shift, repetition_rate
 from secateur.models import loss
+from secateur.text.protocols import PROTOCOLS, evaluation_windows, find_protocol, wikitext_rows, window_length
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
 
 

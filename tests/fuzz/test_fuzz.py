@@ -31,7 +31,7 @@ def test_an_exception_that_is_nobodys_is_caught(tmp_path: Path, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise KeyError("a fault of ours")
 
-    monkeypatch.setattr("secateur.prune.find_method", fail)
+    monkeypatch.setattr("secateur.prune.prepare.find_method", fail)
     with pytest.raises(WrongOutcome, match="unexpected"):
         invoke(prune(world.checkpoint("llama"), tmp_path / "out", world.ids()), tmp_path / "out")
 
@@ -57,7 +57,7 @@ def test_another_answer_than_that_of_transformers_is_caught(seed: int, tmp_path:
         monkeypatch.setattr(evaluate, "load_model", lambda *given, **how: _quieter(load(*given, **how)))
     else:
         monkeypatch.setattr("secateur.models.pruned_config.drop_blocks", lambda raw, *_: {**raw, "rms_norm_eps": 0.5})
-        monkeypatch.setattr("secateur.prune.drop_blocks", lambda raw, *_: {**raw, "rms_norm_eps": 0.5})
+        monkeypatch.setattr("secateur.prune.run.drop_blocks", lambda raw, *_: {**raw, "rms_norm_eps": 0.5})
     with pytest.raises(WrongOutcome, match="transformers has" if evaluates else "away from those of transformers"):
         as_stock(world.checkpoint("llama"), draw, tmp_path)
 

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur import api
-from secateur.calibrate.data import IGNORE, alpaca_prompt
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal import tune as tuning
 from secateur.heal.data import answers_alone
 from secateur.heal.lora import add_adapters, merged
 from secateur.report.rows import collect
+from secateur.text.files import alpaca_prompt
+from secateur.text.windows import IGNORE
 from tests.folders import contents
 from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from secateur import api
-from secateur.calibrate.data import IGNORE
 from secateur.evaluate.cloze import cloze_items
 from secateur.methods import heads
 from secateur.methods.heads import Heads, head_importance
 from secateur.plan.run import Run
+from secateur.text.windows import IGNORE
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
 
 FLOAT64 = Run(0.0, 0, torch.device("cpu"), torch.float64)

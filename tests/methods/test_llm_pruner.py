@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur import api
-from secateur.calibrate.data import IGNORE
 from secateur.methods import llm_pruner
 from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.runtime import SELECT_FIRST
@@ -30,6 +29,7 @@ from secateur.plan.plan import BlockPlan
 from secateur.plan.rates import resolve_rates
 from secateur.plan.run import Run
 from secateur.plan.structures import SELECTIONS
+from secateur.text.windows import IGNORE
 from tests.tiny import MODEL_TYPES, tiny_model
 
 CPU = torch.device("cpu")

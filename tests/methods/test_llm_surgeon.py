@@ -16,10 +16,10 @@ from secateur import api
 from secateur.calibrate.backward import Backward
 from secateur.core import records
 from secateur.methods import llm_surgeon
+from secateur.methods.llm_surgeon import shots, units, weights
 from secateur.methods.llm_surgeon.kronecker import Curvature, Factors
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
-from secateur.methods.llm_surgeon import shots, units, weights
 from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -149,9 +149,7 @@ def test_what_two_matrices_share_is_made_up_for_once_where_it_is_read(space: str
     model = tiny_model("llama", dtype=torch.float64)
     view = api.view_model(model)
     given, reader = {"ffn": (("gate", "up"), "down"), "groups": (("q", "k", "v"), "o")}[space]
-    monkeypatch.setattr(
-        units, "choose", lambda view, alive, *_: [{s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive]
-    )
+    monkeypatch.setattr(units, "choose", lambda view, alive, *_: [{s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive])
     work = units.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
     work.shot(windows, 0.2)
     factors = _naive_factors(model, windows)

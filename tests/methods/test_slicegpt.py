@@ -20,13 +20,13 @@ from secateur import api
 from secateur.calibrate.statistics import SecondMoment
 from secateur.calibrate.stream import Stream
 from secateur.core.timing import Stopwatch
-from secateur.driver import Job, pruned_blocks
 from secateur.methods import find_method
 from secateur.methods.slicegpt import plan_place, residuals, width_after
 from secateur.models.canonical import canonical_view
 from secateur.models.load import build_skeleton
 from secateur.plan.budget import sliced_parameters
 from secateur.plan.plan import Place, Plan
+from secateur.prune.driver import Job, pruned_blocks
 from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, MODEL_TYPES, some_ids, tiny_config, tiny_model
 
 METHOD = find_method("slicegpt")

@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from secateur import api
-from secateur.calibrate.data import ids_hash
 from secateur.cli import app
 from secateur.core import records
 from secateur.models.load import open_checkpoint
@@ -32,6 +31,7 @@ from secateur.report.html import write_report
 from secateur.report.plots import png
 from secateur.study import modules
 from secateur.study.modules import Asked
+from secateur.text.windows import ids_hash
 from tests.tiny import FAMILY_TYPES
 
 FIRST = {"opt": "model.decoder.layers.0.*"}

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.calibrate.data import IGNORE
 from secateur.calibrate.stream import Stream, new_buffer
 from secateur.core.errors import HopelessError, NotFiniteError, UsageError
 from secateur.core.memory import give_back
@@ -31,6 +30,7 @@ from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
 from secateur.models.save import disk
 from secateur.models.view import BlockView, ModelView
+from secateur.text.windows import IGNORE
 
 _LOGITS = 1 << 23  # at a time
 PairListener = Callable[[Tensor, Tensor], None]

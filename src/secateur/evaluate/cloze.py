@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.bundled.text import Part, documents
 from secateur.core.errors import SecateurError
 from secateur.evaluate.answers import Answers, remembered_scores
 from secateur.evaluate.continuations import known_ids
+from secateur.text.builtin import Part, documents
 
 CLOZE = "cloze"
 ITEMS = 300

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibrate.data import outside_vocabulary
 from secateur.core.errors import SecateurError
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
 from secateur.models.loss import head_of, hidden_states, positions_a_chunk
+from secateur.text.windows import outside_vocabulary
 
 _TOKENS_A_BATCH = {"cpu": 2048, "cuda": 2**17}  # to begin with
 

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibrate.data import check_ids, holds_ids, ids_hash, same_text
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.perplexity import perplexity
-from secateur.evaluate.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.evaluate.shift import functionality_shift
 from secateur.evaluate.tasks import Tasks, find_tasks
 from secateur.models import card
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.plan.plan import read_plan_json
+from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
+from secateur.text.specs import holds_ids, same_text
+from secateur.text.windows import check_ids, ids_hash
 
 # What an evaluation repeats from the folder's plan.json.
 _FROM_PLAN = (

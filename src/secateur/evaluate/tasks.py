@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.calibrate.data import Text, task_names
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.cloze import CLOZE, Item, cloze_items, evaluate_cloze, items_hash
+from secateur.text.specs import Text, task_names
 
 if TYPE_CHECKING:
     from secateur.evaluate import harness

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibrate.data import IGNORE, alpaca_prompt, read_instructions
 from secateur.core.errors import SecateurError
+from secateur.text.files import alpaca_prompt
+from secateur.text.specs import read_instructions
+from secateur.text.windows import IGNORE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.calibrate.data import NAMED, TASK, calibration_facts, check_ids, check_spec, file_hash, holds_ids, same_text
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
@@ -23,7 +22,6 @@ from secateur.core.progress import say, track
 from secateur.core.words import exp, perplexity_words
 from secateur.evaluate.evaluate import protocol_facts
 from secateur.evaluate.perplexity import perplexity
-from secateur.evaluate.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.heal.data import Examples, answers_alone
 from secateur.heal.lora import Adapters, add_adapters, find_targets, merged, need_peft, recompute
 from secateur.heal.tune import SCHEDULES, Tuning, tune
@@ -34,7 +32,12 @@ from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, Checkpoint
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
-from secateur.prune import identity, refuse_out, windows_of
+from secateur.prune.settings import identity, refuse_out
+from secateur.prune.windows import windows_of
+from secateur.text.files import file_hash
+from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
+from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
+from secateur.text.windows import calibration_facts, check_ids
 
 _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.calibrate.data import IGNORE
 from secateur.core.errors import SecateurError
 from secateur.core.progress import say, track
 from secateur.heal.data import Examples
 from secateur.models.loss import hidden_states, mean_loss
+from secateur.text.windows import IGNORE
 from secateur.train.state import load_state, save_state
 from secateur.train.steps import all_finite, rows_of_step
 

@@ -14,7 +14,7 @@ Rates = tuple[dict[str, float], ...]
 """One entry a block: canonical matrix name -> sparsity. A matrix without an entry is left as it is."""
 
 ALLOCATIONS = ("auto", "owl")
-"""Values of `--modules` that leave the sparsity of each matrix to `secateur.allocation`."""
+"""Values of `--modules` that leave the sparsity of each matrix to `secateur.prune.allocation`."""
 
 _GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": CANONICAL}
 

@@ -37,7 +37,9 @@ from secateur.core.records import Record, version
 from secateur.core.words import exp
 from secateur.models.view import ModelView
 from secateur.predict.points import Points
-from secateur.prune import Prepared, prepared_settings, read_windows
+from secateur.prune.prepare import Prepared
+from secateur.prune.settings import prepared_settings
+from secateur.prune.windows import read_windows
 
 FORMULA = "ln(PPL / PPL0) = c K(s)"
 C_UNFITTED, C_FACTOR = 3.2, 3.0  # geometric mean over six small models, and the factor that holds all of them: benchmarks/predict_small_models.py

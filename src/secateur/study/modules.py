@@ -30,8 +30,6 @@ import torch
 from torch import Tensor
 
 from secateur import api
-from secateur.allocation.dense import DenseModel
-from secateur.calibrate.data import TASK, ids_hash, task_names
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
@@ -39,8 +37,6 @@ from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
-from secateur.driver import Job, make_job, pruned_blocks
-from secateur.estimate import forward_seconds
 from secateur.evaluate.evaluate import Questions, prepare_questions
 from secateur.evaluate.tasks import task_text
 from secateur.models.load import BUNDLED, load_model
@@ -48,7 +44,13 @@ from secateur.models.save import refuse_existing
 from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.rates import Rates, resolve_rates
-from secateur.prune import Prepared, identity, prepared_settings
+from secateur.prune.allocation.dense import DenseModel
+from secateur.prune.driver import Job, make_job, pruned_blocks
+from secateur.prune.estimate import forward_seconds
+from secateur.prune.prepare import Prepared
+from secateur.prune.settings import identity, prepared_settings
+from secateur.text.specs import TASK, task_names
+from secateur.text.windows import ids_hash
 
 GROUPS = ("attention", "mlp", "all")
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from secateur.allocation.allocate import TOKENS, cells_to_measure
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import matrix_rate
 from secateur.core.records import Record
 from secateur.models.view import ModelView
-from secateur.prune import Prepared, parameters_expected, prepared_settings
+from secateur.prune.allocation.allocate import TOKENS, cells_to_measure
+from secateur.prune.prepare import Prepared, parameters_expected
+from secateur.prune.settings import prepared_settings
 
 _OVERHEAD = 1.5  # forwards cost more than their matrix products
 _DISK_BYTES_A_SECOND = 500e6

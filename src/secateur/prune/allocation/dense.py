@@ -21,11 +21,11 @@ from secateur.calibrate.stream import Stream
 from secateur.core.progress import track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
-from secateur.driver import Job, collect
 from secateur.models.loss import hidden_states, token_losses
 from secateur.models.view import BlockView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.rates import Rates
+from secateur.prune.driver import Job, collect
 
 
 class DenseModel:

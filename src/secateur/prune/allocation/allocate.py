@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.allocation.curves import HIGHEST, Curve, cheapest
-from secateur.allocation.dense import DenseModel
 from secateur.calibrate.stream import TOKENS_A_BATCH, Stream
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
-from secateur.driver import Job, collect
 from secateur.methods import find_method
 from secateur.models.view import ModelView
 from secateur.plan.rates import Rates
+from secateur.prune.allocation.curves import HIGHEST, Curve, cheapest
+from secateur.prune.allocation.dense import DenseModel
+from secateur.prune.driver import Job, collect
 
 LEVELS = (0.35, 0.5, 0.7, 0.9)
 TOKENS = 4096  # of calibration text that losses are measured on

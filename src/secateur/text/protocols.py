@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.calibrate.data import NAMED, Text, read_text
 from secateur.core.errors import SecateurError, UsageError, unknown
+from secateur.text.specs import NAMED, Text, read_text
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from secateur.calibrate.data import (
-    HUB_TEXTS,
-    IGNORE,
-    Text,
-    calibration_windows,
-    check_ids,
-    file_hash,
-    ids_hash,
-    labelled_windows,
-    read_instructions,
-    read_text,
-    same_text,
-    task_names,
-)
 from secateur.core.errors import SecateurError, UsageError
+from secateur.text.files import file_hash
+from secateur.text.specs import HUB_TEXTS, Text, read_instructions, read_text, same_text, task_names
+from secateur.text.windows import IGNORE, calibration_windows, check_ids, ids_hash, labelled_windows
 
 
 def letters(text: str) -> list[int]:

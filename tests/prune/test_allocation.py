@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from secateur import api
-from secateur.allocation import allocate
-from secateur.allocation.curves import Curve, cheapest, fitted, hull_slopes
-from secateur.allocation.dense import DenseModel
-from secateur.driver import make_job
 from secateur.methods import find_method
+from secateur.prune.allocation import allocate
+from secateur.prune.allocation.curves import Curve, cheapest, fitted, hull_slopes
+from secateur.prune.allocation.dense import DenseModel
+from secateur.prune.driver import make_job
 from tests.folders import contents
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, tiny_model
 

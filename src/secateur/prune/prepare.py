@@ -1,0 +1,178 @@
+"""A request held against its model: everything that can be known and refused before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from secateur.core.device import resolve_device, resolve_dtype
+from secateur.core.errors import HopelessError, UsageError
+from secateur.core.progress import say
+from secateur.cut import dims_after
+from secateur.methods import Method, find_method
+from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
+from secateur.models.pruned_config import drop_blocks, stock_problem
+from secateur.models.view import ModelView
+from secateur.plan.pattern import Pattern, parse_pattern
+from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import Subject
+from secateur.prune.driver import Job, make_job
+from secateur.prune.request import Request
+from secateur.text.specs import TASK, check_spec
+
+OFF = 0.01  # a pruning ratio that is further from the one asked for is said
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that has been checked against its model: everything but the calibration text is known."""
+
+    request: Request
+    checkpoint: Checkpoint
+    job: Job
+    pattern: Pattern | None
+    sparsity: float | None
+    device: torch.device
+    dtype: torch.dtype
+    samples: int
+    seqlen: int
+
+    @property
+    def subject(self) -> Subject:
+        """The model as it is, and how it is pruned."""
+        return _subject(self.checkpoint.view(), self.job.method, self.job.options, self.request.modules)
+
+    @property
+    def calibration(self) -> str | None:
+        """The text SPEC, None where the method needs no calibration."""
+        own = self.job.method.says.CALIBRATION or ("c4" if self.job.allocation else None)
+        if own is None or not (self.job.rotates or self.job.whole_model or any(self.job.rates)):
+            return None
+        default = "builtin" if self.request.model == BUNDLED else own
+        return self.request.calibration or default
+
+
+def prepare(request: Request) -> Prepared:
+    """Check everything that can be checked without reading weights or text.
+
+    Raises:
+        UsageError: the request is wrong in itself, or does not go with the model.
+        SecateurError: the model cannot be pruned.
+    """
+    method = find_method(request.method)
+    options = method.options(_options(request))
+    pattern = method.pattern(options)
+    samples = method.says.SAMPLES if request.samples is None else request.samples
+    if samples < 1:
+        raise UsageError(f"--samples {samples}: at least one window is needed")
+    if request.calibration is not None:
+        check_spec(request.calibration)
+    if request.include_path is not None and not (request.calibration or "").startswith(TASK):
+        raise UsageError(f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME")
+    checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
+    view = checkpoint.view()
+    sparsity = _sparsity(request, view, method, options)
+    job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
+    device = resolve_device(request.device)
+    seqlen = min(method.says.SEQLEN, checkpoint.max_length()) if request.seqlen is None else request.seqlen
+    if not 1 < seqlen <= checkpoint.max_length():
+        raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
+    dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
+    prepared = Prepared(request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen)
+    if request.stock_only:
+        _check_stock(prepared)
+    return prepared
+
+
+def _options(request: Request) -> dict[str, Any]:
+    return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
+
+
+def _subject(view: ModelView, method: Method, options: Any, modules: str | None) -> Subject:
+    """The model and how it is pruned, for the quantity that the sparsity counts."""
+    sizes_left = method.says.sizes_left
+    return Subject(
+        view,
+        method.name,
+        method.pattern(options) or parse_pattern("unstructured"),
+        modules,
+        ranked=method.whole_model(options),
+        sizes_left=(lambda _: None) if sizes_left is None else partial(sizes_left, view, options),
+    )
+
+
+def _sparsity(request: Request, view: ModelView, method: Method, options: Any) -> float | None:
+    """The sparsity that is asked for, or that `--params-removed` takes."""
+    wanted, pattern = request.params_removed, method.pattern(options)
+    if wanted is None:
+        if request.at_least:
+            raise UsageError("--at-least belongs to --params-removed R: add it")
+        return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
+    if request.sparsity is not None:
+        raise UsageError("give --sparsity or --params-removed, not both")
+    subject = _subject(view, method, options, request.modules)
+    return method.quantity(options).sparsity_for(subject, wanted, request.at_least)
+
+
+def parameters_expected(prepared: Prepared) -> int | None:
+    """All parameters of the result, from shapes alone; None where the text decides them."""
+    return prepared.job.quantity.parameters(prepared.subject, prepared.sparsity)
+
+
+def say_expected(prepared: Prepared) -> bool:
+    """Say, before the work, where the size of the result is not what one would think; returns whether it did."""
+    before, after = prepared.checkpoint.view().parameters(), parameters_expected(prepared)
+    if after is None or not prepared.sparsity:
+        return False
+    removed, asked = 1 - after / before, prepared.request.params_removed
+    if asked is not None and abs(removed - asked) > OFF:
+        other = "" if prepared.request.at_least or removed > asked else "; --at-least takes the next one"
+        say(f"warning: --params-removed {asked:g}: whole units go, and the nearest step removes {removed:.4f}{other}")
+        return True
+    tied = prepared.checkpoint.config.tie_word_embeddings
+    if asked is None and prepared.job.rotates and (tied or removed <= 0):
+        why = "its tied head gets weights of its own, and adapters are added" if tied else "adapters are added"
+        sizes = f"{before:,} parameters become {after:,} ({-removed:+.1%})"
+        say(f"warning: {prepared.job.method.name} at sparsity {prepared.sparsity:.4g}: {sizes}, since {why}{_instead(prepared)}")
+        return True
+    return False
+
+
+def _instead(prepared: Prepared) -> str:
+    """What it takes to remove the share of the parameters that a sparsity of the residual width may be taken for."""
+    wanted = round(prepared.sparsity or 0.0, 3)
+    try:
+        sparsity = prepared.job.quantity.sparsity_for(prepared.subject, wanted, False)
+    except UsageError:
+        return ""
+    return f"; --params-removed {wanted:g} would take sparsity {sparsity:.3g}"
+
+
+def _check_stock(prepared: Prepared) -> None:
+    """Refuse before the work where no result, or none of these sizes, is a stock model.
+
+    Where only the choice tells the sizes, `check_stock_plans` looks again once the plans are made.
+    """
+    job, view = prepared.job, prepared.checkpoint.view()
+    never = job.method.says.never_stock
+    if never is not None and prepared.sparsity and (reason := never(job.options)):
+        raise UsageError(f"--stock-only: {job.method.name}: {reason}, which no stock architecture has; use another method")
+    sizes = job.quantity.sizes(prepared.subject, prepared.sparsity)
+    if job.rotates:
+        sizes = [job.view.dims(index) for index in range(view.blocks)]
+    if sizes is not None and (problem := stock_problem(view.raw_config, view.family, sizes)):
+        raise UsageError(f"--stock-only: {problem}; nothing was written")
+
+
+def check_stock_plans(prepared: Prepared, plans: Sequence[BlockPlan]) -> None:
+    """Refuse plans of the whole model that do not give a stock model, before anything is cut."""
+    view = prepared.job.view
+    kept = [plan for plan in plans if not plan.dropped]
+    sizes = [dims_after(view.dims(plan.index), plan) for plan in kept]
+    raw = drop_blocks(view.raw_config, view.config, [plan.index for plan in kept])
+    if problem := stock_problem(raw, view.family, sizes):
+        raise HopelessError(f"--stock-only: {problem}; nothing was written")

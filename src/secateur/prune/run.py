@@ -1,0 +1,226 @@
+"""From a checkpoint to a pruned checkpoint: `prune`, from the first check to the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.calibrate.stream import Stream
+from secateur.core import records
+from secateur.core.distributed import on_first, processes, rank
+from secateur.core.errors import HopelessError, UsageError
+from secateur.core.memory import give_back
+from secateur.core.progress import launched, say
+from secateur.core.timing import Stopwatch
+from secateur.methods import find_method, method_names
+from secateur.models import card, runtime
+from secateur.models.load import load_model
+from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
+from secateur.models.save import PLAN_PATH, CheckpointWriter, clean, differing_from_plan, disk, is_finished, same_run
+from secateur.plan.plan import plan_json, read_plan_json
+from secateur.plan.quantity import words_of
+from secateur.prune.allocation.allocate import Allocation, allocate
+from secateur.prune.driver import check_finite, whole_model_plan
+from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
+from secateur.prune.request import Request
+from secateur.prune.settings import identity, prepared_settings, refuse_out
+from secateur.prune.totals import facts_of
+from secateur.prune.windows import read_labelled
+from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, write_blocks, write_outer
+
+STATES = "gradual"  # the folder, beside several results, that holds what runs of a gradual method go on from
+_ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix
+
+
+def prune(
+    request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None, states: Path | None = None
+) -> records.Record:
+    """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
+
+    Started by torchrun, a method that says SHARDS shares its work among the processes; the first writes, and the others return an empty record.
+
+    Args:
+        request: what to do.
+        out: the folder to write.
+        resume: go on with an interrupted run; the result of a finished one is left as it is.
+        overwrite: replace what is in `out`.
+        records_file: None is `records.jsonl` in the parent of `out`.
+        states: a folder where a gradual method leaves its state for a higher sparsity, and finds that of a lower one; the caller removes it. None: each run
+            is its own.
+
+    Raises:
+        UsageError, SecateurError: nothing that looks like a result is left behind.
+    """
+    _refuse_processes(request)
+    with processes():
+        return _prune(request, out, resume, overwrite, records_file, states)
+
+
+def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None) -> records.Record:
+    started = time.perf_counter()
+    out = out.absolute()
+    records_file = records_file or out.parent / "records.jsonl"
+    finished = is_finished(out, resume=resume, overwrite=overwrite)
+    prepared = prepare(request)
+    refuse_out(out, prepared.checkpoint, prepared.calibration, records_file)
+    watch = Stopwatch()
+    with watch("text"):
+        windows, labels = read_labelled(prepared)
+    prepared = replace(prepared, job=replace(prepared.job, labels=labels))
+    settings = prepared_settings(prepared, windows)
+    if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
+        return record if rank() == 0 else {}
+    said = say_expected(prepared)
+    writer, buffer_bytes = on_first(lambda: new_writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite))
+    if rank() > 0:
+        whole_model_plan(replace(prepared.job, checkpoint=writer.part(LEARNING)), windows, watch)
+        return {}
+    state = None if states is None else _shared_state(prepared, settings, states)
+    taken = _seconds(state)
+    facts, stock = _run(replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch)
+    seconds = round(time.perf_counter() - started, 3)
+    if state is not None:
+        state.with_suffix(".json").write_text(json.dumps(taken | {str(prepared.sparsity): seconds}), "utf-8")
+    record = {
+        "command": "prune",
+        "version": records.version(),
+        **settings,
+        **facts,
+        "stock": stock,
+        "seconds": seconds,
+        **({"seconds_before": round(sum(taken.values()), 3)} if taken else {}),
+        "seconds_by": watch.rounded(),
+        "peak_rss_bytes": records.peak_rss_bytes(),
+        "buffer_bytes": buffer_bytes,
+        "versions": records.versions(),
+        "out": str(out),
+    }
+    records.append(records_file, record)
+    _say_result(record, said)
+    return record
+
+
+def _refuse_processes(request: Request) -> None:
+    """Refuse before any work what the processes of torchrun cannot do together.
+
+    Raises:
+        UsageError: the method, or this sparsity, is for one process; or one device is named for all.
+    """
+    if not launched():
+        return
+    if not find_method(request.method).says.SHARDS:
+        together = ", ".join(name for name in method_names() if find_method(name).says.SHARDS)
+        raise UsageError(f"torchrun: {request.method} works in one process (several can share: {together}); start it without torchrun")
+    if request.sparsity == 0:
+        raise UsageError("torchrun: --sparsity 0 leaves nothing to share among processes; start it without torchrun")
+    if ":" in request.device:
+        raise UsageError(f"torchrun: --device {request.device} is one device for all processes; use --device {request.device.partition(':')[0]}")
+
+
+def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:
+    """The work: blocks, the rest, the finish. Returns the facts, and whether the result is stock."""
+    try:
+        dense = prepared.checkpoint.view()
+        for name in dense.outer_names():  # those of a block are looked at when their turn comes
+            check_finite(dense.source.read(name), name)
+        prepared = _allocated(prepared, windows, writer, watch)
+    except HopelessError:
+        writer.discard()
+        raise
+    checkpoint, view = prepared.checkpoint, prepared.job.view
+    stream = None
+    if windows is not None and prepared.job.streams:
+        with watch("forward"), writer.disk():
+            stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=writer.scratch if prepared.request.spill else None)
+    try:
+        totals = write_blocks(prepared, windows, writer, stream, watch)
+    except HopelessError:
+        writer.discard()
+        raise
+    weights = write_outer(prepared, writer, watch, totals) + [block_part(index) for index in totals.kept]
+    raw = drop_blocks(view.raw_config, view.config, totals.kept)
+    problem = stock_problem(raw, view.family, totals.dims)
+    assert not (problem and prepared.request.stock_only), "--stock-only has refused it"
+    facts = facts_of(prepared, totals)
+    with watch("files"):
+        config = pruned_config(raw, view.family, totals.dims, stock=problem is None)
+        words = card.model_card(checkpoint, settings, facts, problem, words_of(facts["sparsity_of"]))
+        files = {"README.md": words, PLAN_PATH: plan_json({**settings, **facts}, totals.summaries)}
+        if problem:
+            files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
+        writer.finish(weights, [plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
+    return facts, problem is None
+
+
+def _allocated(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, watch: Stopwatch) -> Prepared:
+    """With the sparsity of each matrix decided, where that was left open; an interrupted run keeps its decision."""
+    job = prepared.job
+    if job.allocation is None:
+        return prepared
+    assert windows is not None, "an allocation has a calibration text"
+    if not writer.has(_ALLOCATION):
+        with watch("allocation"):
+            found = allocate(job, partial(load_model, prepared.checkpoint, device=job.device, dtype=job.dtype), windows)
+        give_back()
+        writer.write(_ALLOCATION, {}, found.facts)
+    chosen = Allocation.read(writer.read_note(_ALLOCATION))
+    return replace(prepared, job=replace(job, rates=chosen.rates, notes={**job.notes, "allocation": chosen.facts}))
+
+
+def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
+    """The record of a run that was complete already; None to start again."""
+    made = read_plan_json(out)
+    assert made is not None
+    if not same_run(out, differing_from_plan(made, settings), overwrite):
+        return None
+    clean(out)
+    say(f"{out}: already there")
+    if (found := records.last(records_file, "prune", out)) is not None:
+        return found
+    stock = not (out / f"{runtime.MODULE}.py").is_file()
+    record = {
+        "command": "prune",
+        "version": records.version(),
+        **{k: v for k, v in made.items() if k not in ("format", "blocks")},
+        **settings,
+        "stock": stock,
+        "out": str(out),
+    }
+    records.append(records_file, record)
+    return record
+
+
+def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path) -> Path | None:
+    """The file for the state of a gradual method, the same for all sparsities; None where runs at several of them have no state in common."""
+    job = prepared.job
+    if not (job.whole_model and job.method.gradual(job.options)) or len({rate for rates in job.rates for rate in rates.values()}) > 1:
+        return None
+    same = {**{name: value for name, value in settings.items() if name != "sparsity"}, "source": identity(prepared.checkpoint)}
+    with disk(states.parent):
+        states.mkdir(parents=True, exist_ok=True)
+    return states / f"{hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:16]}.safetensors"
+
+
+def _seconds(state: Path | None) -> dict[str, float]:
+    """What the runs took that a state comes from, by sparsity."""
+    if state is None or not state.is_file() or not state.with_suffix(".json").is_file():
+        return {}
+    found: dict[str, float] = json.loads(state.with_suffix(".json").read_text("utf-8"))
+    return found
+
+
+def _say_result(record: records.Record, said: bool) -> None:
+    """Say, after the work, what shapes alone did not tell."""
+    asked = record["params_removed"]
+    if asked is not None and not said and abs(record["pruning_ratio"] - asked) > OFF:
+        say(f"warning: --params-removed {asked:g}: {record['pruning_ratio']:.4f} of the parameters were removed")
+    if rows := record["zero_rows"]:
+        say(f"note: {rows:,} rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN (int8 and int4 do not)")

@@ -1,0 +1,55 @@
+"""What decides a result: its settings, the files it starts from, and where it may be written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.models.load import Checkpoint
+from secateur.models.save import refuse_inside
+from secateur.prune.prepare import Prepared
+from secateur.text.windows import calibration_facts
+
+
+def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, Any]:
+    """What decides the result, repeated in the plan and the record."""
+    request = prepared.request
+    calibration = None
+    if windows is not None:
+        assert prepared.calibration is not None
+        calibration = calibration_facts(prepared.calibration, windows)
+    return {
+        "model": request.model,
+        "model_revision": prepared.checkpoint.revision,
+        "model_fingerprint": prepared.checkpoint.fingerprint(),
+        "method": request.method,
+        "options": asdict(prepared.job.options),
+        "seed": request.seed,
+        "sparsity": prepared.sparsity,
+        "params_removed": request.params_removed,
+        "modules": request.modules,
+        "pattern": None if prepared.pattern is None else str(prepared.pattern),
+        "calibration": calibration,
+        "device": str(prepared.device),
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+    }
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """A hash that changes when the files on this machine do, without reading them: a resumed run must start from the same ones."""
+    files = sorted({file for file, _ in checkpoint.index.values()})
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([checkpoint.raw_config, facts]).encode()).hexdigest()
+
+
+def refuse_out(out: Path, checkpoint: Checkpoint, spec: str | None, records_file: Path) -> None:
+    """Raises UsageError where `out` is no place for a result: around or inside the model, around the text `spec` or the records."""
+    precious = {"the model": checkpoint.folder, "the records": records_file}
+    if spec is not None and (text := Path(spec).expanduser()).is_file():
+        precious["the calibration text"] = text
+    refuse_inside(out, precious)

@@ -1,0 +1,48 @@
+"""The calibration text of a run, as windows of token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.evaluate.tasks import task_text
+from secateur.models.load import Checkpoint
+from secateur.prune.prepare import Prepared
+from secateur.text.specs import TASK, holds_ids, read_text
+from secateur.text.windows import check_ids, labelled_windows
+
+
+def read_windows(prepared: Prepared) -> Tensor | None:
+    """The calibration windows [S, T]; None where the method needs none."""
+    return read_labelled(prepared)[0]
+
+
+def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
+    """The windows, and the labels of those of a task."""
+    request, spec = prepared.request, prepared.calibration
+    if spec is None:
+        return None, None
+    much = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed}
+    return _labelled_of(prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
+
+
+def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str) -> Tensor:
+    """Windows [S, T] of the calibration part of a text SPEC, in the tokens of a model."""
+    return _labelled_of(checkpoint, spec, samples=samples, seqlen=seqlen, seed=seed, text_field=text_field)[0]
+
+
+def _labelled_of(
+    checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str, include_path: str | Path | None = None
+) -> tuple[Tensor, Tensor | None]:
+    tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
+    text = task_text(spec, include_path) if spec.startswith(TASK) else read_text(spec, "calibration", text_field=text_field)
+
+    def tokenize(row: str) -> list[int]:
+        assert tokenizer is not None
+        found: list[int] = tokenizer(row, verbose=False)["input_ids"]
+        return found
+
+    windows, labels = labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
+    check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec, None if tokenizer is None else len(tokenizer))
+    return windows, labels

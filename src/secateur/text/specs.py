@@ -1,0 +1,192 @@
+"""Text, and its way into windows of token ids. One vocabulary of names (SPEC) serves calibration and evaluation.
+
+A SPEC is `builtin`, `wikitext2`, `c4`, `alpaca` (hub data sets, resolved by role: the train part to calibrate, the test part to evaluate), or a
+path: `.jsonl` or `.json` (one object a line, or a list of them; text, or instructions in Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids
+[samples, seqlen], used as given), and anything else as plain text. Text may be compressed: `.gz`, `.bz2`, `.xz` behind the suffix.
+To calibrate there is also `task:NAME+NAME`, the questions of tasks with their right answers, which `evaluate/tasks.py` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.hub import hub
+from secateur.text.builtin import documents
+from secateur.text.files import ID_FILES, JSON_FILES, alpaca_prompt, file_hash, in_alpaca_form, read_objects, read_parquet, rows_of, suffix_of, token_ids
+
+Role = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set of the hub: where it is and which part serves which role."""
+
+    path: str
+    config: str | None
+    revision: str
+    split: dict[Role, str]
+    files: dict[Role, str] | None = None
+    render: Callable[[dict[str, Any]], str] = lambda row: row["text"]
+
+
+HUB_TEXTS = {
+    "wikitext2": HubText(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", {"calibration": "train", "evaluation": "test"}
+    ),
+    "c4": HubText(
+        "allenai/c4",
+        None,
+        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        {"calibration": "train", "evaluation": "validation"},
+        {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
+    ),
+    "alpaca": HubText(
+        "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt
+    ),
+}
+NAMED = ("builtin", *HUB_TEXTS)
+TASK = "task:"
+
+
+class HubRows(Sequence[str]):
+    """The rows of a data set as texts, read when asked for: a shard of C4 alone is most of a gigabyte."""
+
+    def __init__(self, data: Any, render: Callable[[dict[str, Any]], str]) -> None:
+        self._data, self._render = data, render
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._render(self._data[int(index)])
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]. Of a task, `questions` are how the rows begin."""
+
+    spec: str
+    rows: Sequence[str] = ()
+    ids: Tensor | None = None
+    questions: Sequence[str] = ()
+
+
+def holds_ids(spec: str) -> bool:
+    """Whether a SPEC is a file of token ids, which needs no tokenizer."""
+    return Path(spec).suffix in ID_FILES
+
+
+def check_spec(spec: str) -> None:
+    """Raises UsageError where a SPEC to calibrate with is neither a name, nor a file, nor tasks."""
+    if spec.startswith(TASK):
+        task_names(spec)
+    elif spec.partition("@")[0] not in NAMED and not Path(spec).expanduser().is_file():
+        raise UsageError(f"no text '{spec}': give one of {', '.join(NAMED)}, or the path of a file")
+
+
+def task_names(spec: str) -> list[str]:
+    """Of `task:NAME+NAME`; of any other SPEC none.
+
+    Raises:
+        UsageError: a SPEC of tasks without a name.
+    """
+    names = [name for name in spec.removeprefix(TASK).split("+") if name] if spec.startswith(TASK) else []
+    if spec.startswith(TASK) and not names:
+        raise UsageError("--calibration task: names no task; write task:NAME, or task:NAME+NAME")
+    return names
+
+
+def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
+    """Read a SPEC.
+
+    Args:
+        spec: see the module's docstring; a hub name may carry a revision, `wikitext2@REVISION`, instead of the commit it stands for.
+        role: which part of a named data set.
+        text_field: the field of `.jsonl` and `.parquet` rows that holds the text.
+
+    Raises:
+        UsageError: the SPEC is neither a name nor a file.
+        SecateurError: the file is not what its suffix says, or holds no text.
+    """
+    name, _, revision = spec.partition("@")
+    if name == "builtin":
+        return Text(spec, tuple(d.text for d in documents("train" if role == "calibration" else "test")))
+    if name in HUB_TEXTS:
+        return Text(spec, _from_hub(name, role, revision or None))
+    if spec.startswith(TASK):
+        raise UsageError(f"text '{spec}': tasks are for calibration; ask them with --tasks")
+    check_spec(spec)
+    path = Path(spec).expanduser()
+    if holds_ids(spec):
+        return Text(spec, ids=token_ids(path))
+    rows = tuple(rows_of(path, text_field))
+    if not any(row.strip() for row in rows):
+        raise SecateurError(f"{spec}: holds no text")
+    return Text(spec, rows)
+
+
+def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
+    """Rows with `instruction`, `output` and perhaps `input`, of `alpaca` or a `.json`, `.jsonl` or `.parquet` file.
+
+    Raises:
+        UsageError: the SPEC is neither.
+        SecateurError: a row lacks one of the fields.
+    """
+    name, _, revision = spec.partition("@")
+    if name == "alpaca":
+        return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
+    path = Path(spec).expanduser()
+    if suffix_of(path) not in (*JSON_FILES, ".parquet") or name in NAMED:
+        raise UsageError(f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'")
+    check_spec(spec)
+    rows: Any = read_parquet(path).to_pylist() if suffix_of(path) == ".parquet" else list(read_objects(path))
+    if not in_alpaca_form(rows):
+        has = f", its first row has {', '.join(rows[0])}" if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
+        raise SecateurError(f"{path}: rows need the fields 'instruction' and 'output' (and perhaps 'input'){has}")
+    return rows  # type: ignore[no-any-return]
+
+
+def same_text(spec: str, other: str, file_sha256: str | None = None) -> bool:
+    """Whether a SPEC to calibrate with and one to evaluate on stand for the same text.
+
+    Args:
+        spec: to calibrate with; of a plan, the name of a file without its folder, and then `file_sha256` is the hash of that file.
+        other: to evaluate on.
+    """
+    name, other_name = spec.partition("@")[0], other.partition("@")[0]
+    if name in HUB_TEXTS and name == other_name:
+        return HUB_TEXTS[name].split["calibration"] == HUB_TEXTS[name].split["evaluation"]
+    one, two = Path(spec).expanduser(), Path(other).expanduser()
+    if file_sha256 is not None:
+        return one.name == two.name and file_hash(other) == file_sha256
+    return one.is_file() and one.resolve() == two.resolve()
+
+
+def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
+    return HubRows(_hub_data(name, role, revision), HUB_TEXTS[name].render)
+
+
+def _hub_data(name: str, role: Role, revision: str | None) -> Any:
+    """The rows of a data set, by number."""
+    source = HUB_TEXTS[name]
+    import datasets
+
+    part = source.split[role]
+    files = {part: source.files[role]} if source.files else None
+    with hub() as answers:
+        try:
+            return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
+        except Exception as error:
+            why = error if answers else "it does not answer"
+            use, option = ("to calibrate on", "--calibration") if role == "calibration" else ("to measure perplexity on", "--text")
+            raise SecateurError(
+                f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, or give a local file: {option} FILE"
+            ) from error
