@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,20 @@ def test_a_kill_at_any_point_of_the_finish_loses_nothing(
         api.prune(replace(request, sparsity=0.25), tmp_path / "out", resume=True)
 
 
-def test_half_a_journal_is_no_run(saved: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "journal.json").write_text('{"model": ')
-    api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5), tmp_path / "out", resume=True)
+def test_half_a_journal_is_no_run(
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    interrupted_at: Callable[..., AbstractContextManager[None]],
+) -> None:
+    """What lies beside it may be of any run: nothing of it is used, and nothing is left."""
+    request = api.Request(str(saved("llama")), "magnitude", sparsity=0.5)
+    api.prune(request, tmp_path / "whole")
+    with interrupted_at("block-00001"):
+        api.prune(replace(request, sparsity=0.25), tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    assert [part.name for part in partial.glob("*block-*")] == ["part-block-00000.safetensors"]
+    journal = (partial / "journal.json").read_text()
+    (partial / "journal.json").write_text(journal[: len(journal) // 2])
+    api.prune(request, tmp_path / "out", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not partial.exists()
