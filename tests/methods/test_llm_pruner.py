@@ -21,8 +21,8 @@ from secateur.calibrate.data import IGNORE
 from secateur.methods import llm_pruner
 from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.runtime import SELECT_FIRST
+from secateur.models.spaces import MEMBERS
 from secateur.models.view import ModelView
-from secateur.plan.allocate import MEMBERS
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
 from secateur.train.structures import SELECTIONS

@@ -39,12 +39,13 @@ from torch import Tensor
 from secateur.calibrate.kronecker import CURVATURES
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import track
+from secateur.models.spaces import SPACES
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
 from secateur.train.shots import Shots
-from secateur.train.unit_shots import SPACES, UnitShots, removed_parameters
+from secateur.train.unit_shots import UnitShots, removed_parameters
 from secateur.train.weight_shots import WeightShots
 
 QUICK = {"shots": 1}
