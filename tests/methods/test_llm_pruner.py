@@ -21,8 +21,8 @@ from secateur import api
 from secateur.methods import llm_pruner
 from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.runtime import SELECT_FIRST
+from secateur.models.spaces import MEMBERS
 from secateur.models.view import ModelView
-from secateur.plan.allocate import MEMBERS
 from secateur.plan.budget import parameters_left
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError
 from secateur.cut.rotate import residual_after, rotate_block, rotate_outer
-from secateur.models.family import ATTENTION, MLP, Family
+from secateur.models.family import Family
 from secateur.models.runtime import SECOND_NORM, SELECT_FIRST
+from secateur.models.spaces import COLUMNS, HEADS, MEMBERS, OWN_COLUMNS, ROWS, SEPARATE_COLUMNS
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan
 
-READS, WRITES = ("attention_in", "mlp_in"), ("attention_out", "mlp_out")
-READERS = {"q": "q_in", "k": "k_in", "v": "v_in"}  # in place of `attention_in`, where each selects for itself
+READS, WRITES = ("attention_in", "mlp_in"), ("attention_out", "mlp_out")  # of attention and of MLP
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,7 +52,7 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
         return replace(dims, residual=residual_after(plan))
     if plan.select:
         reads, writes = ([len(plan.keep[space]) if space in plan.keep else dims.hidden for space in spaces] for spaces in (READS, WRITES))
-        q, k, v = (len(plan.keep.get(space, ())) for space in READERS.values())
+        q, k, v = (len(plan.keep.get(space, ())) for space in OWN_COLUMNS.values())
         readers = (q, k, v) if separates(plan) else None
         dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers))
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
@@ -62,7 +63,7 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
 
 def separates(plan: BlockPlan) -> bool:
     """Whether q, k and v select for themselves what they read."""
-    return READERS["q"] in plan.keep
+    return OWN_COLUMNS["q"] in plan.keep
 
 
 def family_after(family: Family, plan: BlockPlan) -> Family:
@@ -98,36 +99,36 @@ def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
     tensors = {name: tensor for name, tensor in block.tensors.items() if name.rpartition(".")[0] not in block.family.matrices.values()}
     for path in dict.fromkeys(family.matrices.values()):
         members = [name for name in block.names if family.matrices[name] == path]
-        tensors[f"{path}.weight"] = _stack([_pick(block.matrix(n), rows.get(n), columns.get(n)) for n in members])
-        biases = [block.bias(name) for name in members]
-        if biases[0] is not None:
-            tensors[f"{path}.bias"] = _stack([b[rows[n]] if n in rows else b for n, b in zip(members, biases, strict=True) if b is not None])
+        tensors[f"{path}.weight"] = _stack([_pick(block.matrix(n), rows[n], columns[n]) for n in members])
+        biases = [_pick(bias_O, rows[name], None) for name in members if (bias_O := block.bias(name)) is not None]
+        if biases:
+            tensors[f"{path}.bias"] = _stack(biases)
     if plan.select:
         tensors = _narrowed_norms(block, plan, tensors) | _index_maps(block.family, plan)
     return replace(block, family=family, tensors=tensors, dims=dims_after(block.dims, plan))
 
 
-def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    rows: dict[str, Tensor] = {}
-    columns: dict[str, Tensor] = {}
-    if "ffn" in plan.keep:
-        units = plan.keep["ffn"].long()
-        rows |= {name: units for name in MLP[:2] if name in block.names}
-        columns["down"] = units
-    if "groups" in plan.keep or "heads" in plan.keep:
-        dims = block.dims
-        groups, heads = (
-            plan.keep[space].long() if space in plan.keep else torch.arange(units) for space, units in (("groups", dims.groups), ("heads", dims.heads))
-        )
-        of_key = _spread(groups, dims.head_width)
-        of_query = _spread(heads[torch.isin(heads // dims.queries, groups)], dims.head_width)  # the query heads of a group are neighbours
-        rows |= {"q": of_query, "k": of_key, "v": of_key}
-        columns[ATTENTION[3]] = of_query
-    if plan.select:
-        reads = READERS if separates(plan) else dict.fromkeys(ATTENTION[:3], READS[0])
-        columns |= {name: plan.keep[space].long() for name, space in (reads | dict.fromkeys(MLP[:2], READS[1])).items()}
-        rows |= dict(zip(("o", "down"), (plan.keep[space].long() for space in WRITES), strict=True))
-    return rows, columns
+def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """The rows and the columns of each matrix that stay, None where all do."""
+    units = {space: indices.long() for space, indices in plan.keep.items()}
+    heads = _kept_heads(block.dims, units)
+    columns = SEPARATE_COLUMNS if separates(plan) else COLUMNS
+
+    def kept(name: str, space: str) -> Tensor | None:
+        return heads.get(name) if space == "groups" else units.get(space)
+
+    return {name: kept(name, ROWS[name]) for name in block.names}, {name: kept(name, columns[name]) for name in block.names}
+
+
+def _kept_heads(dims: BlockDims, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each matrix that heads are part of, its rows (of `o` the columns) of the heads that stay; empty where all do."""
+    if "groups" not in units and "heads" not in units:
+        return {}
+    groups, heads = units.get("groups", torch.arange(dims.groups)), units.get("heads", torch.arange(dims.heads))
+    heads = heads[torch.isin(heads // dims.queries, groups)]  # the query heads of a group are neighbours
+    of_key, of_query = (_spread(kept, dims.head_width) for kept in (groups, heads))
+    members = MEMBERS["groups"]
+    return {name: of_query if name in HEADS else of_key for name in (*members.writers, members.reader)}
 
 
 def _index_maps(family: Family, plan: BlockPlan) -> dict[str, Tensor]:
@@ -136,7 +137,7 @@ def _index_maps(family: Family, plan: BlockPlan) -> dict[str, Tensor]:
     maps |= {f"skips.{number}.read_index_map": space for number, space in enumerate(READS)}
     if separates(plan):
         del maps["skips.0.read_index_map"]
-        maps |= {f"{_reader(family, name)}.read_index_map": space for name, space in READERS.items()}
+        maps |= {f"{_reader(family, name)}.read_index_map": space for name, space in OWN_COLUMNS.items()}
     return {name: plan.keep[space].long() for name, space in maps.items()}
 
 
@@ -152,7 +153,7 @@ def _narrowed_norms(block: BlockView, plan: BlockPlan, tensors: dict[str, Tensor
     if not separates(plan):
         targets[norms[0]] = (norms[0], READS[0])
     elif plan.select == SELECT_FIRST:
-        targets |= {f"{_reader(block.family, name)}.norm": (norms[0], space) for name, space in READERS.items()}
+        targets |= {f"{_reader(block.family, name)}.norm": (norms[0], space) for name, space in OWN_COLUMNS.items()}
         tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != norms[0]}
     made = {}
     for target, (source, space) in targets.items():
@@ -167,6 +168,7 @@ def _spread(groups: Tensor, width: int) -> Tensor:
 
 
 def _pick(weight_OI: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """Some rows and columns of a weight, or some rows of a bias."""
     if rows is not None:
         weight_OI = weight_OI[rows]
     return weight_OI if columns is None else weight_OI[:, columns].contiguous()

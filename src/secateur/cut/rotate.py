@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.models.family import ATTENTION
+from secateur.models.spaces import COLUMNS, RESIDUAL_READERS, ROWS
 from secateur.models.view import BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan, Place
 
@@ -25,15 +25,15 @@ def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
     """A block of the canonical model in the bases of its places; the given one is left as it is."""
     enter, leave = plan.places["enter"], plan.places["leave"]
     between = plan.places.get("between")
+    place_of = {"attention_in": enter, "attention_out": between or leave, "mlp_in": between or enter, "mlp_out": leave}
     tensors = dict(block.tensors)
     for path in dict.fromkeys(block.family.matrices.values()):
         name = next(n for n in block.names if block.family.matrices[n] == path)
-        in_attention = name in ATTENTION
-        if name in block.family.readers:
-            weight_OI = tensors[f"{path}.weight"]
-            tensors[f"{path}.weight"] = (weight_OI @ _basis(enter if in_attention or between is None else between, weight_OI)).to(block.dtype)
+        weight_OI = tensors[f"{path}.weight"]
+        if name in RESIDUAL_READERS:
+            tensors[f"{path}.weight"] = (weight_OI @ _basis(place_of[COLUMNS[name]], weight_OI)).to(block.dtype)
         else:
-            basis = _basis(between if in_attention and between is not None else leave, tensors[f"{path}.weight"])
+            basis = _basis(place_of[ROWS[name]], weight_OI)
             for key in (f"{path}.weight", f"{path}.bias"):
                 if key in tensors:
                     tensors[key] = (basis.t() @ tensors[key]).to(block.dtype)

@@ -15,13 +15,18 @@ from dataclasses import dataclass, replace
 from secateur.core.records import Record
 from secateur.models.family import MLP
 from secateur.models.runtime import is_index_map
+from secateur.models.spaces import COLUMNS, HEADS, ROWS
 from secateur.models.view import ModelView
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 _EDGE = 1e-9  # (1 - s) d may fall just short of a whole number in floating point
 
-# Canonical name -> letters of (inputs, outputs): table 2 of the paper.
-_MATRICES = {"q": ("d", "h·k"), "k": ("d", "g·k"), "v": ("d", "g·k"), "o": ("h·k", "d"), "gate": ("d", "m"), "up": ("d", "m"), "down": ("m", "d")}
+
+def _letters(name: str, space: str) -> str:
+    """One side of a matrix in letters, as in table 2 of the paper."""
+    if space == "groups":
+        return "h·k" if name in HEADS else "g·k"
+    return "m" if space == "ffn" else "d"
 
 
 @dataclass(frozen=True)
@@ -237,10 +242,9 @@ class _Shapes:
         assert sum(sizes) == rows, f"{module} has {rows} rows, its parts {sizes}"
         found, start = [], 0
         for name, size in zip(names, sizes, strict=True):
-            reads, writes = _MATRICES[name]
-            out = Axis(writes, size)
+            out = Axis(_letters(name, ROWS[name]), size)
             part = (start, start + size) if len(names) > 1 else None
-            found.append(Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part))
+            found.append(Map(name, path, "product", (Axis(_letters(name, COLUMNS[name]), inputs), out), out if biased else None, (index,), part))
             start += size
         return found
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts, mask_gradient
 from secateur.core.errors import UsageError
+from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import HEADS
@@ -33,6 +34,7 @@ CALIBRATION = "wikitext2"
 REMOVES = HEADS
 GRADIENTS = True  # what a dry run is to count
 DEMO: list[dict[str, object]] = []
+_READER = MEMBERS["groups"].reader  # what heads give goes into this matrix
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,15 @@ def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) 
     backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, spill=run.spill)
     scores: list[Tensor] = [torch.empty(0)] * view.blocks
     for block in backward.blocks():
-        dims, weight_OI = block.dims, block.matrix("o").to(run.device)
-        across = dims.queries * dims.head_width if options.unit == "groups" else dims.head_width
+        dims, weight_OI = block.dims, block.matrix(_READER).to(run.device)
+        across = dims.unit_width(_READER, "groups") if options.unit == "groups" else dims.head_width
         total_U = torch.zeros(dims.heads * dims.head_width // across, dtype=torch.float64, device=run.device)
 
         def listen(total_U: Tensor, across: int, weight_OI: Tensor, x_BTI: Tensor, g_BTO: Tensor) -> None:
             of_window_BI = mask_gradient(x_BTI, g_BTO, weight_OI)
             total_U += of_window_BI.unflatten(1, (-1, across)).sum(2, dtype=torch.float64).abs().sum(0)
 
-        backward.retreat(block, {"o": partial(listen, total_U, across, weight_OI)})
+        backward.retreat(block, {_READER: partial(listen, total_U, across, weight_OI)})
         score_U = total_U.cpu() / backward.targets
         if options.normalise and score_U.any():
             score_U = score_U / score_U.norm()

@@ -35,8 +35,9 @@ from secateur.calibrate.backward import Backward, check_reacts, weight_gradient
 from secateur.core.errors import HopelessError, SecateurError, UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.runtime import SELECT_FIRST
+from secateur.models.spaces import INNER, MEMBERS, RESIDUAL_WRITERS
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.allocate import MEMBERS, keep_units
+from secateur.plan.allocate import keep_units
 from secateur.plan.budget import unit_parameters
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
@@ -59,7 +60,6 @@ _REDUCE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "product": lambda score_MU: score_MU.log().mean(0).exp(),  # its root, which does not underflow and is of one size with the others
     "last": lambda score_MU: score_MU[-1],
 }
-_READERS = tuple(members.reader for members in MEMBERS.values())
 _CHOICES = {
     "mode": ("block", "channel"),
     "order": ("first", "second", "mixed"),
@@ -149,7 +149,7 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
     if options.mode == "channel":
         kept = run.once(lambda: {"channels": channel_scores(view, data, options, run)})
         keep_W = keep_units(kept["channels"], view.config.hidden_size - _channels(view, run.sparsity))
-        spaces = [selection for selection in SELECTIONS if selection != "ffn"]
+        spaces = [selection for selection in SELECTIONS if selection not in INNER]
         of = dict.fromkeys(spaces, int(view.config.hidden_size))
         return tuple(BlockPlan(index, keep={space: keep_W.clone() for space in spaces}, of=of, select=SELECT_FIRST) for index in range(view.blocks))
     kept = run.once(
@@ -188,7 +188,7 @@ def channel_changes(view: ModelView, windows: Tensor, options: LLMPruner, run: R
         here = []
         for name in block.names:
             change_OI = sums[name].of(block.matrix(name), options.order)
-            across = 1 if name in _READERS else 0  # o and down write channels, by rows; the others read them
+            across = 1 if name in RESIDUAL_WRITERS else 0  # these write channels, by rows; the others read them
             here.append(_of_units(change_OI, options, across, change_OI.shape[1 - across]))
         change_MD = here + change_MD
     return change_MD
@@ -202,7 +202,7 @@ def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, i
     predicted = backward.targets / len(windows)
     for block in backward.blocks():
         names = block.names if block.index in inside else ()
-        biases = {name: block.bias(name) if (options.mode == "channel") == (name in _READERS) else None for name in names}
+        biases = {name: block.bias(name) if (options.mode == "channel") == (name in RESIDUAL_WRITERS) else None for name in names}
         sums = {name: _Gradient(bias_O, fisher=options.order != "first", predicted=predicted) for name, bias_O in biases.items()}
         backward.retreat(block, {name: gradient.update for name, gradient in sums.items()})
         if names:
@@ -255,7 +255,7 @@ def _unit_scores(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPr
 
 def unit_changes(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPruner, space: str) -> dict[str, Tensor]:
     """Matrix -> how the loss would change without each unit's part of it, float64 [U]; signed with granularity `vector`."""
-    members, units = MEMBERS[space], block.dims.ffn if space == "ffn" else block.dims.groups
+    members, units = MEMBERS[space], block.dims.units()[space]
     return {
         name: _of_units(sums[name].of(block.matrix(name), options.order), options, 0 if name == members.reader else 1, units)
         for name in (*members.writers, members.reader)
@@ -301,8 +301,8 @@ def _check_channels(view: ModelView, sparsity: float) -> None:
 
 def _most(view: ModelView, index: int) -> int:
     """The parameters that go with all units of a block but one of each space."""
-    dims = view.dims(index)
-    return sum(unit_parameters(view, index, space) * (units - 1) for space, units in (("ffn", dims.ffn), ("groups", dims.groups)))
+    units = view.dims(index).units()
+    return sum(unit_parameters(view, index, space) * (units[space] - 1) for space in MEMBERS)
 
 
 def _choose(view: ModelView, scores: Scores, ranking: str, sparsity: float) -> list[dict[str, Tensor]]:

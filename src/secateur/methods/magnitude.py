@@ -18,8 +18,9 @@ import torch
 
 from secateur.core.errors import UsageError
 from secateur.core.numbers import at_least_float32
+from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.allocate import MEMBERS, keep_units, plan_masks_or_units, removed_units, unit_scores
+from secateur.plan.allocate import keep_units, plan_masks_or_units, removed_units, unit_scores
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
 

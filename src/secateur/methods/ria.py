@@ -68,11 +68,16 @@ class RIA:
             raise UsageError(f"ria: power {self.power:g} is outside [0, inf); it is the power of an input's norm: 0.5")
 
 
-def plan_block(block: BlockView, statistics: Statistics, options: RIA) -> BlockPlan:
+def by_rows(options: RIA) -> bool:
+    """Whether weights are compared within each row."""
+    return options.scope == "row"
+
+
+def plan_block(block: BlockView, statistics: Statistics[InputNorm], options: RIA) -> BlockPlan:
     """The plan of one block from its weights and the norms of its inputs."""
 
     def score_OI(name: str) -> torch.Tensor:
-        norm_I = statistics[name].norm_I  # type: ignore[attr-defined]  # STATISTICS is InputNorm
+        norm_I = statistics[name].norm_I
         relative_OI = relative_importance(at_least_float32(block.matrix(name)))
         return relative_OI.mul_(norm_I.pow(options.power).to(relative_OI))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from secateur.models.family import CANONICAL, Family, is_pruned
 from secateur.models.runtime import SELECT_FORMS, is_index_map
+from secateur.models.spaces import COLUMNS, HEADS, OWN_COLUMNS, ROWS, SEPARATE_COLUMNS
 
 
 class TensorSource(Protocol):
@@ -72,21 +74,37 @@ class BlockDims:
         """Query heads that share one key-value head; head h belongs to group h // queries."""
         return self.heads // self.groups
 
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """Canonical matrix name -> the space that its columns read."""
+        return SEPARATE_COLUMNS if self.residual and self.residual.readers else COLUMNS
+
+    def units(self) -> dict[str, int]:
+        """Space -> the number of its units."""
+        whole = (self.hidden, self.hidden)
+        attention, mlp = (self.residual.attention, self.residual.mlp) if self.residual else (whole, whole)
+        sizes = {
+            "groups": self.groups,
+            "ffn": self.ffn,
+            "attention_in": attention[0],
+            "attention_out": attention[1],
+            "mlp_in": mlp[0],
+            "mlp_out": mlp[1],
+        }
+        if self.residual and self.residual.readers:
+            sizes |= zip(OWN_COLUMNS.values(), self.residual.readers, strict=True)
+        return sizes
+
+    def unit_width(self, name: str, space: str) -> int:
+        """How many rows or columns of a matrix are one unit of a space."""
+        if space != "groups":
+            return 1
+        return self.head_width * (self.queries if name in HEADS else 1)
+
     def shape(self, name: str) -> tuple[int, int]:
         """(O, I) of a matrix by its canonical name."""
-        heads, groups, all_of_it = self.heads * self.head_width, self.groups * self.head_width, (self.hidden, self.hidden)
-        attention_in, attention_out = self.residual.attention if self.residual else all_of_it
-        mlp_in, mlp_out = self.residual.mlp if self.residual else all_of_it
-        q_in, k_in, v_in = (self.residual and self.residual.readers) or (attention_in,) * 3
-        return {
-            "q": (heads, q_in),
-            "k": (groups, k_in),
-            "v": (groups, v_in),
-            "o": (attention_out, heads),
-            "gate": (self.ffn, mlp_in),
-            "up": (self.ffn, mlp_in),
-            "down": (mlp_out, self.ffn),
-        }[name]
+        units, rows, columns = self.units(), ROWS[name], self.columns[name]
+        return units[rows] * self.unit_width(name, rows), units[columns] * self.unit_width(name, columns)
 
     @property
     def enters(self) -> int:
@@ -101,6 +119,14 @@ class BlockDims:
     def with_units(self, groups: int, ffn: int, queries: int | None = None) -> BlockDims:
         """The sizes with so many key-value heads, each with its query heads (or with `queries` of them), and feed-forward units."""
         return replace(self, groups=groups, heads=groups * (queries or self.queries), ffn=ffn)
+
+    def selecting(self, form: str, *, separate: bool = False) -> BlockDims:
+        """The sizes of a block that reads the residual by `form` (see `runtime.Select`), and selects all of its features.
+
+        `separate` says that q, k and v select for themselves.
+        """
+        whole = (self.hidden, self.hidden)
+        return replace(self, residual=Residual(whole, whole, (form, form), (self.hidden,) * 3 if separate else None))
 
     def widths(self) -> dict[str, Any]:
         """What a pruned configuration keeps of them (`pruned_widths`)."""
@@ -209,6 +235,16 @@ class ModelView:
         prefix = self.block_prefix(index)
         tensors = {name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)}
         return BlockView(self.family, self.dims(index), index, tensors, rates or (self.rates[index] if self.rates else {}), self.dtype)
+
+    @cached_property
+    def block_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
+        """For each block, the shapes of its parameters by their names inside it."""
+        shapes: tuple[dict[str, tuple[int, ...]], ...] = tuple({} for _ in range(self.blocks))
+        for name in self.source.names():
+            index, _, inside = name.removeprefix(f"{self.family.blocks}.").partition(".")
+            if name.startswith(f"{self.family.blocks}.") and not is_index_map(name):
+                shapes[int(index)][inside] = self.source.shape(name)
+        return shapes
 
     def outer_names(self) -> list[str]:
         """The tensors outside the blocks: embeddings, final norm, head."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockDims, BlockView
 from secateur.plan.pattern import Pattern, keep_highest, keep_highest_per_row, keep_n_of_m
 from secateur.plan.plan import BlockPlan, Mask
@@ -17,17 +17,6 @@ from secateur.plan.plan import BlockPlan, Mask
 Scope = Literal["row", "matrix"]
 Score = Callable[[str], Tensor]
 """Canonical matrix name -> score_OI, at least 0, higher is more worth keeping. Called once for a matrix, when its turn comes."""
-
-
-@dataclass(frozen=True)
-class Members:
-    """The matrices that share a space of units: those whose rows compute the units, and the one whose columns read them."""
-
-    writers: tuple[str, ...]
-    reader: str
-
-
-MEMBERS = {"ffn": Members(("gate", "up"), "down"), "groups": Members(("q", "k", "v"), "o")}
 
 
 def plan_masks_or_units(block: BlockView, score: Score, pattern: Pattern, scope: Scope) -> BlockPlan:
@@ -87,7 +76,7 @@ def unit_scores(block: BlockView, score: Score, pattern: Pattern) -> dict[str, T
 
 
 def _unit_score(block: BlockView, score: Score, pattern: Pattern, space: str) -> Tensor:
-    units = block.dims.ffn if space == "ffn" else block.dims.groups
+    units = block.dims.units()[space]
     members = MEMBERS[space].writers if pattern.kind == "rows" else (MEMBERS[space].reader,)
     total_U = torch.zeros(units, dtype=torch.float64)
     for name in members:

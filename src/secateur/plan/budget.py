@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from secateur.core.errors import UsageError
+from secateur.models.parameters import block_cost, block_parameters, count_parameters
 from secateur.models.view import BlockDims, ModelView, Residual
-from secateur.plan.allocate import MEMBERS, removed_units
+from secateur.plan.allocate import units_left
 from secateur.plan.rates import Rates
 
 
@@ -38,74 +38,24 @@ def nearest(steps: Iterable[float], ratio: Callable[[float], float], wanted: flo
 
 def mean_block(view: ModelView) -> float:
     """The parameters of a block, in the mean."""
-    outer = sum(math.prod(view.source.shape(name)) for name in view.outer_names())
-    return (view.parameters() - outer) / view.blocks
+    return sum(block_parameters(view, index) for index in range(view.blocks)) / view.blocks
 
 
 def parameters_left(view: ModelView, rates: Rates) -> int:
     """All parameters after whole units are removed at these rates."""
-    left = view.parameters()
-    for index, rate in enumerate(rates):
-        dims = view.dims(index)
-        for space, units in (("ffn", dims.ffn), ("groups", dims.groups)):
-            reader = MEMBERS[space].reader
-            left -= removed_units(rate.get(reader, 0.0), units) * unit_parameters(view, index, space)
-    return left
+    return count_parameters(view, [units_left(view.dims(index), rate) for index, rate in enumerate(rates)])
 
 
 def dims_parameters(view: ModelView, after: Sequence[BlockDims]) -> int:
     """All parameters of a model whose blocks are narrowed to these heads and feed-forward units."""
-    left, stored = view.parameters(), set(view.source.names())
-    for index, dims in enumerate(after):
-        before = view.dims(index)
-        for name in view.matrix_shapes(index):
-            (rows, columns), (rows_after, columns_after) = before.shape(name), dims.shape(name)
-            biased = f"{view.block_prefix(index)}{view.family.matrices[name]}.bias" in stored
-            left -= rows * columns - rows_after * columns_after + (rows - rows_after if biased else 0)
-    return left
+    return count_parameters(view, after)
 
 
 def sliced_parameters(view: ModelView, residuals: Sequence[Residual]) -> int:
     """All parameters of a canonical model whose residual stream is narrowed so."""
-    total, hidden = 0, view.config.hidden_size
-    ends = dict.fromkeys(view.family.embeddings, residuals[0].attention[0]) | {view.family.head: residuals[-1].mlp[1]}
-    for name in view.outer_names():
-        shape, path = view.source.shape(name), name.rpartition(".")[0]
-        total += math.prod(shape) // hidden * ends[path] if len(shape) == 2 else math.prod(shape)
-    for index, residual in enumerate(residuals):
-        dims = replace(view.dims(index), residual=residual)
-        prefix = view.block_prefix(index)
-        matrices = {
-            path: sum(dims.shape(n)[0] * dims.shape(n)[1] for n in view.family.matrices if view.family.matrices[n] == path)
-            for path in view.family.matrices.values()
-        }
-        total += sum(matrices.values())
-        written = {view.family.matrices["o"]: residual.attention[1], view.family.matrices["down"]: residual.mlp[1]}
-        for name in view.source.names():
-            path, _, kind = name.removeprefix(prefix).rpartition(".")
-            if name.startswith(prefix) and (kind == "bias" or path not in matrices):
-                total += written.get(path, math.prod(view.source.shape(name)))
-        total += sum(_skip_parameters(*end, form) for end, form in zip((residual.attention, residual.mlp), residual.skips, strict=False))
-    return total
-
-
-def _skip_parameters(inputs: int, outputs: int, form: int | str | None) -> int:
-    if form is None:
-        return 0
-    if form == "dense":
-        return inputs * outputs
-    assert isinstance(form, int)
-    return form * (inputs if inputs == outputs else inputs + outputs)
+    return count_parameters(view, [replace(view.dims(index), residual=residual) for index, residual in enumerate(residuals)])
 
 
 def unit_parameters(view: ModelView, index: int, space: str) -> int:
     """Weights and biases of one unit: a feed-forward unit, or a key-value head with its query heads."""
-    dims = view.dims(index)
-    shapes, prefix, stored = view.matrix_shapes(index), view.block_prefix(index), set(view.source.names())
-    members = MEMBERS[space]
-    total = shapes[members.reader][0] * shapes[members.reader][1]
-    for name in members.writers:
-        if name in shapes:
-            rows, columns = shapes[name]
-            total += rows * columns + (rows if f"{prefix}{view.family.matrices[name]}.bias" in stored else 0)
-    return total // (dims.ffn if space == "ffn" else dims.groups)
+    return block_cost(view, index).unit_parameters(space, view.dims(index).units())

@@ -11,18 +11,18 @@ Shape letters: S structures, P pairs of structures, N gates of all structures to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from secateur.models.runtime import SELECT_FIRST, is_index_map
+from secateur.models.parameters import BlockCost, block_cost, block_parameters
+from secateur.models.spaces import INNER, OWN_COLUMNS
 from secateur.models.view import ModelView
 
 SELECTIONS = ("attention_in", "attention_out", "mlp_in", "ffn", "mlp_out")
-SEPARATE = ("q_in", "k_in", "v_in", *SELECTIONS[1:])
+SEPARATE = (*OWN_COLUMNS.values(), *SELECTIONS[1:])
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,6 @@ class Structures:
         return left
 
 
-@dataclass(frozen=True)
-class BlockCost:
-    """How the parameters of a block follow from its five widths.
-
-    Attributes:
-        products: (selection, selection) or (selection,) -> parameters for each pair, or each one, of them.
-    """
-
-    products: Mapping[tuple[str, ...], int]
-
-    def parameters(self, kept: Mapping[str, float]) -> float:
-        """The parameters that selections of these sizes leave."""
-        return sum(each * math.prod(kept[selection] for selection in selections) for selections, each in self.products.items())
-
-
 def find_structures(view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False) -> Structures:
     """The gates of a model.
 
@@ -96,54 +81,21 @@ def find_structures(view: ModelView, *, constrained: bool, form: str, whole: boo
         whole: count all parameters; otherwise the matrices, biases and norms of the blocks alone.
         separate: q, k and v choose for themselves.
     """
-    hidden = int(view.config.hidden_size)
-    widths = [hidden] if constrained else []
-    uses, costs = [], []
+    widths = [int(view.config.hidden_size)] if constrained else []
+    uses, costs, fixed = [], [], 0
     for index in range(view.blocks):
-        use = {}
+        dims = view.dims(index).selecting(form, separate=separate)
+        units, use = dims.units(), {}
         for selection in SEPARATE if separate else SELECTIONS:
-            if constrained and selection != "ffn":
+            if constrained and selection not in INNER:
                 use[selection] = 0
                 continue
             use[selection] = len(widths)
-            widths.append(view.dims(index).ffn if selection == "ffn" else hidden)
+            widths.append(units[selection])
         uses.append(use)
-        costs.append(_block_cost(view, index, form, separate))
-    full = sum(float(cost.parameters({s: float(widths[n]) for s, n in use.items()})) for cost, use in zip(costs, uses, strict=True))
-    norms = 4 if separate and form == SELECT_FIRST else 2  # of a block that selects: a norm that several read becomes several
-    added = hidden * _norm_tensors(view, 0) * view.blocks * (norms - len(view.family.norms))
-    total = view.parameters() if whole else sum(_size(view, n) for n in view.source.names() if n.startswith(view.family.blocks + "."))
-    return Structures(tuple(widths), tuple(uses), tuple(costs), total + added - round(full), total)
-
-
-def _size(view: ModelView, name: str) -> int:
-    return 0 if is_index_map(name) else math.prod(view.source.shape(name))
-
-
-def _norm_tensors(view: ModelView, index: int) -> int:
-    """How many vectors a norm has: gain, perhaps bias."""
-    prefix = f"{view.block_prefix(index)}{view.family.norms[0]}."
-    return sum(name.startswith(prefix) for name in view.source.names())
-
-
-def _block_cost(view: ModelView, index: int, form: str, separate: bool) -> BlockCost:
-    dims, family, stored = view.dims(index), view.family, set(view.source.names())
-
-    def bias(name: str) -> int:
-        return int(f"{view.block_prefix(index)}{family.matrices[name]}.bias" in stored)
-
-    inner, keys, norm = dims.heads * dims.head_width, dims.groups * dims.head_width, _norm_tensors(view, index)
-    own = norm if form == SELECT_FIRST else 0  # where all features are normed first, one norm serves q, k and v, and keeps all of its gains
-    reads = {"q_in": inner + own, "k_in": keys + own, "v_in": keys + own} if separate else {"attention_in": inner + 2 * keys + norm}
-    wide = [name for name in ("gate", "up") if name in family.matrices]
-    return BlockCost(
-        {(selection,): each for selection, each in reads.items()}
-        | {
-            ("attention_out",): inner + bias("o"),
-            ("mlp_in", "ffn"): len(wide),
-            ("mlp_in",): norm,
-            ("ffn",): sum(bias(name) for name in wide),
-            ("ffn", "mlp_out"): 1,
-            ("mlp_out",): bias("down"),
-        }
-    )
+        cost = block_cost(view, index, dims).fixed({space: size for space, size in units.items() if space not in use})
+        fixed += cost.products[()]
+        costs.append(BlockCost({spaces: each for spaces, each in cost.products.items() if spaces}))
+    blocks = sum(block_parameters(view, index) for index in range(view.blocks))
+    total = view.parameters() if whole else blocks
+    return Structures(tuple(widths), tuple(uses), tuple(costs), fixed + total - blocks, total)

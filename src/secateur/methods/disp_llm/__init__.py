@@ -35,6 +35,7 @@ from secateur.methods.disp_llm.learn import Learning, learn
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.methods.disp_llm.warm import begin, importance
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
+from secateur.models.spaces import COLUMNS, OWN_COLUMNS, RESIDUAL_WRITERS, ROWS, SEPARATE_COLUMNS
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
@@ -250,13 +251,12 @@ def _block_plan(view: ModelView, structures: Structures, keep: list[Tensor], sca
 
 
 def _folded(block: BlockView, scale: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights [O, I] with the scales in them: rows of what writes a selection, columns of what reads one."""
-    reads = {name: f"{name}_in" if f"{name}_in" in scale else "attention_in" for name in "qkv"} | {"gate": "mlp_in", "up": "mlp_in", "down": "ffn"}
-    writes = {"o": "attention_out", "down": "mlp_out"}
+    """The weights [O, I] with the scales in them: columns of what reads a selection, rows of what writes to the residual."""
+    columns = SEPARATE_COLUMNS if OWN_COLUMNS["q"] in scale else COLUMNS
     folded = {}
     for name in block.names:
         weight_OI = block.matrix(name)
         weight_OI = weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
-        weight_OI = weight_OI * scale[reads[name]] if name in reads else weight_OI
-        folded[name] = weight_OI * scale[writes[name]][:, None] if name in writes else weight_OI
+        weight_OI = weight_OI * scale[columns[name]] if columns[name] in scale else weight_OI
+        folded[name] = weight_OI * scale[ROWS[name]][:, None] if name in RESIDUAL_WRITERS else weight_OI
     return folded

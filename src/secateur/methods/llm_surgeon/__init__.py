@@ -40,8 +40,9 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import track
 from secateur.methods.llm_surgeon.kronecker import CURVATURES
 from secateur.methods.llm_surgeon.shots import Shots
-from secateur.methods.llm_surgeon.units import SPACES, UnitShots, removed_parameters
+from secateur.methods.llm_surgeon.units import UnitShots, removed_parameters
 from secateur.methods.llm_surgeon.weights import WeightShots
+from secateur.models.spaces import SPACES
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan

@@ -20,17 +20,12 @@ from torch import Tensor
 
 from secateur.methods.llm_surgeon.kronecker import Factors
 from secateur.methods.llm_surgeon.shots import Shots
+from secateur.models.parameters import BlockCost, block_cost, block_parameters
 from secateur.models.runtime import NORM_FIRST
+from secateur.models.spaces import COLUMNS, INNER, ROWS, SPACES
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
-
-ROWS = {"q": "groups", "k": "groups", "v": "groups", "o": "attention_out", "gate": "ffn", "up": "ffn", "down": "mlp_out"}
-COLUMNS = {"q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups", "gate": "mlp_in", "up": "mlp_in", "down": "ffn"}
-SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
-
-GIVEN = ("groups", "ffn")
-"""Spaces whose units are given by rows and read by columns of a block's own matrices."""
 
 Alive = dict[str, Tensor]
 """Of one block: space -> [U], True for the units that stay."""
@@ -66,7 +61,7 @@ class UnitShots(Shots):
         for name in block.names:
             weight_OI = block.matrix(name)
             (rows_O, columns_I), (stay_O, stay_I) = (_sides(name, weight_OI, alive) for alive in (before, after))
-            felt_O = rows_O if ROWS[name] in GIVEN else stay_O  # rows that go, and that nobody reads, are not made up for
+            felt_O = rows_O if ROWS[name] in INNER else stay_O  # rows that go, and that nobody reads, are not made up for
             if factors is not None and (not torch.equal(rows_O, felt_O) or not torch.equal(columns_I, stay_I)):
                 part_OI = weight_OI[rows_O][:, columns_I].double().cpu()
                 made_OI = factors[name].part(rows_O, columns_I).without(part_OI, felt_O[rows_O], stay_I[columns_I])
@@ -95,28 +90,19 @@ class UnitShots(Shots):
 
 def units(view: ModelView, index: int) -> dict[str, int]:
     """Space -> the number of its units."""
-    dims = view.dims(index)
-    return {space: {"groups": dims.groups, "ffn": dims.ffn}.get(space, dims.hidden) for space in SPACES}
+    sizes = view.dims(index).units()
+    return {space: sizes[space] for space in SPACES}
 
 
-def block_parameters(view: ModelView, index: int, kept: Mapping[str, int]) -> int:
-    """The parameters of a block's matrices, their biases and the norms they read through, with so many units of each space."""
-    stored, prefix, full = set(view.source.names()), view.block_prefix(index), units(view, index)
-    norm = sum(name.startswith(f"{prefix}{view.family.norms[0]}.") for name in stored)
-    total = norm * (kept["attention_in"] + kept["mlp_in"])
-    for name, (rows, columns) in view.matrix_shapes(index).items():
-        rows = rows // full[ROWS[name]] * kept[ROWS[name]]
-        total += rows * (columns // full[COLUMNS[name]] * kept[COLUMNS[name]]) + rows * (f"{prefix}{view.family.matrices[name]}.bias" in stored)
-    return total
+def unit_block_cost(view: ModelView, index: int) -> BlockCost:
+    """How the parameters of a block follow from the units that stay: attention and MLP each have a norm of what they read."""
+    return block_cost(view, index, view.dims(index).selecting(NORM_FIRST))
 
 
 def removed_parameters(view: ModelView, kept: Sequence[Mapping[str, int]]) -> int:
-    """The parameters that go where so many units stay in each block. Where attention and MLP read through one norm, the result has one for each."""
-    full = [units(view, index) for index in range(view.blocks)]
-    saved = sum(block_parameters(view, index, full[index]) - block_parameters(view, index, counts) for index, counts in enumerate(kept))
-    prefix = f"{view.block_prefix(0)}{view.family.norms[0]}."
-    shared = sum(view.source.shape(name)[0] for name in view.source.names() if name.startswith(prefix)) if view.family.parallel else 0
-    return saved - shared * view.blocks
+    """The parameters that go where so many units stay in each block."""
+    before = sum(block_parameters(view, index) for index in range(view.blocks))
+    return before - int(sum(unit_block_cost(view, index).parameters(counts) for index, counts in enumerate(kept)))
 
 
 def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Tensor]:
@@ -127,7 +113,7 @@ def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Te
         rows_O, columns_I = _sides(name, weight_OI, alive)
         part_OI, curvature = weight_OI[rows_O][:, columns_I].double().cpu(), factors[name].part(rows_O, columns_I)
         given, read = ROWS[name], COLUMNS[name]
-        if given not in GIVEN:
+        if given not in INNER:
             costs[given][alive[given]] += curvature.row_costs(part_OI)
         costs[read][alive[read]] += curvature.column_costs(part_OI, part_OI.shape[1] // int(alive[read].sum()))
     return costs
@@ -137,11 +123,11 @@ def choose(view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], 
     """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of each space of a block stays."""
     places = [(index, space) for index in range(view.blocks) for space in SPACES]
     values, where = [], []
+    block_costs = [unit_block_cost(view, index) for index in range(view.blocks)]
     for number, (index, space) in enumerate(places):
         cost_U = costs[index][space].clone()
         cost_U[cost_U.masked_fill(cost_U.isinf(), -1).argmax()] = torch.inf  # the dearest stays
-        counts = _counts(alive[index])
-        here = block_parameters(view, index, counts) - block_parameters(view, index, {**counts, space: counts[space] - 1})
+        here = block_costs[index].unit_parameters(space, _counts(alive[index]))
         values.append(cost_U / (max(1, here) if rank == "parameter" else 1))
         where.append(torch.full((len(cost_U),), number))
     value_N, place_N = torch.cat(values), torch.cat(where)

@@ -1,0 +1,140 @@
+"""How many parameters a model has where its blocks have given sizes: the only place that counts them.
+
+Of one block (the spaces are those of `models/spaces.py`):
+
+    a matrix     units that it reads x units that it writes x the columns and rows of one unit
+    its bias     units that it writes x the rows of one unit, where the checkpoint stores one
+    a norm       features that are read through it, once for its gain and once for its bias, where it has them
+    a skip       see `runtime.Skip`
+    the rest     as stored: norms over the width of a head
+
+Rows that are fused in one module count alike. Index maps are no parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from secateur.models.family import Family
+from secateur.models.runtime import SECOND_NORM, SELECT_FIRST
+from secateur.models.spaces import OWN_COLUMNS, ROWS
+from secateur.models.view import BlockDims, ModelView
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """How the parameters of a block follow from the units of its spaces.
+
+    Attributes:
+        products: spaces -> parameters for each combination of their units, as in `("mlp_in", "ffn"): 2`. The key without
+            a space, which is always there, has the parameters that are part of no unit.
+    """
+
+    products: Mapping[tuple[str, ...], int]
+
+    def parameters(self, units: Mapping[str, float]) -> float:
+        """The parameters where each space has so many units."""
+        return sum(each * math.prod(units[space] for space in spaces) for spaces, each in self.products.items())
+
+    def unit_parameters(self, space: str, units: Mapping[str, int]) -> int:
+        """The parameters that go with one unit of a space; `units` are those of the other spaces."""
+        alone = {**units, space: 1}
+        return sum(each * math.prod(alone[s] for s in spaces) for spaces, each in self.products.items() if space in spaces)
+
+    def fixed(self, units: Mapping[str, int]) -> BlockCost:
+        """The cost where the number of units of some spaces is given."""
+        products: Counter[tuple[str, ...]] = Counter()
+        for spaces, each in self.products.items():
+            left = tuple(space for space in spaces if space not in units)
+            products[left] += each * math.prod(units[space] for space in spaces if space in units)
+        return BlockCost(products)
+
+
+def block_cost(view: ModelView, index: int, dims: BlockDims | None = None) -> BlockCost:
+    """The cost of a block.
+
+    Args:
+        view: the model; in canonical form where `dims` are those of a sliced block.
+        index: the block.
+        dims: the sizes that it has after a cut; None where it stays as it is. Their skips, their form of reading and their
+            query heads a group are part of the cost.
+    """
+    dims, stored = dims or view.dims(index), view.block_shapes[index]
+    products: Counter[tuple[str, ...]] = Counter({(): _rest(view.family, stored) + _skips(dims)})
+    for name in view.matrix_shapes(index):
+        written, read = ROWS[name], dims.columns[name]
+        rows = dims.unit_width(name, written)
+        products[read, written] += rows * dims.unit_width(name, read)
+        products[(written,)] += rows * (f"{view.family.matrices[name]}.bias" in stored)
+    for space in _normed(view.family, dims):
+        products[(space,)] += _norm_vectors(view.family, stored)
+    return BlockCost(products)
+
+
+def block_parameters(view: ModelView, index: int, dims: BlockDims | None = None) -> int:
+    """The parameters of a block; arguments as for `block_cost`."""
+    return int(block_cost(view, index, dims).parameters((dims or view.dims(index)).units()))
+
+
+def count_parameters(view: ModelView, after: Sequence[BlockDims | None]) -> int:
+    """All parameters of a model after a cut, a tied tensor once.
+
+    Args:
+        view: the model before; in canonical form where it is sliced.
+        after: the sizes of each block, None where the block goes.
+    """
+    kept = [(index, dims) for index, dims in enumerate(after) if dims is not None]
+    enters, leaves = kept[0][1].enters, kept[-1][1].leaves
+    ends = dict.fromkeys(view.family.embeddings, enters) | {view.family.head: leaves}
+    total = sum(block_parameters(view, index, dims) for index, dims in kept)
+    for name in view.outer_names():
+        shape, path = view.source.shape(name), name.rpartition(".")[0]
+        total += shape[0] * ends[path] if path in ends and len(shape) == 2 else math.prod(shape)
+    return total
+
+
+def _norm_paths(family: Family) -> tuple[str, ...]:
+    """Where norms over the residual can be in a block, stock or pruned."""
+    readers = (family.separated().matrices[name].rpartition(".")[0] for name in OWN_COLUMNS)
+    return (*family.norms, SECOND_NORM, *(f"{reader}.norm" for reader in readers))
+
+
+def _norm_vectors(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
+    """How many vectors a norm over the residual has: gain and bias, where they are stored. All norms of a block are alike."""
+    return max(sum(f"{path}.{kind}" in stored for kind in ("weight", "bias")) for path in _norm_paths(family))
+
+
+def _normed(family: Family, dims: BlockDims) -> tuple[str, ...]:
+    """The spaces whose features are read through a norm, one entry a norm."""
+    residual = dims.residual
+    if residual is None or not residual.selected:
+        return ("attention_in",) if family.parallel else ("attention_in", "mlp_in")
+    if residual.readers and residual.skips[0] == SELECT_FIRST:
+        return (*OWN_COLUMNS.values(), "mlp_in")
+    return ("attention_in", "mlp_in")  # where q, k and v select after the norm, `attention_in` is all of the residual
+
+
+def _rest(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
+    counted = {*family.matrices.values(), *_norm_paths(family)}
+    rest = [name for name in stored if name.rpartition(".")[0] not in counted and not name.startswith("skips.")]
+    return sum(math.prod(stored[name]) for name in rest)
+
+
+def _skips(dims: BlockDims) -> int:
+    """The parameters on the residual connections."""
+    if dims.residual is None or dims.residual.selected:
+        return 0
+    ends = zip((dims.residual.attention, dims.residual.mlp), dims.residual.skips, strict=False)  # a parallel block has one skip
+    return sum(_skip(inputs, outputs, form) for (inputs, outputs), form in ends)
+
+
+def _skip(inputs: int, outputs: int, form: int | str | None) -> int:
+    if form is None:
+        return 0
+    if form == "dense":
+        return inputs * outputs
+    assert isinstance(form, int)
+    return form * (inputs if inputs == outputs else inputs + outputs)

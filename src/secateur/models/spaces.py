@@ -1,0 +1,61 @@
+"""Spaces: what the rows and the columns of each matrix of a block are. Told here, once.
+
+A space is a set of units. A unit is part of several matrices, and it stays or goes in all of them:
+
+    groups                       key-value heads, each with the query heads that use it
+    ffn                          feed-forward units
+    attention_in, mlp_in         features of the residual stream that attention and MLP read
+    attention_out, mlp_out       features of the residual stream that attention and MLP write
+    q_in, k_in, v_in             in place of `attention_in`, where q, k and v each choose what they read
+
+A matrix reads the units of its columns and writes the units of its rows. How many rows or columns one unit has in a matrix
+follows from the sizes of the block: `BlockDims.unit_width`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ROWS: Mapping[str, str] = {
+    "q": "groups", "k": "groups", "v": "groups", "o": "attention_out", "gate": "ffn", "up": "ffn", "down": "mlp_out",
+}  # fmt: skip
+"""Canonical matrix name -> the space that its rows write."""
+
+COLUMNS: Mapping[str, str] = {
+    "q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups", "gate": "mlp_in", "up": "mlp_in", "down": "ffn",
+}  # fmt: skip
+"""Canonical matrix name -> the space that its columns read."""
+
+OWN_COLUMNS: Mapping[str, str] = {"q": "q_in", "k": "k_in", "v": "v_in"}
+SEPARATE_COLUMNS: Mapping[str, str] = {**COLUMNS, **OWN_COLUMNS}
+"""As `COLUMNS`, where q, k and v each choose what they read."""
+
+SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
+"""All spaces of a block, those that are written first."""
+
+INNER = ("ffn", "groups")
+"""The spaces inside a block: its own matrices write their units and read them. The others are of the residual stream."""
+
+HEADS = ("q", "o")
+"""The matrices in which a unit of `groups` is several query heads; in the others it is one key-value head."""
+
+
+@dataclass(frozen=True)
+class Members:
+    """The matrices that share an inner space: those whose rows write its units, and the one whose columns read them."""
+
+    writers: tuple[str, ...]
+    reader: str
+
+
+def _members(space: str) -> Members:
+    (reader,) = (name for name, read in COLUMNS.items() if read == space)
+    return Members(tuple(name for name, written in ROWS.items() if written == space), reader)
+
+
+MEMBERS: Mapping[str, Members] = {space: _members(space) for space in INNER}
+"""Inner space -> its matrices."""
+
+RESIDUAL_READERS = tuple(name for name, space in COLUMNS.items() if space not in INNER)
+RESIDUAL_WRITERS = tuple(name for name, space in ROWS.items() if space not in INNER)
