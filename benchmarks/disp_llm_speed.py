@@ -123,7 +123,7 @@ def make_learner(folder: Path, batch: int, *, checkpointing: bool) -> Any:
     import torch
 
     from secateur.methods.disp_llm.hypernetwork import Hypernetwork
-    from secateur.methods.disp_llm.learn import Learner, Learning
+    from secateur.methods.disp_llm.learning import Learner, Learning
     from secateur.methods.disp_llm.masked import MaskedModel
     from secateur.models.load import open_checkpoint
     from secateur.models.runtime import NORM_FIRST
@@ -243,7 +243,7 @@ def _measure_memory(side: str, folder: Path) -> None:
     import torch._dynamo  # which the first step of an optimiser imports
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import secateur.methods.disp_llm.learn  # noqa: F401
+    import secateur.methods.disp_llm.learning  # noqa: F401
     from secateur.core.records import peak_rss_bytes
 
     torch.randn(512, 512) @ torch.randn(512, 512)  # what the libraries of products set up for themselves

@@ -185,7 +185,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}}, r"batch=6 windows cannot be split into accumulate=4 equal parts"),
     ({"sparsity": 0.5, "options": {"warm": "-1"}}, r"warm is -1; it is a count, 0 for none"),
     ({"sparsity": 0.5, "options": {"strength": "-1"}}, r"strength is -1; it must be at least 0"),
-    ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: disp_llm gives every block its own widths"),
+    ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: disp_llm: it gives every block its own widths"),
 ]
 
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from secateur import api
 from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.methods.disp_llm import UNMET
-from secateur.methods.disp_llm import learn as learning
+from secateur.methods.disp_llm import learning
 from secateur.methods.disp_llm.choose import choose
 from secateur.methods.disp_llm.hypernetwork import Hypernetwork
-from secateur.methods.disp_llm.learn import Learning, budget_term, learn, rows_of_step
+from secateur.methods.disp_llm.learning import Learning, budget_term, learn, rows_of_step
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.models import save
 from tests.methods.disp_llm.test_masked import masked_of

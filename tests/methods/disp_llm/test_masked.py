@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secateur import api
 from secateur.methods.disp_llm.choose import choose, smallest
 from secateur.methods.disp_llm.hypernetwork import HYPERNETWORKS, Hypernetwork
-from secateur.methods.disp_llm.learn import budget_term
+from secateur.methods.disp_llm.learning import budget_term
 from secateur.methods.disp_llm.masked import MaskedModel, keep_gates, masked_norm
 from secateur.models import loss
 from secateur.models.runtime import SELECT_FORMS

@@ -31,7 +31,7 @@ from secateur.methods.disp_llm.choose import choose, smallest
 from secateur.methods.disp_llm.gates import GATES
 from secateur.methods.disp_llm.history import history
 from secateur.methods.disp_llm.hypernetwork import HYPERNETWORKS, Hypernetwork
-from secateur.methods.disp_llm.learn import Learning, learn
+from secateur.methods.disp_llm.learning import Learning, learn
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.methods.disp_llm.warm import begin, importance
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
