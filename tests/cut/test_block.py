@@ -150,6 +150,7 @@ def test_new_weights_of_one_of_several_fused_matrices() -> None:
     after = cut_block(before, BlockPlan(0, updates={"k": new_OI}))
     assert torch.equal(after.tensors["self_attn.qkv_proj.weight"], torch.cat([weight("q"), new_OI, weight("v")]))
     assert torch.equal(after.tensors["self_attn.qkv_proj.bias"], torch.cat([bias("q"), bias("k"), bias("v")]))
+    assert torch.equal(before.matrix("k"), weight("k")), "the given block stays as it is"
 
 
 def test_a_plan_that_names_new_weights_by_hash_alone_is_refused() -> None:
