@@ -179,10 +179,10 @@ def sweep(
         api = _api()
         request = api.Request(
             model, method, None, None, modules, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options),
-            ignore_unknown=ignore_unknown,
+            include_path=_of_calibration(include_path, calibration), ignore_unknown=ignore_unknown,
         )  # fmt: skip
         measure = api.EvalRequest(
-            model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=include_path
+            model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=_of_tasks(include_path, calibration, tasks)
         )  # fmt: skip
         points = api.sweep(request, _numbers(sparsity, "--sparsity"), out, measure, resume=resume, overwrite=overwrite, records_file=records)
         found = []
@@ -237,9 +237,9 @@ def study_modules(
 
         request = api.Request(
             model, method, None, None, None, pattern, calibration, samples, seqlen, seed, revision, device, dtype, _options(options),
-            ignore_unknown=ignore_unknown,
+            include_path=_of_calibration(include_path, calibration), ignore_unknown=ignore_unknown,
         )  # fmt: skip
-        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=include_path)
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=_of_tasks(include_path, calibration, tasks))
         asked = modules.Asked(
             _names(kinds),
             _numbers(sparsity, "--sparsity", highest=1.0) if sparsity else (),
@@ -306,10 +306,10 @@ def study_disp_llm(
 
         request = api.Request(
             model, disp_llm.METHOD, None, None, None, None, calibration, samples, seqlen, seed, revision, device, dtype, _options(options),
-            ignore_unknown=ignore_unknown,
+            include_path=_of_calibration(include_path, calibration), ignore_unknown=ignore_unknown,
         )  # fmt: skip
         measure = api.EvalRequest(
-            model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=include_path
+            model, text, protocol, None, _names(tasks), limit, model if against else None, revision, None, device, dtype, include_path=_of_tasks(include_path, calibration, tasks)
         )  # fmt: skip
         wanted, chosen = _numbers(sparsity, "--sparsity"), _names(parts)
         if dry_run:
@@ -385,6 +385,7 @@ def compare(
                 revision=revision,
                 device=device,
                 dtype=dtype,
+                include_path=_of_calibration(include_path, calibration),
                 at_least=at_least,
                 ignore_unknown=ignore_unknown,
             ),
@@ -399,7 +400,7 @@ def compare(
         todo = study.cells(asked)
         for note in todo.notes():
             _tell(note)
-        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=include_path)
+        measure = api.EvalRequest(model, text, protocol, None, _names(tasks), limit, None, None, revision, device, dtype, include_path=_of_tasks(include_path, calibration, tasks))
         found = []
         for record in study.run(asked, todo, out, measure, resume=resume, overwrite=overwrite, records_file=records):
             found.append(record)
@@ -786,6 +787,16 @@ def _emit(record: Record) -> None:
 def _need(value: str, what: str) -> None:
     if not value:
         raise UsageError(f"missing {what}")
+
+
+def _of_calibration(include_path: Path | None, calibration: str | None) -> Path | None:
+    """The folder of task files, where the calibration is on a task."""
+    return include_path if (calibration or "").startswith("task:") else None
+
+
+def _of_tasks(include_path: Path | None, calibration: str | None, tasks: str) -> Path | None:
+    """The folder of task files, unless the calibration alone needs it."""
+    return include_path if tasks or _of_calibration(include_path, calibration) is None else None
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -243,11 +243,11 @@ def _prepare(request: api.Request, asked: Asked, measure: api.EvalRequest, folde
     """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
     names = task_names(request.calibration or "")
     asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
-    work = _Work(replace(request, calibration=None) if names else request, asked.mode, asking, str(folder))
+    work = _Work(replace(request, calibration=None, include_path=None) if names else request, asked.mode, asking, str(folder))
     wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if names:
-        file = _write_task_text(names, measure.include_path, folder)
-        work = replace(work, request=replace(request, calibration=str(file), text_field="text"))
+        file = _write_task_text(names, request.include_path or measure.include_path, folder)
+        work = replace(work, request=replace(work.request, calibration=str(file), text_field="text"))
         try:
             _ = work.settings  # reads the text
         except SecateurError:
