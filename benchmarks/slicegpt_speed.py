@@ -42,7 +42,8 @@ from transformers.utils import logging
 
 import secateur  # noqa: F401  # lets transformers load sliced checkpoints
 from secateur.core.timing import Stopwatch
-from secateur.prune import Request, prune
+from secateur.prune import prune
+from secateur.requests import Request
 
 SHAPES = {
     "width 192": Shape(hidden=192, ffn=512, heads=6, kv_heads=2, vocab=2048, blocks=6, dtype="float32"),

@@ -57,3 +57,14 @@ def test_the_same_folder_serves_the_tasks_to_measure(task_folder: Path, tmp_path
         assert all("mine" in record["tasks"] for record in json.loads(result.stdout)["records"])
     result = CliRunner().invoke(app, [*COMMANDS["sweep"], "--include-path", str(task_folder), "--out", str(tmp_path / "none")])
     assert (result.exit_code, "name tasks too, --tasks a,b,..." in result.stderr) == (2, True)
+
+
+def test_healing_takes_the_folder_too(task_folder: Path, tmp_path: Path) -> None:
+    pruned, sizes = str(tmp_path / "pruned"), ["--steps", "1", "--samples", "2", "--seqlen", "32", "--limit", "1"]
+    heal = ["heal", pruned, *sizes, "--include-path", str(task_folder), "--out", str(tmp_path / "healed")]
+    made = ["prune", "bundled", "--method", "magnitude", "--sparsity", "0.5", "--out", pruned]
+    assert CliRunner().invoke(app, made).exit_code == 0
+    refused = CliRunner().invoke(app, [*heal, "--calibration", "builtin"])
+    assert (refused.exit_code, "heal on a task too" in refused.stderr) == (2, True)
+    result = CliRunner().invoke(app, [*heal, "--calibration", "task:mine"])
+    assert result.exit_code == 0, result.stderr
