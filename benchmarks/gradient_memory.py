@@ -97,8 +97,8 @@ def _child_prune(model: str, ids: str, out: str, method: str, sparsity: float, o
     before = peak_rss()
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from secateur.prune.request import Request
     from secateur.prune.run import prune
+    from secateur.requests import Request
 
     baseline = peak_rss()
     assert baseline > before, "the parent's peak hides that of the imports"

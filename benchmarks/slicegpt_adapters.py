@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from secateur.models.load import bundled_folder
-from secateur.prune.request import Request
 from secateur.prune.run import prune
+from secateur.requests import Request
 
 WIDE = Shape(hidden=768, ffn=2048, heads=12, kv_heads=12, vocab=8192, blocks=6, dtype="bfloat16")
 SPARSITIES = [round(0.05 * step, 2) for step in range(1, 11)]

@@ -42,8 +42,8 @@ from transformers.utils import logging
 
 import secateur  # noqa: F401  # lets transformers load sliced checkpoints
 from secateur.core.timing import Stopwatch
-from secateur.prune.request import Request
 from secateur.prune.run import prune
+from secateur.requests import Request
 
 SHAPES = {
     "width 192": Shape(hidden=192, ffn=512, heads=6, kv_heads=2, vocab=2048, blocks=6, dtype="float32"),

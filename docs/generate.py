@@ -13,12 +13,12 @@ from rich.console import Console
 from typer.main import get_command
 
 from secateur.cli import app
+from secateur.cli.terminal import flow_tables
 from secateur.evaluate.flow import inspect_flow
 from secateur.methods import Method, find_method, method_names
 from secateur.predict.laws import LAWS
 from secateur.predict.published import SOURCE, TABLE_3
 from secateur.report.flow_plot import flow_picture
-from secateur.terminal import flow_tables
 from secateur.text.protocols import PROTOCOLS
 
 

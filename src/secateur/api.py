@@ -1,10 +1,14 @@
-"""What the command line calls, and what Python programs may call: one function a command, and `plan` and `cut` for models in memory."""
+"""What the command line calls, and what Python programs may call: one function a command, and `plan` and `cut` for
+models in memory.
+
+`secateur eval` is `evaluate`, `secateur report` is `write_report`; every other command has the name it has there, with
+underscores. `estimate...` are what `--dry-run` says.
+"""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,19 +24,18 @@ from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
-from secateur.evaluate.evaluate import EvalRequest, evaluate
+from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.size import inspect
-from secateur.evaluate.throughput import BenchRequest, bench
-from secateur.heal.heal import HealRequest, heal
-from secateur.methods import find_method
+from secateur.evaluate.throughput import bench
+from secateur.heal.heal import heal
+from secateur.methods import find_method, method_names
 from secateur.models import pack as storage
 from secateur.models.canonical import canonical_view
 from secateur.models.family import PRUNED_PREFIX, find_family
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
 from secateur.models.runtime import pruned_class
-from secateur.models.save import is_finished
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
@@ -41,29 +44,45 @@ from secateur.prune.allocation.allocate import allocate
 from secateur.prune.driver import make_job, pruned_blocks, whole_model_plan
 from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
-from secateur.prune.request import Request
 from secateur.prune.run import STATES, prune
-from secateur.prune.settings import refuse_out
 from secateur.prune.windows import read_windows
+from secateur.report.modules import read_studies as read_module_studies
+from secateur.report.modules import verdict
+from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, ModulesRequest, Request
+from secateur.study.compare import Compared, compare
+from secateur.study.disp_llm import estimate as estimate_study_disp_llm
+from secateur.study.disp_llm import run as study_disp_llm
+from secateur.study.disp_llm import summary as summarize_study_disp_llm
+from secateur.study.modules import estimate as estimate_study_modules
+from secateur.study.modules import run as study_modules
+from secateur.study.sweep import point_name, prune_and_measure, sweep
 
 __all__ = [
     "STATES",
     "BenchRequest",
+    "CompareRequest",
+    "Compared",
     "EvalRequest",
     "Flow",
     "HealRequest",
+    "ModulesRequest",
     "Plan",
     "Request",
     "SecateurError",
     "UsageError",
     "bench",
+    "compare",
     "cut",
+    "demo",
     "estimate",
+    "estimate_study_disp_llm",
+    "estimate_study_modules",
     "evaluate",
     "find_method",
     "heal",
     "inspect",
     "inspect_flow",
+    "methods",
     "pack",
     "plan",
     "plot_flow",
@@ -73,10 +92,15 @@ __all__ = [
     "prepare",
     "prune",
     "prune_and_measure",
+    "read_module_studies",
     "read_plan",
     "read_windows",
+    "study_disp_llm",
+    "study_modules",
+    "summarize_study_disp_llm",
     "sweep",
     "unpack",
+    "verdict",
     "write_report",
 ]
 
@@ -318,64 +342,21 @@ def predict_from_spectrum(
     return spectrum.predict_from_spectrum(prepared, dense_ppl, measured, at=at, target=target_ppl)[1]
 
 
-def sweep(
-    request: Request,
-    sparsities: Sequence[float],
-    out: Path,
-    measure: EvalRequest,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    records_file: Path | None = None,
-) -> Iterator[records.Record]:
-    """Prune at several sparsities, the lowest first, and measure each, and the dense model before them; yields the evaluation records as they come.
+def methods() -> dict[str, str]:
+    """The pruning methods, each with its summary."""
+    return {name: find_method(name).summary for name in method_names()}
 
-    A gradual method goes on from sparsity to sparsity, in one run.
+
+def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
+    """Prune the bundled model with every method, measure each result, and write `out`/report.html.
 
     Args:
-        request: the prune, without its sparsity.
-        sparsities: the fractions to remove; 0 is the dense model, which is always measured.
-        out: the folder that receives one checkpoint a sparsity, and `records.jsonl`.
-        measure: the evaluation; its model is replaced.
-        resume: leave what is finished as it is; with `overwrite`, do again what was made with other settings.
-        overwrite: replace checkpoints that are there.
-        records_file: where records go instead.
+        out: the folder that receives checkpoints, records and the report; finished points of an earlier run are kept.
+        quick: fewer sparsities and less text.
+
+    Returns:
+        The evaluation records, the dense model's first.
     """
-    requests = {point_name(request, s): replace(request, sparsity=s) for s in sorted(sparsities) if s != 0}
-    yield from prune_and_measure(
-        requests, out, replace(measure, model=request.model, revision=request.revision), resume=resume, overwrite=overwrite, records_file=records_file
-    )
+    from secateur import demo as work  # it draws, and matplotlib takes a second
 
-
-def prune_and_measure(
-    requests: Mapping[str, Request], out: Path, measure: EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
-) -> Iterator[records.Record]:
-    """Prune as each request says and measure each, and the dense model first; yields the evaluation records as they come.
-
-    Args:
-        requests: the prunes, of one model, by the names of their folders.
-        out: the folder that receives the checkpoints, and `records.jsonl`.
-        measure: the evaluation; its model is that of the requests.
-        resume, overwrite, records_file: as for `sweep`.
-    """
-    out = out.absolute()
-    records_file = records_file or out / "records.jsonl"
-    points = [(request, out / name) for name, request in requests.items()]
-    states = out / STATES
-    if not resume:
-        shutil.rmtree(states, ignore_errors=True)
-    for once, target in points:  # what is wrong with any of them shows before the work
-        prepared = prepare(once)
-        refuse_out(target, prepared.checkpoint, prepared.calibration, records_file)
-        is_finished(target, resume=resume, overwrite=overwrite)
-    yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume)
-    for once, target in points:
-        prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file, states=states)
-        yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
-    shutil.rmtree(states, ignore_errors=True)
-
-
-def point_name(request: Request, sparsity: float) -> str:
-    """The folder name of one point of a sweep."""
-    parts = [request.method, (request.pattern or "").replace(":", "of"), *(f"{k}={v}" for k, v in sorted(request.options.items())), f"{sparsity:g}"]
-    return "-".join(part for part in parts if part)
+    return work.demo(out, quick=quick)

@@ -17,10 +17,10 @@ from secateur import api
 from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
-from secateur.evaluate.throughput import BenchRequest
 from secateur.report import compare_plots
 from secateur.report.compare import comparison, markdown
 from secateur.report.rows import collect
+from secateur.requests import BenchRequest, CompareRequest
 from secateur.study import compare
 
 
@@ -42,8 +42,8 @@ def invoke(*args: Any) -> tuple[int, str, list[str]]:
     return result.exit_code, result.stdout, result.stderr.strip().splitlines()
 
 
-def asked(model: Path, ids: str, *methods: str, **more: Any) -> compare.Asked:
-    return compare.Asked(api.Request(str(model), "", calibration=ids), methods, **more)
+def asked(model: Path, ids: str, *methods: str, **more: Any) -> CompareRequest:
+    return CompareRequest(api.Request(str(model), "", calibration=ids), methods, **more)
 
 
 def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
@@ -85,7 +85,9 @@ def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tm
     out = tmp_path / "out"
     args = [dense, "--methods", "slicegpt,magnitude", "--params-removed", "0.2", "--patterns", "rows,2:4", "--set", "slicegpt.round=1"]
     args += ["--calibration", ids_file, "--text", ids_file, "--out", out, "--heal", "--heal-steps", 2, "--bench", "--json"]
-    monkeypatch.setattr(api, "BenchRequest", lambda model, **more: BenchRequest(model, prompt=8, new=2, batches=(2,), repeats=1))
+    time = compare._time
+    quick = {"prompt": 8, "new": 2, "batches": (2,), "repeats": 1}
+    monkeypatch.setattr(compare, "_time", lambda request, file: time(replace(request, **quick), file))
     real, calls = compare._prune, []
 
     def fail(request: api.Request, *given: Any) -> Any:

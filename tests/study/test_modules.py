@@ -29,16 +29,16 @@ from secateur.report import module_plots
 from secateur.report import modules as told
 from secateur.report.html import write_report
 from secateur.report.plots import png
+from secateur.requests import ModulesRequest
 from secateur.study import modules
-from secateur.study.modules import Asked
 from secateur.text.windows import ids_hash
 from tests.tiny import FAMILY_TYPES
 
 FIRST = {"opt": "model.decoder.layers.0.*"}
-ASKED = Asked(("v", "mlp"), (0.5, 1.0))
+ASKED = ModulesRequest(("v", "mlp"), (0.5, 1.0))
 
 
-def _study(model: Path, ids_file: str, out: Path, asked: Asked = ASKED, method: str = "wanda", **how: Any) -> list[records.Record]:
+def _study(model: Path, ids_file: str, out: Path, asked: ModulesRequest = ASKED, method: str = "wanda", **how: Any) -> list[records.Record]:
     given = {name: how.pop(name) for name in ("pattern", "calibration") if name in how}
     request = api.Request(str(model), method, **{"calibration": ids_file, **given})
     return list(modules.run(request, asked, out, api.EvalRequest(str(model), text=ids_file), **how))
@@ -52,8 +52,8 @@ def _lasting(record: records.Record) -> records.Record:
 def test_cells_are_what_prune_and_eval_give(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense = saved(model_type)
     first = FIRST.get(model_type, "model.layers.0.*")  # the first block has the same inputs in both modes
-    asked = Asked((first, "down"), (0.5,))
-    cells = {mode: _study(dense, ids_file, tmp_path / mode, Asked(asked.kinds, asked.sparsities, mode=mode))[1:] for mode in modules.MODES}
+    asked = ModulesRequest((first, "down"), (0.5,))
+    cells = {mode: _study(dense, ids_file, tmp_path / mode, ModulesRequest(asked.kinds, asked.sparsities, mode=mode))[1:] for mode in modules.MODES}
     for mode, kind in (("shared", 0), ("sequential", 0), ("sequential", 1)):
         cell = cells[mode][kind]
         out = tmp_path / f"{mode}{kind}"
@@ -99,36 +99,36 @@ def test_what_goes_to_another_process_makes_the_same_cell(saved: Callable[..., P
 
 def test_axes(saved: Callable[..., Path]) -> None:
     view = open_checkpoint(str(saved("llama"))).view()
-    default = modules.cells(view, parse_pattern("unstructured"), Asked())
+    default = modules.cells(view, parse_pattern("unstructured"), ModulesRequest())
     assert len(default) == 10 * len(modules.SPARSITIES)
-    assert [c.modules for c in modules.cells(view, parse_pattern("2:4"), Asked(("q", "all")))] == ["q=0.5", "all=0.5"]
-    counted = modules.cells(view, parse_pattern("unstructured"), Asked(("k", "q"), (1.0,), weights=(1536, 2000)))
+    assert [c.modules for c in modules.cells(view, parse_pattern("2:4"), ModulesRequest(("q", "all")))] == ["q=0.5", "all=0.5"]
+    counted = modules.cells(view, parse_pattern("unstructured"), ModulesRequest(("k", "q"), (1.0,), weights=(1536, 2000)))
     assert [c.modules for c in counted] == ["k=1", "q=1", "q=0.5", "q=0.651042"], "k has 3 x 512 weights"
-    grid = modules.cells(view, parse_pattern("unstructured"), Asked(("mlp",), (0.5,), grid=(0, 0.5)))
+    grid = modules.cells(view, parse_pattern("unstructured"), ModulesRequest(("mlp",), (0.5,), grid=(0, 0.5)))
     assert [c.modules for c in grid] == ["mlp=0.5", "attention=0.5", "all=0.5"]
-    mixed = modules.cells(view, parse_pattern("unstructured"), Asked(("mlp",), (0.5,), grid=(0.2, 0.5)))
+    mixed = modules.cells(view, parse_pattern("unstructured"), ModulesRequest(("mlp",), (0.5,), grid=(0.2, 0.5)))
     assert "attention=0.2,mlp=0.5" in {c.modules for c in mixed}
 
 
 @pytest.mark.parametrize(
     ("asked", "how", "words"),
     [
-        (Asked(("typo",), (0.5,)), {}, "module 'typo' matches nothing in family llama"),
-        (Asked(("model.layers.9.*",), (0.5,)), {}, "matches nothing"),
-        (Asked(("q",), (1.5,)), {}, r"outside \[0, 1\]"),
-        (Asked(), {"pattern": "3:7"}, "matrix q of block 0 has 32 inputs, not a multiple of 7"),
-        (Asked(grid=(0.5,)), {"pattern": "2:4"}, "leave --weights and --grid out"),
-        (Asked(), {"pattern": "rows"}, "units that several matrices share"),
-        (Asked(mode="quick"), {}, "--mode quick: unknown"),
-        (Asked(), {"method": "slicegpt"}, "has no mask for each matrix"),
-        (Asked(), {"calibration": "task:"}, "names no task"),
-        (Asked(), {"jobs": 0}, "--jobs 0"),
-        (Asked(), {"engine": "slurm"}, r"unknown engine 'slurm' \(known: processes, ray\)"),
-        (Asked(("q",), (0.0,)), {}, "nothing would be pruned at a sparsity of 0"),
-        (Asked(("q", "k"), (0.5,), weights=(10**6,)), {}, "--weights 1000000: no kind has so many"),
+        (ModulesRequest(("typo",), (0.5,)), {}, "module 'typo' matches nothing in family llama"),
+        (ModulesRequest(("model.layers.9.*",), (0.5,)), {}, "matches nothing"),
+        (ModulesRequest(("q",), (1.5,)), {}, r"outside \[0, 1\]"),
+        (ModulesRequest(), {"pattern": "3:7"}, "matrix q of block 0 has 32 inputs, not a multiple of 7"),
+        (ModulesRequest(grid=(0.5,)), {"pattern": "2:4"}, "leave --weights and --grid out"),
+        (ModulesRequest(), {"pattern": "rows"}, "units that several matrices share"),
+        (ModulesRequest(mode="quick"), {}, "--mode quick: unknown"),
+        (ModulesRequest(), {"method": "slicegpt"}, "has no mask for each matrix"),
+        (ModulesRequest(), {"calibration": "task:"}, "names no task"),
+        (ModulesRequest(jobs=0), {}, "--jobs 0"),
+        (ModulesRequest(engine="slurm"), {}, r"unknown engine 'slurm' \(known: processes, ray\)"),
+        (ModulesRequest(("q",), (0.0,)), {}, "nothing would be pruned at a sparsity of 0"),
+        (ModulesRequest(("q", "k"), (0.5,), weights=(10**6,)), {}, "--weights 1000000: no kind has so many"),
     ],
 )
-def test_refusals(asked: Asked, how: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_refusals(asked: ModulesRequest, how: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     with pytest.raises(api.UsageError, match=words):
         _study(saved("llama"), ids_file, tmp_path / "out", asked, **how)
     assert not (tmp_path / "out").exists()
@@ -152,7 +152,7 @@ def test_a_cell_that_is_done_does_not_wait_for_those_before_it(monkeypatch: pyte
 def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("ray") is None:
         with pytest.raises(api.UsageError, match=r"Ray is not installed: pip install 'secateur\[ray\]'"):
-            _study(saved("llama"), ids_file, tmp_path / "none", engine="ray")
+            _study(saved("llama"), ids_file, tmp_path / "none", replace(ASKED, engine="ray"))
 
     class Pool:
         """That of Ray, in this process."""
@@ -175,7 +175,7 @@ def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., 
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    shared = _study(saved("llama"), ids_file, tmp_path / "ray", engine="ray", jobs=2)
+    shared = _study(saved("llama"), ids_file, tmp_path / "ray", replace(ASKED, engine="ray", jobs=2))
     assert started == [2]
     for one, other in zip(shared, _study(saved("llama"), ids_file, tmp_path / "here"), strict=True):
         assert {name for name in one if one[name] != other[name]} <= {"out", "key", "seconds", "peak_rss_bytes"}
@@ -212,7 +212,7 @@ def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, t
 
 def test_calibration_on_the_text_of_a_task(tmp_path: Path) -> None:
     request = api.Request("bundled", "wanda", samples=2, seqlen=64, calibration="task:cloze")
-    found = list(modules.run(request, Asked(("q",), (0.5,)), tmp_path / "s", api.EvalRequest("bundled", limit=1)))
+    found = list(modules.run(request, ModulesRequest(("q",), (0.5,)), tmp_path / "s", api.EvalRequest("bundled", limit=1)))
     file = tmp_path / "s" / "task-cloze.jsonl"
     assert found[1]["calibration"]["spec"] == str(file)
     assert len(file.read_text().splitlines()) == 300
@@ -237,7 +237,7 @@ def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.C
     _task(files, "learned", training_split="train")
     _task(files, "measured", doc_to_text="gold", doc_to_target="{{query}}")  # the choices stand in front of what is scored
     out = tmp_path / "s"
-    asked = Asked(("q",), (0.5,))
+    asked = ModulesRequest(("q",), (0.5,))
     request = api.Request("bundled", "wanda", samples=2, seqlen=64, calibration="task:learned+measured")
     measure = api.EvalRequest("bundled", limit=1, include_path=files)
     with pytest.raises(api.SecateurError, match="lower --samples"):
@@ -279,7 +279,7 @@ def test_a_dry_run_counts_what_the_run_does(saved: Callable[..., Path], ids_file
     assert said["seconds_estimated"] >= 0
     assert dry("--mode", "sequential")["calibration_tokens"] == 4 * 120
     assert dry("--method", "magnitude")["calibrations"] == 0
-    _study(dense, ids_file, out, Asked(("v",), (0.5,)))
+    _study(dense, ids_file, out, ModulesRequest(("v",), (0.5,)))
     assert dry("--out", out, "--resume")["cells_done"] == 2
     missing = CliRunner().invoke(app, [str(a) for a in args])
     assert (missing.exit_code, "--out DIR is missing" in missing.stderr) == (2, True)

@@ -25,6 +25,7 @@ from secateur.evaluate.tasks import Tasks, find_tasks
 from secateur.models import card
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.plan.plan import read_plan_json
+from secateur.requests import EvalRequest
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.text.specs import holds_ids, same_text
 from secateur.text.windows import check_ids, ids_hash
@@ -34,36 +35,6 @@ _FROM_PLAN = (
     "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules", "pattern", "pruning_ratio",
     "pruning_ratio_blocks", "params_removed", "params_before", "params_after", "nonzero_after", "zero_rows", "updated", "calibration", "heal",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What the user asks of `eval`; the defaults of the command line are these.
-
-    Attributes:
-        model: a folder (pruned or not), a hub name, or `bundled`.
-        text: a text SPEC; None takes that of the protocol.
-        protocol: a name from `PROTOCOLS`; None takes the one that goes with the text.
-        seqlen: None takes that of the protocol.
-        tasks: names of tasks of lm-eval, or presets of them; `cloze` is built in.
-        limit: use the first so many windows, and items of a task.
-        against: the dense model to compare with, and its hub revision.
-        include_path: a folder of task files for lm-eval.
-    """
-
-    model: str
-    text: str | None = None
-    protocol: str | None = None
-    seqlen: int | None = None
-    tasks: Sequence[str] = ()
-    limit: int | None = None
-    against: str | None = None
-    against_revision: str | None = None
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    text_field: str = "text"
-    include_path: str | Path | None = None
 
 
 @dataclass(frozen=True)

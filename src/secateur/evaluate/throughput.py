@@ -31,36 +31,10 @@ from secateur.models.load import Checkpoint, load_model, open_checkpoint
 from secateur.models.runtime import is_index_map
 from secateur.models.view import ModelView
 from secateur.plan.plan import read_plan_json
+from secateur.requests import BenchRequest
 
 _SPARSE_ROWS, _SPARSE_COLUMNS = 32, 64  # what torch's 16-bit form divides into
 _FROM_PLAN = ("method", "options", "sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks")
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """What the user asks of `bench`; the defaults of the command line are these.
-
-    Attributes:
-        model: a folder (pruned or not), a hub name, or `bundled`.
-        dense: the model to put beside it; None measures `model` alone.
-        batches: how many sequences at once; each is measured.
-        prompt: tokens of a sequence before the first new one.
-        new: tokens generated after it.
-        repeats: turns of each model; the best counts.
-        semi_structured: multiply by 2:4 matrices of `model` in torch's compressed form, on an accelerator that has such products.
-    """
-
-    model: str
-    dense: str | None = None
-    batches: Sequence[int] = (1, 16)
-    prompt: int = 128
-    new: int = 32
-    repeats: int = 3
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    semi_structured: bool = False
 
 
 @dataclass(frozen=True)

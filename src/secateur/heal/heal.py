@@ -6,7 +6,6 @@ SliceGPT's published tables have LoRA of rank 32, alpha 10 (arXiv:2401.15024, se
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,58 +33,13 @@ from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
 from secateur.prune.settings import identity, refuse_out
 from secateur.prune.windows import windows_of
+from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
 from secateur.text.windows import calibration_facts, check_ids
 
 _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
-
-
-@dataclass(frozen=True)
-class HealRequest:
-    """What the user asks of `heal`; the defaults of the command line are these.
-
-    Attributes:
-        model: the folder of a checkpoint that secateur wrote.
-        calibration: a text SPEC, or instruction data; None takes the text it was pruned with.
-        steps: of the optimiser.
-        batch: windows (or instructions) a step.
-        lr, schedule: the learning rate at its highest, and `cosine` or `constant` after the first twentieth.
-        weight_decay: of AdamW.
-        rank, alpha: of the adapters.
-        targets: which matrices get one: names as in `--modules`.
-        completion_only: of instruction data, learn the answers alone.
-        keep_adapter: write the adapter, in peft's form, instead of merging it.
-        samples, seqlen: windows and their length; seqlen None is min(1024, the model's maximum).
-        save_every: steps between two saves.
-        checkpointing: keep one activation a block and compute the others again: a third more time, much less memory.
-        text, protocol, limit: what perplexity is measured on before and after; see `EvalRequest`.
-    """
-
-    model: str
-    calibration: str | None = None
-    steps: int = 1000
-    batch: int = 4
-    lr: float = 2e-4
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    rank: int = 32
-    alpha: float = 10.0
-    targets: Sequence[str] = ("all",)
-    completion_only: bool = False
-    keep_adapter: bool = False
-    samples: int = 1024
-    seqlen: int | None = None
-    save_every: int = 100
-    checkpointing: bool = True
-    seed: int = 0
-    text: str | None = None
-    protocol: str | None = None
-    limit: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    text_field: str = "text"
 
 
 @dataclass(frozen=True)
@@ -198,6 +152,9 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     spec = request.calibration or _same_calibration(plan, Path(request.model), records_file) or ("builtin" if bundled else None)
     if spec is None:
         raise UsageError("--calibration SPEC is missing: the text to heal on (the pruning itself needed none)")
+    if request.include_path is not None and not spec.startswith(TASK):
+        folder = f"--include-path {request.include_path} says where task files are"
+        raise UsageError(f"{folder}: heal on a task too, --calibration task:NAME")
     longest = checkpoint.max_length()
     seqlen = min(1024, longest) if request.seqlen is None else request.seqlen
     if not 1 < seqlen <= longest:
@@ -210,7 +167,8 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     if request.completion_only:
         examples = answers_alone(spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed)
     else:
-        ids_ST = windows_of(checkpoint, spec, samples=request.samples, seqlen=seqlen, seed=request.seed, text_field=request.text_field)
+        much = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed}
+        ids_ST = windows_of(checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
         examples = Examples(ids_ST, ids_ST)
     for where, several in ((spec, [examples.ids_ST]), (protocol.spec, held_out)):
         tokens = None if holds_ids(where) else len(checkpoint.tokenizer())

@@ -21,7 +21,7 @@ from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import Subject
 from secateur.prune.driver import Job, make_job
-from secateur.prune.request import Request
+from secateur.requests import Request
 from secateur.text.specs import TASK, check_spec
 
 OFF = 0.01  # a pruning ratio that is further from the one asked for is said

@@ -30,11 +30,11 @@ from secateur.plan.quantity import words_of
 from secateur.prune.allocation.allocate import Allocation, allocate
 from secateur.prune.driver import check_finite, whole_model_plan
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
-from secateur.prune.request import Request
 from secateur.prune.settings import identity, prepared_settings, refuse_out
 from secateur.prune.totals import facts_of
 from secateur.prune.windows import read_labelled
 from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, write_blocks, write_outer
+from secateur.requests import Request
 
 STATES = "gradual"  # the folder, beside several results, that holds what runs of a gradual method go on from
 _ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix

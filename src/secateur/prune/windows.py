@@ -27,9 +27,19 @@ def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     return _labelled_of(prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
 
 
-def windows_of(checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str) -> Tensor:
+def windows_of(
+    checkpoint: Checkpoint,
+    spec: str,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    text_field: str,
+    include_path: str | Path | None = None,
+) -> Tensor:
     """Windows [S, T] of the calibration part of a text SPEC, in the tokens of a model."""
-    return _labelled_of(checkpoint, spec, samples=samples, seqlen=seqlen, seed=seed, text_field=text_field)[0]
+    much = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    return _labelled_of(checkpoint, spec, text_field=text_field, include_path=include_path, **much)[0]
 
 
 def _labelled_of(

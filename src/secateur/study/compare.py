@@ -6,7 +6,7 @@ healing runs in a process of its own, so that its peak of memory is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -16,17 +16,25 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, TypeVar
 
-from secateur import api
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.names import named, shown
 from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
+from secateur.core.words import perplexity_words
+from secateur.evaluate.evaluate import evaluate
+from secateur.evaluate.throughput import bench
+from secateur.heal.heal import heal
+from secateur.methods import find_method
 from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.pattern import parse_pattern
+from secateur.prune.prepare import prepare
+from secateur.prune.run import STATES, prune
 from secateur.report.compare import Comparison, comparison, markdown
 from secateur.report.rows import collect, group
+from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, Request
+from secateur.study.sweep import point_name
 
 T = TypeVar("T")
 
@@ -35,37 +43,11 @@ _STRUCTURED = "rows"  # what a method that zeroes weights by default is asked fo
 _ZEROED = "unstructured"  # and one that removes parameters by default, where weights are to be zeroed
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is compared.
-
-    Attributes:
-        base: the model and its calibration; method, sparsity, pattern and options are replaced.
-        methods: names.
-        ratios: pruning ratios over all parameters, in (0, 1), for methods and patterns that remove them.
-        sparsities: for pattern `unstructured`.
-        patterns: of the methods that have them; N:M implies its sparsity. None given: the method's own, and `rows` where that zeroes weights and ratios
-            are asked for, `unstructured` where it does not and sparsities are.
-        options: method -> its options.
-        heal: how to heal each result; its model is replaced. None: no healing.
-        bench: how to time each result beside the dense model; the models are replaced. None: no timing.
-    """
-
-    base: api.Request
-    methods: Sequence[str]
-    ratios: Sequence[float] = ()
-    sparsities: Sequence[float] = ()
-    patterns: Sequence[str] = ()
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    heal: api.HealRequest | None = None
-    bench: api.BenchRequest | None = None
-
-
 @dataclass
 class Cells:
     """What will be run, and what cannot be done, with the reason; `failed`, `untimed` and `unhealed` fill during the run."""
 
-    runs: dict[str, api.Request] = field(default_factory=dict)
+    runs: dict[str, Request] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     untimed: dict[str, str] = field(default_factory=dict)
@@ -84,7 +66,53 @@ class Cells:
         return [label for label in self.runs if label in self.failed | self.untimed | self.unhealed]
 
 
-def cells(asked: Asked) -> Cells:
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found.
+
+    Attributes:
+        records: the evaluation records, the dense model's first.
+        cells: the runs, and what could not be done.
+        table: what `compare.md` prints; None where nothing can be put side by side.
+    """
+
+    records: list[Record]
+    cells: Cells
+    table: Comparison | None
+
+
+def compare(
+    asked: CompareRequest,
+    out: Path,
+    measure: EvalRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+) -> Compared:
+    """Run methods side by side, and write `compare.md` and `report.html`; says each result as it comes.
+
+    Args:
+        asked: what is compared.
+        out: the folder that receives the checkpoints, `records.jsonl` and the pages.
+        measure: the evaluation; its model is replaced.
+        resume, overwrite, records_file: as for `study.sweep`.
+
+    Raises:
+        UsageError, SecateurError: nothing can be compared, a folder is in the way, or the dense model cannot be
+            measured.
+    """
+    todo, measured = cells(asked), []
+    for note in todo.notes():
+        say(note)
+    for record in run(asked, todo, out, measure, resume=resume, overwrite=overwrite, records_file=records_file):
+        measured.append(record)
+        name = Path(record["out"]).name if record.get("method") else "dense"
+        say(f"{name}: ppl {perplexity_words(record['ppl'])}")
+    return Compared(measured, todo, summary(asked, todo, out.absolute(), measured, records_file=records_file))
+
+
+def cells(asked: CompareRequest) -> Cells:
     """The runs, by the names of their folders.
 
     Raises:
@@ -100,13 +128,13 @@ def cells(asked: Asked) -> Cells:
         raise UsageError(f"--set {others[0]}.OPTION: '{others[0]}' is not among --methods {','.join(asked.methods)}")
     found, errors = Cells(), []
     for name in dict.fromkeys(asked.methods):
-        method, options = api.find_method(name), asked.options.get(name, {})
+        method, options = find_method(name), asked.options.get(name, {})
         own = getattr(method.options(options), "pattern", None)
         base = replace(asked.base, method=name, sparsity=None, params_removed=None, pattern=None, modules=None, options=options, at_least=False)
         attempts = _attempts(base, asked, own)
         for label, (request, guessed) in attempts.items():
             try:
-                api.prepare(request)
+                prepare(request)
             except SecateurError as error:
                 if not (guessed and len(attempts) > sum(g for _, g in attempts.values())):
                     found.refused[label] = str(error)
@@ -123,7 +151,7 @@ def cells(asked: Asked) -> Cells:
     return found
 
 
-def _attempts(base: api.Request, asked: Asked, own: str | None) -> dict[str, tuple[api.Request, bool]]:
+def _attempts(base: Request, asked: CompareRequest, own: str | None) -> dict[str, tuple[Request, bool]]:
     """Label -> what one method may be asked for, and whether its pattern is a guess of ours."""
     patterns: Sequence[str | None] = [None] if own is None else asked.patterns or [own]
     guesses = []
@@ -136,17 +164,17 @@ def _attempts(base: api.Request, asked: Asked, own: str | None) -> dict[str, tup
         kind = None if pattern is None else parse_pattern(pattern)
         if kind is None or kind.structured:
             for ratio in sorted(filter(None, asked.ratios)):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
-                found[f"{api.point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio, at_least=asked.base.at_least), pattern in guesses)
+                found[f"{point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio, at_least=asked.base.at_least), pattern in guesses)
         elif kind.implied_sparsity is not None:
-            found[api.point_name(request, kind.implied_sparsity)] = (request, False)
+            found[point_name(request, kind.implied_sparsity)] = (request, False)
         else:
             for sparsity in sorted(filter(None, asked.sparsities)):
-                found[api.point_name(request, sparsity)] = (replace(request, sparsity=sparsity), False)
+                found[point_name(request, sparsity)] = (replace(request, sparsity=sparsity), False)
     return found
 
 
 def run(
-    asked: Asked, todo: Cells, out: Path, measure: api.EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+    asked: CompareRequest, todo: Cells, out: Path, measure: EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
 ) -> Iterator[Record]:
     """Prune, measure, heal and measure again; yields the evaluation records as they come, the dense model's first.
 
@@ -155,7 +183,7 @@ def run(
         todo: from `cells`; what fails on the way is noted there, and the others go on.
         out: the folder that receives the checkpoints and `records.jsonl`.
         measure: the evaluation; its model is replaced.
-        resume, overwrite, records_file: as for `api.sweep`.
+        resume, overwrite, records_file: as for `study.sweep`.
 
     Raises:
         UsageError, SecateurError: a folder is in the way, or the dense model cannot be measured.
@@ -166,7 +194,7 @@ def run(
         if not (resume and plan_file(out / label)):
             refuse_existing(out / label, overwrite)
     if not resume:
-        rmtree(out / api.STATES, ignore_errors=True)
+        rmtree(out / STATES, ignore_errors=True)
     dense = replace(measure, model=asked.base.model, revision=asked.base.revision, against=None)
     yield in_own_process(_evaluate, dense, records_file, resume)
     for label, request in todo.runs.items():
@@ -184,7 +212,7 @@ def run(
             again = replace(asked.heal, model=str(target))
             with _noted(todo.unhealed, label, "was not healed"):
                 yield _finished_here(healed, resume)(_heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite)
-    rmtree(out / api.STATES, ignore_errors=True)
+    rmtree(out / STATES, ignore_errors=True)
 
 
 @contextmanager
@@ -197,14 +225,14 @@ def _noted(where: dict[str, str], label: str, words: str) -> Iterator[None]:
         say(f"{label} {words}: {error}")
 
 
-def _bench(request: api.BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
+def _bench(request: BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
     """Time a result beside the dense model, unless that was done."""
     done = [r for r in records.read([records_file]) if r.get("command") == "bench" and r.get("out") == str(target)] if resume else []
     if not done:
         in_own_process(_time, replace(request, model=str(target), dense=dense), records_file)
 
 
-def summary(asked: Asked, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None) -> Comparison | None:
+def summary(asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None) -> Comparison | None:
     """Write `compare.md` and `report.html` into `out`; returns the table.
 
     Args:
@@ -222,7 +250,9 @@ def summary(asked: Asked, todo: Cells, out: Path, found: Sequence[Record], *, re
     if result is not None:
         notes = [*result.notes, *todo.notes()]
         (out / "compare.md").write_text(f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8")
-    api.write_report(both, out / "report.html", title=f"{model}: methods compared")
+    from secateur.report import html  # matplotlib takes a second
+
+    html.write_report(both, out / "report.html", title=f"{model}: methods compared")
     return result
 
 
@@ -248,26 +278,26 @@ def in_own_process(work: Callable[..., T], *given: Any) -> T:
         raise SecateurError("its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with --resume") from error
 
 
-def _evaluate(measure: api.EvalRequest, records_file: Path, resume: bool) -> Record:
+def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:
     _quiet()
-    return api.evaluate(measure, records_file=records_file, resume=resume)
+    return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _prune(request: api.Request, target: Path, measure: api.EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
+def _prune(request: Request, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
     _quiet()
-    api.prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file, states=target.parent / api.STATES)
-    return api.evaluate(measure, records_file=records_file, resume=resume)
+    prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file, states=target.parent / STATES)
+    return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _heal(request: api.HealRequest, target: Path, measure: api.EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
+def _heal(request: HealRequest, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
     _quiet()
-    api.heal(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
-    return api.evaluate(measure, records_file=records_file, resume=resume)
+    heal(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
+    return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _time(request: api.BenchRequest, records_file: Path) -> None:
+def _time(request: BenchRequest, records_file: Path) -> None:
     _quiet()
-    api.bench(request, records_file=records_file)
+    bench(request, records_file=records_file)
 
 
 def _quiet() -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from secateur import api
 from secateur.core.errors import UsageError, unknown
 from secateur.core.records import Record
+from secateur.methods import find_method
+from secateur.prune.prepare import prepare
+from secateur.requests import EvalRequest, Request
+from secateur.study.sweep import point_name, prune_and_measure
 
 METHOD = "disp_llm"
 _ALWAYS = {"unmet": "cut"}  # a variant that misses its budget is a finding
@@ -61,10 +64,10 @@ class Cell:
 
     part: str
     variant: Variant
-    request: api.Request
+    request: Request
 
 
-def cells(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> list[Cell]:
+def cells(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> list[Cell]:
     """The runs of the study.
 
     Args:
@@ -92,10 +95,10 @@ def cells(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] =
 
 
 def run(
-    base: api.Request,
+    base: Request,
     sparsities: Sequence[float],
     out: Path,
-    measure: api.EvalRequest,
+    measure: EvalRequest,
     *,
     parts: Sequence[str] = (),
     resume: bool = False,
@@ -107,51 +110,51 @@ def run(
     Args:
         base, sparsities, parts: see `cells`.
         out: the folder that receives one checkpoint a cell, and `records.jsonl`.
-        measure, resume, overwrite, records_file: as for `api.sweep`.
+        measure, resume, overwrite, records_file: as for `study.sweep`.
     """
-    yield from api.prune_and_measure(runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+    yield from prune_and_measure(runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
 
 
-def runs(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, api.Request]:
+def runs(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, Request]:
     """What is made, each once, by the names of their folders; arguments and errors are those of `cells`."""
-    distinct: dict[str, api.Request] = {}
+    distinct: dict[str, Request] = {}
     for cell in cells(base, sparsities, parts):
         request = replace(cell.request, options=_without_defaults(cell.request.options))
         distinct.setdefault(_name(request), request)
     return distinct
 
 
-def estimate(base: api.Request, sparsities: Sequence[float], *, parts: Sequence[str] = ()) -> Record:
+def estimate(base: Request, sparsities: Sequence[float], *, parts: Sequence[str] = ()) -> Record:
     """`--dry-run`: `runs`, the names of what would be made beside the dense model, and all `steps` of learning; how long a step takes, nothing here knows.
 
     Raises:
         UsageError, SecateurError: as `run` does before the work.
     """
     found = runs(base, sparsities, parts)
-    steps = sum(api.prepare(request).job.options.steps for request in found.values())
+    steps = sum(prepare(request).job.options.steps for request in found.values())
     return {"command": "study", "study": "disp-llm", "dry_run": True, "model": base.model, "runs": list(found), "steps": steps}
 
 
-def _name(request: api.Request) -> str:
+def _name(request: Request) -> str:
     assert request.sparsity is not None
     seed = {"seed": request.seed} if request.seed else {}
     options = {name: value for name, value in request.options.items() if name not in _ALWAYS}
-    return api.point_name(replace(request, options={**options, **seed}), request.sparsity)
+    return point_name(replace(request, options={**options, **seed}), request.sparsity)
 
 
 def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """So that equal runs have one name: lambda 6 is the full method."""
-    defaults = vars(api.find_method(METHOD).options({}))
+    defaults = vars(find_method(METHOD).options({}))
     return {name: value for name, value in options.items() if str(value) != str(defaults.get(name))}
 
 
-def summary(base: api.Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()) -> list[dict[str, Any]]:
+def summary(base: Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The table of the study.
 
     Returns:
         One entry a part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd` (None for one run), `runs`.
     """
-    method = api.find_method(METHOD)
+    method = find_method(METHOD)
     measured = {_key(record["options"], record["sparsity"], record["seed"]): record["ppl"] for record in records if record.get("method") == METHOD}
     values: dict[tuple[str, str, float], list[float]] = {}
     for cell in cells(base, sparsities, parts):

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur import api
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
@@ -47,33 +46,16 @@ from secateur.plan.rates import Rates, resolve_rates
 from secateur.prune.allocation.dense import DenseModel
 from secateur.prune.driver import Job, make_job, pruned_blocks
 from secateur.prune.estimate import forward_seconds
-from secateur.prune.prepare import Prepared
+from secateur.prune.prepare import Prepared, prepare
 from secateur.prune.settings import identity, prepared_settings
+from secateur.prune.windows import read_windows
+from secateur.requests import EvalRequest, ModulesRequest, Request
 from secateur.text.specs import TASK, task_names
 from secateur.text.windows import ids_hash
 
 GROUPS = ("attention", "mlp", "all")
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 MODES = ("shared", "sequential")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is varied.
-
-    Attributes:
-        kinds: names as in `--modules`; none is each projection of the family, attention, mlp and all.
-        sparsities: in [0, 1]; none is `SPARSITIES`, or what the pattern implies.
-        weights: numbers of weights to remove, as many from each kind that has them.
-        grid: sparsities of attention and of MLP that are combined.
-        mode: from `MODES`.
-    """
-
-    kinds: Sequence[str] = ()
-    sparsities: Sequence[float] = ()
-    weights: Sequence[int] = ()
-    grid: Sequence[float] = ()
-    mode: str = "shared"
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ class Cell:
 DENSE = Cell("dense", 0.0, "")
 
 
-def cells(view: ModelView, pattern: Pattern, asked: Asked) -> list[Cell]:
+def cells(view: ModelView, pattern: Pattern, asked: ModulesRequest) -> list[Cell]:
     """The cells, each once.
 
     Raises:
@@ -143,13 +125,11 @@ def _size(view: ModelView, kind: str, pattern: Pattern) -> int:
 
 
 def run(
-    request: api.Request,
-    asked: Asked,
+    request: Request,
+    asked: ModulesRequest,
     out: Path,
-    measure: api.EvalRequest,
+    measure: EvalRequest,
     *,
-    jobs: int = 1,
-    engine: str = "processes",
     resume: bool = False,
     overwrite: bool = False,
     records_file: Path | None = None,
@@ -158,11 +138,9 @@ def run(
 
     Args:
         request: the model, method and calibration; `task:NAME` calibrates on the text of tasks.
-        asked: what is varied.
+        asked: what is varied, and in how many processes.
         out: the folder of the study, which receives `records.jsonl`.
         measure: the evaluation; its model is that of the request.
-        jobs: processes that share the cells; each keeps the model and the statistics.
-        engine: `processes` of this machine, or `ray`: those of a Ray cluster (that of `RAY_ADDRESS`, or one that is started here), which see the same files.
         resume: cells that are in the records already are not made again.
         overwrite: forget the records of another study in `out`.
         records_file: where records go instead.
@@ -172,9 +150,9 @@ def run(
     """
     out = out.absolute()
     file = records_file or out / "records.jsonl"
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs}: at least one process is needed")
-    _check_engine(engine)
+    if asked.jobs < 1:
+        raise UsageError(f"--jobs {asked.jobs}: at least one process is needed")
+    _check_engine(asked.engine)
     if not resume:
         refuse_existing(out, overwrite)
     work, wanted = _prepare(request, asked, measure, out)
@@ -184,8 +162,8 @@ def run(
     missing = [cell for cell in wanted if work.key(cell) not in done]
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {file} already")
-    here = not missing or (jobs == 1 and engine == "processes")
-    made = work.make(missing) if here else _ENGINES[engine](work, missing, min(jobs, len(missing)))
+    here = not missing or (asked.jobs == 1 and asked.engine == "processes")
+    made = work.make(missing) if here else _ENGINES[asked.engine](work, missing, min(asked.jobs, len(missing)))
     started = time.monotonic()
     for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
         left = (time.monotonic() - started) / number * (len(missing) - number)
@@ -200,7 +178,7 @@ def _finished(file: Path) -> dict[str, Record]:
     return {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
 
 
-def estimate(request: api.Request, asked: Asked, measure: api.EvalRequest, *, records_file: Path | None = None) -> Record:
+def estimate(request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None) -> Record:
     """`--dry-run`: what `run` would do. Text and tasks are read, nothing is written, no weights are read.
 
     Args:
@@ -241,15 +219,15 @@ def estimate(request: api.Request, asked: Asked, measure: api.EvalRequest, *, re
     }
 
 
-def _prepare(request: api.Request, asked: Asked, measure: api.EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
+def _prepare(request: Request, asked: ModulesRequest, measure: EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
     """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
     names = task_names(request.calibration or "")
     asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
-    work = _Work(replace(request, calibration=None) if names else request, asked.mode, asking, str(folder))
+    work = _Work(replace(request, calibration=None, include_path=None) if names else request, asked.mode, asking, str(folder))
     wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if names:
-        file = _write_task_text(names, measure.include_path, folder)
-        work = replace(work, request=replace(request, calibration=str(file), text_field="text"))
+        file = _write_task_text(names, request.include_path or measure.include_path, folder)
+        work = replace(work, request=replace(work.request, calibration=str(file), text_field="text"))
         try:
             _ = work.settings  # reads the text
         except SecateurError:
@@ -275,9 +253,9 @@ def _write_task_text(names: Sequence[str], include_path: str | Path | None, fold
 class _Work:
     """Everything that makes cells; what is large is made when it is first needed, and not sent to other processes."""
 
-    request: api.Request
+    request: Request
     mode: str
-    measure: api.EvalRequest
+    measure: EvalRequest
     out: str
 
     def __getstate__(self) -> dict[str, Any]:
@@ -285,7 +263,7 @@ class _Work:
 
     @cached_property
     def prepared(self) -> Prepared:
-        prepared = api.prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
+        prepared = prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
         job = prepared.job
         if job.method.says.plan_block is None or job.whole_model:
             raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude")
@@ -301,7 +279,7 @@ class _Work:
 
     @cached_property
     def windows(self) -> Tensor | None:
-        return api.read_windows(self.prepared)
+        return read_windows(self.prepared)
 
     @cached_property
     def questions(self) -> Questions:

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur import api
 from secateur.core.errors import NotFiniteError, SecateurError
-from secateur.methods.disp_llm import UNMET
-from secateur.methods.disp_llm import learning
+from secateur.methods.disp_llm import UNMET, learning
 from secateur.methods.disp_llm.choose import choose
 from secateur.methods.disp_llm.hypernetwork import Hypernetwork
 from secateur.methods.disp_llm.learning import Learning, budget_term, learn, rows_of_step

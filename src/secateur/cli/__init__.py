@@ -1,0 +1,41 @@
+"""The command line: parses, calls `secateur.api`, prints. Results go to stdout, everything else to stderr.
+
+One file a group of commands; this one lists them all.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from secateur.cli import compare, demo, evaluate, heal, inspect, pack, predict, prune, study, sweep
+
+app = typer.Typer(
+    help="Prune Hugging Face causal language models, measure what it cost, and ship the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+studies = typer.Typer(help="Studies: many runs that answer one question, each run a record.", no_args_is_help=True)
+
+app.command()(prune.prune)
+app.command(name="eval")(evaluate.evaluate)
+app.command()(sweep.sweep)
+app.command()(compare.compare)
+app.command()(heal.heal)
+app.command()(predict.predict)
+app.command()(inspect.inspect)
+app.command()(inspect.bench)
+app.command()(pack.pack)
+app.command()(pack.unpack)
+app.command()(predict.report)
+app.command()(prune.methods)
+app.command()(demo.demo)
+app.add_typer(studies, name="study")
+studies.command(name="modules")(study.study_modules)
+studies.command(name="disp-llm")(study.study_disp_llm)
+
+
+def main() -> None:
+    """The `secateur` command."""
+    app()

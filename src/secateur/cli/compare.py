@@ -1,0 +1,97 @@
+"""`secateur compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from secateur.cli import options as opt
+from secateur.cli.console import RESUME, command, emit, show
+from secateur.cli.given import given
+from secateur.cli.parse import folder_for_calibration, folder_for_tasks, method_settings, names, numbers
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
+from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, Request
+
+
+def compare(
+    model: opt.Model,
+    out: Annotated[Path, Option(help="The folder for the checkpoints, records.jsonl, compare.md and report.html.")],
+    methods: Annotated[str, Option(metavar="M,M,...", help="The methods; `secateur methods` lists them.")] = "",
+    params_removed: Annotated[
+        str,
+        Option(metavar="R,R,...", help="Pruning ratios over all parameters, for what removes them."),
+    ] = "",
+    sparsity: Annotated[str, Option(metavar="S,S,...", help="Sparsities, for unstructured pruning.")] = "",
+    at_least: opt.AtLeast = Request.at_least,
+    patterns: Annotated[
+        str,
+        Option(metavar="P,P,...", help="unstructured, N:M, rows, columns. Default: the method's own, and rows."),
+    ] = "",
+    with_heal: Annotated[bool, Option("--heal", help="Measure each result with low-rank recovery too.")] = False,
+    heal_steps: Annotated[int | None, Option(help="Steps of healing.")] = None,
+    with_bench: Annotated[bool, Option("--bench", help="Time each result in turns with the dense model.")] = False,
+    calibration: opt.Calibration = Request.calibration,
+    samples: opt.Samples = Request.samples,
+    seqlen: opt.Seqlen = Request.seqlen,
+    seed: opt.Seed = Request.seed,
+    revision: opt.Revision = Request.revision,
+    device: opt.Device = Request.device,
+    dtype: opt.Dtype = Request.dtype,
+    options: Annotated[
+        list[str] | None,
+        Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of one method; may be repeated."),
+    ] = None,
+    text: opt.Text = EvalRequest.text,
+    protocol: opt.Protocol = EvalRequest.protocol,
+    tasks: opt.Tasks = opt.NO_TASKS,
+    text_field: opt.TextField = Request.text_field,
+    include_path: opt.IncludePath = None,
+    limit: opt.Limit = EvalRequest.limit,
+    spill: opt.Spill = Request.spill,
+    stock_only: opt.StockOnly = Request.stock_only,
+    ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,
+    records: opt.Records = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Run methods side by side at the same measured pruning ratio, and write the table that papers print."""
+    with command(debug, resume=RESUME):
+        if heal_steps is not None and not with_heal:
+            raise UsageError("--heal-steps belongs to --heal: add it")
+        calibration_folder = folder_for_calibration(include_path, calibration)
+        values = locals() | {"include_path": calibration_folder}
+        steps = HealRequest.steps if heal_steps is None else heal_steps
+        asked = CompareRequest(
+            given(Request, "compare", values, method=""),
+            names(methods),
+            ratios=numbers(params_removed, "--params-removed") if params_removed else (),
+            sparsities=numbers(sparsity, "--sparsity") if sparsity else (),
+            patterns=names(patterns),
+            options=method_settings(options, names(methods)),
+            heal=given(HealRequest, "compare", values, steps=steps) if with_heal else None,
+            bench=given(BenchRequest, "compare", values) if with_bench else None,
+        )
+        folder = folder_for_tasks(include_path, calibration, tasks)
+        measure = given(EvalRequest, "compare", values, tasks=names(tasks), include_path=folder)
+        from secateur.cli.quiet_api import api
+
+        result = api.compare(asked, out, measure, resume=resume, overwrite=overwrite, records_file=records)
+        runs = result.cells
+        if json:
+            lacks = {"refused": runs.refused, "failed": runs.failed, "untimed": runs.untimed, "unhealed": runs.unhealed}
+            emit({"records": result.records, **lacks})
+        elif result.table is not None:
+            from secateur.cli.terminal import cells_table
+
+            show(cells_table(result.table.table))
+            for note in result.table.notes:
+                say(note)
+        say(str(out / "report.html") if result.table is None else f"{out / 'compare.md'}, {out / 'report.html'}")
+        if failed := runs.incomplete():
+            many = f"{len(failed)} of {len(runs.runs)} runs"
+            raise SecateurError(f"{many} failed, first {failed[0]}; the same command with --resume tries them again")

@@ -1,0 +1,107 @@
+"""What every command does: turn failures into one line and an exit status, and print results."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import launched, say, speaks
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from secateur.core.records import Record
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+RESUME = "the same command with --resume goes on from here"
+
+
+@contextmanager
+def command(debug: bool, *, resume: str = "nothing was written", together: bool = False) -> Iterator[None]:
+    """Run what stands inside, and turn failures into one line and an exit status.
+
+    Args:
+        debug: show the traceback too.
+        resume: what to say when it is interrupted.
+        together: whether torchrun may start it in several processes.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if launched() and not together:
+        _stop("error: torchrun: `secateur prune` alone can use several processes; start this command without it", USAGE)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop(f"interrupted; {resume}", INTERRUPTED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        # the failure of one process; those that all processes share the first one tells
+        if not speaks() and not isinstance(error, SecateurError):
+            typer.echo(f"process {os.environ['RANK']}: {_words(error)}", err=True)
+        _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, SecateurError):
+        return f"error: {error}"
+    import torch
+
+    shorter = "use shorter windows (--seqlen)"
+    if isinstance(error, torch.OutOfMemoryError):
+        smaller = f"{shorter}, fewer --samples or --spill where a model is pruned, or --device cpu"
+        return f"error: out of memory on the accelerator; {smaller}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"error: out of memory; {shorter}, and fewer --samples or --spill where a model is pruned"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"error: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)"
+
+
+def _stop(line: str, status: int) -> NoReturn:
+    say(line)
+    raise typer.Exit(status)
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines for people."""
+    from rich.console import Console
+
+    for part in parts:
+        Console().print(part)
+
+
+def emit(record: Record) -> None:
+    """Print one JSON object, the last line of stdout."""
+    from secateur.core.records import to_json
+
+    sys.stdout.write(to_json(record) + "\n")
+    sys.stdout.flush()
+
+
+def print_record(record: Record, *, as_json: bool) -> None:
+    """Print one record."""
+    if not speaks():
+        return
+    if as_json:
+        emit(record)
+        return
+    from secateur.cli.terminal import record_table
+
+    show(record_table(record))
+
+
+def print_records(records: list[Record], *, as_json: bool) -> None:
+    """Print several records, a row each."""
+    if as_json:
+        emit({"records": records})
+        return
+    from secateur.cli.terminal import runs_table
+
+    show(runs_table(records))

@@ -1,0 +1,88 @@
+"""Requests from the arguments of a command: a field is an argument of the same name, or the command leaves it out and
+says why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from secateur.requests import BenchRequest, EvalRequest, HealRequest, Request
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+_SEVERAL = {"sparsity": "--sparsity has several"}
+_NO_RATIO = dict.fromkeys(("params_removed", "at_least"), "the runs are at sparsities; compare has ratios")
+_NO_SHIFT = dict.fromkeys(("against", "against_revision"), "the table has no place for a shift")
+_SEQLEN = {"seqlen": "--seqlen is the window of calibration; --protocol has that of the evaluation"}
+_DENSE_REVISION = {"against_revision": "the dense model is MODEL, at --revision"}
+_HEALING = (
+    *("batch", "lr", "schedule", "weight_decay", "rank", "alpha", "targets"),
+    *("completion_only", "keep_adapter", "samples", "save_every", "checkpointing"),
+)
+_TIMING = ("dense", "batches", "prompt", "new", "repeats", "revision", "seed", "semi_structured")
+_PASS = (
+    *("method", "sparsity", "params_removed", "at_least", "modules", "pattern", "options", "seed", "revision"),
+    *("device", "dtype", "text_field", "include_path", "spill", "stock_only", "ignore_unknown"),
+)
+
+LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
+    ("prune", Request): {},
+    ("eval", EvalRequest): {},
+    ("heal", HealRequest): {},
+    ("bench", BenchRequest): {"batches": "--batch has them"},
+    ("sweep", Request): {**_SEVERAL, **_NO_RATIO},
+    ("sweep", EvalRequest): {**_SEQLEN, **_DENSE_REVISION},
+    ("compare", Request): {
+        **_SEVERAL,
+        "params_removed": "--params-removed has several",
+        "method": "--methods has several",
+        "pattern": "--patterns has several",
+        "options": "--set has those of several methods",
+        "modules": "no one choice goes with every method",
+    },
+    ("compare", EvalRequest): {**_SEQLEN, **_NO_SHIFT},
+    ("compare", HealRequest): {
+        **dict.fromkeys(_HEALING, "each result is healed with the defaults of heal"),
+        "steps": "--heal-steps has them",
+    },
+    ("compare", BenchRequest): dict.fromkeys(_TIMING, "each result is timed with the defaults of bench"),
+    ("study modules", Request): {
+        **_SEVERAL,
+        **_NO_RATIO,
+        "modules": "--kinds has them",
+        "spill": "the cells share one model in memory",
+        "stock_only": "no checkpoint is written",
+    },
+    ("study modules", EvalRequest): {**_SEQLEN, **_NO_SHIFT},
+    ("study disp-llm", Request): {
+        **_SEVERAL,
+        **_NO_RATIO,
+        "method": "it is a study of one method",
+        "modules": "the method has none",
+        "pattern": "the method has none",
+        "stock_only": "no result is a stock architecture",
+    },
+    ("study disp-llm", EvalRequest): {**_SEQLEN, **_DENSE_REVISION},
+    ("predict", Request): {
+        **dict.fromkeys(_PASS, "it is one pass of SliceGPT with the defaults of prune"),
+        "model": "--spectrum has it",
+    },
+}
+"""What a command has no option of that form for, and why: (command, request) -> field -> reason."""
+
+
+def given(kind: type[T], command: str, values: Mapping[str, Any], **more: Any) -> T:
+    """Make a request from the arguments of a command.
+
+    Args:
+        kind: a dataclass of `secateur.requests`.
+        command: its name, as in `LEFT_OUT`.
+        values: its arguments by name, that is `locals()`.
+        more: fields whose argument has another name or another form.
+    """
+    taken = {field.name for field in fields(kind)} - LEFT_OUT[command, kind].keys() - more.keys()
+    return kind(**{name: values[name] for name in taken}, **more)

@@ -1,0 +1,82 @@
+"""The arguments and options that several commands share, each declared once.
+
+What one command alone has stands in its signature. Defaults are those of the dataclasses of `secateur.requests`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from secateur.requests import EvalRequest
+
+_PAPER = "Default: that of the method's paper"
+LENGTH = f"{_PAPER} or of the protocol, or 2048; at most the model's maximum."
+
+Model = Annotated[
+    str,
+    Argument(metavar="MODEL", help="A local folder, a hub name, or 'bundled' for the model in the package."),
+]
+Checkpoint = Annotated[str, Argument(metavar="DIR", help="A checkpoint, pruned or not.")]
+OutFolder = Annotated[Path, Option(help="The folder to write.")]
+
+# What is removed, and how much of it.
+SetOption = Annotated[
+    list[str] | None,
+    Option("--set", metavar="OPTION=VALUE", help="An option of the method; may be repeated."),
+]
+Modules = Annotated[
+    str | None,
+    Option(
+        help="Per-module sparsity, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs; or auto, owl.",
+    ),
+]
+Pattern = Annotated[str | None, Option(help="unstructured, N:M, rows, columns.")]
+AtLeast = Annotated[
+    bool,
+    Option("--at-least", help="With --params-removed: the first step that removes as much, not the nearest one."),
+]
+StockOnly = Annotated[bool, Option("--stock-only", help="Refuse results that are not a stock architecture.")]
+IgnoreUnknown = Annotated[
+    bool,
+    Option(
+        "--ignore-unknown",
+        help="Leave out tensors of the files that the model does not have, instead of refusing.",
+    ),
+]
+Revision = Annotated[str | None, Option(help="The hub revision.")]
+
+# Calibration.
+Calibration = Annotated[
+    str | None,
+    Option(help=f"Calibration text: builtin, wikitext2, c4, alpaca, a file, or task:NAME. {_PAPER}."),
+]
+Samples = Annotated[int | None, Option(help="Calibration windows. Default: those of the method's paper, or 128.")]
+Seqlen = Annotated[int | None, Option(help=f"Tokens of a window. {LENGTH}")]
+Seed = Annotated[int, Option(help="The seed of every random choice.")]
+TextField = Annotated[str, Option(help="The field of .jsonl and .parquet rows that holds the text.")]
+IncludePath = Annotated[Path | None, Option(metavar="DIR", help="A folder of task files for lm-eval.")]
+Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on disk instead of in memory.")]
+
+# What is measured.
+Text = Annotated[str | None, Option(help="Evaluation text: builtin, wikitext2, c4, or a file.")]
+Protocol = Annotated[str | None, Option(help="A named perplexity protocol; an unknown name lists them.")]
+Tasks = Annotated[
+    str,
+    Option(metavar="TASK,...", help="cloze, any task of lm-eval, or the presets disp-llm and modules."),
+]
+NO_TASKS = ",".join(EvalRequest.tasks)
+Limit = Annotated[int | None, Option(help="Use the first so many windows and items.")]
+AgainstDense = Annotated[bool, Option("--against-dense", help="Also measure the shift from the dense model.")]
+
+# The run.
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N.")]
+Dtype = Annotated[str, Option(help="auto, float32, bfloat16, ...: the dtype to compute in.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Say what would happen, and what it would take.")]
+Records = Annotated[Path | None, Option(help="Where the record is appended. Default: records.jsonl beside the output.")]
+Resume = Annotated[bool, Option("--resume", help="Go on with an interrupted run.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
+Json = Annotated[bool, Option("--json", help="End stdout with one JSON object, the record; all else goes to stderr.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of a failure.")]

@@ -1,0 +1,75 @@
+"""`secateur prune`, and `secateur methods`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option, echo
+
+from secateur.cli import options as opt
+from secateur.cli.console import RESUME, command, emit, print_record
+from secateur.cli.given import given
+from secateur.cli.parse import settings
+from secateur.core.errors import UsageError
+from secateur.requests import Request
+
+
+def prune(
+    model: opt.Model,
+    out: Annotated[Path | None, Option(help="The folder to write.")] = None,
+    method: Annotated[str, Option(help="A method; `secateur methods` lists them.")] = "",
+    sparsity: Annotated[float | None, Option(help="The fraction to remove, in [0, 1).")] = Request.sparsity,
+    params_removed: Annotated[
+        float | None,
+        Option(help="Instead of --sparsity: the share of all parameters to remove; the nearest step is taken."),
+    ] = Request.params_removed,
+    at_least: opt.AtLeast = Request.at_least,
+    modules: opt.Modules = Request.modules,
+    pattern: opt.Pattern = Request.pattern,
+    calibration: opt.Calibration = Request.calibration,
+    samples: opt.Samples = Request.samples,
+    seqlen: opt.Seqlen = Request.seqlen,
+    seed: opt.Seed = Request.seed,
+    revision: opt.Revision = Request.revision,
+    device: opt.Device = Request.device,
+    dtype: opt.Dtype = Request.dtype,
+    options: opt.SetOption = None,
+    text_field: opt.TextField = Request.text_field,
+    include_path: opt.IncludePath = None,
+    spill: opt.Spill = Request.spill,
+    stock_only: opt.StockOnly = Request.stock_only,
+    ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,
+    dry_run: opt.DryRun = False,
+    records: opt.Records = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Prune a model and write the result."""
+    with command(debug, resume=RESUME, together=True):
+        if not method:
+            raise UsageError("missing --method M (`secateur methods` lists them)")
+        request = given(Request, "prune", locals(), options=settings(options))
+        from secateur.cli.quiet_api import api
+
+        if dry_run:
+            record = api.estimate(api.prepare(request))
+        elif out is None:
+            raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
+        else:
+            record = api.prune(request, out, resume=resume, overwrite=overwrite, records_file=records)
+        print_record(record, as_json=json)
+
+
+def methods(json: opt.Json = False) -> None:
+    """List the pruning methods."""
+    from secateur.cli.quiet_api import api
+
+    summaries = api.methods()
+    if json:
+        emit({"command": "methods", "methods": summaries})
+        return
+    for name, summary in summaries.items():
+        echo(f"{name:12} {summary}")

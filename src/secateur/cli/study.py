@@ -1,0 +1,187 @@
+"""`secateur study modules` and `secateur study disp-llm`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option, echo
+
+from secateur.cli import options as opt
+from secateur.cli.console import RESUME, command, emit, print_record, show
+from secateur.cli.given import given
+from secateur.cli.parse import folder_for_calibration, folder_for_tasks, names, numbers, settings
+from secateur.core.errors import UsageError
+from secateur.core.progress import say
+from secateur.core.words import perplexity_words
+from secateur.requests import EvalRequest, ModulesRequest, Request
+
+
+def study_modules(
+    model: opt.Model,
+    out: Annotated[
+        Path | None,
+        Option(help="The folder of the study: records.jsonl, and the text of tasks it calibrates on."),
+    ] = None,
+    method: Annotated[str, Option(help="A method with a mask for each matrix.")] = "wanda",
+    kinds: Annotated[
+        str,
+        Option(metavar="NAME,...", help="Names as in --modules. Default: each projection, attention, mlp, all."),
+    ] = "",
+    sparsity: Annotated[str, Option(metavar="S,S,...", help="In [0, 1]. Default: 0.1 to 0.9, 0.95, 1.")] = "",
+    weights: Annotated[
+        str,
+        Option(metavar="N,N,...", help="Also remove so many weights of each kind that has them."),
+    ] = "",
+    grid: Annotated[str, Option(metavar="S,S,...", help="Also combine these sparsities of attention and of MLP.")] = "",
+    mode: Annotated[
+        str,
+        Option(help="shared: statistics of the dense model for all cells; sequential: each cell as prune makes it."),
+    ] = ModulesRequest.mode,
+    jobs: Annotated[int, Option(help="Processes that share the cells.")] = ModulesRequest.jobs,
+    engine: Annotated[
+        str,
+        Option(help="Where they run: processes (of this machine), or ray (a cluster; pip install 'secateur[ray]')."),
+    ] = ModulesRequest.engine,
+    pattern: opt.Pattern = Request.pattern,
+    calibration: Annotated[
+        str | None,
+        Option(help="As for prune, or task:NAME (task:NAME+NAME): the text of tasks."),
+    ] = Request.calibration,
+    samples: opt.Samples = 128,
+    seqlen: opt.Seqlen = Request.seqlen,
+    seed: opt.Seed = Request.seed,
+    revision: opt.Revision = Request.revision,
+    device: opt.Device = Request.device,
+    dtype: opt.Dtype = Request.dtype,
+    options: opt.SetOption = None,
+    text: opt.Text = EvalRequest.text,
+    protocol: opt.Protocol = EvalRequest.protocol,
+    tasks: opt.Tasks = opt.NO_TASKS,
+    text_field: opt.TextField = Request.text_field,
+    include_path: opt.IncludePath = None,
+    limit: opt.Limit = EvalRequest.limit,
+    ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,
+    dry_run: opt.DryRun = False,
+    records: opt.Records = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Which module matters: prune one kind of matrix at a time, at every sparsity, and measure each."""
+    with command(debug, resume=RESUME):
+        request = given(
+            Request,
+            "study modules",
+            locals(),
+            options=settings(options),
+            include_path=folder_for_calibration(include_path, calibration),
+        )
+        folder = folder_for_tasks(include_path, calibration, tasks)
+        measure = given(EvalRequest, "study modules", locals(), tasks=names(tasks), include_path=folder)
+        large = numbers(weights, "--weights", within="the numbers above 0") if weights else ()
+        asked = ModulesRequest(
+            kinds=names(kinds),
+            sparsities=numbers(sparsity, "--sparsity", within="[0, 1]") if sparsity else (),
+            weights=[round(count) for count in large],
+            grid=numbers(grid, "--grid", within="[0, 1]") if grid else (),
+            mode=mode,
+            jobs=jobs,
+            engine=engine,
+        )
+        from secateur.cli.quiet_api import api
+
+        if dry_run:
+            held = (records or (out and out / "records.jsonl")) if resume else None
+            print_record(api.estimate_study_modules(request, asked, measure, records_file=held), as_json=json)
+            if measure.tasks:
+                say("what the tasks take is not in the estimate")
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
+        how = {"resume": resume, "overwrite": overwrite}
+        cells = list(api.study_modules(request, asked, out, measure, records_file=records, **how))
+        study = api.read_module_studies(cells)[0]
+        verdict = api.verdict(study)
+        if json:
+            emit({"records": cells, "verdict": verdict})
+            return
+        from secateur.cli.terminal import modules_table
+
+        show(modules_table(study))
+        for line in verdict:
+            echo(line)
+
+
+def study_disp_llm(
+    model: opt.Model,
+    out: Annotated[Path | None, Option(help="The folder for the checkpoints and records.jsonl.")] = None,
+    sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions of all parameters to remove.")] = "0.3,0.5",
+    parts: Annotated[
+        str,
+        Option(help="Parts of the study, comma-separated; an unknown one lists them. Default: all."),
+    ] = "",
+    calibration: opt.Calibration = Request.calibration,
+    samples: opt.Samples = Request.samples,
+    seqlen: opt.Seqlen = Request.seqlen,
+    seed: opt.Seed = Request.seed,
+    revision: opt.Revision = Request.revision,
+    device: opt.Device = Request.device,
+    dtype: opt.Dtype = Request.dtype,
+    options: opt.SetOption = None,
+    text: opt.Text = EvalRequest.text,
+    protocol: opt.Protocol = EvalRequest.protocol,
+    tasks: opt.Tasks = opt.NO_TASKS,
+    text_field: opt.TextField = Request.text_field,
+    include_path: opt.IncludePath = None,
+    limit: opt.Limit = EvalRequest.limit,
+    spill: opt.Spill = Request.spill,
+    ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,
+    against: opt.AgainstDense = False,
+    dry_run: opt.DryRun = False,
+    records: opt.Records = None,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """The ablations of DISP-LLM: hypernetwork, constraint, estimator, norm, lambda and seeds, each run a record."""
+    with command(debug, resume=RESUME):
+        request = given(
+            Request,
+            "study disp-llm",
+            locals(),
+            method="disp_llm",
+            options=settings(options),
+            include_path=folder_for_calibration(include_path, calibration),
+        )
+        measure = given(
+            EvalRequest,
+            "study disp-llm",
+            locals(),
+            tasks=names(tasks),
+            against=model if against else None,
+            against_revision=revision,
+            include_path=folder_for_tasks(include_path, calibration, tasks),
+        )
+        sparsities, chosen = numbers(sparsity, "--sparsity"), names(parts)
+        from secateur.cli.quiet_api import api
+
+        if dry_run:
+            print_record(api.estimate_study_disp_llm(request, sparsities, parts=chosen), as_json=json)
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
+        measured = []
+        how = {"resume": resume, "overwrite": overwrite}
+        for record in api.study_disp_llm(request, sparsities, out, measure, parts=chosen, records_file=records, **how):
+            measured.append(record)
+            say(f"{Path(record['out']).name}: ppl {perplexity_words(record['ppl'])}")
+        table = api.summarize_study_disp_llm(request, sparsities, measured, parts=chosen)
+        if json:
+            emit({"records": measured, "study": table})
+            return
+        from secateur.cli.terminal import study_table
+
+        show(study_table(table, measured[0]["ppl"]))

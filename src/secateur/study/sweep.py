@@ -1,0 +1,88 @@
+"""One method at several sparsities: the dense model, then prune and measure at each. The same for any prunes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from secateur.core.records import Record
+from secateur.evaluate.evaluate import evaluate
+from secateur.models.save import is_finished
+from secateur.prune.prepare import prepare
+from secateur.prune.run import STATES, prune
+from secateur.prune.settings import refuse_out
+from secateur.requests import EvalRequest, Request
+
+
+def sweep(
+    request: Request,
+    sparsities: Sequence[float],
+    out: Path,
+    measure: EvalRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+) -> Iterator[Record]:
+    """Prune at several sparsities, the lowest first, and measure each, and the dense model before them.
+
+    Yields the evaluation records as they come. A gradual method goes on from sparsity to sparsity, in one run.
+
+    Args:
+        request: the prune, without its sparsity.
+        sparsities: the fractions to remove; 0 is the dense model, which is always measured.
+        out: the folder that receives one checkpoint a sparsity, and `records.jsonl`.
+        measure: the evaluation; its model is replaced.
+        resume: leave what is finished as it is; with `overwrite`, do again what was made with other settings.
+        overwrite: replace checkpoints that are there.
+        records_file: where records go instead.
+    """
+    requests = {point_name(request, s): replace(request, sparsity=s) for s in sorted(sparsities) if s != 0}
+    measure = replace(measure, model=request.model, revision=request.revision)
+    how = {"resume": resume, "overwrite": overwrite}
+    yield from prune_and_measure(requests, out, measure, records_file=records_file, **how)
+
+
+def prune_and_measure(
+    requests: Mapping[str, Request],
+    out: Path,
+    measure: EvalRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+) -> Iterator[Record]:
+    """Prune as each request says and measure each, and the dense model first.
+
+    Yields the evaluation records as they come.
+
+    Args:
+        requests: the prunes, of one model, by the names of their folders.
+        out: the folder that receives the checkpoints, and `records.jsonl`.
+        measure: the evaluation; its model is that of the requests.
+        resume, overwrite, records_file: as for `sweep`.
+    """
+    out = out.absolute()
+    records_file = records_file or out / "records.jsonl"
+    points = [(request, out / name) for name, request in requests.items()]
+    states = out / STATES
+    if not resume:
+        shutil.rmtree(states, ignore_errors=True)
+    for once, target in points:  # what is wrong with any of them shows before the work
+        prepared = prepare(once)
+        refuse_out(target, prepared.checkpoint, prepared.calibration, records_file)
+        is_finished(target, resume=resume, overwrite=overwrite)
+    yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume)
+    for once, target in points:
+        prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file, states=states)
+        yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
+    shutil.rmtree(states, ignore_errors=True)
+
+
+def point_name(request: Request, sparsity: float) -> str:
+    """The folder name of one point of a sweep."""
+    options = [f"{name}={value}" for name, value in sorted(request.options.items())]
+    parts = [request.method, (request.pattern or "").replace(":", "of"), *options, f"{sparsity:g}"]
+    return "-".join(part for part in parts if part)
