@@ -19,8 +19,7 @@ def pack(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Store a pruned checkpoint with its zeros packed: a bit mask and the values. 'secateur unpack' gives it back, byte
-    for byte."""
+    """Store a pruned checkpoint with its zeros packed: a bit mask and the values. 'secateur unpack' gives it back, byte for byte."""
     with command(debug):
         from secateur.cli.quiet_api import api
 
