@@ -1,7 +1,7 @@
 """Blocks small enough to cut by hand: 2 features, 4 query heads of width 2 on 2 key-value heads, 3 feed-forward units.
 
-Every entry says where it is: 1000 x the number of its matrix + 10 x its row + its column. Biases have 0.5 more than the first
-column of their row.
+Every entry says where it is: 1000 x the number of its matrix + 10 x its row + its column. Biases have 0.5 more than
+the first column of their row.
 """
 
 from __future__ import annotations

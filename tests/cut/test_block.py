@@ -84,7 +84,8 @@ def test_query_heads_of_a_group_that_goes_go_too() -> None:
 
 def test_matrices_that_are_fused() -> None:
     after = cut_block(block("phi3"), BlockPlan(0, keep=kept(groups=[0], ffn=[1, 2])))
-    qkv = [[1000, 1001], [1010, 1011], [1020, 1021], [1030, 1031], [2000, 2001], [2010, 2011], [3000, 3001], [3010, 3011]]
+    q = [[1000, 1001], [1010, 1011], [1020, 1021], [1030, 1031]]
+    qkv = [*q, [2000, 2001], [2010, 2011], [3000, 3001], [3010, 3011]]
     assert equals(after.tensors["self_attn.qkv_proj.weight"], qkv)
     assert equals(after.tensors["self_attn.qkv_proj.bias"], [row[0] + 0.5 for row in qkv])
     assert equals(after.tensors["self_attn.o_proj.weight"], [[4000, 4001, 4002, 4003], [4010, 4011, 4012, 4013]])
@@ -107,7 +108,7 @@ def test_masks_zero_weights_and_leave_no_minus_zero() -> None:
     assert equals(after.matrix("k"), [[-2000, 0], [0, -2011], [-2020, -2021], [0, 0]])
     assert not after.matrix("k")[~keep_OI].signbit().any()
     assert equals(after.bias("k"), [2000.5, 2010.5, 2020.5, 2030.5])
-    assert equals(before.matrix("k"), [[-2000, -2001], [-2010, -2011], [-2020, -2021], [-2030, -2031]]), "the given block stays as it is"
+    assert torch.equal(before.matrix("k"), -weight("k")), "the given block stays as it is"
     unchanged(before, after, "q", "v", "o", "gate", "up", "down")
 
 
@@ -154,7 +155,7 @@ def test_new_weights_of_one_of_several_fused_matrices() -> None:
 
 
 def test_a_plan_that_names_new_weights_by_hash_alone_is_refused() -> None:
-    with pytest.raises(SecateurError, match=r"block 0: .* names the new weights of down, q by hash alone: load the checkpoint"):
+    with pytest.raises(SecateurError, match=r"block 0: .* names the new weights of down, q by hash alone: load the"):
         cut_block(block("llama"), BlockPlan(0, hashes={"q": "00", "down": "11"}))
 
 
@@ -245,4 +246,5 @@ def test_the_shapes_of_the_sizes_are_those_of_the_tensors() -> None:
         BlockPlan(0, keep=kept(**APART, groups=[1]), select=SELECT_FIRST),
     ):
         after = cut_block(block("llama"), plan)
-        assert {name: after.dims.shape(name) for name in after.names} == {n: tuple(after.matrix(n).shape) for n in after.names}
+        for name in after.names:
+            assert after.dims.shape(name) == tuple(after.matrix(name).shape)

@@ -43,7 +43,7 @@ BIASES = {"o": [5, 10], "down": [1, 2]}
 
 
 def small(family_name: str) -> BlockView:
-    """A block of the canonical model: norms without gain, weights as above; biases where the matrix writes, and one that reads."""
+    """A block of the canonical model: norms without gain, weights as above, a bias on every matrix."""
     made = block(family_name)
     for name in made.names:
         made.matrix(name).copy_(torch.tensor(WEIGHTS[name], dtype=F64))
@@ -52,7 +52,8 @@ def small(family_name: str) -> BlockView:
 
 
 def is_close(tensor: Tensor, expected: list[float] | list[list[float]]) -> bool:
-    return tensor.shape == torch.tensor(expected).shape and torch.allclose(tensor, torch.tensor(expected, dtype=F64), rtol=0, atol=1e-12)
+    wanted = torch.tensor(expected, dtype=F64)
+    return tensor.shape == wanted.shape and torch.allclose(tensor, wanted, rtol=0, atol=1e-12)
 
 
 def test_what_reads_and_what_writes_in_the_bases_of_their_places() -> None:

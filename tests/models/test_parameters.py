@@ -1,4 +1,4 @@
-"""Parameters counted from sizes, against those of real models, in memory and written, for every family and every space."""
+"""Parameters counted from sizes, against those of real models, in memory and written, for every family and space."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def keep(view: ModelView, index: int, spaces: tuple[str, ...]) -> dict[str, Tens
     dims = view.dims(index)
     sizes = {**dict.fromkeys(OWN_COLUMNS.values(), dims.hidden), **dims.units()}
     if spaces == ("heads",):  # as many of every group
-        return {"heads": torch.arange(dims.groups) * dims.queries if index and dims.queries > 1 else torch.arange(dims.heads)}
+        one_of_each_group = torch.arange(dims.groups) * dims.queries
+        return {"heads": one_of_each_group if index else torch.arange(dims.heads)}
     first = {space: min(sizes[space] - 1, 1 + 2 * index + number) for number, space in enumerate(spaces)}
     return {space: torch.arange(first[space] if space != "groups" else index % 2, sizes[space]) for space in spaces}
 
@@ -169,7 +170,7 @@ def test_a_sliced_residual(options: str, model: Any, windows: Tensor, tmp_path: 
     view, sliced = canonical_view(api.view_model(model), model.dtype), api.view_model(cut)
     after = [sliced.dims(index) for index in range(sliced.blocks)]
     first = after[0].residual
-    assert (first.skips[0] == "dense") == options.startswith("dense"), "the adapters are those that are meant to be counted"
+    assert (first.skips[0] == "dense") == options.startswith("dense"), "the adapters that are meant"
     assert (first.attention[0] != first.attention[1]) == options.endswith("unequal widths")
     check(view, after, cut, tmp_path)
     assert sliced_parameters(view, [dims.residual for dims in after]) == parameters(cut)

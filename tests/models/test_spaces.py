@@ -30,7 +30,10 @@ def test_the_order_of_spaces_which_decides_among_units_that_cost_the_same() -> N
 @pytest.mark.parametrize(
     ("residual", "shapes"),
     [
-        (None, {"q": (24, 10), "k": (8, 10), "v": (8, 10), "o": (10, 24), "gate": (7, 10), "up": (7, 10), "down": (10, 7)}),
+        (
+            None,
+            {"q": (24, 10), "k": (8, 10), "v": (8, 10), "o": (10, 24), "gate": (7, 10), "up": (7, 10), "down": (10, 7)},
+        ),
         (
             Residual((1, 2), (3, 5), (NORM_FIRST, NORM_FIRST)),
             {"q": (24, 1), "k": (8, 1), "v": (8, 1), "o": (2, 24), "gate": (7, 3), "up": (7, 3), "down": (5, 7)},

@@ -108,8 +108,12 @@ def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
     return replace(block, family=family, tensors=tensors, dims=dims_after(block.dims, plan))
 
 
-def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
-    """The rows and the columns of each matrix that stay, None where all do."""
+Kept = dict[str, Tensor | None]
+"""Canonical matrix name -> the indices that stay, None where all do."""
+
+
+def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[Kept, Kept]:
+    """The rows and the columns of each matrix that stay."""
     units = {space: indices.long() for space, indices in plan.keep.items()}
     heads = _kept_heads(block.dims, units)
     columns = SEPARATE_COLUMNS if separates(plan) else COLUMNS
@@ -117,11 +121,12 @@ def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[dict[str,
     def kept(name: str, space: str) -> Tensor | None:
         return heads.get(name) if space == "groups" else units.get(space)
 
-    return {name: kept(name, ROWS[name]) for name in block.names}, {name: kept(name, columns[name]) for name in block.names}
+    kept_rows = {name: kept(name, ROWS[name]) for name in block.names}
+    return kept_rows, {name: kept(name, columns[name]) for name in block.names}
 
 
 def _kept_heads(dims: BlockDims, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each matrix that heads are part of, its rows (of `o` the columns) of the heads that stay; empty where all do."""
+    """For each matrix that heads are part of, its rows (of `o` the columns) that stay; empty where all heads do."""
     if "groups" not in units and "heads" not in units:
         return {}
     groups, heads = units.get("groups", torch.arange(dims.groups)), units.get("heads", torch.arange(dims.heads))

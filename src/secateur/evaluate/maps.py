@@ -242,9 +242,10 @@ class _Shapes:
         assert sum(sizes) == rows, f"{module} has {rows} rows, its parts {sizes}"
         found, start = [], 0
         for name, size in zip(names, sizes, strict=True):
-            out = Axis(_letters(name, ROWS[name]), size)
+            reads, writes = _letters(name, COLUMNS[name]), _letters(name, ROWS[name])
+            out = Axis(writes, size)
             part = (start, start + size) if len(names) > 1 else None
-            found.append(Map(name, path, "product", (Axis(_letters(name, COLUMNS[name]), inputs), out), out if biased else None, (index,), part))
+            found.append(Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part))
             start += size
         return found
 

@@ -202,7 +202,9 @@ def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, i
     predicted = backward.targets / len(windows)
     for block in backward.blocks():
         names = block.names if block.index in inside else ()
-        biases = {name: block.bias(name) if (options.mode == "channel") == (name in RESIDUAL_WRITERS) else None for name in names}
+        # where a unit is a row, its bias goes with it
+        with_rows = [name for name in names if (options.mode == "channel") == (name in RESIDUAL_WRITERS)]
+        biases = {name: block.bias(name) if name in with_rows else None for name in names}
         sums = {name: _Gradient(bias_O, fisher=options.order != "first", predicted=predicted) for name, bias_O in biases.items()}
         backward.retreat(block, {name: gradient.update for name, gradient in sums.items()})
         if names:

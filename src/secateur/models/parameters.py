@@ -29,8 +29,8 @@ class BlockCost:
     """How the parameters of a block follow from the units of its spaces.
 
     Attributes:
-        products: spaces -> parameters for each combination of their units, as in `("mlp_in", "ffn"): 2`. The key without
-            a space, which is always there, has the parameters that are part of no unit.
+        products: spaces -> parameters for each combination of their units, as in `("mlp_in", "ffn"): 2`. The key
+            without a space, which is always there, has the parameters that are part of no unit.
     """
 
     products: Mapping[tuple[str, ...], int]
@@ -42,7 +42,8 @@ class BlockCost:
     def unit_parameters(self, space: str, units: Mapping[str, int]) -> int:
         """The parameters that go with one unit of a space; `units` are those of the other spaces."""
         alone = {**units, space: 1}
-        return sum(each * math.prod(alone[s] for s in spaces) for spaces, each in self.products.items() if space in spaces)
+        its_own = {spaces: each for spaces, each in self.products.items() if space in spaces}
+        return sum(each * math.prod(alone[name] for name in spaces) for spaces, each in its_own.items())
 
     def fixed(self, units: Mapping[str, int]) -> BlockCost:
         """The cost where the number of units of some spaces is given."""
@@ -59,8 +60,8 @@ def block_cost(view: ModelView, index: int, dims: BlockDims | None = None) -> Bl
     Args:
         view: the model; in canonical form where `dims` are those of a sliced block.
         index: the block.
-        dims: the sizes that it has after a cut; None where it stays as it is. Their skips, their form of reading and their
-            query heads a group are part of the cost.
+        dims: the sizes that it has after a cut; None where it stays as it is. Their skips, their form of reading
+            and their query heads a group are part of the cost.
     """
     dims, stored = dims or view.dims(index), view.block_shapes[index]
     products: Counter[tuple[str, ...]] = Counter({(): _rest(view.family, stored) + _skips(dims)})
@@ -103,7 +104,7 @@ def _norm_paths(family: Family) -> tuple[str, ...]:
 
 
 def _norm_vectors(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
-    """How many vectors a norm over the residual has: gain and bias, where they are stored. All norms of a block are alike."""
+    """How many vectors a norm over the residual has: gain and bias, where they are stored. All of a block are alike."""
     return max(sum(f"{path}.{kind}" in stored for kind in ("weight", "bias")) for path in _norm_paths(family))
 
 
@@ -127,8 +128,8 @@ def _skips(dims: BlockDims) -> int:
     """The parameters on the residual connections."""
     if dims.residual is None or dims.residual.selected:
         return 0
-    ends = zip((dims.residual.attention, dims.residual.mlp), dims.residual.skips, strict=False)  # a parallel block has one skip
-    return sum(_skip(inputs, outputs, form) for (inputs, outputs), form in ends)
+    ends = (dims.residual.attention, dims.residual.mlp)  # a parallel block has one skip
+    return sum(_skip(*end, form) for end, form in zip(ends, dims.residual.skips, strict=False))
 
 
 def _skip(inputs: int, outputs: int, form: int | str | None) -> int:

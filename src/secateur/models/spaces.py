@@ -8,8 +8,8 @@ A space is a set of units. A unit is part of several matrices, and it stays or g
     attention_out, mlp_out       features of the residual stream that attention and MLP write
     q_in, k_in, v_in             in place of `attention_in`, where q, k and v each choose what they read
 
-A matrix reads the units of its columns and writes the units of its rows. How many rows or columns one unit has in a matrix
-follows from the sizes of the block: `BlockDims.unit_width`.
+A matrix reads the units of its columns and writes the units of its rows. How many rows or columns one unit has in a
+matrix follows from the sizes of the block: `BlockDims.unit_width`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 ROWS: Mapping[str, str] = {
-    "q": "groups", "k": "groups", "v": "groups", "o": "attention_out", "gate": "ffn", "up": "ffn", "down": "mlp_out",
+    "q": "groups", "k": "groups", "v": "groups", "o": "attention_out",
+    "gate": "ffn", "up": "ffn", "down": "mlp_out",
 }  # fmt: skip
 """Canonical matrix name -> the space that its rows write."""
 
 COLUMNS: Mapping[str, str] = {
-    "q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups", "gate": "mlp_in", "up": "mlp_in", "down": "ffn",
+    "q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups",
+    "gate": "mlp_in", "up": "mlp_in", "down": "ffn",
 }  # fmt: skip
 """Canonical matrix name -> the space that its columns read."""
 
@@ -35,7 +37,7 @@ SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
 """All spaces of a block, those that are written first."""
 
 INNER = ("ffn", "groups")
-"""The spaces inside a block: its own matrices write their units and read them. The others are of the residual stream."""
+"""The spaces inside a block: its own matrices write their units and read them. The others are of the residual."""
 
 HEADS = ("q", "o")
 """The matrices in which a unit of `groups` is several query heads; in the others it is one key-value head."""

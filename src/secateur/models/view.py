@@ -121,7 +121,7 @@ class BlockDims:
         return replace(self, groups=groups, heads=groups * (queries or self.queries), ffn=ffn)
 
     def selecting(self, form: str, *, separate: bool = False) -> BlockDims:
-        """The sizes of a block that reads the residual by `form` (see `runtime.Select`), and selects all of its features.
+        """The sizes of a block that reads the residual by `form` (see `runtime.Select`), and selects all its features.
 
         `separate` says that q, k and v select for themselves.
         """

@@ -53,7 +53,8 @@ def dims_parameters(view: ModelView, after: Sequence[BlockDims]) -> int:
 
 def sliced_parameters(view: ModelView, residuals: Sequence[Residual]) -> int:
     """All parameters of a canonical model whose residual stream is narrowed so."""
-    return count_parameters(view, [replace(view.dims(index), residual=residual) for index, residual in enumerate(residuals)])
+    after = [replace(view.dims(index), residual=residual) for index, residual in enumerate(residuals)]
+    return count_parameters(view, after)
 
 
 def unit_parameters(view: ModelView, index: int, space: str) -> int:

@@ -251,7 +251,7 @@ def _block_plan(view: ModelView, structures: Structures, keep: list[Tensor], sca
 
 
 def _folded(block: BlockView, scale: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights [O, I] with the scales in them: columns of what reads a selection, rows of what writes to the residual."""
+    """The weights [O, I] with the scales in them: columns that read a selection, rows that write to the residual."""
     columns = SEPARATE_COLUMNS if OWN_COLUMNS["q"] in scale else COLUMNS
     folded = {}
     for name in block.names:

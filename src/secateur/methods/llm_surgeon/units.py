@@ -61,7 +61,8 @@ class UnitShots(Shots):
         for name in block.names:
             weight_OI = block.matrix(name)
             (rows_O, columns_I), (stay_O, stay_I) = (_sides(name, weight_OI, alive) for alive in (before, after))
-            felt_O = rows_O if ROWS[name] in INNER else stay_O  # rows that go, and that nobody reads, are not made up for
+            # rows that go, and that nobody reads, are not made up for
+            felt_O = rows_O if ROWS[name] in INNER else stay_O
             if factors is not None and (not torch.equal(rows_O, felt_O) or not torch.equal(columns_I, stay_I)):
                 part_OI = weight_OI[rows_O][:, columns_I].double().cpu()
                 made_OI = factors[name].part(rows_O, columns_I).without(part_OI, felt_O[rows_O], stay_I[columns_I])
@@ -95,7 +96,7 @@ def units(view: ModelView, index: int) -> dict[str, int]:
 
 
 def unit_block_cost(view: ModelView, index: int) -> BlockCost:
-    """How the parameters of a block follow from the units that stay: attention and MLP each have a norm of what they read."""
+    """How the parameters of a block follow from the units that stay; attention and MLP have a norm each."""
     return block_cost(view, index, view.dims(index).selecting(NORM_FIRST))
 
 
