@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.models import companions, runtime
-from secateur.models.family import all_families, find_family
+from secateur.models.family import Family, all_families, find_family
 from secateur.models.save import OWN_FOLDER
 from secateur.models.view import ModelView
 
@@ -128,7 +128,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise SecateurError(f"{model}: transformers cannot read its config.json ({_reason(error)})") from error
-    find_family(config, model)
+    family = find_family(config, model)
     stored = _stored_tensors(folder, model)
     skeleton = _tried_skeleton(config, model)
     index, shapes = _match(skeleton, stored, model)
@@ -136,7 +136,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
     _check_tied_head(config, skeleton, stored, model)
     from_hub = folder.resolve() != Path(model).expanduser().resolve() and model != BUNDLED
     commit = folder.name if from_hub else None  # the hub's cache names its folders by commit
-    return Checkpoint(model, folder, commit, config, raw, index, shapes, _common_dtype(index))
+    return Checkpoint(model, folder, commit, config, raw, index, shapes, _matrix_dtype(index, family))
 
 
 def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
@@ -380,13 +380,11 @@ def _match(
     return index, shapes
 
 
-def _common_dtype(index: dict[str, tuple[Path, str]]) -> torch.dtype:
-    """The dtype of the first block matrix."""
-    for name, (file, stored) in index.items():
-        if name.endswith("q_proj.weight") or name.endswith("qkv_proj.weight"):
-            with _opened(file) as handle:
-                return _DTYPES[handle.get_slice(stored).get_dtype()]
-    return torch.float32
+def _matrix_dtype(index: dict[str, tuple[Path, str]], family: Family) -> torch.dtype:
+    """The dtype of the first matrix of the first block, which all matrices are taken to have."""
+    file, stored = index[f"{family.blocks}.0.{family.matrices['q']}.weight"]
+    with _opened(file) as handle:
+        return _DTYPES[handle.get_slice(stored).get_dtype()]
 
 
 def _count(tensors: Sequence[str]) -> str:
