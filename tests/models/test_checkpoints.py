@@ -18,7 +18,7 @@ from secateur import api
 from secateur.models import load, save
 from secateur.models.load import open_checkpoint
 from tests.folders import contents
-from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, MODEL_TYPES, able, some_ids, tiny_model
 
 
 def test_names_without_the_prefix_of_the_base_model_are_found(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_tied_head_that_was_stored_anyway_is_left_out(saved: Callable[..., Pat
     assert record["params_after"] == sum(p.numel() for p in tiny_model("llama", tied=True).parameters())
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_the_dtype_is_that_of_the_matrices_wherever_they_are(model_type: str, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
     """q, k and v of such a result lie deeper than in a stock model."""
     folder = saved(model_type, dtype=torch.bfloat16)

@@ -27,6 +27,7 @@ from torch import Tensor
 from secateur.core.distributed import size
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
+from secateur.models.family import SELECT, check_can
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
@@ -141,8 +142,9 @@ def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
 
     Raises:
         UsageError: the sparsity is too high, for the method or for this model.
-        SecateurError: the residual stream of the model is rotated or selected from already.
+        SecateurError: the residual stream of the model is rotated or selected from already, or the family's cannot be.
     """
+    check_can(view.family, SELECT, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
             f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"

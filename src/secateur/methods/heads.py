@@ -24,6 +24,7 @@ from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts, mask_gradient
 from secateur.core.errors import UsageError
+from secateur.models.family import HEADS, check_can
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
@@ -60,7 +61,9 @@ def check(view: ModelView, sparsity: float, options: Heads) -> None:
 
     Raises:
         UsageError: the sparsity is less than one unit, or would empty a block; or there are no query heads to choose among.
+        SecateurError: the family cannot lose heads.
     """
+    check_can(view.family, HEADS, view.name)
     dims = [view.dims(index) for index in range(view.blocks)]
     heads = sum(d.heads for d in dims)
     if options.unit == "heads" and all(d.queries == 1 for d in dims):

@@ -39,6 +39,7 @@ from torch import Tensor
 from secateur.calibrate.kronecker import CURVATURES
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import track
+from secateur.models.family import HEADS, SELECT, check_can
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
@@ -93,8 +94,11 @@ def check(view: ModelView, sparsity: float, options: LLMSurgeon) -> None:
 
     Raises:
         UsageError: the sparsity would empty a block.
-        SecateurError: the residual stream of the model is rotated or selected from already.
+        SecateurError: the residual stream of the model is rotated or selected from already, or the family's cannot be;
+            or its heads cannot go.
     """
+    check_can(view.family, SELECT, view.name)
+    check_can(view.family, HEADS, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
             f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -155,8 +156,16 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
     return skeleton
 
 
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights (on the meta device)."""
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model without weights (on the meta device).
+
+    Args:
+        config: its configuration.
+        dtype: of its parameters and of constants such as the scale of an embedding; None: that of the configuration.
+    """
+    if dtype is not None:
+        config = copy.deepcopy(config)  # building a model writes the dtype into it
+        config.dtype = dtype
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model.eval()
