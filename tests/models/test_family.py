@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,11 @@ def test_epsilon_is_that_of_the_norms(model_type: str) -> None:
     family: Family = find_family(model.config, model_type)
     norm: Any = model.get_submodule(family.final_norm)
     assert family.norm.epsilon_of(model.config) == (vars(norm).get("variance_epsilon") or norm.eps)
+
+
+def test_the_page_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "add-a-family.md").read_text("utf-8")
+    assert [field.name for field in (*fields(Family), *fields(Norm)) if not re.search(rf"\b{field.name}\b", page)] == []
 
 
 def test_dropped_blocks_take_their_kind_along(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_the_cost_is_the_divergence_that_small_noise_causes() -> None:
         q_NV = ((hidden_ND + noise_ND) / rms_N1 @ head_VD.T).log_softmax(1)
         divergences.append(float((p_NV * (p_NV.log() - q_NV)).sum(1).mean()))
     assert np.mean(divergences) == pytest.approx(predicted, rel=0.05)
+
+
+def test_a_soft_cap_behind_the_head_is_refused(saved: Callable[..., Path], ids_file: str) -> None:
+    prepared = api.prepare(request_for(saved("llama"), ids_file))
+    view = prepared.job.view
+    capped = replace(view, family=replace(view.family, logit_cap="hidden_size"))
+    with pytest.raises(api.SecateurError, match=r"soft-cap \(hidden_size = 32\), which the prediction from the spectrum leaves out"):
+        measure_costs(replace(prepared, job=replace(prepared.job, view=capped)))
 
 
 @pytest.mark.parametrize("model_type", able("slicegpt", FAMILY_TYPES))

@@ -50,19 +50,23 @@ class _Recorder:
 
 
 @contextmanager
-def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[_Recorder]]:
-    """Record what blocks receive; the forward ends at the last one.
-
-    The blocks stay where they are, since a decoder may ask them what kind they are: they have another forward for a while.
-    """
-    recorders = [_Recorder(last=block is blocks[-1]) for block in blocks]
-    for block, recorder in zip(blocks, recorders, strict=True):
-        block.forward = recorder.forward
+def other_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Give blocks other forwards for a while. They stay where they are, since a decoder may ask them what kind they are."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
     try:
-        yield recorders
+        yield
     finally:
         for block in blocks:
             del block.forward  # that of its class is behind it
+
+
+@contextmanager
+def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[_Recorder]]:
+    """Record what blocks receive; the forward ends at the last one."""
+    recorders = [_Recorder(last=block is blocks[-1]) for block in blocks]
+    with other_forwards(blocks, [recorder.forward for recorder in recorders]):
+        yield recorders
 
 
 class Stream:
