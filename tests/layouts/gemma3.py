@@ -17,7 +17,7 @@ LAYOUT = Layout(
     },
     fields={
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "sliding_window": 8,
+        "sliding_window": 16,  # shorter than the windows of calibration
         "query_pre_attn_scalar": 5,
         "final_logit_softcapping": 3.0,
     },
