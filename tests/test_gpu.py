@@ -10,7 +10,7 @@ import torch
 
 from secateur import api
 from secateur.evaluate import throughput
-from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")]
 
@@ -32,7 +32,7 @@ def test_perplexity_agrees_with_the_cpu(model_type: str, saved: Callable[..., Pa
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("slicegpt", FAMILY_TYPES))
 def test_slicing_and_its_prediction_agree_with_the_cpu(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense = str(saved(model_type, dtype=torch.float64))
     ppl, answers = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.models.family import all_families
+from tests.layouts import layout_of
 
 VOCABULARY = 64
 HIDDEN, HEADS, GROUPS, FFN, BLOCKS, LENGTH = 32, 4, 2, 48, 3, 64
 
 MODEL_TYPES = sorted(t for family in all_families().values() for t in family.model_types)
 FAMILY_TYPES = sorted(family.model_types[0] for family in all_families().values())
+
+
+def able(method: str, among: Sequence[str] = MODEL_TYPES, **options: Any) -> list[str]:
+    """The model types with which a method can be done, with these options."""
+    return [model_type for model_type in among if not layout_of(model_type).refusal(method, **options)]
+
 
 _SIZES = {
     "hidden_size": HIDDEN,
@@ -40,7 +48,8 @@ def tiny_config(model_type: str, **fields: Any) -> Any:
     default = config_class()
     sizes = {key: value for key, value in _SIZES.items() if hasattr(default, key)}
     off = {key: 0.0 for key in ("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "layerdrop") if hasattr(default, key)}
-    return config_class(**{**sizes, **off, **fields})
+    own = layout_of(model_type).fields if model_type in MODEL_TYPES else {}
+    return config_class(**{**sizes, **off, **own, **fields})
 
 
 def tiny_model(model_type: str, *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> PreTrainedModel:
@@ -52,6 +61,10 @@ def tiny_model(model_type: str, *, tied: bool = False, dtype: torch.dtype = torc
             parameter.normal_(0, 0.2)
             if "norm" in name and name.endswith("weight"):
                 parameter += 1
+    if dtype == torch.float64:  # constants, such as the scale of an embedding, are made in the dtype that a model is built in
+        wide = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa", dtype=dtype)
+        wide.load_state_dict(model.state_dict())
+        model = wide
     return model.to(dtype).eval()
 
 

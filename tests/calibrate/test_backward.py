@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_whole_model(model_type: str, tied: bool, win
     # the same model with gradients in place of weights: its views split what is fused
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
     view = api.view_model(model)
-    close = EXACT if view.family.centred else ROUNDED
+    close = EXACT if view.family.norm.centred else ROUNDED
     for block in view.iterate():
         prefix = view.block_prefix(block.index)
         whole = replace(block, tensors={name: gradients[prefix + name] for name in block.tensors})

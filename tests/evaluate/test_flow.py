@@ -22,6 +22,7 @@ from secateur.evaluate.flow import SPARSITIES, activation_flow, inspect_flow, ra
 from secateur.evaluate.maps import Map
 from secateur.models import load
 from secateur.models.runtime import pruned_class
+from tests.layouts import layout_of
 from tests.tiny import BLOCKS, FFN, GROUPS, HEADS, HIDDEN, MODEL_TYPES, VOCABULARY, some_ids, tiny_config, tiny_model
 
 HEAD_WIDTH = HIDDEN // HEADS
@@ -288,7 +289,7 @@ def test_a_sliced_checkpoint_has_its_own_widths_and_adapters(sliced: Callable[..
     assert flow.parameters() == stored_parameters(folder)
     assert counted(AutoModelForCausalLM.from_pretrained(folder), 16) == (16 * flow.flops(), 16 * flow.attention_flops())
     assert api.inspect(str(folder))["flops_per_token"] == flow.flops()
-    names = ("skip",) if model_type == "phi" else ("skip_attention", "skip_mlp")
+    names = ("skip",) if layout_of(model_type).skips == 1 else ("skip_attention", "skip_mlp")
     config = json.loads((folder / "config.json").read_text())
     for number, name in enumerate(names):
         for index, entry in enumerate(config["pruned_widths"]):
@@ -309,7 +310,7 @@ def test_a_sliced_checkpoint_speaks_of_its_own_widths(sliced: Callable[..., Path
     folder = sliced(model_type)
     flow = inspect_flow(str(folder))
     assert (flow.hidden, flow.width) == (HIDDEN, 24)
-    places = BLOCKS if model_type == "phi" else 2 * BLOCKS
+    places = BLOCKS * layout_of(model_type).skips
     assert flow.widths == [24] * places + [HIDDEN]
     assert flow.symbols()["d"] == flow.widths
     assert flow.symbols()["r"] == [8] * (places - 1)

@@ -20,7 +20,7 @@ from secateur.core.machine import Machine, matrix_rate
 from secateur.core.memory import PeakMemory
 from secateur.evaluate import throughput
 from secateur.evaluate.throughput import Work, measure_speed
-from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_a_pruned_model_beside_its_dense_one(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense = saved(model_type)
     api.prune(api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 1}), tmp_path / "out")

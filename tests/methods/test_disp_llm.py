@@ -18,12 +18,12 @@ from secateur.methods import disp_llm
 from secateur.methods.disp_llm.masked import MaskedModel, keep_gates
 from secateur.models.runtime import SELECT_FORMS
 from secateur.plan.structures import find_structures
-from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
 
 
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize(("norm", "tied"), [("full", False), ("selected", True)])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm"))
 def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool, separate: bool, windows: Tensor) -> None:
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
     plan = api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=2, norm=norm, separate=separate)
@@ -45,7 +45,7 @@ def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool,
 
 
 @pytest.mark.parametrize(("norm", "separate"), [("full", False), ("selected", False), ("full", True)])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm"))
 def test_scales_are_folded_into_the_weights(model_type: str, norm: str, separate: bool, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     form, view = SELECT_FORMS[norm == "selected"], api.view_model(model)
@@ -159,7 +159,7 @@ def test_a_result_whose_readers_select_apart_is_pruned_further(model_type: str, 
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "selected", "separate": True}])
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_the_pruned_model_compiles_without_breaks_or_recompiles(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
     model = tiny_model(model_type, num_hidden_layers=1)
     narrow = api.cut(model, api.plan(model, "disp_llm", windows, sparsity=0.3, unmet="cut", steps=1, **options))

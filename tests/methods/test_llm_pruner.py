@@ -30,7 +30,8 @@ from secateur.plan.rates import resolve_rates
 from secateur.plan.run import Run
 from secateur.plan.structures import SELECTIONS
 from secateur.text.windows import IGNORE
-from tests.tiny import MODEL_TYPES, tiny_model
+from tests.layouts import layout_of
+from tests.tiny import FAMILY_TYPES, MODEL_TYPES, able, tiny_model
 
 CPU = torch.device("cpu")
 FLOAT64 = Run(0.0, 0, CPU, torch.float64)
@@ -104,62 +105,13 @@ def test_the_other_ways_to_reduce(reduce: str, windows: Tensor) -> None:
         torch.testing.assert_close(found[space], torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-15)
 
 
-# By hand, from the stock modules of the tiny models alone: 4 query heads of width 8 on 2 key-value heads (OPT: on 4), 48 feed-forward units, 32 features.
-# Matrix -> (module, rows of it); a fused module holds several matrices one above the other.
-STOCK: dict[str, tuple[str, dict[str, tuple[str, slice]]]] = {
-    "llama": (
-        "model.layers",
-        {
-            "q": ("self_attn.q_proj", slice(0, 32)),
-            "k": ("self_attn.k_proj", slice(0, 16)),
-            "v": ("self_attn.v_proj", slice(0, 16)),
-            "o": ("self_attn.o_proj", slice(0, 32)),
-            "gate": ("mlp.gate_proj", slice(0, 48)),
-            "up": ("mlp.up_proj", slice(0, 48)),
-            "down": ("mlp.down_proj", slice(0, 32)),
-        },
-    ),
-    "opt": (
-        "model.decoder.layers",
-        {
-            "q": ("self_attn.q_proj", slice(0, 32)),
-            "k": ("self_attn.k_proj", slice(0, 32)),
-            "v": ("self_attn.v_proj", slice(0, 32)),
-            "o": ("self_attn.out_proj", slice(0, 32)),
-            "up": ("fc1", slice(0, 48)),
-            "down": ("fc2", slice(0, 32)),
-        },
-    ),
-    "phi": (
-        "model.layers",
-        {
-            "q": ("self_attn.q_proj", slice(0, 32)),
-            "k": ("self_attn.k_proj", slice(0, 16)),
-            "v": ("self_attn.v_proj", slice(0, 16)),
-            "o": ("self_attn.dense", slice(0, 32)),
-            "up": ("mlp.fc1", slice(0, 48)),
-            "down": ("mlp.fc2", slice(0, 32)),
-        },
-    ),
-    "phi3": (
-        "model.layers",
-        {
-            "q": ("self_attn.qkv_proj", slice(0, 32)),
-            "k": ("self_attn.qkv_proj", slice(32, 48)),
-            "v": ("self_attn.qkv_proj", slice(48, 64)),
-            "o": ("self_attn.o_proj", slice(0, 32)),
-            "gate": ("mlp.gate_up_proj", slice(0, 48)),
-            "up": ("mlp.gate_up_proj", slice(48, 96)),
-            "down": ("mlp.down_proj", slice(0, 32)),
-        },
-    ),
-}
-
-
 def _by_hand(model: Any, model_type: str, index: int, space: str, unit: int) -> dict[str, list[Tensor]]:
     """Matrix -> what it holds of a feed-forward unit, of a key-value head with its query heads, or of a residual feature: views of the stock parameters."""
-    blocks, matrices = STOCK[model_type]
-    head, query = slice(8 * unit, 8 * unit + 8), slice(8 * unit, 8 * unit + 8) if model_type == "opt" else slice(16 * unit, 16 * unit + 16)
+    layout = layout_of(model_type)
+    blocks, matrices = layout.blocks, layout.matrices
+    head, query = slice(8 * unit, 8 * unit + 8), slice(16 * unit, 16 * unit + 16)
+    if matrices["q"][1] == matrices["k"][1]:  # as many key-value heads as query heads
+        query = head
     one = slice(unit, unit + 1)
     rows, columns = {
         "ffn": ({"gate": one, "up": one}, {"down": one}),
@@ -180,9 +132,11 @@ def _smooth_model(model_type: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Float64 throughout (RMS norms of transformers are in float32), and with no kinks."""
 
     def rms_norm(norm: Any, x_BTD: Tensor) -> Tensor:
-        return norm.weight * x_BTD / (x_BTD.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        gain_D, epsilon = norm.weight + layout.gain_offset, vars(norm).get("variance_epsilon") or norm.eps
+        return gain_D * x_BTD / (x_BTD.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
-    model = tiny_model(model_type, dtype=torch.float64, **({"activation_function": "gelu"} if model_type == "opt" else {})).requires_grad_(False)
+    layout = layout_of(model_type)
+    model = tiny_model(model_type, dtype=torch.float64, **layout.smooth).requires_grad_(False)
     for kind in {type(module) for module in model.modules() if type(module).__name__.endswith("RMSNorm")}:
         monkeypatch.setattr(kind, "forward", rms_norm)
     return model
@@ -211,7 +165,7 @@ def _slope(model: Any, windows: Tensor, parts: list[Tensor], step: float = 1e-3)
     return (4 * rise(step) - rise(2 * step)) / 3
 
 
-@pytest.mark.parametrize("model_type", STOCK)
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
 def test_a_group_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_terms_say(
     model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,13 +188,13 @@ def test_a_group_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_term
                 assert without == pytest.approx(float(_losses(model, windows).mean()), rel=1e-12)
 
 
-@pytest.mark.parametrize("model_type", STOCK)
+@pytest.mark.parametrize("model_type", able("llm_pruner", FAMILY_TYPES, mode="channel"))
 def test_a_channel_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_terms_say(
     model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its part of every matrix of all blocks on the way to zero; gains of norms, which read it too, have no term."""
     model = _smooth_model(model_type, monkeypatch)
-    options, names = LLMPruner(mode="channel", granularity="vector"), list(STOCK[model_type][1])
+    options, names = LLMPruner(mode="channel", granularity="vector"), list(layout_of(model_type).matrices)
     change_MD = llm_pruner.channel_changes(api.view_model(model), windows, options, FLOAT64)
     assert len(change_MD) == 3 * len(names)
     for channel in (0, 21):
@@ -255,7 +209,7 @@ def test_a_channel_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_te
             for part in _by_hand(by_hand, model_type, index, "channel", channel).values():
                 for tensor in part:
                     tensor.zero_()
-            for module in by_hand.get_submodule(f"{STOCK[model_type][0]}.{index}").modules():
+            for module in by_hand.get_submodule(f"{layout_of(model_type).blocks}.{index}").modules():
                 if "Norm" in type(module).__name__:
                     module.forward = partial(_norm_of_kept, deepcopy(module), kept.long())  # type: ignore[method-assign]
         assert without == pytest.approx(float(_losses(by_hand, windows).mean()), rel=1e-12)
@@ -331,7 +285,7 @@ def test_the_sparsity_is_that_of_the_whole_model(options: dict[str, str], saved:
     assert not list((tmp_path / "spilled").glob("scratch*"))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "phi3"])
+@pytest.mark.parametrize("model_type", able("llm_pruner", FAMILY_TYPES, mode="channel"))
 def test_channels_are_one_choice_for_all_blocks(model_type: str, windows: Tensor) -> None:
     """Scores are those of the formulas, the least important channels go from every block, and as many parameters as asked."""
     model = tiny_model(model_type, dtype=torch.float64)

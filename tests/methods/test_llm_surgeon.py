@@ -20,7 +20,7 @@ from secateur.methods.llm_surgeon import shots, units, weights
 from secateur.methods.llm_surgeon.kronecker import Curvature, Factors
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
-from tests.tiny import FAMILY_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def test_factors_are_the_second_moments_of_inputs_and_gradients(model_type: str,
         torch.testing.assert_close(factor, moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("llm_surgeon", FAMILY_TYPES, pattern="rows"))
 def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)

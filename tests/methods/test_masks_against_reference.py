@@ -12,24 +12,10 @@ import pytest
 import torch
 
 from secateur import api
+from tests.layouts import layout_of
 from tests.tiny import FFN, GROUPS, HEADS, HIDDEN, MODEL_TYPES, tiny_model
 
 K = HIDDEN // HEADS
-# canonical name -> (path in the block, rows of a fused weight), written out by hand for each model type
-SEPARATE = {n: (f"self_attn.{n}_proj", None) for n in "qkvo"} | {n: (f"mlp.{n}_proj", None) for n in ("gate", "up", "down")}
-LAYOUTS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), SEPARATE) | {
-    "opt": {n: (f"self_attn.{n}_proj", None) for n in "qkv"} | {"o": ("self_attn.out_proj", None), "up": ("fc1", None), "down": ("fc2", None)},
-    "phi": {n: (f"self_attn.{n}_proj", None) for n in "qkv"} | {"o": ("self_attn.dense", None), "up": ("mlp.fc1", None), "down": ("mlp.fc2", None)},
-    "phi3": {
-        "q": ("self_attn.qkv_proj", slice(0, HEADS * K)),
-        "k": ("self_attn.qkv_proj", slice(HEADS * K, (HEADS + GROUPS) * K)),
-        "v": ("self_attn.qkv_proj", slice((HEADS + GROUPS) * K, (HEADS + 2 * GROUPS) * K)),
-        "o": ("self_attn.o_proj", None),
-        "gate": ("mlp.gate_up_proj", slice(0, FFN)),
-        "up": ("mlp.gate_up_proj", slice(FFN, 2 * FFN)),
-        "down": ("mlp.down_proj", None),
-    },
-}
 
 
 def lowest(scores: list[float], count: int) -> list[int]:
@@ -57,12 +43,13 @@ def keep_mask(score: torch.Tensor, pattern: str, rate: float, scope: str) -> tor
 
 def reference_masks(model_type: str, windows: torch.Tensor, method: str, pattern: str, rate: float, scope: str) -> list[dict[str, torch.Tensor]]:
     model = tiny_model(model_type, dtype=torch.float64)
-    layers = model.model.decoder.layers if model_type == "opt" else model.model.layers
+    layout = layout_of(model_type)
+    layers = model.get_submodule(layout.blocks)
     masks: list[dict[str, torch.Tensor]] = []
     for layer in layers:
         squares: dict[str, torch.Tensor] = {}
         hooks = []
-        for name, (path, _) in LAYOUTS[model_type].items():
+        for name, (path, _) in layout.matrices.items():
 
             def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name, squares: dict[str, torch.Tensor] = squares) -> None:
                 x = inputs[0].reshape(-1, inputs[0].shape[-1])
@@ -75,9 +62,9 @@ def reference_masks(model_type: str, windows: torch.Tensor, method: str, pattern
         for hook in hooks:
             hook.remove()
         found = {}
-        for name, (path, rows) in LAYOUTS[model_type].items():
+        for name, (path, rows) in layout.matrices.items():
             weight = layer.get_submodule(path).weight.data
-            part = weight if rows is None else weight[rows]
+            part = weight[rows]
             score = part.abs() if method == "magnitude" else part.abs() * squares[name].sqrt()
             found[name] = keep_mask(score, pattern, rate, scope)
             part *= found[name]  # later blocks see the pruned one

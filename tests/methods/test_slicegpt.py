@@ -27,12 +27,14 @@ from secateur.models.load import build_skeleton
 from secateur.plan.budget import sliced_parameters
 from secateur.plan.plan import Place, Plan
 from secateur.prune.driver import Job, pruned_blocks
-from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, MODEL_TYPES, some_ids, tiny_config, tiny_model
+from tests.layouts import layout_of
+from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, able, some_ids, tiny_config, tiny_model
 
 METHOD = find_method("slicegpt")
-SEQUENTIAL = [t for t in MODEL_TYPES if t != "phi"]
+SLICED, SLICED_FAMILIES = able("slicegpt"), able("slicegpt", FAMILY_TYPES)
+SEQUENTIAL = [t for t in SLICED if layout_of(t).skips == 2]
 WITH_AND_WITHOUT_BIASES: list[dict[str, Any]] = [{}, {"tied": True}]
-CASES = [(t, how) for t in MODEL_TYPES for how in WITH_AND_WITHOUT_BIASES] + [
+CASES = [(t, how) for t in SLICED for how in WITH_AND_WITHOUT_BIASES] + [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("opt", {"enable_bias": False}),
     ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
@@ -47,7 +49,7 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
 
-    for model_type in MODEL_TYPES:
+    for model_type in SLICED:
         for module in tiny_model(model_type).modules():
             if type(module).__name__.endswith("RMSNorm"):
                 monkeypatch.setattr(type(module), "forward", forward)
@@ -76,7 +78,7 @@ def test_rotating_alone_changes_nothing(model_type: str, how: dict[str, Any], ad
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", SLICED)
 def test_rotating_alone_equals_the_stock_model(model_type: str, tied: bool, windows: Tensor) -> None:
     """The stock norms as they are: float32 inside, which is what the difference is."""
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
@@ -139,7 +141,7 @@ class Reference:
 
     def _written(self, x: Tensor) -> Tensor:
         """What is written to the residual; a LayerNorm takes its mean off when it is read, so it may go at once."""
-        return x - x.mean(-1, keepdim=True) if self.family.centred else x
+        return x - x.mean(-1, keepdim=True) if self.family.norm.centred else x
 
     def _principal(self, x: Tensor, width: int) -> Tensor:
         rows = x.flatten(0, -2)
@@ -164,14 +166,14 @@ def places_of(plan: Plan) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"slice_head": True}, {"signal": "normed"}, {"adapters": "dense"}, {"orientation": "random"}], ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", SLICED)
 @torch.no_grad()
 def test_subspaces_and_logits_are_those_of_the_reference(model_type: str, options: dict[str, Any], windows: Tensor, exact_norms: None) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     plan = api.plan(model, "slicegpt", windows, sparsity=0.25, **options)
     reference = Reference(model, windows, 24, slice_head=options.get("slice_head", False), normed=options.get("signal") == "normed")
     found = places_of(plan)
-    assert len(found) == 1 + BLOCKS * (1 if model_type == "phi" else 2)
+    assert len(found) == 1 + BLOCKS * layout_of(model_type).skips
     for basis_DW, expected_DW in zip(found, reference.bases, strict=False):
         assert basis_DW.shape == (HIDDEN, 24)
         assert angles(expected_DW, basis_DW).max() < 1e-7
@@ -180,7 +182,7 @@ def test_subspaces_and_logits_are_those_of_the_reference(model_type: str, option
     assert (sliced(some_ids()).logits - model(some_ids()).logits).norm() > 0.01 * model(some_ids()).logits.norm()
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", SLICED_FAMILIES)
 @torch.no_grad()
 def test_the_norm_divides_by_the_original_width(model_type: str, windows: Tensor) -> None:
     """Dividing by the width that is left would be a silent error: outputs scaled by sqrt(W / D)."""
@@ -192,7 +194,7 @@ def test_the_norm_divides_by_the_original_width(model_type: str, windows: Tensor
 
 
 @pytest.mark.parametrize("options", [{}, {"slice_head": True}, {"energy": 0.97, "round": 1}], ids=str)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", SLICED)
 @torch.no_grad()
 def test_aligned_adapters_are_the_same_function_with_fewer_parameters(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
@@ -260,7 +262,7 @@ def test_a_large_models_parameters_at_a_small_sparsity() -> None:
     assert share == pytest.approx({"dense": 1.029, "aligned": 0.915}, abs=2e-3)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", SLICED)
 @pytest.mark.parametrize("options", [{}, {"adapters": "dense"}, {"slice_head": True}], ids=str)
 def test_counting_by_shapes_is_counting(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
     model = tiny_model(model_type)
@@ -270,7 +272,7 @@ def test_counting_by_shapes_is_counting(model_type: str, options: dict[str, Any]
     assert sliced_parameters(canonical_view(api.view_model(model), model.dtype), widths) == sum(p.numel() for p in sliced.parameters())
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", SLICED_FAMILIES)
 @pytest.mark.parametrize("wanted", [0.05, 0.2, 0.4])
 def test_params_removed_counts_what_is_added(saved: Callable[..., Path], model_type: str, wanted: float, ids_file: str, tmp_path: Path) -> None:
     request = api.Request(str(saved(model_type)), "slicegpt", params_removed=wanted, calibration=ids_file, options={"round": 1})
@@ -308,7 +310,7 @@ def test_the_record_has_the_true_sparsity_and_the_plan_the_spectra(
         api.cut(tiny_model("llama"), plan)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", SLICED_FAMILIES)
 def test_a_sliced_model_can_be_pruned_by_weights(saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(saved(model_type)), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "sliced")
     for number, request in enumerate(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from secateur import api
 from secateur.calibrate.statistics import SecondMoment
 from secateur.methods import find_method
-from tests.methods.test_masks_against_reference import LAYOUTS, lowest
+from tests.layouts import layout_of
+from tests.methods.test_masks_against_reference import lowest
 from tests.tiny import MODEL_TYPES, tiny_model
 
 Found = tuple[torch.Tensor, torch.Tensor]
@@ -52,22 +53,23 @@ def reference(weight: torch.Tensor, x_NI: torch.Tensor, pattern: str, rate: floa
 
 def reference_blocks(model_type: str, windows: torch.Tensor, pattern: str, rate: float, blocksize: int) -> list[dict[str, Found]]:
     model = tiny_model(model_type, dtype=torch.float64)
-    layers = model.model.decoder.layers if model_type == "opt" else model.model.layers
+    layout = layout_of(model_type)
+    layers = model.get_submodule(layout.blocks)
     blocks = []
     for layer in layers:
         seen: dict[str, torch.Tensor] = {}
         hooks = [
             layer.get_submodule(path).register_forward_pre_hook(lambda _, inputs, name=name, seen=seen: seen.__setitem__(name, inputs[0].flatten(0, -2)))
-            for name, (path, _) in LAYOUTS[model_type].items()
+            for name, (path, _) in layout.matrices.items()
         ]
         with torch.no_grad():
             model(windows)
         for hook in hooks:
             hook.remove()
         found = {}
-        for name, (path, rows) in LAYOUTS[model_type].items():
+        for name, (path, rows) in layout.matrices.items():
             weight = layer.get_submodule(path).weight.data
-            part = weight if rows is None else weight[rows]
+            part = weight[rows]
             found[name] = reference(part, seen[name], pattern, rate, 0.01, blocksize)
             part.copy_(found[name][1])  # later blocks see it
         blocks.append(found)

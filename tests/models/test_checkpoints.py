@@ -19,7 +19,7 @@ from secateur import api
 from secateur.models import load, save
 from secateur.models.load import open_checkpoint
 from tests.folders import contents
-from tests.tiny import MODEL_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, MODEL_TYPES, able, some_ids, tiny_model
 
 
 def test_names_without_the_prefix_of_the_base_model_are_found(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -39,6 +39,16 @@ def test_a_tied_head_that_was_stored_anyway_is_left_out(saved: Callable[..., Pat
     record = api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     assert record["params_after"] == sum(p.numel() for p in tiny_model("llama", tied=True).parameters())
+
+
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
+def test_the_dtype_is_that_of_the_matrices_wherever_they_are(model_type: str, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+    """q, k and v of such a result lie deeper than in a stock model."""
+    folder = saved(model_type, dtype=torch.bfloat16)
+    options = {"steps": 2, "unmet": "cut", "separate": True}
+    request = api.Request(str(folder), "disp_llm", sparsity=0.3, calibration=ids_file, options=options)
+    api.prune(request, tmp_path / "out")
+    assert open_checkpoint(str(folder)).dtype == open_checkpoint(str(tmp_path / "out")).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("one_file", [True, False])

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur import api
 from secateur.models import runtime
-from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_model
+from tests.tiny import FAMILY_TYPES, MODEL_TYPES, able, some_ids, tiny_model
 
 
 def unequal_modules(model_type: str) -> str:
@@ -40,7 +40,11 @@ def unequal(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture(params=["unequal", "sliced", "sliced by spectrum", "selected", "selected apart, then normed"])
+METHODS = {"unequal": "magnitude", "sliced": "slicegpt", "sliced by spectrum": "slicegpt"}
+METHODS |= dict.fromkeys(("selected", "selected apart, then normed"), "disp_llm")
+
+
+@pytest.fixture(params=METHODS)
 def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
     """Writes a tiny model that no stock class can load."""
 
@@ -57,7 +61,14 @@ def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: 
         assert not api.prune(asked, tmp_path / f"pruned-{model_type}")["stock"]
         return tmp_path / f"pruned-{model_type}"
 
-    return {"unequal": unequal, "sliced": sliced, "sliced by spectrum": sliced}.get(request.param, selected)
+    make: Callable[..., Path] = {"magnitude": unequal, "slicegpt": sliced, "disp_llm": selected}[METHODS[request.param]]
+
+    def made(model_type: str, **how: object) -> Path:
+        if model_type not in able(METHODS[request.param]):
+            pytest.skip("the family cannot do this: tests/contracts/test_refusals.py")
+        return make(model_type, **how)
+
+    return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,8 +168,9 @@ def run_without_secateur(folders: list[Path], cache: Path, *, trust: bool) -> li
 
 
 @pytest.mark.slow
-def test_remote_code_loads_generates_and_saves_without_secateur(pruned: Callable[..., Path], tmp_path: Path) -> None:
-    folders = [pruned(model_type) for model_type in FAMILY_TYPES]
+def test_remote_code_loads_generates_and_saves_without_secateur(pruned: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    method = METHODS[request.node.callspec.params["pruned"]]
+    folders = [pruned(model_type) for model_type in able(method, FAMILY_TYPES)]
     api.prune(api.Request("bundled", "magnitude", modules="*.0.mlp.*=0.5", pattern="columns"), tmp_path / "tokenized")
     folders.append(tmp_path / "tokenized")
     assert "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)" in (folders[-1] / "README.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from secateur.calibrate.stream import Stream
 from secateur.cli import app
 from secateur.models.canonical import canonical_view
 from secateur.predict.spectrum import C_UNFITTED, Costs, head_fisher, measure_costs, place_costs
-from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, tiny_model
+from tests.layouts import layout_of
+from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, able, tiny_model
 
 
 def request_for(folder: Path, ids_file: str) -> api.Request:
@@ -36,10 +38,10 @@ def final_states(model: Any, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     handle.remove()
     hidden = seen[0].flatten(0, 1)
     head = model.get_submodule(family.head).weight * norm.weight
-    return (hidden - hidden.mean(1, keepdim=True) if family.centred else hidden), logits.flatten(0, 1).softmax(1), head
+    return (hidden - hidden.mean(1, keepdim=True) if family.norm.centred else hidden), logits.flatten(0, 1).softmax(1), head
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("slicegpt", FAMILY_TYPES))
 @torch.no_grad()
 def test_the_fisher_information_of_the_head(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
@@ -90,10 +92,18 @@ def test_the_cost_is_the_divergence_that_small_noise_causes() -> None:
     assert np.mean(divergences) == pytest.approx(predicted, rel=0.05)
 
 
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_a_soft_cap_behind_the_head_is_refused(saved: Callable[..., Path], ids_file: str) -> None:
+    prepared = api.prepare(request_for(saved("llama"), ids_file))
+    view = prepared.job.view
+    capped = replace(view, family=replace(view.family, logit_cap="hidden_size"))
+    with pytest.raises(api.SecateurError, match=r"soft-cap \(hidden_size = 32\), which the prediction from the spectrum leaves out"):
+        measure_costs(replace(prepared, job=replace(prepared.job, view=capped)))
+
+
+@pytest.mark.parametrize("model_type", able("slicegpt", FAMILY_TYPES))
 def test_every_place_that_is_sliced_has_a_cost(saved: Callable[..., Path], model_type: str, ids_file: str) -> None:
     costs = measure_costs(api.prepare(request_for(saved(model_type), ids_file)))
-    assert len(costs.places) == BLOCKS * (1 if model_type == "phi" else 2)
+    assert len(costs.places) == BLOCKS * layout_of(model_type).skips
     for values in costs.places.values():
         assert len(values) == HIDDEN + 1
         assert values[-1] == 0

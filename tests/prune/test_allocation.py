@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from secateur import api
+from secateur.calibrate.stream import Stream
 from secateur.methods import find_method
 from secateur.prune.allocation import allocate
 from secateur.prune.allocation.curves import Curve, cheapest, fitted, hull_slopes
@@ -76,6 +77,26 @@ def test_a_model_is_pruned_for_a_while_and_known_blocks_need_not_run(model_type:
         assert zeros - sum(int((t == 0).sum()) for t in before.values()) == removed > 0
         assert dense.loss(batches, 2, entering) == dense.loss(batches)
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.model.state_dict().items())
+
+
+def test_a_decoder_may_ask_its_blocks_what_kind_they_are(windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some decoders choose the mask of a block by an attribute of it."""
+    dense = _dense("llama", windows)
+    decoder, layer = type(dense.model.get_decoder()), type(dense.model.get_decoder().layers[0])
+    forward = decoder.forward
+    asked = 0
+
+    def asks(self: Any, *args: Any, **named: Any) -> Any:
+        nonlocal asked
+        asked += len({block.attention_type for block in self.layers})
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(layer, "attention_type", "full_attention", raising=False)
+    monkeypatch.setattr(decoder, "forward", asks)
+    Stream(dense.job.view, windows, device=torch.device("cpu"), dtype=torch.float32)
+    assert asked
+    entering = dense.leaving(1, [windows])
+    assert dense.loss([windows], 2, entering) == dense.loss([windows])
 
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)

@@ -28,6 +28,7 @@ from secateur.core.errors import HopelessError, NotFiniteError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
+from secateur.models.loss import Head, capped
 from secateur.models.save import disk
 from secateur.models.view import BlockView, ModelView
 from secateur.text.windows import IGNORE
@@ -133,14 +134,16 @@ class Backward:
 
     def _loss(self) -> float:
         """Turn the last hidden state into the gradient of the loss, in place, some tokens at a time; returns the mean loss."""
-        norm, head = self._outer(self.view.family.final_norm), self._outer(self.view.family.head)
+        family = self.view.family
+        norm, projection = self._outer(family.final_norm), self._outer(family.head)
+        head = capped(projection, family.cap_of(self.view.config))
         width, total = self.view.dims(self.view.blocks - 1).leaves, 0.0
         for rows in self._stream.slices():
             hidden_ND, target_N = self._stream.hidden(rows, width).flatten(0, 1), self._target_ST[rows].flatten().to(self._stream.device)
             found = [_head_gradient(norm, head, *part) for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)]
             total += sum(loss for loss, _ in found)
             self.gradient_STD[rows, :, :width] = torch.cat([gradient for _, gradient in found]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
-        for module in (norm, head):
+        for module in (norm, projection):
             module.to("meta")
         if not math.isfinite(total):
             raise NotFiniteError(f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32")
@@ -159,7 +162,7 @@ class Backward:
 
 
 @torch.enable_grad()
-def _head_gradient(norm: nn.Module, head: nn.Module, hidden_ND: Tensor, target_N: Tensor) -> tuple[float, Tensor]:
+def _head_gradient(norm: nn.Module, head: Head, hidden_ND: Tensor, target_N: Tensor) -> tuple[float, Tensor]:
     """The summed loss of some tokens, and its gradient with respect to their last hidden state."""
     leaf_ND = hidden_ND.detach().requires_grad_()
     logits_NV = at_least_float32(head(norm(leaf_ND)))

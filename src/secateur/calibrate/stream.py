@@ -10,16 +10,18 @@ Shape letters: S windows, B windows of a batch, T tokens, D residual.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from secateur.calibrate.packed import packed
+from secateur.core.errors import SecateurError
 from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
 from secateur.models.view import BlockView, ModelView
@@ -32,11 +34,10 @@ class _Stop(Exception):
     """Raised inside a forward once all that was wanted has been seen."""
 
 
-class _Recorder(nn.Module):
-    """Stands where a block would: notes its arguments and passes the residual on."""
+class _Recorder:
+    """In place of a block's forward: notes its arguments and passes the residual on."""
 
     def __init__(self, last: bool) -> None:
-        super().__init__()
         self.last = last
         self.arguments: dict[str, Any] = {}
         self.hidden = torch.empty(0)
@@ -46,6 +47,26 @@ class _Recorder(nn.Module):
         if self.last:
             raise _Stop
         return hidden
+
+
+@contextmanager
+def other_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Give blocks other forwards for a while. They stay where they are, since a decoder may ask them what kind they are."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # that of its class is behind it
+
+
+@contextmanager
+def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[_Recorder]]:
+    """Record what blocks receive; the forward ends at the last one."""
+    recorders = [_Recorder(last=block is blocks[-1]) for block in blocks]
+    with other_forwards(blocks, [recorder.forward for recorder in recorders]):
+        yield recorders
 
 
 class Stream:
@@ -62,7 +83,7 @@ class Stream:
         self.view, self.device, self.dtype = view, device, dtype
         self._windows = windows
         self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
-        self.skeleton = build_skeleton(view.config)
+        self.skeleton = build_skeleton(view.config, dtype)
         self._blocks: nn.ModuleList = self.skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]
         self._classes = [type(block) for block in self._blocks]
         self._enters_as_embedded = False
@@ -172,35 +193,34 @@ class Stream:
     def _capture(self, batch: int) -> list[dict[str, Any]]:
         """The arguments of every block for this many windows; they depend on the number of windows, not on the tokens."""
         decoder = self._decoder()
-        recorders = [_Recorder(last=i == len(self._blocks) - 1) for i in range(len(self._blocks))]
-        kept = list(self._blocks)
-        for i, recorder in enumerate(recorders):
-            self._blocks[i] = recorder
         inputs = torch.zeros(batch, self._windows.shape[1], self.view.dims(0).enters, dtype=self.dtype, device=self.device)
-        with suppress(_Stop):
+        with _recorded(list(self._blocks)) as recorders, suppress(_Stop):
             decoder(inputs_embeds=inputs, use_cache=False)
-        for i, block in enumerate(kept):
-            self._blocks[i] = block
         self._enters_as_embedded = recorders[0].hidden is inputs
         return [recorder.arguments for recorder in recorders]
 
     @torch.inference_mode()
     def _embed(self) -> None:
         """Fill the buffer with what enters the first block."""
-        family = self.view.family
-        table = f"{family.embeddings[0]}.weight"
         decoder = self._decoder()
-        first = self._blocks[0]
-        recorder = _Recorder(last=True)
-        self._blocks[0] = recorder
-        for rows in self.slices():
-            embedded = self.view.source.rows(table, self._windows[rows]).to(self.device, self.dtype)
-            if not self._enters_as_embedded:  # OPT adds positions, say
-                with suppress(_Stop):
-                    decoder(inputs_embeds=embedded, use_cache=False)
-                embedded = recorder.hidden
-            self.hidden_STD[rows, :, : self.view.dims(0).enters] = embedded
-        self._blocks[0] = first
+        with _recorded([self._blocks[0]]) as (recorder,):
+            for rows in self.slices():
+                embedded_BTD = self._token_embedding(self._windows[rows])
+                if not self._enters_as_embedded:  # OPT adds positions, say
+                    with suppress(_Stop):
+                        decoder(inputs_embeds=embedded_BTD, use_cache=False)
+                    embedded_BTD = recorder.hidden
+                self.hidden_STD[rows, :, : self.view.dims(0).enters] = embedded_BTD
+
+    def _token_embedding(self, ids_BT: Tensor) -> Tensor:
+        """What the token embedding gives, [B, T, D]. Only the rows of these tokens are read, and are all of its table while it runs."""
+        path = self.view.family.embeddings[0]
+        row_BTD = self.view.source.rows(f"{path}.weight", ids_BT).to(self.device, self.dtype)
+        table: Any = self.skeleton.get_submodule(path)
+        table.padding_idx = None  # a row of the whole table, which matters to its gradient alone
+        place_BT = torch.arange(ids_BT.numel(), device=self.device).view(ids_BT.shape)
+        embedded_BTD: Tensor = functional_call(table, {"weight": row_BTD.flatten(0, 1)}, (place_BT,))
+        return embedded_BTD
 
     def _decoder(self) -> nn.Module:
         """The base model with everything before the first block ready to run."""
@@ -241,7 +261,24 @@ def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[
 
 
 def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
-    """Rotary tables are computed, not stored: make those again that the meta device left empty."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta and key in module._non_persistent_buffers_set for key, buffer in module.named_buffers(recurse=False)):
-            model.set_submodule(name, type(module)(config=model.config).to(device))
+    """Compute again what the meta device left empty and no file holds: rotary tables, the scale of an embedding.
+
+    transformers does so with `_init_weights`, which passes over parameters that are marked as being there.
+
+    Raises:
+        SecateurError: this class leaves a buffer as it is.
+    """
+    for module in model.modules():
+        names = [name for name, b in module.named_buffers(recurse=False) if b.is_meta and name in module._non_persistent_buffers_set]
+        if not names:
+            continue
+        for name in names:
+            module._buffers[name] = torch.full_like(module.get_buffer(name), torch.nan, device="cpu")
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        with torch.no_grad():
+            model._init_weights(module)
+        for name in names:
+            if module.get_buffer(name).isnan().any():
+                raise SecateurError(f"transformers does not compute the buffer {name} of {type(module).__name__}, which no file holds")
+            module._buffers[name] = module.get_buffer(name).to(device)

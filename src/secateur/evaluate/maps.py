@@ -9,7 +9,7 @@ counted. A sliced model has another d in each place, and maps of its own on its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.core.records import Record
@@ -176,15 +176,25 @@ class _Shapes:
 
     def block(self, index: int) -> list[Map]:
         """The maps of one block, in the order in which a token meets them."""
-        names = ("norm",) if self.family.parallel else ("norm_attention", "norm_mlp")
-        norms = [self._norm(name, path, "d", index) for name, path in zip(names, self.family.norms, strict=True)]
+        family = self.family
+        names = ("norm",) if family.one_norm else ("norm_attention", "norm_mlp")
+        norm_attention, norm_mlp = self._pair(names, family.norms, index)
+        after_attention, after_mlp = self._pair(("norm_after_attention", "norm_after_mlp"), family.post_norms, index)
         heads = [found for path in self.family.head_norms for found in self._norm(_last(path), path, "k", index)]
+        for path, symbol in zip(family.joint_head_norms, ("h·k", "g·k"), strict=False):
+            heads += self._norm(_last(path), path, symbol, index)
         matrices = {found.name: found for path in dict.fromkeys(self.family.matrices.values()) for found in self._parts(path, index)}
         mlp = [matrices[name] for name in MLP if name in matrices]
-        attention = [*norms[0], matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"]]
+        attention = [*norm_attention, matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"], *after_attention]
         if self.family.parallel:
-            return [*attention, *mlp, *self._skip("skip", 0, index)]
-        return [*attention, *self._skip("skip_attention", 0, index), *norms[1], *mlp, *self._skip("skip_mlp", 1, index)]
+            return [*attention, *norm_mlp, *mlp, *after_mlp, *self._skip("skip", 0, index)]
+        skips = self._skip("skip_attention", 0, index), self._skip("skip_mlp", 1, index)
+        return [*attention, *skips[0], *norm_mlp, *mlp, *after_mlp, *skips[1]]
+
+    def _pair(self, names: Sequence[str], paths: Sequence[str], index: int) -> tuple[list[Map], list[Map]]:
+        """The norms of attention and of the MLP: two, one that both read through, or none."""
+        maps = [self._norm(name, path, "d", index) for name, path in zip(names, paths, strict=False)]
+        return (maps[0] if maps else []), (maps[1] if len(maps) > 1 else [])
 
     def _skip(self, name: str, number: int, index: int) -> list[Map]:
         """The adapter on a residual connection of a sliced model: one product, two with a rank between, or none (see `runtime.Skip`)."""

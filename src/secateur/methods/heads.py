@@ -24,6 +24,8 @@ from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts, mask_gradient
 from secateur.core.errors import UsageError
+from secateur.models.family import HEADS as LOSE_HEADS
+from secateur.models.family import check_can
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import BlockPlan
@@ -63,11 +65,13 @@ def check(view: ModelView, sparsity: float | None, options: Heads) -> None:
 
     Raises:
         UsageError: there is no sparsity; it is less than one unit, or would empty a block; or there are no query heads to choose among.
+        SecateurError: the family cannot lose heads.
     """
     if sparsity is None:
         raise UsageError("heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R")
     if sparsity == 0:
         return
+    check_can(view.family, LOSE_HEADS, view.name)
     dims = [view.dims(index) for index in range(view.blocks)]
     heads = sum(d.heads for d in dims)
     if options.unit == "heads" and all(d.queries == 1 for d in dims):

@@ -34,6 +34,7 @@ from torch import Tensor
 from secateur.calibrate.backward import Backward, check_reacts, weight_gradient
 from secateur.core.errors import HopelessError, SecateurError, UsageError
 from secateur.core.numbers import at_least_float32
+from secateur.models.family import HEADS, SELECT, check_can
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.spaces import INNER, MEMBERS, RESIDUAL_WRITERS
 from secateur.models.view import BlockView, ModelView
@@ -114,15 +115,17 @@ def check(view: ModelView, sparsity: float | None, options: LLMPruner) -> None:
 
     Raises:
         UsageError: there is no sparsity, no block is left to prune, or the sparsity would empty one.
-        SecateurError: the channels are no longer those of a stock model.
+        SecateurError: the channels are no longer those of a stock model, or the family cannot lose channels or heads.
     """
     if sparsity is None:
         raise UsageError("llm_pruner needs --sparsity S, the fraction of the parameters of the whole model to remove")
     if sparsity == 0:
         return
     if options.mode == "channel":
+        check_can(view.family, SELECT, view.name)
         _check_channels(view, sparsity)
         return
+    check_can(view.family, HEADS, view.name)
     inside = options.pruned_blocks(view.blocks)
     if not inside:
         raise UsageError(f"llm_pruner: keep_first and keep_last leave none of {view.blocks} blocks to prune; lower them")

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.core.errors import SecateurError
 from secateur.core.numbers import at_least_float32
+from secateur.models.family import ROTATE, check_can
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import pruned_config
 from secateur.models.view import ModelView, Residual
@@ -36,8 +37,9 @@ def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
         dtype: of the weights that a cut of it gives.
 
     Raises:
-        SecateurError: the residual stream is already rotated.
+        SecateurError: the residual stream is already rotated, or the family's cannot be.
     """
+    check_can(view.family, ROTATE, view.name)
     hidden = int(view.config.hidden_size)
     if (residual := view.dims(0).residual) is not None:
         how = "selected from" if residual.selected else "rotated and sliced"
@@ -53,7 +55,6 @@ def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
 def _description(view: ModelView) -> dict[str, Any]:
     """`pruned_residual` of config.json, but for the widths at its ends."""
     family, stored = view.family, set(view.source.names())
-    epsilon = getattr(view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon
     return {
         "embeddings": list(family.embeddings),
         "final_norm": family.final_norm,
@@ -62,7 +63,7 @@ def _description(view: ModelView) -> dict[str, Any]:
         "attention": list(family.attention),
         "mlp": list(family.mlp),
         "matrices": dict(family.matrices),
-        "epsilon": float(epsilon),
+        "epsilon": family.norm.epsilon_of(view.config),
         "reader_bias": f"{view.block_prefix(0)}{family.norms[0]}.bias" in stored,
         "head_bias": bool({f"{family.final_norm}.bias", f"{family.head}.bias"} & stored),
     }
@@ -108,9 +109,9 @@ class CanonicalSource:
         family, source = self.view.family, self.view.source
         if name != f"{family.head}.weight":
             row_ND = at_least_float32(source.rows(name, which))
-            return row_ND - row_ND.mean(-1, keepdim=True) if family.centred else row_ND
+            return row_ND - row_ND.mean(-1, keepdim=True) if family.norm.centred else row_ND
         row_ND = at_least_float32(source.rows(self._untied(name), which))
-        gain_D = self._optional(f"{family.final_norm}.weight")
+        gain_D = self._gain(family.final_norm)
         return row_ND if gain_D is None else row_ND * gain_D
 
     def _stored(self, name: str) -> Tensor:
@@ -119,6 +120,11 @@ class CanonicalSource:
     def _optional(self, name: str) -> Tensor | None:
         return self._stored(name) if name in self.view.source.names() else None
 
+    def _gain(self, norm: str) -> Tensor | None:
+        """What a norm multiplies with, None where it has no gain."""
+        stored_D = self._optional(f"{norm}.weight")
+        return None if stored_D is None else self.view.family.norm.gain(stored_D)
+
     def _untied(self, name: str) -> str:
         """Where a weight is stored: that of a tied head is the embedding."""
         return name if name in self.view.source.names() else f"{self.view.family.embeddings[0]}.weight"
@@ -126,7 +132,7 @@ class CanonicalSource:
     def _reader(self, path: str, kind: str, norm: str) -> Tensor:
         """The weight or bias of something that reads through a norm."""
         if kind == "weight":
-            weight_OI, gain_I = self._stored(f"{path}.weight"), self._optional(f"{norm}.weight")
+            weight_OI, gain_I = self._stored(f"{path}.weight"), self._gain(norm)
             return weight_OI if gain_I is None else weight_OI * gain_I
         bias_O, shift_I = self._optional(f"{path}.bias"), self._optional(f"{norm}.bias")
         if shift_I is None:
@@ -139,4 +145,4 @@ class CanonicalSource:
     def _writer(self, path: str, kind: str) -> Tensor:
         """The weight or bias of something that writes to the residual: along the outputs, which come first, the mean goes."""
         tensor = self._stored(f"{path}.{kind}")
-        return tensor - tensor.mean(0) if self.view.family.centred else tensor
+        return tensor - tensor.mean(0) if self.view.family.norm.centred else tensor

@@ -1,10 +1,10 @@
 """What a model family looks like, as data.
 
-A family is one file in `models/families` that defines `FAMILY`. Two pictures serve all of them:
+A family is one file in `models/families` that defines `FAMILY`. Three pictures serve all of them:
 
-    sequential                         parallel
-    x -> norm -> attention -> + ->     x -> norm -+-> attention -> + ->
-    x -> norm -> mlp ------> + ->                 +-> mlp -------> +
+    sequential                         parallel                               norms after, too
+    x -> norm -> attention -> + ->     x -> norm -+-> attention -> + ->       x -> norm -> attention -> norm -> + ->
+    x -> norm -> mlp ------> + ->                 +-> mlp -------> +          x -> norm -> mlp ------> norm -> + ->
 
 Canonical names of the matrices of a block: `q k v o` (attention) and `gate up down` (MLP; no `gate` where there is none).
 Matrices that share a module are fused: their rows are stacked in the order in which they are listed.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from secateur.core.errors import SecateurError
 from secateur.models import families
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
 ATTENTION = ("q", "k", "v", "o")
@@ -31,14 +32,52 @@ MLP = ("gate", "up", "down")
 CANONICAL = (*ATTENTION, *MLP)
 PRUNED_PREFIX = "secateur_"
 
+ROTATE, SELECT, HEADS = "rotate", "select", "heads"
+"""What a family may be unable to do: see `Family.cannot`."""
+_WORDS = {
+    ROTATE: "the residual stream cannot be rotated",
+    SELECT: "blocks cannot read and write parts of the residual stream",
+    HEADS: "attention heads cannot be removed",
+}
+_INSTEAD = {
+    ROTATE: "zero weights (wanda, sparsegpt), or remove blocks (shortgpt), heads or units (--pattern rows or columns)",
+    SELECT: "zero weights (wanda, sparsegpt), or remove blocks (shortgpt), heads or units (--pattern rows or columns)",
+    HEADS: "zero weights (wanda, sparsegpt), or remove blocks (shortgpt) or feed-forward units (--modules mlp=S)",
+}
+
 
 def _never(config: PreTrainedConfig) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
+class Norm:
+    """How the norms of a family compute: unit(x) * (gain + gain_offset), and plus a bias where one is stored.
+
+    Attributes:
+        centred: whether they subtract the mean (LayerNorm; otherwise RMSNorm).
+        epsilon: a configuration field, or the value.
+        gain_offset: 1 where the stored gain w stands for 1 + w (Gemma).
+    """
+
+    centred: bool = False
+    epsilon: str | float = "rms_norm_eps"
+    gain_offset: float = 0.0
+
+    def epsilon_of(self, config: PreTrainedConfig) -> float:
+        """The epsilon of a model."""
+        return float(getattr(config, self.epsilon) if isinstance(self.epsilon, str) else self.epsilon)
+
+    def gain(self, stored_D: Tensor) -> Tensor:
+        """What a norm multiplies with, from the gain as it is stored. Everything that folds or applies a gain asks here."""
+        return stored_D + self.gain_offset if self.gain_offset else stored_D
+
+
+@dataclass(frozen=True)
 class Family:
     """Where the parts of a family's models are. Paths of matrices and norms inside a block are relative to the block.
+
+    A scale of the embedding needs no field: the embedding module is asked, and scales by itself (Gemma).
 
     Attributes:
         name: the family's name.
@@ -47,17 +86,25 @@ class Family:
         embeddings: paths of everything that runs before the first block; the token embedding first.
         final_norm: the norm after the last block.
         head: the output projection.
-        norms: the norms of a block: (attention, MLP), or one that both read where the residual is parallel.
+        norms: the norms before attention and MLP: two; one that both read through, where the residual is parallel (Phi); or
+            none (OLMo 2).
         matrices: canonical name -> path of its module; equal paths are one fused module.
+        post_norms: the norms between attention or MLP and the residual: two (Gemma, OLMo 2), or none.
         head_norms: norms over the width of one head, shared by all heads (Qwen3).
+        joint_head_norms: norms over all heads of q or of k together (OLMo 2).
+        parallel: whether attention and MLP read the same residual: through one norm (Phi), or through two (GPT-NeoX).
         attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention receives the
             block's arguments and returns a tuple.
-        centred: whether the norms subtract the mean (LayerNorm; otherwise RMSNorm).
-        epsilon: of the norms: a configuration field, or the value.
+        norm: how all these norms compute.
+        logit_cap: the configuration field that holds the c of c tanh(logits / c), the soft-cap behind the head; empty: none.
+        kinds: the kinds of block (`layer_types` of the configuration) that this description holds for. A model that has
+            others, such as blocks without attention, is refused.
         heads, groups, ffn: names of the configuration fields: query heads, key-value heads, feed-forward units.
         stock_heads: whether the stock configuration can say a head width other than hidden size / heads, so that
             a model with fewer heads in every block is still a stock one.
         separate: whether q, k and v select for themselves what they read: never of a stock model, see `separated`.
+        cannot: what cannot be done with any model of the family (`rotate`, `select`, `heads`) -> why, beyond what the fields
+            above imply: see `why_not`.
         refuse: why this configuration cannot be done, or None.
     """
 
@@ -69,22 +116,56 @@ class Family:
     head: str
     norms: tuple[str, ...]
     matrices: Mapping[str, str]
+    post_norms: tuple[str, ...] = ()
     head_norms: tuple[str, ...] = ()
+    joint_head_norms: tuple[str, ...] = ()
+    parallel: bool = False
     attention: tuple[str, ...] = ("self_attn",)
     mlp: tuple[str, ...] = ("mlp",)
-    centred: bool = False
-    epsilon: str | float = "rms_norm_eps"
+    norm: Norm = Norm()
+    logit_cap: str = ""
+    kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
     heads: str = "num_attention_heads"
     groups: str = "num_key_value_heads"
     ffn: str = "intermediate_size"
     stock_heads: bool = True
     separate: bool = False
+    cannot: Mapping[str, str] = field(default_factory=dict)
     refuse: Callable[[PreTrainedConfig], str | None] = _never
 
+    def __post_init__(self) -> None:
+        if len(self.norms) not in ((1, 2) if self.parallel else (0, 2)):
+            raise ValueError(
+                f"family {self.name}: norms has {len(self.norms)} entries, and parallel is {self.parallel}; a parallel block "
+                "has one norm or two, a sequential one two, or none"
+            )
+        if len(self.post_norms) not in (0, 2):
+            raise ValueError(f"family {self.name}: post_norms has {len(self.post_norms)} entries: (attention, MLP), or none")
+        if unknown := self.cannot.keys() - _WORDS.keys():
+            raise ValueError(f"family {self.name}: cannot names {sorted(unknown)[0]!r}; it knows {', '.join(_WORDS)}")
+
     @property
-    def parallel(self) -> bool:
+    def one_norm(self) -> bool:
         """Whether attention and MLP read the same normed residual."""
         return len(self.norms) == 1
+
+    def why_not(self, what: str) -> str | None:
+        """Why `rotate`, `select` or `heads` cannot be done with models of this family; None where it can."""
+        if what in self.cannot:
+            return self.cannot[what]
+        if what == HEADS:
+            if self.joint_head_norms:
+                return f"a norm ({self.joint_head_norms[0]}) divides by the mean square of all heads, which changes when one goes"
+            return None
+        if self.post_norms:
+            return f"a norm ({self.post_norms[0]}) stands between what attention and MLP write and the residual stream"
+        if self.parallel and not self.one_norm:
+            return "attention and MLP read the residual stream side by side through two norms, and the pruned block has one"
+        return None
+
+    def cap_of(self, config: PreTrainedConfig) -> float | None:
+        """The soft-cap of a model's logits, None where it has none."""
+        return getattr(config, self.logit_cap) if self.logit_cap else None
 
     def fused(self, name: str) -> tuple[str, ...]:
         """The canonical names that share the module of matrix `name`, in the order of their rows."""
@@ -111,7 +192,7 @@ class Family:
         for themselves what they read, also in a parallel block (see `runtime.Select`)."""
         if name in ("o", "down") or (self.separate and name in ATTENTION[:3]):
             return name
-        readers = ATTENTION[:3] + MLP[:2] if self.parallel and not apart else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
+        readers = ATTENTION[:3] + MLP[:2] if self.one_norm and not apart else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
         return next(other for other in self.matrices if other in readers)
 
 
@@ -128,6 +209,30 @@ def is_pruned(config: PreTrainedConfig) -> bool:
     return bool(type(config).model_type.startswith(PRUNED_PREFIX))
 
 
+def check_can(family: Family, what: str, source: str) -> None:
+    """Refuse before the work what no model of the family can have done to it.
+
+    Args:
+        family: the family of the model.
+        what: `ROTATE`, `SELECT` or `HEADS`.
+        source: the model, for the message.
+
+    Raises:
+        SecateurError: the family cannot do it; the reason is given.
+    """
+    if reason := family.why_not(what):
+        raise SecateurError(f"{source}: of a {family.name} model {_WORDS[what]}, since {reason}; {_INSTEAD[what]}")
+
+
+def _other_kind(family: Family, config: PreTrainedConfig) -> str | None:
+    """Why the kinds of a model's blocks are not those that its family describes, or None."""
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in family.kinds:
+            known = ", ".join(family.kinds)
+            return f"block {index} is of kind '{kind}', and family {family.name} describes {known} alone; use another model"
+    return None
+
+
 def find_family(config: PreTrainedConfig, source: str) -> Family:
     """The family of a configuration (a pruned model belongs to the family of its original).
 
@@ -137,7 +242,7 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
     model_type = config.model_type.removeprefix(PRUNED_PREFIX)
     for family in all_families().values():
         if model_type in family.model_types:
-            if reason := family.refuse(config):
+            if reason := family.refuse(config) or _other_kind(family, config):
                 raise SecateurError(f"{source}: {reason}")
             heads, groups = getattr(config, family.heads), getattr(config, family.groups)
             sizes = {family.heads: heads, family.groups: groups, family.ffn: getattr(config, family.ffn), "num_hidden_layers": config.num_hidden_layers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.models import companions, runtime
-from secateur.models.family import all_families, find_family
+from secateur.models.family import Family, all_families, find_family
 from secateur.models.save import OWN_FOLDER
 from secateur.models.view import ModelView
 
@@ -128,7 +129,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise SecateurError(f"{model}: transformers cannot read its config.json ({_reason(error)})") from error
-    find_family(config, model)
+    family = find_family(config, model)
     stored = _stored_tensors(folder, model)
     skeleton = _tried_skeleton(config, model)
     index, shapes = _match(skeleton, stored, model)
@@ -136,7 +137,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
     _check_tied_head(config, skeleton, stored, model)
     from_hub = folder.resolve() != Path(model).expanduser().resolve() and model != BUNDLED
     commit = folder.name if from_hub else None  # the hub's cache names its folders by commit
-    return Checkpoint(model, folder, commit, config, raw, index, shapes, _common_dtype(index))
+    return Checkpoint(model, folder, commit, config, raw, index, shapes, _matrix_dtype(index, family))
 
 
 def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
@@ -155,8 +156,16 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
     return skeleton
 
 
-def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights (on the meta device)."""
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model without weights (on the meta device).
+
+    Args:
+        config: its configuration.
+        dtype: of its parameters and of constants such as the scale of an embedding; None: that of the configuration.
+    """
+    if dtype is not None:
+        config = copy.deepcopy(config)  # building a model writes the dtype into it
+        config.dtype = dtype
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     model.eval()
@@ -380,13 +389,11 @@ def _match(
     return index, shapes
 
 
-def _common_dtype(index: dict[str, tuple[Path, str]]) -> torch.dtype:
-    """The dtype of the first block matrix."""
-    for name, (file, stored) in index.items():
-        if name.endswith("q_proj.weight") or name.endswith("qkv_proj.weight"):
-            with _opened(file) as handle:
-                return _DTYPES[handle.get_slice(stored).get_dtype()]
-    return torch.float32
+def _matrix_dtype(index: dict[str, tuple[Path, str]], family: Family) -> torch.dtype:
+    """The dtype of the first matrix of the first block, which all matrices are taken to have."""
+    file, stored = index[f"{family.blocks}.0.{family.matrices['q']}.weight"]
+    with _opened(file) as handle:
+        return _DTYPES[handle.get_slice(stored).get_dtype()]
 
 
 def _count(tensors: Sequence[str]) -> str:

@@ -5,16 +5,18 @@ Shape letters: B windows, T tokens, D residual, V vocabulary, N positions, n pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from secateur.core.numbers import at_least_float32
+from secateur.models.family import find_family
 
+Head = Callable[[Tensor], Tensor]
 _LOGITS_BYTES = 64 * 2**20
 TRAINED_POSITIONS = 1024  # of a chunk that is trained on, at most: enough for products at full rate, and logits of a small vocabulary stay in a cache
 
@@ -25,10 +27,14 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return out
 
 
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """The output projection."""
-    head: nn.Module = model.get_output_embeddings()
-    return head
+def head_of(model: PreTrainedModel) -> Head:
+    """What turns a hidden state into logits: the output projection, and the soft-cap behind it where the model has one."""
+    return capped(model.get_output_embeddings(), find_family(model.config, str(model.name_or_path)).cap_of(model.config))
+
+
+def capped(head: Head, cap: float | None) -> Head:
+    """The head with c tanh(logits / c) behind it, computed in the dtype of the logits as stock models do; c None: as it is."""
+    return head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap
 
 
 def positions_a_chunk(vocabulary: int) -> int:
@@ -59,7 +65,7 @@ class _MeanLoss(torch.autograd.Function):
     """Loss and gradient of a chunk together, on the way forward: logits are neither kept nor made a second time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: nn.Module, size: int) -> Tensor:
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, size: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient_ND = torch.empty_like(hidden_ND) if wanted else None
         total = torch.zeros((), device=hidden_ND.device, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))

@@ -112,7 +112,7 @@ def _normed(family: Family, dims: BlockDims) -> tuple[str, ...]:
     """The spaces whose features are read through a norm, one entry a norm."""
     residual = dims.residual
     if residual is None or not residual.selected:
-        return ("attention_in",) if family.parallel else ("attention_in", "mlp_in")
+        return ("attention_in", "mlp_in")[: len(family.norms)]  # one serves both in a parallel block of Phi
     if residual.readers and residual.skips[0] == SELECT_FIRST:
         return (*OWN_COLUMNS.values(), "mlp_in")
     return ("attention_in", "mlp_in")  # where q, k and v select after the norm, `attention_in` is all of the residual

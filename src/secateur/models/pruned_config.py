@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -56,6 +57,9 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     if first is not None and first.selected and "pruned_residual" not in raw:
         parts = {"norms": family.norms, "attention": family.attention, "mlp": family.mlp}
         config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {"matrices": dict(family.matrices)}
+        if family.norm.gain_offset:  # classes with plain gains are asked for the rest
+            norm = replace(family.norm, epsilon=family.norm.epsilon_of(_dense(raw, stock_type)))
+            config["pruned_residual"]["norm"] = asdict(norm)
     elif first is not None and last is not None and not first.selected:
         config["pruned_residual"] = {**raw["pruned_residual"], "enter": first.attention[0], "leave": last.mlp[1]}
     return config

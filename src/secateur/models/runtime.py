@@ -12,6 +12,8 @@ Where the residual stream itself is narrower (SliceGPT, arXiv:2401.15024), `conf
 write, and `"skips"`, what lies on the two residual connections (on the one of a parallel block). The modules inside a block stay
 the stock ones; what changes is the line between them: norms without gain, and a `Skip` from one basis of the residual to the next.
 
+Where gains are stored with an offset, as w of 1 + w (Gemma), `pruned_residual` has `"norm"` with that offset, epsilon, and whether norms subtract the mean.
+
 Where blocks read and write parts of a residual that stays whole (DISP-LLM, arXiv:2410.11988, algorithm 1), the same fields give the widths of the
 parts, and a `Select` lies where a `Skip` would: it holds which features are read and which are written, as index maps in the safetensors file. With
 `"readers": [q, k, v]` those three select for themselves, and a `Reader` stands where each was. How long this takes: docs/inference.md.
@@ -133,10 +135,14 @@ class PartNorm(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, norm: Any, width: int) -> None:
+    def __init__(self, norm: Any, width: int, described: dict[str, Any] | None) -> None:
         super().__init__()
-        self.centred = isinstance(norm, nn.LayerNorm)
-        self.epsilon = norm.eps if self.centred else norm.variance_epsilon
+        self.gain_offset = 0.0
+        if described is None:  # a stock norm with plain gains
+            self.centred = isinstance(norm, nn.LayerNorm)
+            self.epsilon = norm.eps if self.centred else norm.variance_epsilon
+        else:
+            self.centred, self.epsilon, self.gain_offset = (described[name] for name in ("centred", "epsilon", "gain_offset"))
         parameters = dict(norm.named_parameters())
         for name in ("weight", "bias"):
             like = parameters.get(name)
@@ -148,7 +154,8 @@ class PartNorm(nn.Module):
         part = _pick(unit, index_map)
         if self.weight is None:
             return part
-        return part * self.weight if self.bias is None else torch.addcmul(self.bias, part, self.weight)
+        gain = self.weight + self.gain_offset if self.gain_offset else self.weight
+        return part * gain if self.bias is None else torch.addcmul(self.bias, part, gain)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -300,7 +307,7 @@ def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Mod
         if not (readers and name in "qkv"):
             _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts.get("reader_bias", False))
     if selects:
-        _part_norms(block, parts["norms"], widths)
+        _part_norms(block, parts, widths)
     else:
         for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one
             block.set_submodule(path, UnitNorm(width, config.hidden_size, parts["epsilon"]))
@@ -314,8 +321,9 @@ def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Mod
     return block
 
 
-def _part_norms(block: nn.Module, paths: list[str], widths: dict[str, Any]) -> None:
+def _part_norms(block: nn.Module, parts: dict[str, Any], widths: dict[str, Any]) -> None:
     """The norms of a block that selects what it reads; one that attention and MLP of a parallel block share becomes two."""
+    paths = parts["norms"]
     if len(paths) == 1:
         block.add_module(SECOND_NORM, copy.deepcopy(block.get_submodule(paths[0])))
     for part, path, form in zip(("attention", "mlp"), [*paths, SECOND_NORM], widths["skips"], strict=False):
@@ -326,7 +334,7 @@ def _part_norms(block: nn.Module, paths: list[str], widths: dict[str, Any]) -> N
         elif form == SELECT_FIRST:
             _narrow_norm(norm, widths[part][0])
         else:
-            block.set_submodule(path, PartNorm(norm, widths[part][0]))
+            block.set_submodule(path, PartNorm(norm, widths[part][0], parts.get("norm")))
 
 
 def _separate_readers(block: nn.Module, parts: dict[str, Any], inputs: dict[str, int], widths: dict[str, Any]) -> None:
@@ -378,7 +386,8 @@ def _rotate_outer(model: nn.Module, config: Any) -> None:
 def _stock_block(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
     """A stock block with `widths` = {"heads": H, "groups": G, "ffn": F, ...}."""
     heads, groups, ffn = widths["heads"], widths["groups"], widths["ffn"]
-    if hasattr(config, "ffn_dim"):  # OPT takes the width of a head from the hidden size: build the block dense, then narrow its attention
+    if type(config).model_type.removeprefix(PREFIX) == "opt":
+        # it takes the width of a head from the hidden size: build the block dense, then narrow its attention
         block = block_class(BlockConfig(config, ffn_dim=ffn), index)
         _narrow_opt_attention(block.self_attn, heads)
         return block

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 
 from secateur.core.errors import UsageError
-from secateur.models.family import ATTENTION, CANONICAL, MLP, Family
+from secateur.models.family import ATTENTION, CANONICAL, HEADS, MLP, Family, check_can
 from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern
 
@@ -119,6 +119,8 @@ def _check_pattern(view: ModelView, rates: Rates, pattern: Pattern) -> None:
                     raise UsageError(f"pattern {pattern}: matrix {name} of block {index} has {shapes[name][1]} inputs, not a multiple of {pattern.group}")
         if pattern.structured:
             _check_units(view.family, rate, pattern)
+            if any(rate.get(name) for name in ATTENTION):
+                check_can(view.family, HEADS, view.name)
 
 
 def _check_units(family: Family, rate: dict[str, float], pattern: Pattern) -> None:

@@ -81,11 +81,17 @@ def measure_costs(prepared: Prepared) -> Costs:
         prepared: a request for `slicegpt` at any sparsity above 0.
 
     Raises:
+        SecateurError: a soft-cap stands behind the head, which the law does not know.
         NotFiniteError: the residual stream is not finite.
     """
+    view = prepared.job.view
+    if (cap := view.family.cap_of(view.config)) is not None:
+        raise SecateurError(
+            f"{view.name}: its logits pass a soft-cap ({view.family.logit_cap} = {cap:g}), which the prediction from the spectrum "
+            "leaves out; predict from measured points instead"
+        )
     windows = read_windows(prepared)
     assert windows is not None
-    view = prepared.job.view
     stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype)
     moments = {"embeddings": _moment(view, stream.show)}
     halves = {1: {"attention_half": "leave"}, 2: {"attention_half": "between", "mlp_half": "leave"}}[len(view.family.norms)]

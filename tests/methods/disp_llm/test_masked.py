@@ -16,7 +16,7 @@ from secateur.methods.disp_llm.masked import MaskedModel, keep_gates, masked_nor
 from secateur.models import loss
 from secateur.models.runtime import SELECT_FORMS
 from secateur.plan.structures import SELECTIONS, find_structures
-from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, MODEL_TYPES, some_ids, tiny_model
+from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, able, some_ids, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -54,8 +54,7 @@ class NaiveBlock(nn.Module):
         norm, gate = self.block.get_submodule(family.norms[min(number, len(family.norms) - 1)]), self.gates[selection]
         if self.form == SELECT_FORMS[0]:
             return norm(x) * gate
-        epsilon = getattr(self.view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon
-        return torch.stack([naive_norm(row, gate, norm, centred=family.centred, epsilon=epsilon) for row in x])
+        return torch.stack([naive_norm(row, gate, norm, centred=family.norm.centred, epsilon=family.norm.epsilon_of(self.view.config)) for row in x])
 
     def mlp(self, x: Tensor) -> Tensor:
         view = self.view
@@ -79,7 +78,7 @@ class NaiveBlock(nn.Module):
 
 
 @pytest.mark.parametrize("form", SELECT_FORMS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm"))
 def test_the_masked_model_equals_a_naive_reference(model_type: str, form: str) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     masked = masked_of(model, form)
@@ -95,7 +94,7 @@ def test_the_masked_model_equals_a_naive_reference(model_type: str, form: str) -
     assert not torch.allclose(found, dense, atol=1e-2)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm"))
 def test_gates_that_are_all_open_are_the_dense_model(model_type: str) -> None:
     model = tiny_model(model_type)
     masked = masked_of(model, dtype=torch.float32)
@@ -111,7 +110,7 @@ def test_a_norm_over_open_gates_divides_by_their_number() -> None:
 
 @pytest.mark.parametrize("form", SELECT_FORMS)
 @pytest.mark.parametrize("constrained", [False, True])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm"))
 def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, constrained: bool, form: str, windows: Tensor) -> None:
     model = tiny_model(model_type)
     norm = "full" if form == SELECT_FORMS[0] else "selected"
@@ -130,7 +129,7 @@ def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, const
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
     masked = masked_of(tiny_model(model_type, dtype=dtype), dtype=dtype)
@@ -165,7 +164,7 @@ def loss_and_slope(masked: MaskedModel) -> tuple[Tensor, Tensor, int]:
 
 
 @pytest.mark.parametrize("form", SELECT_FORMS)
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_running_blocks_again_gives_the_same_bytes_and_keeps_less(model_type: str, form: str) -> None:
     model = tiny_model(model_type)
     (loss, slope, kept), (loss_again, slope_again, kept_again) = (
@@ -199,7 +198,7 @@ def test_weights_stay_frozen_and_every_part_of_the_network_learns(kind: str) -> 
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 20])
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+@pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_what_is_chosen_is_within_the_budget_rounded_and_never_empty(model_type: str, multiple: int) -> None:
     structures = find_structures(api.view_model(tiny_model(model_type)), constrained=False, form=SELECT_FORMS[0], whole=True)
     logit_N = torch.randn(sum(structures.widths), generator=torch.Generator().manual_seed(2))

@@ -34,6 +34,7 @@ from secateur.methods.disp_llm.hypernetwork import HYPERNETWORKS, Hypernetwork
 from secateur.methods.disp_llm.learning import Learning, learn
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.methods.disp_llm.warm import begin, importance
+from secateur.models.family import SELECT, check_can
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
 from secateur.models.spaces import COLUMNS, OWN_COLUMNS, RESIDUAL_WRITERS, ROWS, SEPARATE_COLUMNS
 from secateur.models.view import BlockView, ModelView
@@ -145,12 +146,13 @@ def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
 
     Raises:
         UsageError: there is no sparsity, or it is too high, for the method or for this model.
-        SecateurError: the residual stream of the model is rotated or selected from already.
+        SecateurError: the residual stream of the model is rotated or selected from already, or the family's cannot be.
     """
     if sparsity is None:
         raise UsageError("disp_llm needs --sparsity S, the fraction of the parameters of the whole model to remove")
     if sparsity == 0:
         return
+    check_can(view.family, SELECT, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
             f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"

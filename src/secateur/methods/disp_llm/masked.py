@@ -59,9 +59,8 @@ class MaskedModel:
         self._scales: list[Tensor] | None = None
         self._second: dict[int, Tensor] = {}
         family = view.family
-        self.centred = family.centred
-        self.epsilon = float(getattr(view.config, family.epsilon) if isinstance(family.epsilon, str) else family.epsilon)
-        self.model = build_skeleton(view.config).requires_grad_(False)
+        self.norm, self.epsilon = family.norm, family.norm.epsilon_of(view.config)
+        self.model = build_skeleton(view.config, dtype).requires_grad_(False)
         for index in range(view.blocks):
             block = self.model.get_submodule(f"{family.blocks}.{index}")
             self._load(view, block, view.block_prefix(index))
@@ -135,7 +134,7 @@ class MaskedModel:
         norms = [block.get_submodule(path) for path in family.norms]
         if "q_in" in self.structures.uses[index]:
             self._separate(block, index, view)
-        if family.parallel:
+        if family.one_norm:
             norms[0].register_forward_hook(read("attention_in", also="mlp_in"))
             block.get_submodule(family.mlp[0]).register_forward_pre_hook(lambda module, inputs: (self._second.pop(index), *inputs[1:]))
         else:
@@ -162,7 +161,8 @@ class MaskedModel:
     def _read(self, norm: Any, hidden_BTD: Tensor, normed_BTD: Tensor, gate_D: Tensor) -> Tensor:
         if self.form != SELECT_FIRST:
             return normed_BTD * gate_D
-        return masked_norm(hidden_BTD, gate_D, norm.weight, getattr(norm, "bias", None), self.epsilon, centred=self.centred)
+        gain_D, shift_D = self.norm.gain(norm.weight), getattr(norm, "bias", None)
+        return masked_norm(hidden_BTD, gate_D, gain_D, shift_D, self.epsilon, centred=self.norm.centred)
 
 
 class _ThreeLinears(nn.Module):

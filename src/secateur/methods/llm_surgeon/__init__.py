@@ -42,6 +42,7 @@ from secateur.methods.llm_surgeon.kronecker import CURVATURES
 from secateur.methods.llm_surgeon.shots import Shots
 from secateur.methods.llm_surgeon.units import UnitShots, removed_parameters
 from secateur.methods.llm_surgeon.weights import WeightShots
+from secateur.models.family import HEADS, SELECT, check_can
 from secateur.models.spaces import SPACES
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
@@ -96,12 +97,15 @@ def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
 
     Raises:
         UsageError: there is no sparsity, or it would empty a block.
-        SecateurError: the residual stream of the model is rotated or selected from already.
+        SecateurError: the residual stream of the model is rotated or selected from already, or the family's cannot be;
+            or its heads cannot go.
     """
     if sparsity is None:
         raise UsageError("llm_surgeon needs --sparsity S, the fraction of the parameters of the whole model to remove")
     if sparsity == 0:
         return
+    check_can(view.family, SELECT, view.name)
+    check_can(view.family, HEADS, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
             f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from secateur.models.family import Family
+from secateur.models.family import Family, Norm
 
 
 def _refuse(config: PreTrainedConfig) -> str | None:
@@ -35,8 +35,7 @@ FAMILY = Family(
         "down": "fc2",
     },
     mlp=("fc1", "activation_fn", "fc2"),
-    centred=True,
-    epsilon=1e-5,
+    norm=Norm(centred=True, epsilon=1e-5),
     groups="num_attention_heads",
     ffn="ffn_dim",
     stock_heads=False,

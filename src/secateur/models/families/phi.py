@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from secateur.models.family import Family
+from secateur.models.family import Family, Norm
 
 
 def _refuse(config: PreTrainedConfig) -> str | None:
@@ -29,7 +29,7 @@ FAMILY = Family(
     },
     attention=("self_attn", "resid_dropout"),
     mlp=("mlp", "resid_dropout"),
-    centred=True,
-    epsilon="layer_norm_eps",
+    parallel=True,
+    norm=Norm(centred=True, epsilon="layer_norm_eps"),
     refuse=_refuse,
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.calibrate.statistics import Statistics
-from secateur.calibrate.stream import Stream
+from secateur.calibrate.stream import Stream, other_forwards
 from secateur.core.progress import track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
@@ -116,30 +116,16 @@ class DenseModel:
     @contextmanager
     def _known(self, index: int, hidden_BTD: Tensor | list[Tensor] | None) -> Iterator[None]:
         """The blocks before `index` stand aside, and what enters it is what is known to enter it."""
-        kept = list(self._blocks)[:index]
-        if isinstance(hidden_BTD, Tensor):
-            for before in range(index):
-                self._blocks[before] = _Known(hidden_BTD)
-        try:
+        if not isinstance(hidden_BTD, Tensor):
             yield
-        finally:
-            for before, block in enumerate(kept):
-                self._blocks[before] = block
+            return
+        known_BTD = hidden_BTD
+        with other_forwards(list(self._blocks)[:index], [lambda *_, **__: known_BTD] * index):
+            yield
 
 
 class _Enough(Exception):
     """Raised inside a forward once all that was wanted is known."""
-
-
-class _Known(nn.Module):
-    """Stands where a block would, and gives what is known to leave it."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self.hidden
 
 
 def _dense_statistics(job: Job, windows: Tensor | None) -> list[Statistics[Any] | None]:
