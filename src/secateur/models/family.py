@@ -195,7 +195,7 @@ class Family:
         for themselves what they read, also in a parallel block (see `runtime.Select`)."""
         if name in ("o", "down") or (self.separate and name in ATTENTION[:3]):
             return name
-        readers = ATTENTION[:3] if name in ATTENTION else MLP[:2]
+        readers: tuple[str, ...] = ATTENTION[:3] if name in ATTENTION else MLP[:2]
         if self.one_norm and not apart:
             readers = ATTENTION[:3] + MLP[:2]
         return next(other for other in self.matrices if other in readers)
