@@ -61,7 +61,7 @@ def tiny_model(model_type: str, *, tied: bool = False, dtype: torch.dtype = torc
             parameter.normal_(0, 0.2)
             if "norm" in name and name.endswith("weight"):
                 parameter += 1
-    if dtype == torch.float64:  # constants, such as the scale of an embedding, are made in the dtype that a model is built in
+    if dtype == torch.float64:  # constants, such as the scale of an embedding, have the dtype that a model is built in
         wide = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa", dtype=dtype)
         wide.load_state_dict(model.state_dict())
         model = wide

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from secateur import api
 from secateur.calibrate import stream as stream_module
 from secateur.calibrate.statistics import InputNorm
 from secateur.calibrate.stream import Stream
+from secateur.models.load import open_checkpoint
 from tests.tiny import MODEL_TYPES, tiny_model
 
 CPU = torch.device("cpu")
@@ -32,6 +35,19 @@ def test_the_residual_stream_equals_the_whole_model(
         if block.index + 1 < view.blocks:  # the last entry of hidden_states is behind the final norm
             torch.testing.assert_close(stream.hidden_STD, hidden[block.index + 1].detach(), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "spill.bin").exists() is spill
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_embeddings_are_those_of_a_model_loaded_in_the_dtype_of_the_stream(
+    model_type: str,
+    windows: torch.Tensor,
+    saved: Callable[..., Path],
+) -> None:
+    """Whatever the dtype of the files: the scale of an embedding is a constant of a model's dtype."""
+    folder = saved(model_type, dtype=torch.bfloat16)
+    stream = Stream(open_checkpoint(str(folder)).view(), windows, device=CPU, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(stream.hidden_STD, model(windows, output_hidden_states=True).hidden_states[0])
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

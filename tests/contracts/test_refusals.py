@@ -1,4 +1,4 @@
-"""What a family cannot do is refused before any work, with the reason, in one line; at sparsity 0 nothing is asked of it."""
+"""What a family cannot do is refused before any work, with the reason, in one line; sparsity 0 asks nothing of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ def test_there_is_something_to_refuse() -> None:
 
 @pytest.mark.parametrize("amount", [{"sparsity": 0.25}, {"params_removed": 0.25}], ids=["sparsity", "params-removed"])
 @pytest.mark.parametrize(("model_type", "what"), REFUSED)
-def test_a_request_is_refused_before_text_is_read(model_type: str, what: str, amount: dict[str, float], saved: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_request_is_refused_before_text_is_read(
+    model_type: str,
+    what: str,
+    amount: dict[str, float],
+    saved: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
     method, options = _asked(what)
     dense, text = saved(model_type), tmp_path / "empty.txt"
     text.write_text("")  # would be refused as it is read
@@ -38,7 +44,7 @@ def test_a_request_is_refused_before_text_is_read(model_type: str, what: str, am
     message = str(refused.value)
     reason, _, instead = message.partition("; ")
     assert layout_of(model_type).refuses[what] in reason
-    assert reason.startswith(f"{dense}: of a ")
+    assert reason.startswith(f"{dense}: the ")
     assert "wanda" in instead
     assert "\n" not in message
     assert not list(tmp_path.glob("out*"))
@@ -47,5 +53,5 @@ def test_a_request_is_refused_before_text_is_read(model_type: str, what: str, am
 @pytest.mark.parametrize(("model_type", "what"), REFUSED)
 def test_a_plan_in_memory_is_refused_too(model_type: str, what: str, windows: torch.Tensor) -> None:
     method, options = _asked(what)
-    with pytest.raises(api.SecateurError, match=r"of a .* model .* since "):
+    with pytest.raises(api.SecateurError, match=r"of .* models cannot .*, because "):
         api.plan(tiny_model(model_type), method, windows, sparsity=0.25, **options)

@@ -31,7 +31,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "disp_llm": {"sparsity": 0.2, "options": {"unmet": "cut", "steps": 2, "separate": True}},
 }
 ABLE = [(m, f) for i, f in enumerate(FAMILY_TYPES) for j, m in enumerate(ASKED) if (i + j) % 2 == 0]
-CASES = [(m, f) for m, f in ABLE if f in able(m)]  # every family with a runtime model where it can have one, every method twice
+CASES = [(m, f) for m, f in ABLE if f in able(m)]  # each family with a runtime model if it has one, each method twice
 ASKED |= {"llm_pruner": {"sparsity": 0.25}, "shortgpt": {"sparsity": 0.5}, "sparsegpt": {"sparsity": 0.5}}
 CASES += [("llm_pruner", "llama"), ("shortgpt", "llama"), ("sparsegpt", "opt")]
 

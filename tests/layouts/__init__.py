@@ -1,4 +1,4 @@
-"""What the tests know of each family by hand, from the stock modules of its tiny models alone: one file a family, by its name.
+"""What the tests know of each family by hand, from the stock modules of its tiny models alone: one file a family.
 
 Tiny models (`tests/tiny.py`) have 4 query heads of width 8 on 2 key-value heads, 48 feed-forward units and 32 features.
 The files are found by the families there are, so a new one is added beside them and no list is edited.
@@ -21,7 +21,8 @@ class Layout:
 
     Attributes:
         blocks: the path of the list of blocks.
-        matrices: canonical name -> (module in the block, its rows there); a fused module holds several matrices one above the other.
+        matrices: canonical name -> (module in the block, its rows there); a fused module holds several matrices, one
+            above the other.
         fields: of the configurations of tiny models, beyond their sizes.
         smooth: what to change in them so that the loss has no kinks.
         skips: the residual connections of a block: two, or one where attention and MLP read the same residual.

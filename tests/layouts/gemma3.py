@@ -1,4 +1,4 @@
-"""Gemma 3: windows and full attention in turn, a soft-cap behind the head, and norms between the matrices and the residual."""
+"""Gemma 3: windows and full attention, a soft-cap behind the head, norms between the matrices and the residual."""
 
 from tests.layouts import Layout
 

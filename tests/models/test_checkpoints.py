@@ -42,7 +42,12 @@ def test_a_tied_head_that_was_stored_anyway_is_left_out(saved: Callable[..., Pat
 
 
 @pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
-def test_the_dtype_is_that_of_the_matrices_wherever_they_are(model_type: str, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+def test_the_dtype_is_that_of_the_matrices_wherever_they_are(
+    model_type: str,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    ids_file: str,
+) -> None:
     """q, k and v of such a result lie deeper than in a stock model."""
     folder = saved(model_type, dtype=torch.bfloat16)
     options = {"steps": 2, "unmet": "cut", "separate": True}

@@ -1,4 +1,4 @@
-"""What a description can say, and what is made of it: gains of 1 + w, norms after, no norm before, soft-caps, what cannot be done."""
+"""What a description can say, and what is made of it: gains of 1 + w, norms, soft-caps, what cannot be done."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_head_gives_the_logits_of_the_model(model_type: str) -> None:
     """A soft-cap behind it included: perplexity and tasks are computed from what this gives."""
     model = tiny_model(model_type)
     with torch.no_grad():
-        torch.testing.assert_close(head_of(model)(hidden_states(model, some_ids())), model(some_ids()).logits, rtol=0, atol=0)
+        assert torch.equal(head_of(model)(hidden_states(model, some_ids())), model(some_ids()).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,14 +122,19 @@ def test_selections_read_gains_with_an_offset(form: str, separate: bool, windows
 
 @pytest.mark.usefixtures("more_families")
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_block_without_a_norm_before_is_pruned_and_its_heads_stay(method: str, windows: Tensor, ids_file: str, tmp_path: Path) -> None:
+def test_a_block_without_a_norm_before_is_pruned_and_its_heads_stay(
+    method: str,
+    windows: Tensor,
+    ids_file: str,
+    tmp_path: Path,
+) -> None:
     model, dense = tiny_model("olmo2"), tmp_path / "dense"
     model.save_pretrained(dense)
     api.prune(api.Request(str(dense), method, sparsity=0.5, calibration=ids_file), tmp_path / "out")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     in_memory = api.cut(model, api.plan(model, method, windows, sparsity=0.5))
     assert torch.equal(pruned(some_ids()).logits, in_memory(some_ids()).logits)
-    reason = r"a norm \(self_attn.q_norm\) divides by the mean square of all heads, which changes when one goes; zero weights"
+    reason = r"a norm \(self_attn.q_norm\) divides by the mean square of all heads, which changes when one goes; use a"
     for name, how in (("wanda", {"pattern": "rows"}), ("heads", {}), ("llm_pruner", {})):
         with pytest.raises(SecateurError, match=reason):
             api.prepare(api.Request(str(dense), name, sparsity=0.5, **how))
@@ -153,7 +158,7 @@ def test_why_not() -> None:
     [
         ({"norms": ("one",)}, "norms has 1 entries, and parallel is False"),
         ({"norms": (), "parallel": True}, "norms has 0 entries, and parallel is True"),
-        ({"post_norms": ("one",)}, r"post_norms has 1 entries: \(attention, MLP\), or none"),
+        ({"post_norms": ("one",)}, r"post_norms has 1 entries; it has two, or none"),
         ({"cannot": {"fly": "no wings"}}, "cannot names 'fly'; it knows rotate, select, heads"),
     ],
 )
@@ -165,7 +170,7 @@ def test_a_description_that_contradicts_itself_is_an_error(fields: dict[str, Any
 def test_a_kind_of_block_that_is_not_described_is_refused() -> None:
     config = tiny_config("qwen3")
     config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(SecateurError, match="x: block 1 is of kind 'linear_attention', and family llama describes full_attention, sl"):
+    with pytest.raises(SecateurError, match="x: block 1 is of kind 'linear_attention', and family llama describes"):
         find_family(config, "x")
 
 
@@ -183,7 +188,8 @@ def test_the_page_names_every_field() -> None:
 
 
 def test_dropped_blocks_take_their_kind_along(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    record = api.prune(api.Request(str(saved("gemma3_text")), "shortgpt", sparsity=1 / 3, calibration=ids_file), tmp_path / "out")
+    request = api.Request(str(saved("gemma3_text")), "shortgpt", sparsity=1 / 3, calibration=ids_file)
+    record = api.prune(request, tmp_path / "out")
     assert record["stock"]
     kept = [block.index for block in api.read_plan(tmp_path / "out").blocks if not block.dropped]
     kinds = tiny_config("gemma3_text").layer_types

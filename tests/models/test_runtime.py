@@ -168,7 +168,11 @@ def run_without_secateur(folders: list[Path], cache: Path, *, trust: bool) -> li
 
 
 @pytest.mark.slow
-def test_remote_code_loads_generates_and_saves_without_secateur(pruned: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_remote_code_loads_generates_and_saves_without_secateur(
+    pruned: Callable[..., Path],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
     method = METHODS[request.node.callspec.params["pruned"]]
     folders = [pruned(model_type) for model_type in able(method, FAMILY_TYPES)]
     api.prune(api.Request("bundled", "magnitude", modules="*.0.mlp.*=0.5", pattern="columns"), tmp_path / "tokenized")

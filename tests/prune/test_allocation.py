@@ -79,7 +79,7 @@ def test_a_model_is_pruned_for_a_while_and_known_blocks_need_not_run(model_type:
     assert all(torch.equal(before[name], tensor) for name, tensor in dense.model.state_dict().items())
 
 
-def test_a_decoder_may_ask_its_blocks_what_kind_they_are(windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_may_ask_its_blocks_their_kind(windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some decoders choose the mask of a block by an attribute of it."""
     dense = _dense("llama", windows)
     decoder, layer = type(dense.model.get_decoder()), type(dense.model.get_decoder().layers[0])

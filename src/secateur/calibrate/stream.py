@@ -51,7 +51,7 @@ class _Recorder:
 
 @contextmanager
 def other_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
-    """Give blocks other forwards for a while. They stay where they are, since a decoder may ask them what kind they are."""
+    """Give blocks other forwards for a while. The blocks stay in place: a decoder may ask them what kind they are."""
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward
     try:
@@ -213,7 +213,7 @@ class Stream:
                 self.hidden_STD[rows, :, : self.view.dims(0).enters] = embedded_BTD
 
     def _token_embedding(self, ids_BT: Tensor) -> Tensor:
-        """What the token embedding gives, [B, T, D]. Only the rows of these tokens are read, and are all of its table while it runs."""
+        """What the token embedding gives, [B, T, D]. While it runs, the rows of these tokens are all of its table."""
         path = self.view.family.embeddings[0]
         row_BTD = self.view.source.rows(f"{path}.weight", ids_BT).to(self.device, self.dtype)
         table: Any = self.skeleton.get_submodule(path)
@@ -269,7 +269,8 @@ def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
         SecateurError: this class leaves a buffer as it is.
     """
     for module in model.modules():
-        names = [name for name, b in module.named_buffers(recurse=False) if b.is_meta and name in module._non_persistent_buffers_set]
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        names = [name for name in empty if name in module._non_persistent_buffers_set]
         if not names:
             continue
         for name in names:
@@ -280,5 +281,6 @@ def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
             model._init_weights(module)
         for name in names:
             if module.get_buffer(name).isnan().any():
-                raise SecateurError(f"transformers does not compute the buffer {name} of {type(module).__name__}, which no file holds")
+                where = f"the buffer {name} of {type(module).__name__}"
+                raise SecateurError(f"transformers does not compute {where}, which no file holds; use another model")
             module._buffers[name] = module.get_buffer(name).to(device)

@@ -185,7 +185,8 @@ class _Shapes:
             heads += self._norm(_last(path), path, symbol, index)
         matrices = {found.name: found for path in dict.fromkeys(self.family.matrices.values()) for found in self._parts(path, index)}
         mlp = [matrices[name] for name in MLP if name in matrices]
-        attention = [*norm_attention, matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"], *after_attention]
+        reads = [matrices[name] for name in ("q", "k", "v")]
+        attention = [*norm_attention, *reads, *heads, matrices["o"], *after_attention]
         if self.family.parallel:
             return [*attention, *norm_mlp, *mlp, *after_mlp, *self._skip("skip", 0, index)]
         skips = self._skip("skip_attention", 0, index), self._skip("skip_mlp", 1, index)

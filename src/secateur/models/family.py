@@ -35,14 +35,15 @@ PRUNED_PREFIX = "secateur_"
 ROTATE, SELECT, HEADS = "rotate", "select", "heads"
 """What a family may be unable to do: see `Family.cannot`."""
 _WORDS = {
-    ROTATE: "the residual stream cannot be rotated",
-    SELECT: "blocks cannot read and write parts of the residual stream",
-    HEADS: "attention heads cannot be removed",
+    ROTATE: "the residual stream of {} models cannot be rotated",
+    SELECT: "the blocks of {} models cannot read and write parts of the residual stream",
+    HEADS: "attention heads of {} models cannot be removed",
 }
+_ZERO = "use a method that zeroes weights (wanda, sparsegpt)"
 _INSTEAD = {
-    ROTATE: "zero weights (wanda, sparsegpt), or remove blocks (shortgpt), heads or units (--pattern rows or columns)",
-    SELECT: "zero weights (wanda, sparsegpt), or remove blocks (shortgpt), heads or units (--pattern rows or columns)",
-    HEADS: "zero weights (wanda, sparsegpt), or remove blocks (shortgpt) or feed-forward units (--modules mlp=S)",
+    ROTATE: f"{_ZERO}, or one that removes blocks (shortgpt), heads, or units (wanda --pattern rows)",
+    SELECT: f"{_ZERO}, or one that removes blocks (shortgpt), heads, or units (wanda --pattern rows)",
+    HEADS: f"{_ZERO}, or remove blocks (shortgpt) or feed-forward units (--modules mlp=S)",
 }
 
 
@@ -69,7 +70,7 @@ class Norm:
         return float(getattr(config, self.epsilon) if isinstance(self.epsilon, str) else self.epsilon)
 
     def gain(self, stored_D: Tensor) -> Tensor:
-        """What a norm multiplies with, from the gain as it is stored. Everything that folds or applies a gain asks here."""
+        """What a norm multiplies with, from the gain as it is stored. All that folds or applies a gain asks here."""
         return stored_D + self.gain_offset if self.gain_offset else stored_D
 
 
@@ -86,8 +87,8 @@ class Family:
         embeddings: paths of everything that runs before the first block; the token embedding first.
         final_norm: the norm after the last block.
         head: the output projection.
-        norms: the norms before attention and MLP: two; one that both read through, where the residual is parallel (Phi); or
-            none (OLMo 2).
+        norms: the norms before attention and MLP: two; one that both read through, where the residual is parallel
+            (Phi); or none (OLMo 2).
         matrices: canonical name -> path of its module; equal paths are one fused module.
         post_norms: the norms between attention or MLP and the residual: two (Gemma, OLMo 2), or none.
         head_norms: norms over the width of one head, shared by all heads (Qwen3).
@@ -96,15 +97,16 @@ class Family:
         attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention receives the
             block's arguments and returns a tuple.
         norm: how all these norms compute.
-        logit_cap: the configuration field that holds the c of c tanh(logits / c), the soft-cap behind the head; empty: none.
+        logit_cap: the configuration field that holds the c of c tanh(logits / c), the soft-cap behind the head; empty
+            where there is none.
         kinds: the kinds of block (`layer_types` of the configuration) that this description holds for. A model that has
             others, such as blocks without attention, is refused.
         heads, groups, ffn: names of the configuration fields: query heads, key-value heads, feed-forward units.
         stock_heads: whether the stock configuration can say a head width other than hidden size / heads, so that
             a model with fewer heads in every block is still a stock one.
         separate: whether q, k and v select for themselves what they read: never of a stock model, see `separated`.
-        cannot: what cannot be done with any model of the family (`rotate`, `select`, `heads`) -> why, beyond what the fields
-            above imply: see `why_not`.
+        cannot: what cannot be done with any model of the family (`rotate`, `select`, `heads`) -> why, beyond what the
+            fields above imply: see `why_not`.
         refuse: why this configuration cannot be done, or None.
     """
 
@@ -136,11 +138,11 @@ class Family:
     def __post_init__(self) -> None:
         if len(self.norms) not in ((1, 2) if self.parallel else (0, 2)):
             raise ValueError(
-                f"family {self.name}: norms has {len(self.norms)} entries, and parallel is {self.parallel}; a parallel block "
-                "has one norm or two, a sequential one two, or none"
+                f"family {self.name}: norms has {len(self.norms)} entries, and parallel is {self.parallel}; "
+                "a parallel block has one norm or two, a sequential one has two or none"
             )
         if len(self.post_norms) not in (0, 2):
-            raise ValueError(f"family {self.name}: post_norms has {len(self.post_norms)} entries: (attention, MLP), or none")
+            raise ValueError(f"family {self.name}: post_norms has {len(self.post_norms)} entries; it has two, or none")
         if unknown := self.cannot.keys() - _WORDS.keys():
             raise ValueError(f"family {self.name}: cannot names {sorted(unknown)[0]!r}; it knows {', '.join(_WORDS)}")
 
@@ -155,12 +157,13 @@ class Family:
             return self.cannot[what]
         if what == HEADS:
             if self.joint_head_norms:
-                return f"a norm ({self.joint_head_norms[0]}) divides by the mean square of all heads, which changes when one goes"
+                norm = self.joint_head_norms[0]
+                return f"a norm ({norm}) divides by the mean square of all heads, which changes when one goes"
             return None
         if self.post_norms:
             return f"a norm ({self.post_norms[0]}) stands between what attention and MLP write and the residual stream"
         if self.parallel and not self.one_norm:
-            return "attention and MLP read the residual stream side by side through two norms, and the pruned block has one"
+            return "attention and MLP read the residual side by side through two norms, and the pruned block has one"
         return None
 
     def cap_of(self, config: PreTrainedConfig) -> float | None:
@@ -192,7 +195,9 @@ class Family:
         for themselves what they read, also in a parallel block (see `runtime.Select`)."""
         if name in ("o", "down") or (self.separate and name in ATTENTION[:3]):
             return name
-        readers = ATTENTION[:3] + MLP[:2] if self.one_norm and not apart else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
+        readers: tuple[str, ...] = ATTENTION[:3] if name in ATTENTION else MLP[:2]
+        if self.one_norm and not apart:
+            readers = ATTENTION[:3] + MLP[:2]
         return next(other for other in self.matrices if other in readers)
 
 
@@ -221,15 +226,15 @@ def check_can(family: Family, what: str, source: str) -> None:
         SecateurError: the family cannot do it; the reason is given.
     """
     if reason := family.why_not(what):
-        raise SecateurError(f"{source}: of a {family.name} model {_WORDS[what]}, since {reason}; {_INSTEAD[what]}")
+        raise SecateurError(f"{source}: {_WORDS[what].format(family.name)}, because {reason}; {_INSTEAD[what]}")
 
 
 def _other_kind(family: Family, config: PreTrainedConfig) -> str | None:
     """Why the kinds of a model's blocks are not those that its family describes, or None."""
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in family.kinds:
-            known = ", ".join(family.kinds)
-            return f"block {index} is of kind '{kind}', and family {family.name} describes {known} alone; use another model"
+            known = f"family {family.name} describes {', '.join(family.kinds)} alone"
+            return f"block {index} is of kind '{kind}', and {known}; use another model"
     return None
 
 

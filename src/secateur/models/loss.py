@@ -28,12 +28,13 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """What turns a hidden state into logits: the output projection, and the soft-cap behind it where the model has one."""
-    return capped(model.get_output_embeddings(), find_family(model.config, str(model.name_or_path)).cap_of(model.config))
+    """What turns a hidden state into logits: the output projection, and the soft-cap where the model has one."""
+    family = find_family(model.config, str(model.name_or_path))
+    return capped(model.get_output_embeddings(), family.cap_of(model.config))
 
 
 def capped(head: Head, cap: float | None) -> Head:
-    """The head with c tanh(logits / c) behind it, computed in the dtype of the logits as stock models do; c None: as it is."""
+    """The head with c tanh(logits / c) behind it, in the dtype of the logits as stock models do; None: as it is."""
     return head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap
 
 

@@ -12,7 +12,8 @@ Where the residual stream itself is narrower (SliceGPT, arXiv:2401.15024), `conf
 write, and `"skips"`, what lies on the two residual connections (on the one of a parallel block). The modules inside a block stay
 the stock ones; what changes is the line between them: norms without gain, and a `Skip` from one basis of the residual to the next.
 
-Where gains are stored with an offset, as w of 1 + w (Gemma), `pruned_residual` has `"norm"` with that offset, epsilon, and whether norms subtract the mean.
+Where gains are stored with an offset, as w of 1 + w (Gemma), `pruned_residual` has `"norm"`: that offset, the epsilon,
+and whether norms subtract the mean.
 
 Where blocks read and write parts of a residual that stays whole (DISP-LLM, arXiv:2410.11988, algorithm 1), the same fields give the widths of the
 parts, and a `Select` lies where a `Skip` would: it holds which features are read and which are written, as index maps in the safetensors file. With
@@ -142,7 +143,8 @@ class PartNorm(nn.Module):
             self.centred = isinstance(norm, nn.LayerNorm)
             self.epsilon = norm.eps if self.centred else norm.variance_epsilon
         else:
-            self.centred, self.epsilon, self.gain_offset = (described[name] for name in ("centred", "epsilon", "gain_offset"))
+            self.centred, self.epsilon = described["centred"], described["epsilon"]
+            self.gain_offset = described["gain_offset"]
         parameters = dict(norm.named_parameters())
         for name in ("weight", "bias"):
             like = parameters.get(name)

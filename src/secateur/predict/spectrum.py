@@ -87,8 +87,8 @@ def measure_costs(prepared: Prepared) -> Costs:
     view = prepared.job.view
     if (cap := view.family.cap_of(view.config)) is not None:
         raise SecateurError(
-            f"{view.name}: its logits pass a soft-cap ({view.family.logit_cap} = {cap:g}), which the prediction from the spectrum "
-            "leaves out; predict from measured points instead"
+            f"{view.name}: its logits pass a soft-cap ({view.family.logit_cap} = {cap:g}), "
+            "which the prediction from the spectrum leaves out; predict from measured points instead"
         )
     windows = read_windows(prepared)
     assert windows is not None

@@ -54,7 +54,8 @@ class NaiveBlock(nn.Module):
         norm, gate = self.block.get_submodule(family.norms[min(number, len(family.norms) - 1)]), self.gates[selection]
         if self.form == SELECT_FORMS[0]:
             return norm(x) * gate
-        return torch.stack([naive_norm(row, gate, norm, centred=family.norm.centred, epsilon=family.norm.epsilon_of(self.view.config)) for row in x])
+        how = {"centred": family.norm.centred, "epsilon": family.norm.epsilon_of(self.view.config)}
+        return torch.stack([naive_norm(row, gate, norm, **how) for row in x])
 
     def mlp(self, x: Tensor) -> Tensor:
         view = self.view
