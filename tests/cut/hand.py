@@ -33,7 +33,7 @@ def block(family_name: str, *, biases: bool = True) -> BlockView:
     tensors: dict[str, Tensor] = {}
     for number, path in enumerate(family.norms):
         tensors[f"{path}.weight"] = torch.tensor([1.0, 2.0], dtype=F64) + 10 * number
-        if family.centred:
+        if family.norm.centred:
             tensors[f"{path}.bias"] = torch.tensor([3.0, 4.0], dtype=F64) + 10 * number
     for path in dict.fromkeys(family.matrices.values()):
         names = [name for name in family.matrices if family.matrices[name] == path]

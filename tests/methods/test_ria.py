@@ -7,7 +7,7 @@ loop, and prunes block after block in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +16,10 @@ import torch
 from secateur import api
 from secateur.methods import find_method
 from secateur.methods.ria import relative_importance
-from tests.methods.test_masks_against_reference import LAYOUTS, keep_mask
-from tests.tiny import tiny_model
+from tests.layouts import Layout, layout_of
+from tests.methods.test_masks_against_reference import keep_mask
+from tests.tiny import MODEL_TYPES, tiny_model
 
-Layout = Mapping[str, tuple[str, slice | None]]
 Case = tuple[str, float, str, float]  # pattern, sparsity, scope, power
 
 
@@ -42,13 +42,8 @@ def norms_of(inputs: torch.Tensor) -> list[float]:
     return [math.sqrt(math.fsum(x * x for x in column)) for column in inputs.flatten(0, -2).t().tolist()]
 
 
-def layers_of(model: Any) -> Any:
-    return model.model.decoder.layers if hasattr(model.model, "decoder") else model.model.layers
-
-
-def part_of(layer: torch.nn.Module, path: str, rows: slice | None) -> torch.Tensor:
-    weight = layer.get_submodule(path).weight.data
-    return weight if rows is None else weight[rows]
+def part_of(layer: torch.nn.Module, path: str, rows: slice) -> torch.Tensor:
+    return layer.get_submodule(path).weight.data[rows]
 
 
 def reference_masks(
@@ -59,10 +54,10 @@ def reference_masks(
     power: float,
 ) -> list[dict[str, torch.Tensor]]:
     blocks = []
-    for layer in layers_of(model):
+    for layer in model.get_submodule(layout.blocks):
         inputs: dict[str, torch.Tensor] = {}
         hooks = []
-        for name, (path, _) in layout.items():
+        for name, (path, _) in layout.matrices.items():
 
             def note(_: Any, given: Any, name: str = name, inputs: dict[str, torch.Tensor] = inputs) -> None:
                 inputs[name] = given[0]
@@ -73,7 +68,7 @@ def reference_masks(
         for hook in hooks:
             hook.remove()
         masks = {}
-        for name, (path, rows) in layout.items():
+        for name, (path, rows) in layout.matrices.items():
             part = part_of(layer, path, rows)
             masks[name] = keep_lowest_out(scores(part, norms_of(inputs[name]), power))
             part *= masks[name]  # later blocks see the pruned one
@@ -83,10 +78,10 @@ def reference_masks(
 
 def check(model_type: str, windows: torch.Tensor, case: Case, zero: bool = False) -> None:
     pattern, rate, scope, power = case
-    layout = LAYOUTS[model_type]
+    layout = layout_of(model_type)
     dense, copy = (tiny_model(model_type, dtype=torch.float64) for _ in range(2))
     for model in (dense, copy) if zero else ():
-        weight = part_of(layers_of(model)[1], *layout["up"])
+        weight = part_of(model.get_submodule(layout.blocks)[1], *layout.matrices["up"])
         weight[:, 5] = 0
         weight[3] = 0
     expected = reference_masks(copy, layout, windows, lambda score: keep_mask(score, pattern, rate, scope), power)
@@ -107,13 +102,13 @@ CASES: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize("model_type", LAYOUTS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_masks_equal_the_reference(model_type: str, case: Case, windows: torch.Tensor) -> None:
     check(model_type, windows, case)
 
 
-@pytest.mark.parametrize("model_type", LAYOUTS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("case", [("unstructured", 0.5, "matrix", 0.5), ("1:4", 0.75, "matrix", 0.5)])
 def test_and_where_a_row_and_a_column_are_all_zero(model_type: str, case: Case, windows: torch.Tensor) -> None:
     check(model_type, windows, case, zero=True)

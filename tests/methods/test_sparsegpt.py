@@ -112,7 +112,7 @@ class Alone:
 
     def prune(self, **options: object) -> Found:
         method = find_method("sparsegpt")
-        plan = method.plan_block(self, {"q": self.moment}, method.options(options))
+        plan = method.says.plan_block(self, {"q": self.moment}, method.options(options))
         return plan.masks["q"].unpack(), plan.updates["q"]
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from secateur.train.masked import MaskedModel, keep_gates
-from secateur.train.structures import find_structures
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur import api
 from secateur.calibrate.stream import make_computed_tables
 from secateur.core.errors import SecateurError
+from secateur.methods.disp_llm.masked import MaskedModel, keep_gates
 from secateur.models import family as families
 from secateur.models import runtime
 from secateur.models.canonical import canonical_view
@@ -25,6 +24,7 @@ from secateur.models.family import HEADS, ROTATE, SELECT, Family, Norm, find_fam
 from secateur.models.load import build_skeleton, open_checkpoint
 from secateur.models.loss import head_of, hidden_states
 from secateur.models.runtime import SELECT_FORMS
+from secateur.plan.structures import find_structures
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, some_ids, tiny_config, tiny_model
 
 LLAMA = families.all_families()["llama"]

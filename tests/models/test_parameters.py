@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from secateur.train.structures import SELECTIONS, SEPARATE, find_structures
-from secateur.train.unit_shots import removed_parameters
 from torch import Tensor
 
 from secateur import api
 from secateur.cut import dims_after
+from secateur.methods.llm_surgeon.units import removed_parameters
 from secateur.models.canonical import canonical_view
 from secateur.models.load import open_checkpoint
 from secateur.models.parameters import block_cost, block_parameters, count_parameters
@@ -23,6 +22,7 @@ from secateur.models.spaces import MEMBERS, OWN_COLUMNS, SPACES
 from secateur.models.view import ModelView
 from secateur.plan.budget import dims_parameters, mean_block, parameters_left, sliced_parameters, unit_parameters
 from secateur.plan.plan import BlockPlan
+from secateur.plan.structures import SELECTIONS, SEPARATE, find_structures
 from tests.tiny import FAMILY_TYPES, HEADS, MODEL_TYPES, tiny_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
