@@ -82,7 +82,9 @@ class Backward:
         self._target_ST = torch.nn.functional.pad(label_ST[:, 1:], (0, 1), value=IGNORE)
         self.targets = int((self._target_ST != IGNORE).sum())
         if not self.targets:
-            raise UsageError("no label is to be predicted, so there are no gradients: give windows of at least two tokens, of a task also more of them")
+            raise UsageError(
+                "no label is to be predicted, so there are no gradients: give windows of at least two tokens, of a task also more of them"
+            )
         self._stream = Stream(view, windows, device=device, dtype=dtype)
         self.gradient_STD = self._stream.hidden_STD  # the residual first, its gradient from the loss on
         with nullcontext() if spill is None else disk(spill.parent):
@@ -116,11 +118,15 @@ class Backward:
         with self._stream.loaded(block, forward_only=False) as module, torch.enable_grad():
             module.requires_grad_(False)
             for rows, arguments in self._stream.batches(block.index):
-                entering_BTD = inputs_STD[rows, :, : block.dims.enters].detach().to(self._stream.device).requires_grad_()
+                entering_BTD = (
+                    inputs_STD[rows, :, : block.dims.enters].detach().to(self._stream.device).requires_grad_()
+                )
                 hooks = _listen(module, block, listeners, entering_BTD.shape[:2])
                 leaving_BTD = module(entering_BTD, **arguments)
                 gradient_BTD = self._stream.hidden(rows, block.dims.leaves)
-                self.gradient_STD[rows, :, : block.dims.enters] = torch.autograd.grad(leaving_BTD, entering_BTD, gradient_BTD)[0]
+                self.gradient_STD[rows, :, : block.dims.enters] = torch.autograd.grad(
+                    leaving_BTD, entering_BTD, gradient_BTD
+                )[0]
                 for hook in hooks:
                     hook.remove()
                 del leaving_BTD
@@ -136,14 +142,24 @@ class Backward:
         norm, head = self._outer(self.view.family.final_norm), self._outer(self.view.family.head)
         width, total = self.view.dims(self.view.blocks - 1).leaves, 0.0
         for rows in self._stream.slices():
-            hidden_ND, target_N = self._stream.hidden(rows, width).flatten(0, 1), self._target_ST[rows].flatten().to(self._stream.device)
-            found = [_head_gradient(norm, head, *part) for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)]
+            hidden_ND, target_N = (
+                self._stream.hidden(rows, width).flatten(0, 1),
+                self._target_ST[rows].flatten().to(self._stream.device),
+            )
+            found = [
+                _head_gradient(norm, head, *part)
+                for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)
+            ]
             total += sum(loss for loss, _ in found)
-            self.gradient_STD[rows, :, :width] = torch.cat([gradient for _, gradient in found]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
+            self.gradient_STD[rows, :, :width] = (
+                torch.cat([gradient for _, gradient in found]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
+            )
         for module in (norm, head):
             module.to("meta")
         if not math.isfinite(total):
-            raise NotFiniteError(f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32")
+            raise NotFiniteError(
+                f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+            )
         return total / self.targets
 
     def _tokens_a_chunk(self) -> int:
@@ -154,7 +170,9 @@ class Backward:
         module, state = self._stream.skeleton.get_submodule(path), self.view.read_module(path)
         if path == self.view.family.head and "weight" not in state:
             state["weight"] = self.view.source.read(f"{self.view.family.embeddings[0]}.weight")
-        module.load_state_dict({name: t.to(self._stream.device, self._stream.dtype) for name, t in state.items()}, assign=True)
+        module.load_state_dict(
+            {name: t.to(self._stream.device, self._stream.dtype) for name, t in state.items()}, assign=True
+        )
         return module.requires_grad_(False)
 
 
@@ -167,7 +185,9 @@ def _head_gradient(norm: nn.Module, head: nn.Module, hidden_ND: Tensor, target_N
     return float(loss.detach()), torch.autograd.grad(loss, leaf_ND)[0]
 
 
-def _listen(module: nn.Module, block: BlockView, listeners: Mapping[str, PairListener], batch: torch.Size) -> list[RemovableHandle]:
+def _listen(
+    module: nn.Module, block: BlockView, listeners: Mapping[str, PairListener], batch: torch.Size
+) -> list[RemovableHandle]:
     """Hooks on the linear modules that hold the matrices; those of a fused one hear their own rows of the gradient."""
 
     def tell(names: tuple[str, ...], x: Tensor, g: Tensor) -> None:
@@ -186,7 +206,9 @@ def _listen(module: nn.Module, block: BlockView, listeners: Mapping[str, PairLis
 def check_reacts(method: str, scores: Iterable[Tensor]) -> None:
     """Raises HopelessError where all scores are zero, because all gradients are."""
     if not any(score.any() for score in scores):
-        raise HopelessError(f"{method}: all gradients are zero, so nothing is less important than anything else; the model is degenerate, or give other text")
+        raise HopelessError(
+            f"{method}: all gradients are zero, so nothing is less important than anything else; the model is degenerate, or give other text"
+        )
 
 
 def weight_gradient(x_NI: Tensor, g_NO: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 _WORTH_PACKING = 16384  # tokens; packing takes as long as is won on some 5,000 to 10,000
 _ONEDNN = torch.ops.mkldnn  # what torch's own compiler packs with; where a version lacks it, nothing is packed
-_AVAILABLE = torch.backends.mkldnn.is_available() and all(hasattr(_ONEDNN, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+_AVAILABLE = torch.backends.mkldnn.is_available() and all(
+    hasattr(_ONEDNN, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+)
 
 
 @contextmanager

@@ -46,7 +46,9 @@ class InputNorm:
 
     def update(self, x_NI: Tensor) -> None:
         """Add a batch of tokens."""
-        self.square_I += at_least_float32(x_NI).square().sum(0)  # many times faster than vector_norm along the first dimension
+        self.square_I += (
+            at_least_float32(x_NI).square().sum(0)
+        )  # many times faster than vector_norm along the first dimension
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:

@@ -58,7 +58,9 @@ class Stream:
         spill: a file to keep the residual stream in, instead of memory.
     """
 
-    def __init__(self, view: ModelView, windows: Tensor, *, device: torch.device, dtype: torch.dtype, spill: Path | None = None) -> None:
+    def __init__(
+        self, view: ModelView, windows: Tensor, *, device: torch.device, dtype: torch.dtype, spill: Path | None = None
+    ) -> None:
         self.view, self.device, self.dtype = view, device, dtype
         self._windows = windows
         self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
@@ -86,9 +88,14 @@ class Stream:
         skeleton = self._blocks[block.index]
         if block.dims != self.view.dims(block.index):
             with torch.device("meta"):
-                skeleton = block_with_widths(self._classes[block.index], self.skeleton.config, block.index, block.dims.widths())
+                skeleton = block_with_widths(
+                    self._classes[block.index], self.skeleton.config, block.index, block.dims.widths()
+                )
         module = skeleton.eval()
-        state = {name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype) for name, t in block.tensors.items()}
+        state = {
+            name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
+            for name, t in block.tensors.items()
+        }
         module.load_state_dict(state, assign=True)
         del state  # the module alone holds what was converted
         if forward_only:
@@ -108,7 +115,10 @@ class Stream:
         """
         heard: set[str] = set()
         with self.loaded(block) as module:
-            hooks = [module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners))) for path, call in listeners.items()]
+            hooks = [
+                module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners)))
+                for path, call in listeners.items()
+            ]
             for rows, arguments in self.batches(block.index):
                 heard.clear()
                 with suppress(_Stop):
@@ -176,7 +186,9 @@ class Stream:
         kept = list(self._blocks)
         for i, recorder in enumerate(recorders):
             self._blocks[i] = recorder
-        inputs = torch.zeros(batch, self._windows.shape[1], self.view.dims(0).enters, dtype=self.dtype, device=self.device)
+        inputs = torch.zeros(
+            batch, self._windows.shape[1], self.view.dims(0).enters, dtype=self.dtype, device=self.device
+        )
         with suppress(_Stop):
             decoder(inputs_embeds=inputs, use_cache=False)
         for i, block in enumerate(kept):
@@ -216,7 +228,11 @@ class Stream:
 
     def _buffer(self, spill: Path | None) -> Tensor:
         samples, seqlen = self._windows.shape
-        widths = [width for index in range(self.view.blocks) for width in (self.view.dims(index).enters, self.view.dims(index).leaves)]
+        widths = [
+            width
+            for index in range(self.view.blocks)
+            for width in (self.view.dims(index).enters, self.view.dims(index).leaves)
+        ]
         return new_buffer((samples, seqlen, max(widths)), self.dtype, spill)
 
 
@@ -226,7 +242,9 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -
         return torch.empty(shape, dtype=dtype)
     size = torch.Size(shape).numel()
     with spill.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a disk too full is an error here, and a bus error later
+        os.posix_fallocate(
+            file.fileno(), 0, size * dtype.itemsize
+        )  # a disk too full is an error here, and a bus error later
     return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape)
 
 
@@ -243,5 +261,8 @@ def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[
 def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
     """Rotary tables are computed, not stored: make those again that the meta device left empty."""
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta and key in module._non_persistent_buffers_set for key, buffer in module.named_buffers(recurse=False)):
+        if any(
+            buffer.is_meta and key in module._non_persistent_buffers_set
+            for key, buffer in module.named_buffers(recurse=False)
+        ):
             model.set_submodule(name, type(module)(config=model.config).to(device))

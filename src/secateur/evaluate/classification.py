@@ -25,5 +25,7 @@ def classification_scores(truth: Sequence[int], given: Sequence[int], labels: Se
         precision, recall = hits / answered if answered else 0.0, hits / n if n else 0.0
         f1 = 2 * hits / (n + answered) if n + answered else 0.0
         classes[label] = {"precision": precision, "recall": recall, "f1": f1, "n": n}
-    means = {name: sum(scores[name] for scores in classes.values()) / len(classes) for name in ("precision", "recall", "f1")}
+    means = {
+        name: sum(scores[name] for scores in classes.values()) / len(classes) for name in ("precision", "recall", "f1")
+    }
     return {**means, "classes": classes}

@@ -55,10 +55,18 @@ def _item(text: str, draw: np.random.Generator) -> Item:
     while True:
         starts = [_line_start(text, int(p)) for p in draw.integers(_CONTEXT, len(text) - 2 * _CONTINUATION, size=4)]
         pieces = [text[s : s + _CONTINUATION] for s in starts]
-        if len({p.strip() for p in pieces}) == 4 and all(len(p.strip()) > _CONTINUATION // 2 for p in pieces) and starts[0] >= _CONTEXT // 2:
+        if (
+            len({p.strip() for p in pieces}) == 4
+            and all(len(p.strip()) > _CONTINUATION // 2 for p in pieces)
+            and starts[0] >= _CONTEXT // 2
+        ):
             break
     order = draw.permutation(4)
-    return Item(text[max(0, starts[0] - _CONTEXT) : starts[0]], tuple(pieces[i] for i in order), int(np.flatnonzero(order == 0)[0]))
+    return Item(
+        text[max(0, starts[0] - _CONTEXT) : starts[0]],
+        tuple(pieces[i] for i in order),
+        int(np.flatnonzero(order == 0)[0]),
+    )
 
 
 def _line_start(text: str, position: int) -> int:
@@ -79,12 +87,21 @@ def evaluate_cloze(
         return known_ids(tokenizer(text, **how)["input_ids"], model, tokenizer, CLOZE)
 
     rows = [(ids(item.context), ids(choice, add_special_tokens=False)) for item in items for choice in item.choices]
-    scores_I4 = torch.tensor([score.logp for score in remembered_scores(model, rows, CLOZE, answers or Answers())]).view(len(items), 4)
+    scores_I4 = torch.tensor(
+        [score.logp for score in remembered_scores(model, rows, CLOZE, answers or Answers())]
+    ).view(len(items), 4)
     characters_I4 = torch.tensor([[len(c) for c in item.choices] for item in items])
     truth_I = torch.tensor([item.answer for item in items])
     answers_I, normed_I = scores_I4.argmax(1), (scores_I4 / characters_I4).argmax(1)
     n = len(items)
     acc, acc_norm = ((found == truth_I).double().mean().item() for found in (answers_I, normed_I))
     stderr, stderr_norm = (math.sqrt(value * (1 - value) / max(1, n - 1)) for value in (acc, acc_norm))
-    result = {"acc": acc, "acc_norm": acc_norm, "stderr": stderr, "stderr_norm": stderr_norm, "n": n, "sha256": items_hash(items)}
+    result = {
+        "acc": acc,
+        "acc_norm": acc_norm,
+        "stderr": stderr,
+        "stderr_norm": stderr_norm,
+        "n": n,
+        "sha256": items_hash(items),
+    }
     return result, answers_I.tolist()

@@ -40,7 +40,9 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def known_ids(ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str) -> list[int]:
+def known_ids(
+    ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
+) -> list[int]:
     """Token ids that the tokenizer gave, found to be in the vocabulary of the model.
 
     Raises:
@@ -52,7 +54,11 @@ def known_ids(ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def score_continuations(
-    model: PreTrainedModel, rows: Sequence[Row], description: str, *, done: Callable[[Sequence[int], list[Score]], None] | None = None
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    description: str,
+    *,
+    done: Callable[[Sequence[int], list[Score]], None] | None = None,
 ) -> list[Score]:
     """The score of each row, in order.
 
@@ -69,7 +75,9 @@ def score_continuations(
     inputs: dict[tuple[int, ...], list[int]] = {}
     for place, (context, rest) in enumerate(rows):
         if not 0 < len(rest) <= longest or not context:
-            raise SecateurError(f"{description}: a continuation of {len(rest)} tokens cannot be scored (between 1 and {longest}, what this model knows)")
+            raise SecateurError(
+                f"{description}: a continuation of {len(rest)} tokens cannot be scored (between 1 and {longest}, what this model knows)"
+            )
         inputs.setdefault((*context, *rest)[-(longest + 1) : -1], []).append(place)
     order = sorted(inputs, key=lambda ids: (-len(ids), ids))
     found: dict[int, Score] = {}
@@ -77,7 +85,9 @@ def score_continuations(
     def scored() -> Iterator[tuple[int, ...]]:
         for batch in _batches(model, order):
             places = [(b, place) for b, ids in enumerate(batch.inputs) for place in inputs[ids]]
-            scores = _scores(model, batch.hidden_BTD, [(b, len(batch.inputs[b]), rows[place][1]) for b, place in places])
+            scores = _scores(
+                model, batch.hidden_BTD, [(b, len(batch.inputs[b]), rows[place][1]) for b, place in places]
+            )
             if any(score.logp != score.logp or abs(score.logp) == float("inf") for score in scores):
                 raise SecateurError(f"{description}: the model's logits hold NaN or infinity; try --dtype float32")
             found.update(zip((place for _, place in places), scores, strict=True))
@@ -117,7 +127,9 @@ def _batches(model: PreTrainedModel, order: Sequence[tuple[int, ...]]) -> Iterat
 
 
 @torch.inference_mode()
-def _scores(model: PreTrainedModel, hidden_BTD: Tensor, wanted: Sequence[tuple[int, int, Sequence[int]]]) -> list[Score]:
+def _scores(
+    model: PreTrainedModel, hidden_BTD: Tensor, wanted: Sequence[tuple[int, int, Sequence[int]]]
+) -> list[Score]:
     """Scores of (sequence, tokens of its input, continuation): the last inputs predict the continuation."""
     hidden_ND = torch.cat([hidden_BTD[b, length - len(rest) : length] for b, length, rest in wanted])
     targets_N = torch.tensor([i for _, _, rest in wanted for i in rest], device=model.device)

@@ -87,7 +87,11 @@ class Questions:
     @property
     def facts(self) -> dict[str, Any]:
         """Fields of the record."""
-        return {"ppl_protocol": protocol_facts(self.protocol, self.windows), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+        return {
+            "ppl_protocol": protocol_facts(self.protocol, self.windows),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def ask(self, model: PreTrainedModel) -> dict[str, Any]:
         """`ppl`, `loss` and `tasks` of a model in memory."""
@@ -120,7 +124,9 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     for window in windows:
         check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec, tokens)
     device = resolve_device(request.device)
-    return Questions(protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device))
+    return Questions(
+        protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device)
+    )
 
 
 def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
@@ -137,14 +143,18 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     started = time.perf_counter()
     checkpoint = open_checkpoint(request.model, request.revision)
     plan = read_plan_json(checkpoint.folder)
-    questions = prepare_questions(request, checkpoint, bundled=request.model == BUNDLED or (plan or {}).get("model") == BUNDLED)
+    questions = prepare_questions(
+        request, checkpoint, bundled=request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
+    )
     protocol, windows, tasks, tokenizer = questions.protocol, questions.windows, questions.tasks, questions.tokenizer
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
     device, dtype = questions.device, questions.dtype
     facts = {**questions.facts, "out": _place(request.model)}
     key = _key(facts, checkpoint, against, tasks)
     records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
-    if resume and (found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []):
+    if resume and (
+        found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []
+    ):
         return found[-1]
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
@@ -161,7 +171,11 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         **facts,
         "key": key,
         "tasks": task_results,
-        **({"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}} if dense is not None else {}),
+        **(
+            {"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}}
+            if dense is not None
+            else {}
+        ),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": records.peak_rss_bytes(),
         "versions": records.versions() | tasks.versions(),
@@ -189,7 +203,9 @@ def _writable(file: Path) -> Path:
         with file.open("a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise SecateurError(f"records cannot be written to '{file}' ({error.strerror}); choose another file with --records") from error
+        raise SecateurError(
+            f"records cannot be written to '{file}' ({error.strerror}); choose another file with --records"
+        ) from error
     if not file.stat().st_size:
         file.unlink()
     return file
@@ -219,19 +235,29 @@ def _run_tasks(
 
     def answers(asked: tuple[PreTrainedModel, Checkpoint]) -> Answers:
         about = [_fingerprint(asked[1]), str(asked[0].device), str(asked[0].dtype)]
-        return Answers(folder / f".answers-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl", resume=resume)
+        return Answers(
+            folder / f".answers-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl", resume=resume
+        )
 
     return tasks.run(model[0], tokenizer, answers(model), dense and (dense[0], answers(dense)))
 
 
-def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any]:
+def _identity(
+    request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel
+) -> dict[str, Any]:
     if plan is not None:
         return {key: plan.get(key) for key in _FROM_PLAN}
     parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     zeros = dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks"), 0.0)
     counts = {"params_before": parameters, "params_after": parameters, "nonzero_after": nonzero}
-    return {**dict.fromkeys(_FROM_PLAN), "model": request.model, "model_revision": checkpoint.revision, **zeros, **counts}
+    return {
+        **dict.fromkeys(_FROM_PLAN),
+        "model": request.model,
+        "model_revision": checkpoint.revision,
+        **zeros,
+        **counts,
+    }
 
 
 def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:
@@ -258,7 +284,12 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
 
 def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, tasks: Tasks) -> str:
     """Two evaluations with one key are the same: weights, protocol, tasks, comparison, device and dtype."""
-    everything = {**facts, "weights": _fingerprint(checkpoint), "against": against and _fingerprint(against), **tasks.facts()}
+    everything = {
+        **facts,
+        "weights": _fingerprint(checkpoint),
+        "against": against and _fingerprint(against),
+        **tasks.facts(),
+    }
     return hashlib.sha256(records.to_json(everything).encode()).hexdigest()[:16]
 
 
@@ -272,4 +303,6 @@ def _progress_file(records_file: Path, key: str, resume: bool) -> Path:
 def _warn_of_overlap(plan: dict[str, Any] | None, protocol: Protocol) -> None:
     calibration = (plan or {}).get("calibration") or {}
     if calibration and same_text(calibration["spec"], protocol.spec, calibration.get("file_sha256")):
-        say(f"warning: the model was calibrated on '{protocol.spec}', which it is now evaluated on; the perplexity will look too good")
+        say(
+            f"warning: the model was calibrated on '{protocol.spec}', which it is now evaluated on; the perplexity will look too good"
+        )

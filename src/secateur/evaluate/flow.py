@@ -93,7 +93,9 @@ class Flow:
         found = [self.dims[0].enters]
         for dims in self.dims:
             if not self.parallel:
-                found.append(dims.residual.attention[1] if dims.residual and not dims.residual.selected else dims.hidden)
+                found.append(
+                    dims.residual.attention[1] if dims.residual and not dims.residual.selected else dims.hidden
+                )
             found.append(dims.leaves)
         return found
 
@@ -109,11 +111,23 @@ class Flow:
 
     def symbols(self) -> dict[str, int | list[int]]:
         """What the letters stand for; h, g and m have an entry a block, d of a sliced model one a place, r one an adapter that has a rank."""
-        single: dict[str, int | list[int]] = {axis.symbol: axis.size for found in self.maps if not found.blocks for axis in found.axes if axis.symbol in "dVP"}
+        single: dict[str, int | list[int]] = {
+            axis.symbol: axis.size
+            for found in self.maps
+            if not found.blocks
+            for axis in found.axes
+            if axis.symbol in "dVP"
+        }
         if self.sliced:
-            ranks = [form for dims in self.dims if dims.residual for form in dims.residual.skips if isinstance(form, int)]
+            ranks = [
+                form for dims in self.dims if dims.residual for form in dims.residual.skips if isinstance(form, int)
+            ]
             single |= {"d": self.widths} | ({"r": ranks} if ranks else {})
-        several = {"h": [dims.heads for dims in self.dims], "g": [dims.groups for dims in self.dims], "m": [dims.ffn for dims in self.dims]}
+        several = {
+            "h": [dims.heads for dims in self.dims],
+            "g": [dims.groups for dims in self.dims],
+            "m": [dims.ffn for dims in self.dims],
+        }
         return {**single, "k": self.dims[0].head_width, **several}
 
     def parameters(self, sparsity: float = 0.0) -> int:
@@ -181,8 +195,14 @@ class Flow:
             "parameters": parameters,
             "flops_per_token": flops,
             "flow": [found.record() for found in self.maps],
-            "attention": {"context": self.context, "flops_per_token": attention, "products": [found.record() for found in self.attention]},
-            "sliced": {"hidden": self.hidden, "widths": self.widths, "why_no_by_sparsity": self.refusal} if self.sliced else None,
+            "attention": {
+                "context": self.context,
+                "flops_per_token": attention,
+                "products": [found.record() for found in self.attention],
+            },
+            "sliced": {"hidden": self.hidden, "widths": self.widths, "why_no_by_sparsity": self.refusal}
+            if self.sliced
+            else None,
             "by_sparsity": [] if self.sliced else [self.at(sparsity).record() for sparsity in sparsities],
             "formula": None
             if self.sliced

@@ -75,7 +75,9 @@ def version() -> str:
     return str(lm_eval.__version__)
 
 
-def load_tasks(names: Sequence[str], include: Path | None = None, limit: int | None = None, *, builtin: Sequence[str] = ()) -> Loaded:
+def load_tasks(
+    names: Sequence[str], include: Path | None = None, limit: int | None = None, *, builtin: Sequence[str] = ()
+) -> Loaded:
     """Find the tasks, read their data and build their requests.
 
     Args:
@@ -108,7 +110,11 @@ def task_rows(loaded: Loaded) -> tuple[list[tuple[str, str]], list[str]]:
         if not task.has_training_docs():
             same.append(name)
         with _quiet():
-            rows += [row for doc in (task.training_docs() if task.has_training_docs() else task.eval_docs) if any(row := _solved(task, doc))]
+            rows += [
+                row
+                for doc in (task.training_docs() if task.has_training_docs() else task.eval_docs)
+                if any(row := _solved(task, doc))
+            ]
     return rows, same
 
 
@@ -138,8 +144,12 @@ def _load(manager: Manager, name: str) -> dict[str, Any]:
         except Exception as error:
             own = "give --include-path DIR with a task file of that name that reads files on this machine (data_files; docs/tasks.md shows one)"
             if not answers:
-                raise SecateurError(f"task '{name}' needs {source} from the hub, which does not answer; check the network, or {own}") from error
-            lost = f"; check the network, or {own}" if source and isinstance(error, ConnectionError | TimeoutError) else ""
+                raise SecateurError(
+                    f"task '{name}' needs {source} from the hub, which does not answer; check the network, or {own}"
+                ) from error
+            lost = (
+                f"; check the network, or {own}" if source and isinstance(error, ConnectionError | TimeoutError) else ""
+            )
             raise SecateurError(f"task '{name}' cannot be loaded ({_reason(error)}){lost}") from error
     return loaded
 
@@ -155,7 +165,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _writes_code(name: str) -> SecateurError:
-    return SecateurError(f"task '{name}' runs code that the model wrote, which is not done here; use lm-eval itself, in a container")
+    return SecateurError(
+        f"task '{name}' runs code that the model wrote, which is not done here; use lm-eval itself, in a container"
+    )
 
 
 def _prepare(name: str, task: Any) -> None:
@@ -176,7 +188,11 @@ def _hash(name: str, task: Any, limit: int | None) -> str:
         raise SecateurError(f"task '{name}' has no items")
     digest = hashlib.sha256()
     for instance in task.instances:
-        digest.update(to_json({"args": instance.args, "target": task.doc_to_target(instance.doc), "item": instance.doc_id}).encode())
+        digest.update(
+            to_json(
+                {"args": instance.args, "target": task.doc_to_target(instance.doc), "item": instance.doc_id}
+            ).encode()
+        )
     return digest.hexdigest()
 
 
@@ -194,7 +210,13 @@ def run_tasks(loaded: Loaded, model: PreTrainedModel, tokenizer: PreTrainedToken
         measures under `metrics`, `chance` where there are choices, `precision`, `recall`, `f1` where its choices are classes, and what makes it comparable.
     """
     with _quiet():
-        said = run_lm_eval(lm=_Backend(model, tokenizer, answers), task_dict=loaded.found, limit=loaded.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=True)
+        said = run_lm_eval(
+            lm=_Backend(model, tokenizer, answers),
+            task_dict=loaded.found,
+            limit=loaded.limit,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=True,
+        )
     results, choices = {}, {}
     for name, metrics in said["results"].items():
         results[name] = _result(metrics)
@@ -212,14 +234,25 @@ def _result(metrics: dict[str, Any]) -> dict[str, Any]:
     """lm-eval writes `metric,filter` and `metric_stderr,filter`; the first filter of `acc` is the one that counts."""
 
     def first(metric: str) -> float | None:
-        values = (value for key, value in metrics.items() if key.partition(",")[0] == metric and isinstance(value, int | float))
+        values = (
+            value
+            for key, value in metrics.items()
+            if key.partition(",")[0] == metric and isinstance(value, int | float)
+        )
         return next((float(value) for value in values), None)
 
-    known = {"acc": first("acc"), "acc_norm": first("acc_norm"), "stderr": first("acc_stderr"), "stderr_norm": first("acc_norm_stderr")}
+    known = {
+        "acc": first("acc"),
+        "acc_norm": first("acc_norm"),
+        "stderr": first("acc_stderr"),
+        "stderr_norm": first("acc_norm_stderr"),
+    }
     others = {
         key.removesuffix(",none"): value
         for key, value in metrics.items()
-        if "," in key and key.partition(",")[0].removesuffix("_stderr") not in ("acc", "acc_norm") and isinstance(value, int | float)
+        if "," in key
+        and key.partition(",")[0].removesuffix("_stderr") not in ("acc", "acc_norm")
+        and isinstance(value, int | float)
     }
     return {**known, "n": metrics.get("sample_len"), **({"metrics": others} if others else {})}
 
@@ -250,7 +283,11 @@ def _chance(task: Any, items: list[dict[str, Any]]) -> float:
 def _classes(task: Any, items: list[dict[str, Any]], chosen: list[int]) -> dict[str, Any]:
     """Precision, recall and F1, where every item has the same choices, and they are more than letters."""
     labels = task.doc_to_choice(items[0]["doc"])
-    if getattr(task, "multiple_input", 0) or len(items) < 2 or any(task.doc_to_choice(item["doc"]) != labels for item in items):
+    if (
+        getattr(task, "multiple_input", 0)
+        or len(items) < 2
+        or any(task.doc_to_choice(item["doc"]) != labels for item in items)
+    ):
         return {}
     truth = [labels.index(t) if isinstance(t, str) and t in labels else t for t in (item["target"] for item in items)]
     letters = all(len(label.strip(" .()")) == 1 and label.strip(" .()").isalpha() for label in labels)
@@ -286,7 +323,9 @@ class _Backend(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         return super().loglikelihood(requests, disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None) -> list[Score]:
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[Score]:
         return remembered_scores(self.model, [(context, rest) for _, context, rest in requests], "tasks", self._answers)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
@@ -300,7 +339,9 @@ class _Backend(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _generate(self, requests: Any) -> list[str]:
         if any(request.args[1].get("do_sample") for request in requests):
-            return list(super().generate_until(requests, disable_tqdm=True))  # what is drawn anew each time has no answer to remember
+            return list(
+                super().generate_until(requests, disable_tqdm=True)
+            )  # what is drawn anew each time has no answer to remember
         keys = [_generation_key(*request.args) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._answers}
         if missing:

@@ -139,7 +139,13 @@ class Attention:
 
     def record(self) -> Record:
         """As data."""
-        return {"shape": f"2 {TIMES} h·k {TIMES} keys", "width": self.width, "keys": self.keys, "blocks": list(self.blocks), "flops_per_token": self.flops()}
+        return {
+            "shape": f"2 {TIMES} h·k {TIMES} keys",
+            "width": self.width,
+            "keys": self.keys,
+            "blocks": list(self.blocks),
+            "flops_per_token": self.flops(),
+        }
 
 
 def linear_maps(view: ModelView) -> list[Map]:
@@ -154,7 +160,9 @@ def attention_products(view: ModelView, context: int) -> list[Attention]:
     found: dict[tuple[int, int], list[int]] = {}
     for index in range(view.blocks):
         dims = view.dims(index)
-        found.setdefault((dims.heads * dims.head_width, min(context, _window(view, index) or context)), []).append(index)
+        found.setdefault((dims.heads * dims.head_width, min(context, _window(view, index) or context)), []).append(
+            index
+        )
     return [Attention(width, keys, tuple(blocks)) for (width, keys), blocks in found.items()]
 
 
@@ -179,7 +187,11 @@ class _Shapes:
         names = ("norm",) if self.family.parallel else ("norm_attention", "norm_mlp")
         norms = [self._norm(name, path, "d", index) for name, path in zip(names, self.family.norms, strict=True)]
         heads = [found for path in self.family.head_norms for found in self._norm(_last(path), path, "k", index)]
-        matrices = {found.name: found for path in dict.fromkeys(self.family.matrices.values()) for found in self._parts(path, index)}
+        matrices = {
+            found.name: found
+            for path in dict.fromkeys(self.family.matrices.values())
+            for found in self._parts(path, index)
+        }
         mlp = [matrices[name] for name in MLP if name in matrices]
         attention = [*norms[0], matrices["q"], matrices["k"], matrices["v"], *heads, matrices["o"]]
         if self.family.parallel:
@@ -204,7 +216,10 @@ class _Shapes:
         if not tied:
             self._claim(index, path + "right", (outputs.size, form))
         left = Map(name, path + "left", "product", (inputs, rank), blocks=(index,))
-        return [left, Map(name, path + ("left" if tied else "right"), "product", (rank, outputs), blocks=(index,), tied=tied)]
+        return [
+            left,
+            Map(name, path + ("left" if tied else "right"), "product", (rank, outputs), blocks=(index,), tied=tied),
+        ]
 
     def _claim(self, index: int, name: str, shape: tuple[int, int]) -> None:
         found = self.unclaimed.pop(self.view.block_prefix(index) + name)
@@ -217,13 +232,22 @@ class _Shapes:
             found = self._map("head", head, "product", ("d", "V"))
         else:
             vocabulary, width = self.view.source.shape(f"{self.family.embeddings[0]}.weight")
-            found = Map("head", head, "product", (Axis("d", width), Axis("V", vocabulary)), self._bias(head, "V"), tied=True)
-        norm = [self._map("norm_final", self.family.final_norm, "scale", ("d",))] if f"{self.family.final_norm}.weight" in self.unclaimed else []
+            found = Map(
+                "head", head, "product", (Axis("d", width), Axis("V", vocabulary)), self._bias(head, "V"), tied=True
+            )
+        norm = (
+            [self._map("norm_final", self.family.final_norm, "scale", ("d",))]
+            if f"{self.family.final_norm}.weight" in self.unclaimed
+            else []
+        )
         return [*norm, found]
 
     def others(self) -> list[Map]:
         """Tensors that the family does not describe: counted, in their own sizes, as not touched by d."""
-        return [Map("other", name, "other", tuple(Axis(str(size), size) for size in shape)) for name, shape in self.unclaimed.items()]
+        return [
+            Map("other", name, "other", tuple(Axis(str(size), size) for size in shape))
+            for name, shape in self.unclaimed.items()
+        ]
 
     def _norm(self, name: str, path: str, symbol: str, index: int) -> list[Map]:
         """One map, or none: not every model has norms inside heads, and a norm need not have a gain."""
@@ -244,7 +268,17 @@ class _Shapes:
         for name, size in zip(names, sizes, strict=True):
             out = Axis(_letters(name, ROWS[name]), size)
             part = (start, start + size) if len(names) > 1 else None
-            found.append(Map(name, path, "product", (Axis(_letters(name, COLUMNS[name]), inputs), out), out if biased else None, (index,), part))
+            found.append(
+                Map(
+                    name,
+                    path,
+                    "product",
+                    (Axis(_letters(name, COLUMNS[name]), inputs), out),
+                    out if biased else None,
+                    (index,),
+                    part,
+                )
+            )
             start += size
         return found
 

@@ -64,7 +64,9 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
         sums_B = window_losses(model, batch_BT.to(model.device))
         if not torch.isfinite(sums_B).all():
             bad = len(losses) + int((~torch.isfinite(sums_B)).nonzero()[0])
-            raise SecateurError(f"the loss of window {bad} is not finite: the model's logits hold NaN or infinity; try --dtype float32")
+            raise SecateurError(
+                f"the loss of window {bad} is not finite: the model's logits hold NaN or infinity; try --dtype float32"
+            )
         losses += sums_B.tolist()
         if progress is not None:
             _remember(progress, losses)
@@ -86,7 +88,9 @@ def equal_batches(windows: Sequence[Tensor]) -> Iterator[Tensor]:
     while start < len(windows):
         length = len(windows[start])
         stop = start
-        while stop < len(windows) and len(windows[stop]) == length and (stop - start) < max(1, _TOKENS_A_BATCH // length):
+        while (
+            stop < len(windows) and len(windows[stop]) == length and (stop - start) < max(1, _TOKENS_A_BATCH // length)
+        ):
             stop += 1
         yield torch.stack(list(windows[start:stop]))
         start = stop

@@ -25,7 +25,10 @@ _GRAM = 4
 
 
 def functionality_shift(
-    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase | None
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    windows: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
     """Compare two models on the same windows.
 
@@ -42,9 +45,13 @@ def functionality_shift(
         SecateurError: the vocabularies differ.
     """
     if dense.config.vocab_size != pruned.config.vocab_size:
-        raise SecateurError(f"--against: vocabularies of {dense.config.vocab_size} and {pruned.config.vocab_size} tokens cannot be compared")
+        raise SecateurError(
+            f"--against: vocabularies of {dense.config.vocab_size} and {pruned.config.vocab_size} tokens cannot be compared"
+        )
     kl, agreement, tokens = _compare(dense, pruned, windows)
-    prompts_BT = torch.stack([w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]])
+    prompts_BT = torch.stack(
+        [w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]]
+    )
     ours, theirs = _continue(pruned, prompts_BT), _continue(dense, prompts_BT)
     shift: dict[str, Any] = {
         "kl": kl / tokens,
@@ -80,7 +87,12 @@ def _continue(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
     new = min(NEW_TOKENS, model.config.max_position_embeddings - prompts_BT.shape[1])
     prompts_BT = prompts_BT.to(model.device)
     out: Tensor = model.generate(  # type: ignore[operator]
-        prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        prompts_BT,
+        attention_mask=torch.ones_like(prompts_BT),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
     )
     return out[:, prompts_BT.shape[1] :].cpu()
 

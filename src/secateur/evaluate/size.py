@@ -43,7 +43,11 @@ def inspect(model: str, revision: str | None = None) -> Record:
         "bytes": sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}),
         "flops_per_token": sum(found.flops() for found in linear_maps(view)),
         "blocks": blocks,
-        "pruned": {key: plan[key] for key in ("model", "method", "options", "sparsity", "sparsity_measured", "pruning_ratio")} if plan else None,
+        "pruned": {
+            key: plan[key] for key in ("model", "method", "options", "sparsity", "sparsity_measured", "pruning_ratio")
+        }
+        if plan
+        else None,
         "out": str(Path(model)),
     }
 
@@ -69,4 +73,9 @@ def _block(block: BlockView) -> dict[str, Any]:
 def _matrix(block: BlockView, name: str) -> dict[str, Any]:
     weight_OI: torch.Tensor = block.matrix(name)
     zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
-    return {"shape": list(weight_OI.shape), "zeros": zeros, "sparsity": zeros / weight_OI.numel(), "zero_rows": zero_rows(weight_OI)}
+    return {
+        "shape": list(weight_OI.shape),
+        "zeros": zeros,
+        "sparsity": zeros / weight_OI.numel(),
+        "zero_rows": zero_rows(weight_OI),
+    }

@@ -67,7 +67,13 @@ def leaves(found: Manager, names: Iterable[str]) -> list[str]:
             continue
         seen.add(name)
         entry = found.task_index.get(name)
-        members = [] if entry is None else sorted(entry.tags) if entry.yaml_path is None else _members((entry.cfg or {}).get("task"))
+        members = (
+            []
+            if entry is None
+            else sorted(entry.tags)
+            if entry.yaml_path is None
+            else _members((entry.cfg or {}).get("task"))
+        )
         todo += members
         if set(members) <= {name}:
             single.append(name)
@@ -117,7 +123,9 @@ def _checked(include: Path) -> Path:
         _check_yaml(file)
     if not names_in(include):
         held = f"none of its {len(files)} .yaml files is one" if files else "it has no .yaml files"
-        raise UsageError(f"--include-path {include}: no task files of lm-eval ({held}); a task file is a .yaml that names 'task:' and its data")
+        raise UsageError(
+            f"--include-path {include}: no task files of lm-eval ({held}); a task file is a .yaml that names 'task:' and its data"
+        )
     return include.resolve()
 
 
@@ -130,7 +138,9 @@ def _check_yaml(file: Path) -> None:
         problem = ", ".join(filter(None, (error.context, error.problem)))
         raise UsageError(f"{file}{where}: not YAML ({problem}); mend it, or move it out of --include-path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not YAML ({str(error).splitlines()[0]}); mend it, or move it out of --include-path") from None
+        raise UsageError(
+            f"{file}: not YAML ({str(error).splitlines()[0]}); mend it, or move it out of --include-path"
+        ) from None
 
 
 def _folder_of(name: str) -> Path | None:
@@ -141,7 +151,10 @@ def _folder_of(name: str) -> Path | None:
 
 @functools.cache
 def _texts(folder: Path) -> list[tuple[Path, str]]:
-    return [(file, file.read_text("utf-8", errors="replace")) for file in sorted(folder.glob("**/*.yaml"), key=Path.as_posix)]
+    return [
+        (file, file.read_text("utf-8", errors="replace"))
+        for file in sorted(folder.glob("**/*.yaml"), key=Path.as_posix)
+    ]
 
 
 def _unknown(name: str, known: Sequence[str], builtin: Sequence[str], include: Path | None) -> UsageError:

@@ -44,21 +44,30 @@ class Tasks:
 
     def facts(self) -> dict[str, Any]:
         """What tells one set of tasks from another."""
-        return {"cloze": self.items and items_hash(self.items), **({"tasks": self.loaded.hashes} if self.loaded else {})}
+        return {
+            "cloze": self.items and items_hash(self.items),
+            **({"tasks": self.loaded.hashes} if self.loaded else {}),
+        }
 
     def versions(self) -> dict[str, str]:
         """That of lm-eval, where it is used."""
         return {"lm_eval": _harness("").version()} if self.loaded else {}
 
     def run(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers, dense: tuple[PreTrainedModel, Answers] | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        answers: Answers,
+        dense: tuple[PreTrainedModel, Answers] | None = None,
     ) -> dict[str, Any]:
         """The results of each task; against a dense model also `flipped`, the share of items on which the choice is another one."""
         results = {}
         if self.items:
             results[CLOZE], chosen = evaluate_cloze(model, tokenizer, self.items, answers)
             if dense is not None:
-                results[CLOZE]["flipped"] = _flipped(chosen, evaluate_cloze(dense[0], tokenizer, self.items, dense[1])[1])
+                results[CLOZE]["flipped"] = _flipped(
+                    chosen, evaluate_cloze(dense[0], tokenizer, self.items, dense[1])[1]
+                )
         if self.loaded is not None:
             run = _harness("").run_tasks
             ours = run(self.loaded, model, tokenizer, answers)

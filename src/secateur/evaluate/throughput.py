@@ -102,7 +102,9 @@ class Speed:
     decode: float = float("inf")
 
 
-def measure_speed(models: Mapping[str, PreTrainedModel], ids_BT: Tensor, new: int, repeats: Iterable[Any], machine: Machine) -> dict[str, Speed]:
+def measure_speed(
+    models: Mapping[str, PreTrainedModel], ids_BT: Tensor, new: int, repeats: Iterable[Any], machine: Machine
+) -> dict[str, Speed]:
     """Let models take turns.
 
     Args:
@@ -167,7 +169,9 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
         _check_semi_structured(device, dtype)
     vocabulary = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     draw = torch.Generator().manual_seed(request.seed)
-    prompts = [torch.randint(vocabulary, (batch, request.prompt), generator=draw).to(device) for batch in request.batches]
+    prompts = [
+        torch.randint(vocabulary, (batch, request.prompt), generator=draw).to(device) for batch in request.batches
+    ]
     models, results, compressed = {}, [], 0
     for role, checkpoint in checkpoints.items():
         memory = PeakMemory(device)
@@ -179,10 +183,14 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
         results.append({"role": role, **_facts(checkpoint, models[role]), "peak_bytes": memory.peak()})
     machine = Machine(device, dtype)
     turns = [track(range(request.repeats), f"bench: turns at batch {batch}") for batch in request.batches]
-    speeds = [measure_speed(models, ids_BT, request.new, turn, machine) for ids_BT, turn in zip(prompts, turns, strict=True)]
+    speeds = [
+        measure_speed(models, ids_BT, request.new, turn, machine) for ids_BT, turn in zip(prompts, turns, strict=True)
+    ]
     for result in results:
         work = Work.of(checkpoints[result["role"]].view(), dtype.itemsize)
-        result["batches"] = [_row(ids_BT, speed[result["role"]], work, machine) for ids_BT, speed in zip(prompts, speeds, strict=True)]
+        result["batches"] = [
+            _row(ids_BT, speed[result["role"]], work, machine) for ids_BT, speed in zip(prompts, speeds, strict=True)
+        ]
     record: records.Record = {
         "command": "bench",
         "version": records.version(),
@@ -215,11 +223,18 @@ def _open(request: BenchRequest) -> dict[str, Checkpoint]:
     """The checkpoints by role, `model` first; what is wrong with the request shows before any weight is read."""
     if not request.batches:
         raise UsageError("--batch is empty: whole numbers separated by commas are expected, as in 1,16")
-    counts = {"--prompt": request.prompt, "--new": request.new, "--repeats": request.repeats, "--batch": min(request.batches)}
+    counts = {
+        "--prompt": request.prompt,
+        "--new": request.new,
+        "--repeats": request.repeats,
+        "--batch": min(request.batches),
+    }
     for option, value in counts.items():
         if value < 1:
             raise UsageError(f"{option} {value}: it is a count, at least 1")
-    asked = {"model": (request.model, request.revision)} | ({"dense": (request.dense, None)} if request.dense is not None else {})
+    asked = {"model": (request.model, request.revision)} | (
+        {"dense": (request.dense, None)} if request.dense is not None else {}
+    )
     checkpoints = {role: open_checkpoint(name, revision) for role, (name, revision) in asked.items()}
     for checkpoint in checkpoints.values():
         if (needed := request.prompt + request.new) > checkpoint.max_length():
@@ -239,10 +254,14 @@ def compress(model: PreTrainedModel) -> int:
     count = 0
     for module in model.modules():
         if isinstance(module, nn.Linear) and _two_of_four(module.weight):
-            module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+            module.weight = nn.Parameter(
+                torch.sparse.to_sparse_semi_structured(module.weight.detach()), requires_grad=False
+            )
             count += 1
     if not count:
-        raise UsageError("--semi-structured: no matrix of the model has two zeros in every four weights of a row; prune it with --pattern 2:4")
+        raise UsageError(
+            "--semi-structured: no matrix of the model has two zeros in every four weights of a row; prune it with --pattern 2:4"
+        )
     return count
 
 
@@ -254,9 +273,13 @@ def _two_of_four(weight_OI: Tensor) -> bool:
 
 def _check_semi_structured(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        raise UsageError(f"--semi-structured needs an NVIDIA accelerator with 2:4 products (Ampere or later); --device is {device}")
+        raise UsageError(
+            f"--semi-structured needs an NVIDIA accelerator with 2:4 products (Ampere or later); --device is {device}"
+        )
     if dtype not in (torch.float16, torch.bfloat16):
-        raise UsageError(f"--semi-structured computes in 16 bits: use --dtype bfloat16 (it is {str(dtype).removeprefix('torch.')})")
+        raise UsageError(
+            f"--semi-structured computes in 16 bits: use --dtype bfloat16 (it is {str(dtype).removeprefix('torch.')})"
+        )
 
 
 def _stored(parameter: Tensor) -> int:
@@ -295,7 +318,11 @@ def _speedup(results: Sequence[records.Record]) -> list[records.Record] | None:
     if len(results) < 2:
         return None
     pairs = zip(*(result["batches"] for result in results), strict=True)
-    return [{"batch": ours["batch"]} | {part: dense[f"{part}_seconds"] / ours[f"{part}_seconds"] for part in ("prefill", "decode")} for ours, dense in pairs]
+    return [
+        {"batch": ours["batch"]}
+        | {part: dense[f"{part}_seconds"] / ours[f"{part}_seconds"] for part in ("prefill", "decode")}
+        for ours, dense in pairs
+    ]
 
 
 def _beside(model: str) -> Path:

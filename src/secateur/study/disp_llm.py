@@ -42,13 +42,25 @@ class Variant:
 FULL = Variant("full", {})
 VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "ratios": (FULL,),
-    "hypernetwork": (FULL, Variant("without hypernetwork", {"hypernetwork": "none"}), Variant("without Bi-GRU", {"hypernetwork": "linear"})),
+    "hypernetwork": (
+        FULL,
+        Variant("without hypernetwork", {"hypernetwork": "none"}),
+        Variant("without Bi-GRU", {"hypernetwork": "linear"}),
+    ),
     "constrained": (FULL, Variant("constrained", {"constrained": True})),
     "estimator": (FULL, *(Variant(gate, {"gate": gate}) for gate in ("reinmax-printed", "straight-through", "gumbel"))),
     "norm": (FULL, Variant("select, then norm", {"norm": "selected"})),
     "separate": (FULL, Variant("q, k and v apart", {"separate": True})),
-    "beyond": (FULL, Variant("warm start", {"warm": 32}), Variant("scales", {"scale": True}), Variant("both", {"warm": 32, "scale": True})),
-    "lambda": tuple(Variant(f"lambda {strength:g}", {"strength": strength}, highest=True) for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)),
+    "beyond": (
+        FULL,
+        Variant("warm start", {"warm": 32}),
+        Variant("scales", {"scale": True}),
+        Variant("both", {"warm": 32, "scale": True}),
+    ),
+    "lambda": tuple(
+        Variant(f"lambda {strength:g}", {"strength": strength}, highest=True)
+        for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
+    ),
     "seeds": (Variant(f"{SEEDS} seeds", {}, seeds=SEEDS),),
 }
 """Part -> what it varies. `hypernetwork` is table 4; with `constrained` it is figures 5a to 5d; `ratios` figures 5e, 5f and tables 13, 14; `lambda` table 12;
@@ -83,11 +95,21 @@ def cells(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] =
             raise unknown("part of the study", part, VARIANTS)
         for variant in VARIANTS[part]:
             if both := sorted(set(variant.options) & set(base.options)):
-                raise UsageError(f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts ({', '.join(VARIANTS)})")
+                raise UsageError(
+                    f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts ({', '.join(VARIANTS)})"
+                )
             for sparsity in [max(sparsities)] if variant.highest else [s for s in sparsities if s]:
                 for seed in range(base.seed, base.seed + variant.seeds):
                     options = {**_ALWAYS, **base.options, **variant.options}
-                    found.append(Cell(part, variant, replace(base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options)))
+                    found.append(
+                        Cell(
+                            part,
+                            variant,
+                            replace(
+                                base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options
+                            ),
+                        )
+                    )
     return found
 
 
@@ -109,7 +131,9 @@ def run(
         out: the folder that receives one checkpoint a cell, and `records.jsonl`.
         measure, resume, overwrite, records_file: as for `api.sweep`.
     """
-    yield from api.prune_and_measure(runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+    yield from api.prune_and_measure(
+        runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file
+    )
 
 
 def runs(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, api.Request]:
@@ -129,7 +153,14 @@ def estimate(base: api.Request, sparsities: Sequence[float], *, parts: Sequence[
     """
     found = runs(base, sparsities, parts)
     steps = sum(api.prepare(request).job.options.steps for request in found.values())
-    return {"command": "study", "study": "disp-llm", "dry_run": True, "model": base.model, "runs": list(found), "steps": steps}
+    return {
+        "command": "study",
+        "study": "disp-llm",
+        "dry_run": True,
+        "model": base.model,
+        "runs": list(found),
+        "steps": steps,
+    }
 
 
 def _name(request: api.Request) -> str:
@@ -145,14 +176,20 @@ def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if str(value) != str(defaults.get(name))}
 
 
-def summary(base: api.Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()) -> list[dict[str, Any]]:
+def summary(
+    base: api.Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The table of the study.
 
     Returns:
         One entry a part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd` (None for one run), `runs`.
     """
     method = api.find_method(METHOD)
-    measured = {_key(record["options"], record["sparsity"], record["seed"]): record["ppl"] for record in records if record.get("method") == METHOD}
+    measured = {
+        _key(record["options"], record["sparsity"], record["seed"]): record["ppl"]
+        for record in records
+        if record.get("method") == METHOD
+    }
     values: dict[tuple[str, str, float], list[float]] = {}
     for cell in cells(base, sparsities, parts):
         request = cell.request
@@ -161,7 +198,14 @@ def summary(base: api.Request, sparsities: Sequence[float], records: Sequence[Re
             assert request.sparsity is not None
             values.setdefault((cell.part, cell.variant.name, request.sparsity), []).append(measured[key])
     return [
-        {"part": part, "variant": name, "sparsity": s, "ppl": fmean(several), "sd": _deviation(several), "runs": len(several)}
+        {
+            "part": part,
+            "variant": name,
+            "sparsity": s,
+            "ppl": fmean(several),
+            "sd": _deviation(several),
+            "runs": len(several),
+        }
         for (part, name, s), several in values.items()
     ]
 

@@ -105,17 +105,23 @@ def cells(view: ModelView, pattern: Pattern, asked: Asked) -> list[Cell]:
     implied = pattern.implied_sparsity
     sparsities = list(asked.sparsities) or (list(SPARSITIES) if implied is None else [implied])
     if implied is not None and (asked.weights or asked.grid):
-        raise UsageError(f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out")
+        raise UsageError(
+            f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out"
+        )
     found = [Cell(kind, s, f"{kind}={s:g}") for kind in kinds for s in sparsities if s]
     sizes = {kind: _size(view, kind, pattern) for kind in kinds}
     for n in asked.weights:
         if n > max(sizes.values()):
-            raise UsageError(f"--weights {n}: no kind has so many (the largest is {max(sizes, key=sizes.__getitem__)}, with {max(sizes.values()):,})")
+            raise UsageError(
+                f"--weights {n}: no kind has so many (the largest is {max(sizes, key=sizes.__getitem__)}, with {max(sizes.values()):,})"
+            )
     for kind, size in sizes.items():
         found += [Cell(kind, n / size, f"{kind}={n / size:.6g}") for n in asked.weights if 0 < n <= size]
     found += [_grid_cell(a, m) for a in asked.grid for m in asked.grid if a or m]
     if not found:
-        raise UsageError("study modules: nothing would be pruned at a sparsity of 0; ask for others with --sparsity, or for --weights N or --grid S,S")
+        raise UsageError(
+            "study modules: nothing would be pruned at a sparsity of 0; ask for others with --sparsity, or for --weights N or --grid S,S"
+        )
     for cell in found:
         _rates(view, cell, pattern)
     return list({cell.modules: cell for cell in found}.values())
@@ -189,7 +195,9 @@ def run(
     started = time.monotonic()
     for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
         left = (time.monotonic() - started) / number * (len(missing) - number)
-        say(f"study: {number} of {len(missing)}, {record['modules'] or 'dense'}: ppl {record['ppl']:.4g}, about {left:.0f} s left")
+        say(
+            f"study: {number} of {len(missing)}, {record['modules'] or 'dense'}: ppl {record['ppl']:.4g}, about {left:.0f} s left"
+        )
         records.append(file, record)
         done[record["key"]] = record
     yield from (done[work.key(cell)] for cell in wanted)
@@ -200,7 +208,9 @@ def _finished(file: Path) -> dict[str, Record]:
     return {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
 
 
-def estimate(request: api.Request, asked: Asked, measure: api.EvalRequest, *, records_file: Path | None = None) -> Record:
+def estimate(
+    request: api.Request, asked: Asked, measure: api.EvalRequest, *, records_file: Path | None = None
+) -> Record:
     """`--dry-run`: what `run` would do. Text and tasks are read, nothing is written, no weights are read.
 
     Args:
@@ -237,14 +247,23 @@ def estimate(request: api.Request, asked: Asked, measure: api.EvalRequest, *, re
         "calibrations": passes,
         "calibration_tokens": calibration_tokens,
         "evaluation_tokens": evaluation_tokens,
-        "seconds_estimated": round(forward_seconds(2 * calibration_tokens, matrices, *place) + forward_seconds(evaluation_tokens, matrices + head, *place), 1),
+        "seconds_estimated": round(
+            forward_seconds(2 * calibration_tokens, matrices, *place)
+            + forward_seconds(evaluation_tokens, matrices + head, *place),
+            1,
+        ),
     }
 
 
 def _prepare(request: api.Request, asked: Asked, measure: api.EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
     """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
     names = task_names(request.calibration or "")
-    asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
+    asking = replace(
+        measure,
+        model=request.model,
+        revision=request.revision,
+        include_path=measure.include_path if measure.tasks or not names else None,
+    )
     work = _Work(replace(request, calibration=None) if names else request, asked.mode, asking, str(folder))
     wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if names:
@@ -288,7 +307,9 @@ class _Work:
         prepared = api.prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
         job = prepared.job
         if job.method.says.plan_block is None or job.whole_model:
-            raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude")
+            raise UsageError(
+                f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude"
+            )
         return prepared
 
     @property
@@ -310,7 +331,11 @@ class _Work:
     @cached_property
     def dense(self) -> DenseModel:
         prepared = self.prepared
-        return DenseModel(prepared.job, load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype), self.windows)
+        return DenseModel(
+            prepared.job,
+            load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype),
+            self.windows,
+        )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -319,8 +344,16 @@ class _Work:
     @cached_property
     def _about(self) -> str:
         """What decides all cells: settings, weights, tasks."""
-        calibration = self.settings["calibration"] and {**self.settings["calibration"], "spec": None}  # the tokens tell, wherever they lie
-        about = {**self.settings, "calibration": calibration, "weights": identity(self.prepared.checkpoint), **self.questions.tasks.facts()}
+        calibration = self.settings["calibration"] and {
+            **self.settings["calibration"],
+            "spec": None,
+        }  # the tokens tell, wherever they lie
+        about = {
+            **self.settings,
+            "calibration": calibration,
+            "weights": identity(self.prepared.checkpoint),
+            **self.questions.tasks.facts(),
+        }
         about["windows"] = self.windows is not None and ids_hash(self.windows)
         return records.to_json({k: v for k, v in about.items() if k not in ("sparsity", "modules")})
 
@@ -338,7 +371,9 @@ class _Work:
         view = self.prepared.job.view
         rates = _rates(view, cell, self.pattern)
         targeted = sum(math.prod(view.matrix_shapes(index)[name]) for index, rate in enumerate(rates) for name in rate)
-        pruned = self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
+        pruned = (
+            self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
+        )
         with pruned as removed:
             parameters = list(self.dense.model.parameters())
             nonzero = sum(int(p.count_nonzero()) for p in parameters)
@@ -374,7 +409,15 @@ class _Work:
         """As `secateur prune --modules` prunes, in memory."""
         prepared, dense = self.prepared, self.dense
         view, base = prepared.job.view, prepared.job
-        job: Job = make_job(view, prepared.checkpoint.dtype, base.method, base.options, self.pattern.implied_sparsity, cell.modules, base.seed)
+        job: Job = make_job(
+            view,
+            prepared.checkpoint.dtype,
+            base.method,
+            base.options,
+            self.pattern.implied_sparsity,
+            cell.modules,
+            base.seed,
+        )
         job = replace(job, device=prepared.device, dtype=prepared.dtype)
         stream = None
         if job.streams and self.windows is not None:
@@ -434,7 +477,9 @@ def _check_engine(engine: str) -> None:
     if engine not in _ENGINES:
         raise unknown("engine", engine, _ENGINES)
     if engine == "ray" and find_spec("ray") is None:
-        raise UsageError("--engine ray: Ray is not installed: pip install 'secateur[ray]'; without --engine, --jobs N has N processes on this machine")
+        raise UsageError(
+            "--engine ray: Ray is not installed: pip install 'secateur[ray]'; without --engine, --jobs N has N processes on this machine"
+        )
 
 
 _ENGINES = {"processes": _in_processes, "ray": _in_ray}

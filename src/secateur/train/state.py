@@ -18,7 +18,12 @@ from secateur.models.save import disk, save_whole
 
 
 def save_state(
-    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None, more: Mapping[str, Tensor], note: Mapping[str, Any]
+    file: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    noise: torch.Generator | None,
+    more: Mapping[str, Tensor],
+    note: Mapping[str, Any],
 ) -> None:
     """Write the state, whole or not at all: with `more` tensors, and a `note` of what JSON can say. `noise` is None where nothing is drawn.
 
@@ -28,7 +33,9 @@ def save_state(
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in state.items()}
-    tensors |= ({} if noise is None else {"noise": noise.get_state()}) | {f"more.{name}": tensor for name, tensor in more.items()}
+    tensors |= ({} if noise is None else {"noise": noise.get_state()}) | {
+        f"more.{name}": tensor for name, tensor in more.items()
+    }
     with disk(file.parent):
         save_whole(file, tensors, {"note": json.dumps(note)})
 
@@ -41,7 +48,9 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, note
 
 
-def restore_state(tensors: Mapping[str, Tensor], network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None) -> dict[str, Tensor]:
+def restore_state(
+    tensors: Mapping[str, Tensor], network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None
+) -> dict[str, Tensor]:
     """Put a state that was read in place; returns the tensors that were saved with it."""
     network.load_state_dict(_under("network.", tensors))
     states: dict[int, dict[str, Any]] = {}
@@ -54,7 +63,9 @@ def restore_state(tensors: Mapping[str, Tensor], network: nn.Module, optimizer: 
     return _under("more.", tensors)
 
 
-def load_state(file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_state(
+    file: Path, network: nn.Module, optimizer: torch.optim.Optimizer, noise: torch.Generator | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Put a saved state in place, and return what was saved with it: tensors and note."""
     tensors, note = read_state(file)
     return restore_state(tensors, network, optimizer, noise), note
