@@ -52,7 +52,10 @@ class Answers:
 
 
 def remembered_scores(model: PreTrainedModel, rows: Sequence[Row], description: str, answers: Answers) -> list[Score]:
-    """Return the scores of all rows, in order. Rows without a stored answer are scored first, and their scores stored."""
+    """Return the scores of all rows, in order.
+
+    Rows without a stored answer are scored first, and their scores stored.
+    """
     keys = [request_key("logp", context, rest) for context, rest in rows]
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in answers}
     names = list(missing)

@@ -18,8 +18,8 @@ def classification_scores(truth: Sequence[int], given: Sequence[int], labels: Se
         labels: the names of the classes.
 
     Returns:
-        `precision`, `recall`, `f1` (means over the classes; a class that was never chosen has precision 0), and `classes`,
-        which holds the same three and `n` for each class.
+        `precision`, `recall`, `f1` (means over the classes; a class that was never chosen has precision 0), and
+        `classes`, which holds the same three and `n` for each class.
     """
     classes = {}
     for place, label in enumerate(labels):

@@ -1,7 +1,8 @@
 """The built-in task: which of four continuations really follows?
 
 Its text is the held-out part of the built-in text, so it needs no network. An item is a piece of a file, the lines that
-follow it, and three pieces of the same length from elsewhere in the same file. Chance is 0.25. `acc` takes the continuation of the highest log-probability, `acc_norm` the highest per character, as lm-eval defines them.
+follow it, and three pieces of the same length from elsewhere in the same file. Chance is 0.25. `acc` takes the
+continuation of the highest log-probability, `acc_norm` the highest per character, as lm-eval defines them.
 """
 
 from __future__ import annotations
@@ -38,15 +39,19 @@ class Item:
 
 
 def cloze_items(count: int = ITEMS, seed: int = 0, part: Part = "test") -> list[Item]:
-    """Draw the items, the same for the same seed and the same Python version. Items of part `train` are for calibration.
+    """Draw the items, the same for the same seed and the same Python version.
+
+    Items of part `train` are for calibration.
 
     Raises:
         SecateurError: this Python's standard library is installed without sources.
     """
     texts = [d.text for d in documents(part) if len(d.text) >= _SHORTEST]
     if not texts:
-        raise SecateurError("the built-in task needs the sources of Python's standard library, and this Python has none that can be read; "
-            "install Python with its sources, or choose other --tasks")
+        raise SecateurError(
+            "the built-in task needs the sources of Python's standard library, which this Python does not have; "
+            "install Python with its sources, or choose other --tasks"
+        )
     draw = np.random.default_rng(seed)
     sizes = np.array([len(text) for text in texts], dtype=np.float64)
     return [_item(texts[draw.choice(len(texts), p=sizes / sizes.sum())], draw) for _ in range(count)]
@@ -82,9 +87,10 @@ def items_hash(items: Sequence[Item]) -> str:
 def evaluate_cloze(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], answers: Answers | None = None
 ) -> tuple[dict[str, Any], list[int]]:
-    """Return the accuracy with its standard error, and the choice on each item (by `acc`), to compare with another model.
+    """Return the accuracy with its standard error, and the choice on each item.
 
-    Requests whose answer is in `answers` are not run again.
+    The choice is that of `acc`, for a comparison with another model. Requests whose answer is in `answers` are not run
+    again.
     """
 
     def ids(text: str, **how: bool) -> list[int]:

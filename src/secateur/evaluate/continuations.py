@@ -1,7 +1,8 @@
 """Log-probabilities of continuations after contexts. Tasks with choices are scored by them.
 
 Only the positions of the continuation reach the head. Equal inputs are run once: the choices of a task with one-token
-answers share their input. Long sequences go first. A batch that does not fit into the memory of an accelerator is halved.
+answers share their input. Long sequences go first. A batch that does not fit into the memory of an accelerator is
+halved.
 
 Shape letters: B sequences, T tokens, D residual, V vocabulary, N positions.
 """
@@ -76,8 +77,8 @@ def score_continuations(
     for place, (context, rest) in enumerate(rows):
         if not 0 < len(rest) <= longest or not context:
             raise SecateurError(
-                f"{description}: a continuation of {len(rest)} tokens after {len(context)} tokens of context cannot be scored; "
-                f"this model takes continuations of 1 to {longest} tokens, after at least one token of context"
+                f"{description}: a continuation of {len(rest)} tokens after {len(context)} tokens of context cannot be "
+                f"scored; this model takes continuations of 1 to {longest} tokens, after at least one token of context"
             )
         inputs.setdefault((*context, *rest)[-(longest + 1) : -1], []).append(place)
     order = sorted(inputs, key=lambda ids: (-len(ids), ids))

@@ -1,4 +1,4 @@
-"""From a checkpoint to a record of what it can do."""
+"""Measure a checkpoint and write the record: perplexity, tasks, and the shift from a dense model."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from secateur.text.protocols import Protocol, evaluation_windows, find_protocol,
 from secateur.text.specs import holds_ids, same_text
 from secateur.text.windows import check_ids, ids_hash
 
-# What an evaluation repeats from the folder's plan.json.
+# The fields that an evaluation copies from the folder's plan.json.
 _FROM_PLAN = (
-    "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules", "pattern", "pruning_ratio",
-    "pruning_ratio_blocks", "params_removed", "params_before", "params_after", "nonzero_after", "zero_rows", "updated", "calibration", "heal",
+    "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules",
+    "pattern", "pruning_ratio", "pruning_ratio_blocks", "params_removed", "params_before", "params_after",
+    "nonzero_after", "zero_rows", "updated", "calibration", "heal",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What the user asks of `eval`; the defaults of the command line are these.
+    """The settings of `eval`. The command line takes its defaults from here.
 
     Attributes:
         model: a folder (pruned or not), a hub name, or `bundled`.
-        text: a text SPEC; None takes that of the protocol.
+        text: a text SPEC; None takes the text of the protocol.
         protocol: a name from `PROTOCOLS`; None takes the one that goes with the text.
-        seqlen: None takes that of the protocol.
+        seqlen: tokens of a window; None takes the length of the protocol.
         tasks: names of tasks of lm-eval, or presets of them; `cloze` is built in.
-        limit: use the first so many windows, and items of a task.
-        against: the dense model to compare with, and its hub revision.
+        limit: use only the first `limit` windows, and the first `limit` items of each task; None uses all.
+        against, against_revision: the dense model to compare with, and its hub revision; None compares with nothing.
         include_path: a folder of task files for lm-eval.
     """
 
@@ -68,13 +69,14 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked, ready to be asked of any version of one model.
+    """Text and tasks, read and ready to be asked of any version of one model.
 
     Attributes:
-        protocol, windows: of the perplexity; token ids, int64 [T] each.
-        tasks: with their data.
-        tokenizer: None where neither text nor tasks need one.
-        device, dtype: of the computation.
+        protocol: the protocol of the perplexity.
+        windows: its windows, token ids, int64 [T] each.
+        tasks: the tasks with their data.
+        tokenizer: the tokenizer of the model; None where neither text nor tasks need one.
+        device, dtype: where and in which dtype the model computes.
     """
 
     protocol: Protocol
@@ -86,7 +88,7 @@ class Questions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Fields of the record."""
+        """The fields of the record that describe the questions."""
         return {
             "ppl_protocol": protocol_facts(self.protocol, self.windows),
             "device": str(self.device),
@@ -94,7 +96,7 @@ class Questions:
         }
 
     def ask(self, model: PreTrainedModel) -> dict[str, Any]:
-        """`ppl`, `loss` and `tasks` of a model in memory."""
+        """Measure a model in memory; returns `ppl`, `loss` and `tasks`."""
         results: dict[str, Any] = {}
         if self.tasks:
             assert self.tokenizer is not None
@@ -106,12 +108,13 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     """Read text and tasks.
 
     Args:
-        request: what to measure; its model and what it is compared with are not looked at.
+        request: what to measure; `model` and `against` are not used.
         checkpoint: the model, or one with the same tokenizer and configuration.
-        bundled: whether it is the model in the package, which has a text of its own.
+        bundled: whether it is the model in the package, whose default text is the built-in one.
 
     Raises:
-        UsageError, SecateurError: what is asked cannot be.
+        UsageError: an option is wrong: a limit below 1, an unknown protocol or task.
+        SecateurError: text, tasks or tokenizer cannot be read, or do not fit the model.
     """
     if request.limit is not None and request.limit < 1:
         raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
@@ -130,15 +133,15 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
 
 
 def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
-    """Measure a model; returns (and appends) the record.
+    """Measure a model; returns the record, which is also appended to `records_file`.
 
     Args:
         request: what to measure.
         records_file: where the record goes; None is `records.jsonl` in the folder's parent.
-        resume: a run that was interrupted goes on, and one that is in the records already is not repeated.
+        resume: go on with an interrupted run; a run that is in the records already is not repeated.
 
     Raises:
-        UsageError, SecateurError: nothing is recorded.
+        UsageError, SecateurError: the evaluation cannot be done; nothing is recorded.
     """
     started = time.perf_counter()
     checkpoint = open_checkpoint(request.model, request.revision)
@@ -152,10 +155,10 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
     facts = {**questions.facts, "out": _place(request.model)}
     key = _key(facts, checkpoint, against, tasks)
     records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
-    if resume and (
-        found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []
-    ):
-        return found[-1]
+    if resume and records_file.is_file():
+        earlier = [r for r in records.read([records_file]) if r.get("key") == key]
+        if earlier:
+            return earlier[-1]
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
     dense = load_model(against, device=device, dtype=dtype) if against is not None else None
@@ -188,7 +191,10 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
 
 
 def _place(model: str) -> str:
-    """A folder by its absolute path, so that a prune and an evaluation of it are recognised; a hub name as it is."""
+    """Return the absolute path of a folder, and a hub name as it is.
+
+    `prune` records the same path, so the two can be joined.
+    """
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
@@ -197,7 +203,7 @@ def _parent(model: str) -> Path:
 
 
 def _writable(file: Path) -> Path:
-    """The records file, known to be writable before the work begins."""
+    """Return the records file, after a check that it can be written, before the work begins."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8"):
@@ -228,13 +234,16 @@ def _run_tasks(
     folder: Path,
     resume: bool,
 ) -> dict[str, Any]:
-    """Results by task. Answers are kept by model, so that the same question is not asked again by another evaluation that resumes."""
+    """Return the results by task.
+
+    Answers are saved per model, so that a resumed evaluation, of the same or of other tasks, does not repeat requests.
+    """
     if not tasks:
         return {}
     assert tokenizer is not None
 
-    def answers(asked: tuple[PreTrainedModel, Checkpoint]) -> Answers:
-        about = [_fingerprint(asked[1]), str(asked[0].device), str(asked[0].dtype)]
+    def answers(loaded: tuple[PreTrainedModel, Checkpoint]) -> Answers:
+        about = [_fingerprint(loaded[1]), str(loaded[0].device), str(loaded[0].dtype)]
         return Answers(
             folder / f".answers-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl", resume=resume
         )
@@ -261,7 +270,7 @@ def _identity(
 
 
 def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:
-    """`ppl_protocol` of a record."""
+    """Return the field `ppl_protocol` of a record."""
     return {
         "name": protocol.name,
         "spec": protocol.spec,
@@ -276,14 +285,14 @@ def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, A
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells one set of weights from another without reading them."""
+    """Return a hash of the sizes and times of the weight files, which tells one set of weights from another."""
     files = sorted({file for file, _ in checkpoint.index.values()})
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, tasks: Tasks) -> str:
-    """Two evaluations with one key are the same: weights, protocol, tasks, comparison, device and dtype."""
+    """Return a hash of weights, protocol, tasks, comparison, device and dtype: equal for equal evaluations."""
     everything = {
         **facts,
         "weights": _fingerprint(checkpoint),
@@ -304,5 +313,6 @@ def _warn_of_overlap(plan: dict[str, Any] | None, protocol: Protocol) -> None:
     calibration = (plan or {}).get("calibration") or {}
     if calibration and same_text(calibration["spec"], protocol.spec, calibration.get("file_sha256")):
         say(
-            f"warning: the model was calibrated on '{protocol.spec}', which it is now evaluated on; the perplexity will look too good"
+            f"warning: the model was calibrated on '{protocol.spec}', the text of this evaluation; the perplexity will "
+            "look too good; choose another --text"
         )
