@@ -1,4 +1,4 @@
-"""Gradients of the language-model loss, one block at a time: forward through all blocks, then back from the last to the first.
+"""Gradients of the language-model loss, one block at a time: forward through all blocks, then back.
 
     x_0 -> block 0 -> x_1 -> ... -> x_L -> norm, head -> loss        x_l, the inputs of the blocks, are stored
     dL/dx_l  <-  block l is run again on x_l, with its graph  <-  dL/dx_(l+1)
@@ -8,8 +8,8 @@ windows. No weight has a `.grad`. Instead, every linear module passes its input,
 listener. The gradients of weights follow from these (`weight_gradient`), and so do the gradients of masks on the inputs
 of a matrix, such as heads and feed-forward units (`mask_gradient`).
 
-Shape letters: S windows, B windows of a batch, T tokens, D residual, L blocks, O outputs, I inputs of a matrix, N tokens
-of several windows, V vocabulary.
+Shape letters: S windows, B windows of a batch, T tokens, D residual, L blocks, O outputs, I inputs of a matrix, N
+tokens of several windows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Backward:
         self.targets = int((self._target_ST != IGNORE).sum())
         if not self.targets:
             raise UsageError(
-                "no label is to be predicted, so there are no gradients; give windows of at least two tokens (--seqlen), "
-                "or, for a task, more of them (--samples)"
+                "no label is to be predicted, so there are no gradients; give windows of at least two tokens "
+                "(--seqlen), or, for a task, more of them (--samples)"
             )
         self._stream = Stream(view, windows, device=device, dtype=dtype)
         self.gradient_STD = self._stream.hidden_STD  # first the residual; from the loss on its gradient
@@ -139,12 +139,15 @@ class Backward:
         self._next -= 1
         if not self.gradient_STD[..., : block.dims.enters].isfinite().all():
             raise NotFiniteError(
-                f"block {block.index}: the gradient of the loss is not finite (NaN or infinity); the checkpoint is damaged, "
-                "or its dtype is too narrow: try --dtype float32"
+                f"block {block.index}: the gradient of the loss is not finite (NaN or infinity); "
+                "the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
             )
 
     def _loss(self) -> float:
-        """Replace the last hidden state by the gradient of the loss, in place, a chunk of tokens at a time; returns the mean loss."""
+        """Replace the last hidden state by the gradient of the loss, in place; returns the mean loss.
+
+        The head runs on a chunk of tokens at a time, so that the logits stay small.
+        """
         norm, head = self._outer(self.view.family.final_norm), self._outer(self.view.family.head)
         width, total = self.view.dims(self.view.blocks - 1).leaves, 0.0
         for rows in self._stream.slices():
@@ -210,8 +213,8 @@ def check_reacts(method: str, scores: Iterable[Tensor]) -> None:
     """Raise HopelessError if all scores are zero, because all gradients are zero."""
     if not any(score.any() for score in scores):
         raise HopelessError(
-            f"{method}: all gradients are zero, so no part is more important than another; give other text, or another model: "
-            "the outputs of this one do not depend on its weights"
+            f"{method}: all gradients are zero, so no part is more important than another; give other text, "
+            "or check the model with `secateur eval`"
         )
 
 

@@ -180,7 +180,7 @@ class Stream:
             yield slice(start, min(start + self._batch, len(self._windows)))
 
     def batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Yield the rows of each batch of windows, with the other arguments that block `index` receives for such a batch."""
+        """Yield the rows of each batch of windows, with the other arguments that block `index` receives."""
         for rows in self.slices():
             yield rows, self._arguments[rows.stop - rows.start][index]
 

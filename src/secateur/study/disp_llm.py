@@ -1,7 +1,7 @@
 """The ablations of DISP-LLM (arXiv:2410.11988, tables 4, 10, 12 and figures 5a to 5f), on any model.
 
-What is varied is data: `VARIANTS`. A cell is one variant at one sparsity with one seed, pruned and measured like any other run, so its record goes into
-every report; cells that several parts share are made once.
+The variants are data: `VARIANTS`. A cell is one variant at one sparsity with one seed. It is pruned and measured like
+any other run, so its record goes into every report. Cells that several parts share are made once.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from secateur.core.errors import UsageError, unknown
 from secateur.core.records import Record
 
 METHOD = "disp_llm"
-_ALWAYS = {"unmet": "cut"}  # a variant that misses its budget is a finding
+_ALWAYS = {"unmet": "cut"}  # a variant that misses its budget is a result, not an error
 SEEDS = 5
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What one row of a table varies.
+    """One row of a table: the method with some options changed.
 
     Attributes:
-        name: in words.
-        options: of the method, beside those of all cells.
-        seeds: how many.
-        highest: only at the highest of the sparsities.
+        name: the name of the row.
+        options: options of the method, beside those of all cells.
+        seeds: the number of seeds.
+        highest: whether it runs only at the highest of the sparsities.
     """
 
     name: str
@@ -63,8 +63,11 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     ),
     "seeds": (Variant(f"{SEEDS} seeds", {}, seeds=SEEDS),),
 }
-"""Part -> what it varies. `hypernetwork` is table 4; with `constrained` it is figures 5a to 5d; `ratios` figures 5e, 5f and tables 13, 14; `lambda` table 12;
-`seeds` table 10; `separate` its section 4.1; `beyond` is not in the paper."""
+"""The variants of each part of the study.
+
+`hypernetwork` is table 4 of the paper, and with `constrained` figures 5a to 5d; `ratios` is figures 5e, 5f and tables
+13, 14; `lambda` is table 12; `seeds` is table 10; `separate` is from section 4.1; `beyond` is not in the paper.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,40 +80,34 @@ class Cell:
 
 
 def cells(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> list[Cell]:
-    """The runs of the study.
+    """Return the cells of the study.
 
     Args:
         base: the model, its calibration, and the options of all cells; the method is replaced.
-        sparsities: of the parameters of the whole model.
+        sparsities: shares of the parameters of the whole model.
         parts: names from `VARIANTS`; none takes all.
 
     Raises:
-        UsageError: a part that there is not, an option that a part varies, or no sparsity.
+        UsageError: a part is unknown, an option is one that a part varies, or there is no sparsity above 0.
     """
-    found = []
+    planned = []
     if not [s for s in sparsities if s]:
         raise UsageError("--sparsity needs at least one value above 0: the study prunes at each of them")
     for part in parts or VARIANTS:
         if part not in VARIANTS:
             raise unknown("part of the study", part, VARIANTS)
         for variant in VARIANTS[part]:
-            if both := sorted(set(variant.options) & set(base.options)):
+            if clashes := sorted(set(variant.options) & set(base.options)):
                 raise UsageError(
-                    f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts ({', '.join(VARIANTS)})"
+                    f"--set {clashes[0]} is what part '{part}' varies; leave it out, or choose other --parts "
+                    f"({', '.join(VARIANTS)})"
                 )
             for sparsity in [max(sparsities)] if variant.highest else [s for s in sparsities if s]:
                 for seed in range(base.seed, base.seed + variant.seeds):
                     options = {**_ALWAYS, **base.options, **variant.options}
-                    found.append(
-                        Cell(
-                            part,
-                            variant,
-                            replace(
-                                base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options
-                            ),
-                        )
-                    )
-    return found
+                    request = replace(base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed)
+                    planned.append(Cell(part, variant, replace(request, options=options)))
+    return planned
 
 
 def run(
@@ -137,7 +134,7 @@ def run(
 
 
 def runs(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, api.Request]:
-    """What is made, each once, by the names of their folders; arguments and errors are those of `cells`."""
+    """Return the distinct runs by the names of their folders. Arguments and errors are those of `cells`."""
     distinct: dict[str, api.Request] = {}
     for cell in cells(base, sparsities, parts):
         request = replace(cell.request, options=_without_defaults(cell.request.options))
@@ -146,19 +143,21 @@ def runs(base: api.Request, sparsities: Sequence[float], parts: Sequence[str] = 
 
 
 def estimate(base: api.Request, sparsities: Sequence[float], *, parts: Sequence[str] = ()) -> Record:
-    """`--dry-run`: `runs`, the names of what would be made beside the dense model, and all `steps` of learning; how long a step takes, nothing here knows.
+    """`--dry-run`: return `runs`, the names of the runs, and `steps`, the sum of their learning steps.
+
+    The time of a step is not known before the run, so no time is estimated. The dense model is not among the runs.
 
     Raises:
         UsageError, SecateurError: as `run` does before the work.
     """
-    found = runs(base, sparsities, parts)
-    steps = sum(api.prepare(request).job.options.steps for request in found.values())
+    planned = runs(base, sparsities, parts)
+    steps = sum(api.prepare(request).job.options.steps for request in planned.values())
     return {
         "command": "study",
         "study": "disp-llm",
         "dry_run": True,
         "model": base.model,
-        "runs": list(found),
+        "runs": list(planned),
         "steps": steps,
     }
 
@@ -171,7 +170,7 @@ def _name(request: api.Request) -> str:
 
 
 def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """So that equal runs have one name: lambda 6 is the full method."""
+    """Drop options at their defaults, so that equal runs have one name: lambda 6 is the full method."""
     defaults = vars(api.find_method(METHOD).options({}))
     return {name: value for name, value in options.items() if str(value) != str(defaults.get(name))}
 
@@ -179,10 +178,11 @@ def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 def summary(
     base: api.Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The table of the study.
+    """Return the table of the study.
 
     Returns:
-        One entry a part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd` (None for one run), `runs`.
+        One entry for each part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd`
+            (None for one run), `runs`.
     """
     method = api.find_method(METHOD)
     measured = {
@@ -211,7 +211,7 @@ def summary(
 
 
 def _deviation(several: Sequence[float]) -> float | None:
-    """The standard deviation; None of one value, and where one is infinite."""
+    """Return the standard deviation, or None if there is one value only, or one is infinite."""
     return stdev(several) if len(several) > 1 and all(map(math.isfinite, several)) else None
 
 
