@@ -30,7 +30,7 @@ class Statistic(Protocol):
         """Add a batch of tokens."""
 
     def finite(self) -> bool:
-        """Whether no NaN or infinity has been added."""
+        """Return True if no NaN or infinity has been added."""
 
 
 S = TypeVar("S", bound=Statistic)
@@ -53,7 +53,7 @@ class InputNorm:
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:
-        """Whether no NaN or infinity has been added."""
+        """Return True if no NaN or infinity has been added."""
         return bool(torch.isfinite(self.square_I).all())
 
     @property
@@ -91,7 +91,7 @@ class SecondMoment:
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:
-        """Whether no NaN or infinity has been added."""
+        """Return True if no NaN or infinity has been added."""
         return bool(torch.isfinite(self._sum_II).all())
 
     @property

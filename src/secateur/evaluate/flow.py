@@ -83,7 +83,7 @@ class Flow:
 
     @property
     def sliced(self) -> bool:
-        """Whether blocks read and write a residual stream, or parts of one, narrower than the hidden size."""
+        """True if blocks read and write a residual stream, or parts of one, narrower than the hidden size."""
         return self.dims[0].residual is not None
 
     @property

@@ -77,7 +77,7 @@ class Map:
 
     @property
     def touched(self) -> bool:
-        """Whether d is one of its axes. Then its weights scale by 1 - s."""
+        """True if d is one of its axes. Then its weights scale by 1 - s."""
         return any(axis.symbol == "d" for axis in self.axes)
 
     @property

@@ -38,14 +38,16 @@ def find_names(names: Sequence[str], include: Path | None, builtin: Sequence[str
             is not YAML.
     """
     given = (OWN_TASKS,) if include is None else (OWN_TASKS, _checked(include))
-    found = manager(given)
-    if missing := unknown_among(found, names):
-        found = manager((*dict.fromkeys(folder for name in sorted(missing) if (folder := _folder_of(name))), *given))
-    if unknown_among(found, names):
-        found = manager((SHIPPED, *given))
-    if missing := unknown_among(found, names):
-        raise _unknown(sorted(missing)[0], found.all_tasks, builtin, include)
-    return found
+    task_manager = manager(given)
+    if missing := unknown_among(task_manager, names):
+        task_manager = manager(
+            (*dict.fromkeys(folder for name in sorted(missing) if (folder := _folder_of(name))), *given)
+        )
+    if unknown_among(task_manager, names):
+        task_manager = manager((SHIPPED, *given))
+    if missing := unknown_among(task_manager, names):
+        raise _unknown(sorted(missing)[0], task_manager.all_tasks, builtin, include)
+    return task_manager
 
 
 @functools.cache
