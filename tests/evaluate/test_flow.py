@@ -317,7 +317,7 @@ def test_a_sliced_checkpoint_speaks_of_its_own_widths(sliced: Callable[..., Path
     record = flow.record()
     assert (record["by_sparsity"], record["formula"]) == ([], None)
     assert record["sliced"]["widths"] == flow.widths
-    with pytest.raises(SecateurError, match="already sliced, from 32, and has its own adapters; ask what s would leave of the original"):
+    with pytest.raises(SecateurError, match="already sliced, from 32, and has its own adapters; inspect the original model"):
         flow.at(0.1)
     assert activation_flow(api.view_model(tiny_model(model_type))).widths == [HIDDEN] * (places + 1)
 

@@ -308,7 +308,7 @@ def test_refusals(dense: Path, task_files: Path, tmp_path: Path) -> None:
     status, line = refuse(dense, "--tasks", "piqa", "--include-path", tmp_path / "empty")
     assert (status, "broken.yaml, line 3, column 12: not YAML" in line, "expected ',' or ']'" in line) == (2, True, True), line
     status, line = refuse(dense, "--include-path", task_files)
-    assert (status, "name tasks too" in line) == (2, True), line
+    assert (status, "name the tasks too" in line) == (2, True), line
     (task_files / "tiny_choices.jsonl").write_text("")
     status, line = refuse(dense, "--tasks", "tiny_choices", "--include-path", task_files)
     assert (status, "task 'tiny_choices' cannot be loaded" in line) == (1, True), line

@@ -1,1 +1,1 @@
-"""From text to statistics: windows of tokens, the streamed model, sums over its activations."""
+"""Calibration: the model runs block by block over windows of tokens, and sums over its activations are collected."""

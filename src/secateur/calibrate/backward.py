@@ -1,13 +1,15 @@
-"""Gradients of the language-model loss, one block at a time: forward through all blocks, then back from the last to the first.
+"""Gradients of the language-model loss, one block at a time: forward through all blocks, then back.
 
-    x_0 -> block 0 -> x_1 -> ... -> x_L -> norm, head -> loss        x_l, the inputs of the blocks, are kept
+    x_0 -> block 0 -> x_1 -> ... -> x_L -> norm, head -> loss        x_l, the inputs of the blocks, are stored
     dL/dx_l  <-  block l is run again on x_l, with its graph  <-  dL/dx_(l+1)
 
-A block's weights are read twice and are in memory alone; a graph spans one block and one batch of windows. No weight has a `.grad`: every linear
-module tells a listener what it received and the gradient of what it gave, and gradients of weights follow from these (`weight_gradient`),
-as do those of masks on what a matrix reads, such as heads and feed-forward units (`mask_gradient`).
+Only one block's weights are in memory at a time, and each block is read twice. A graph spans one block and one batch of
+windows. No weight has a `.grad`. Instead, every linear module passes its input, and the gradient of its output, to a
+listener. The gradients of weights follow from these (`weight_gradient`), and so do the gradients of masks on the inputs
+of a matrix, such as heads and feed-forward units (`mask_gradient`).
 
-Shape letters: S windows, B windows of a batch, T tokens, D residual, L blocks, O outputs, I inputs of a matrix, N tokens of several windows.
+Shape letters: S windows, B windows of a batch, T tokens, D residual, L blocks, O outputs, I inputs of a matrix, N
+tokens of several windows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,16 +35,17 @@ from secateur.models.save import disk
 from secateur.models.view import BlockView, ModelView
 from secateur.text.windows import IGNORE
 
-_LOGITS = 1 << 23  # at a time
+_LOGITS = 1 << 23  # the most logits in memory at a time
 PairListener = Callable[[Tensor, Tensor], None]
-"""Called with x_BTI, what a matrix received, and g_BTO, the gradient of the loss with respect to what it gave."""
+"""A function of x_BTI, the input of a matrix, and g_BTO, the gradient of the loss with respect to its output."""
 
 
 class Backward:
     """The gradients of the loss of some windows, block by block.
 
-    The loss is the sum of -ln p over all labels, so that every pair (x, g) is the share of its own token: the gradient of the mean is that of the sum divided
-    by `targets`, and that of one window is a sum over its rows. Making one runs the forward; then, for each block from the last to the first:
+    The loss is the sum of -ln p over all labels, so every pair (x, g) is the share of its own token. Divide by
+    `targets` for the gradient of the mean; sum over the rows of a window for the gradient of that window. The
+    constructor runs the forward pass. Then, for each block from the last to the first:
 
         backward = Backward(view, windows, device=device, dtype=dtype)
         for block in backward.blocks():
@@ -52,18 +55,19 @@ class Backward:
         view: the model.
         windows: token ids [S, T].
         device, dtype: where and in which dtype blocks run.
-        labels: what stands at each place, [S, T], `IGNORE` where it is not to be predicted; each place predicts the next one's. None: the windows.
-            Padding on the right needs no more, since no token sees what comes after it.
-        first: the first block whose gradients are wanted; the inputs of those before it are not kept.
-        spill: a file to keep the inputs of the blocks in, instead of memory.
+        labels: the token to predict at each position, [S, T], and `IGNORE` where there is nothing to predict; each
+            position predicts the label of the next one. None takes the windows. Padding on the right needs only
+            `IGNORE`, since no token sees what comes after it.
+        first: the first block whose gradients are needed; the inputs of earlier blocks are not stored.
+        spill: a file for the inputs of the blocks; None stores them in memory.
 
     Attributes:
         loss: the mean over all labels, nats.
-        targets: how many labels there are.
-        gradient_STD: of the loss, with respect to the residual where it has come to.
+        targets: the number of labels.
+        gradient_STD: the gradient of the loss with respect to the residual at the current block.
 
     Raises:
-        UsageError: there is nothing to predict.
+        UsageError: no position has a label to predict.
         NotFiniteError: the loss is NaN or infinite.
     """
 
@@ -83,9 +87,12 @@ class Backward:
         self._target_ST = torch.nn.functional.pad(label_ST[:, 1:], (0, 1), value=IGNORE)
         self.targets = int((self._target_ST != IGNORE).sum())
         if not self.targets:
-            raise UsageError("no label is to be predicted, so there are no gradients: give windows of at least two tokens, of a task also more of them")
+            raise UsageError(
+                "no label is to be predicted, so there are no gradients; give windows of at least two tokens "
+                "(--seqlen), or, for a task, more of them (--samples)"
+            )
         self._stream = Stream(view, windows, device=device, dtype=dtype)
-        self.gradient_STD = self._stream.hidden_STD  # the residual first, its gradient from the loss on
+        self.gradient_STD = self._stream.hidden_STD  # first the residual; from the loss on its gradient
         with nullcontext() if spill is None else disk(spill.parent):
             self._inputs_LSTD = new_buffer((view.blocks - first, *self.gradient_STD.shape), dtype, spill)
         for index in track(range(view.blocks), "gradients: blocks forward"):
@@ -97,7 +104,7 @@ class Backward:
         give_back()
 
     def blocks(self) -> Iterator[BlockView]:
-        """Read the blocks, one at a time, from the last to `first`."""
+        """Read and yield the blocks, one at a time, from the last to `first`."""
         for index in track(range(self.view.blocks - 1, self._first - 1, -1), "gradients: blocks backward"):
             yield self.view.block(index)
             give_back()
@@ -107,29 +114,34 @@ class Backward:
 
         Args:
             block: the next block on the way back.
-            listeners: canonical matrix name -> what to call, once a batch of windows, in no order.
+            listeners: canonical matrix name -> a function called once per batch of windows; batches come in no fixed
+                order.
 
         Raises:
-            NotFiniteError: the gradient behind the block holds NaN or infinity.
+            NotFiniteError: the gradient at the input of the block holds NaN or infinity.
         """
         assert block.index == self._next, "blocks are passed from the last to the first"
         inputs_STD = self._inputs_LSTD[block.index - self._first]
         with self._stream.loaded(block, forward_only=False) as module, torch.enable_grad():
             module.requires_grad_(False)
             for rows, arguments in self._stream.batches(block.index):
-                entering_BTD = inputs_STD[rows, :, : block.dims.enters].detach().to(self._stream.device).requires_grad_()
+                entering_BTD = (
+                    inputs_STD[rows, :, : block.dims.enters].detach().to(self._stream.device).requires_grad_()
+                )
                 hooks = _listen(module, block, listeners, entering_BTD.shape[:2])
                 leaving_BTD = module(entering_BTD, **arguments)
                 gradient_BTD = self._stream.hidden(rows, block.dims.leaves)
-                self.gradient_STD[rows, :, : block.dims.enters] = torch.autograd.grad(leaving_BTD, entering_BTD, gradient_BTD)[0]
+                self.gradient_STD[rows, :, : block.dims.enters] = torch.autograd.grad(
+                    leaving_BTD, entering_BTD, gradient_BTD
+                )[0]
                 for hook in hooks:
                     hook.remove()
                 del leaving_BTD
         self._next -= 1
         if not self.gradient_STD[..., : block.dims.enters].isfinite().all():
             raise NotFiniteError(
-                f"block {block.index}: the gradient of the loss is not finite (NaN or infinity); the checkpoint is damaged, "
-                "or its dtype is too narrow: try --dtype float32"
+                f"block {block.index}: the gradient of the loss is not finite (NaN or infinity); "
+                "the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
             )
 
     def _loss(self) -> float:
@@ -139,25 +151,35 @@ class Backward:
         head = capped(projection, family.cap_of(self.view.config))
         width, total = self.view.dims(self.view.blocks - 1).leaves, 0.0
         for rows in self._stream.slices():
-            hidden_ND, target_N = self._stream.hidden(rows, width).flatten(0, 1), self._target_ST[rows].flatten().to(self._stream.device)
-            found = [_head_gradient(norm, head, *part) for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)]
+            hidden_ND = self._stream.hidden(rows, width).flatten(0, 1)
+            target_N = self._target_ST[rows].flatten().to(self._stream.device)
+            chunks = [
+                _head_gradient(norm, head, *part)
+                for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)
+            ]
             total += sum(loss for loss, _ in found)
-            self.gradient_STD[rows, :, :width] = torch.cat([gradient for _, gradient in found]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
+            self.gradient_STD[rows, :, :width] = (
+                torch.cat([gradient for _, gradient in found]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
+            )
         for module in (norm, projection):
             module.to("meta")
         if not math.isfinite(total):
-            raise NotFiniteError(f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32")
+            raise NotFiniteError(
+                f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+            )
         return total / self.targets
 
     def _tokens_a_chunk(self) -> int:
         return max(1, _LOGITS // int(self.view.config.vocab_size))
 
     def _outer(self, path: str) -> nn.Module:
-        """A module behind the blocks, with its weights; those of a tied head are the embedding's."""
+        """Load a module that comes after the blocks. The weight of a tied head is that of the embedding."""
         module, state = self._stream.skeleton.get_submodule(path), self.view.read_module(path)
         if path == self.view.family.head and "weight" not in state:
             state["weight"] = self.view.source.read(f"{self.view.family.embeddings[0]}.weight")
-        module.load_state_dict({name: t.to(self._stream.device, self._stream.dtype) for name, t in state.items()}, assign=True)
+        module.load_state_dict(
+            {name: t.to(self._stream.device, self._stream.dtype) for name, t in state.items()}, assign=True
+        )
         return module.requires_grad_(False)
 
 
@@ -170,14 +192,16 @@ def _head_gradient(norm: nn.Module, head: Head, hidden_ND: Tensor, target_N: Ten
     return float(loss.detach()), torch.autograd.grad(loss, leaf_ND)[0]
 
 
-def _listen(module: nn.Module, block: BlockView, listeners: Mapping[str, PairListener], batch: torch.Size) -> list[RemovableHandle]:
-    """Hooks on the linear modules that hold the matrices; those of a fused one hear their own rows of the gradient."""
+def _listen(
+    module: nn.Module, block: BlockView, listeners: Mapping[str, PairListener], batch: torch.Size
+) -> list[RemovableHandle]:
+    """Set hooks on the linear modules that hold the matrices. Each part of a fused module gets its own rows."""
 
     def tell(names: tuple[str, ...], x: Tensor, g: Tensor) -> None:
         parts = g.reshape(*batch, -1).split([block.dims.shape(name)[0] for name in names], dim=-1)
         for name, part in zip(names, parts, strict=True):
             if name in listeners:
-                listeners[name](x.reshape(*batch, -1), part)  # OPT's MLP sees no windows
+                listeners[name](x.reshape(*batch, -1), part)  # the MLP of OPT flattens windows
 
     def after(names: tuple[str, ...], _: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         output.register_hook(partial(tell, names, inputs[0].detach()))
@@ -187,20 +211,24 @@ def _listen(module: nn.Module, block: BlockView, listeners: Mapping[str, PairLis
 
 
 def check_reacts(method: str, scores: Iterable[Tensor]) -> None:
-    """Raises HopelessError where all scores are zero, because all gradients are."""
+    """Raise HopelessError if all scores are zero, because all gradients are zero."""
     if not any(score.any() for score in scores):
-        raise HopelessError(f"{method}: all gradients are zero, so nothing is less important than anything else; the model is degenerate, or give other text")
+        raise HopelessError(
+            f"{method}: all gradients are zero, so no part is more important than another; give other text, "
+            "or check the model with `secateur eval`"
+        )
 
 
 def weight_gradient(x_NI: Tensor, g_NO: Tensor) -> Tensor:
-    """dL/dW [O, I] of y = x W^T from pairs of some tokens; float32 or better."""
+    """Return dL/dW [O, I] of y = x W^T, from the pairs (x, g) of N tokens, in float32 or better."""
     return at_least_float32(g_NO).t() @ at_least_float32(x_NI)
 
 
 def mask_gradient(x_BTI: Tensor, g_BTO: Tensor, weight_OI: Tensor) -> Tensor:
-    """dL/dm of y = (m * x) W^T at m = 1, for each window: [B, I], float32 or better.
+    """Return dL/dm of y = (m * x) W^T at m = 1, for each window: [B, I], float32 or better.
 
-    The mask of a unit that spans several inputs of the matrix, such as a head before `o`, has the sum over them for its gradient.
+    A unit that spans several inputs of the matrix, such as a head before `o`, has one mask. Its gradient is the sum
+    over these inputs.
     """
     back_BTI = at_least_float32(g_BTO) @ at_least_float32(weight_OI).to(g_BTO.device)
     return (back_BTI * at_least_float32(x_BTI)).sum(1)

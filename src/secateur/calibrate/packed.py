@@ -1,6 +1,6 @@
-"""Linear modules with their weights packed once into the layout that oneDNN multiplies fastest, on a CPU in float32.
+"""Linear modules whose weights are packed once into the layout that oneDNN multiplies fastest (CPU, float32).
 
-The rest of the block, and its forward, stay those of transformers, so that any family and any version works.
+Everything else in the block stays that of transformers, so that any family and any version works.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_WORTH_PACKING = 16384  # tokens; packing takes as long as is won on some 5,000 to 10,000
-_ONEDNN = torch.ops.mkldnn  # what torch's own compiler packs with; where a version lacks it, nothing is packed
-_AVAILABLE = torch.backends.mkldnn.is_available() and all(hasattr(_ONEDNN, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+_WORTH_PACKING = 16384  # tokens; packing costs as much time as it saves on 5,000 to 10,000 tokens
+_ONEDNN = torch.ops.mkldnn  # torch's own compiler packs with this; a torch version without it packs nothing
+_AVAILABLE = torch.backends.mkldnn.is_available() and all(
+    hasattr(_ONEDNN, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
+)
 
 
 @contextmanager
 def packed(block: nn.Module, tokens: int, at_once: int) -> Iterator[None]:
-    """Exchange the linear modules of a loaded block for packed ones for as long as this lasts; their own weights are let go.
+    """Replace the linear modules of a loaded block by packed ones inside the `with`. The unpacked weights are freed.
 
     Args:
         block: the block with its weights.
-        tokens: how many will pass through it; nothing is exchanged where they are too few.
-        at_once: about how many it will be given at once.
+        tokens: the number of tokens that will pass through it; with too few, nothing is packed.
+        at_once: about the number of tokens of one batch.
     """
-    exchanged: dict[str, nn.Linear] = {}
+    originals: dict[str, nn.Linear] = {}
     if _AVAILABLE and tokens >= _WORTH_PACKING:
         for path, part in list(block.named_modules()):
             if type(part) is nn.Linear and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32:
                 block.set_submodule(path, _PackedLinear(part, at_once))
-                exchanged[path] = part.to("meta")  # the weights are not kept twice
+                originals[path] = part.to("meta")  # the weights are not in memory twice
     try:
         yield
     finally:
-        for path, part in exchanged.items():
+        for path, part in originals.items():
             block.set_submodule(path, part)
 
 

@@ -1,4 +1,6 @@
-"""Streaming sums over calibration tokens. One statistic for each distinct input: q, k, v share one; gate and up share one.
+"""Running sums over calibration tokens.
+
+Each distinct input has one statistic: q, k, v share one; gate and up share one.
 
 Shape letters: N tokens, I inputs.
 """
@@ -18,24 +20,24 @@ from secateur.core.errors import NotFiniteError
 from secateur.core.numbers import at_least_float32
 from secateur.models.family import Family
 
-_PANELS = 4  # more save little work, and their products are too narrow to be fast
+_PANELS = 4  # more panels save little work, and their products are too narrow to be fast
 
 
 class Statistic(Protocol):
-    """A sum over tokens. `update` adds a batch x_NI; `finite` says whether everything in it is a number."""
+    """A sum over tokens. `update` adds a batch x_NI; `finite` checks the sum for NaN and infinity."""
 
     def update(self, x_NI: Tensor) -> None:
         """Add a batch of tokens."""
 
     def finite(self) -> bool:
-        """Whether no NaN or infinity has been added."""
+        """Return True if no NaN or infinity has been added."""
 
 
 S = TypeVar("S", bound=Statistic)
 
 
 class InputNorm:
-    """The Euclidean norm of every input over all tokens, ||X_j||_2 of Wanda (arXiv:2306.11695, section 3).
+    """The Euclidean norm of every input feature over all tokens, ||X_j||_2 of Wanda (arXiv:2306.11695, section 3).
 
     Batches are summed in the dtype of the activations (float32 or better), batch sums in float64.
     """
@@ -46,28 +48,30 @@ class InputNorm:
 
     def update(self, x_NI: Tensor) -> None:
         """Add a batch of tokens."""
-        self.square_I += at_least_float32(x_NI).square().sum(0)  # many times faster than vector_norm along the first dimension
+        # many times faster than vector_norm along the first dimension
+        self.square_I += at_least_float32(x_NI).square().sum(0)
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:
-        """Whether no NaN or infinity has been added."""
+        """Return True if no NaN or infinity has been added."""
         return bool(torch.isfinite(self.square_I).all())
 
     @property
     def norm_I(self) -> Tensor:
-        """float64 [I]."""
+        """The norms, float64 [I]."""
         return self.square_I.sqrt()
 
 
 class SecondMoment:
-    """The sum of x^T x over all tokens, [I, I]: products of whole batches, float32 or better, summed in float64.
+    """The sum of x^T x over all tokens, [I, I]: products of whole batches in float32 or better, summed in float64.
 
-    It is symmetric: in four panels of columns, each multiplied with itself and those behind it, five eighths of the work are enough.
+    The sum is symmetric. So its columns are cut into four panels, and each panel is multiplied only with itself and the
+    panels after it. This takes five eighths of the work.
 
     Args:
         inputs: I.
-        device: where the sum is kept.
-        normed: divide every token by its root mean square first, so that all tokens weigh the same.
+        device: the device that holds the sum.
+        normed: divide every token by its root mean square first, so that all tokens have equal weight.
     """
 
     def __init__(self, inputs: int, device: torch.device, *, normed: bool = False) -> None:
@@ -87,12 +91,12 @@ class SecondMoment:
         self.tokens += len(x_NI)
 
     def finite(self) -> bool:
-        """Whether no NaN or infinity has been added."""
+        """Return True if no NaN or infinity has been added."""
         return bool(torch.isfinite(self._sum_II).all())
 
     @property
     def sum_II(self) -> Tensor:
-        """float64 [I, I]."""
+        """The sum, float64 [I, I]."""
         for start, end in self._panels:
             self._sum_II[end:, start:end] = self._sum_II[start:end, end:].t()
         return self._sum_II
@@ -100,7 +104,13 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class Statistics(Generic[S]):
-    """The statistics of one block. `statistics["k"]` is that of the input of k, which q and v share. `apart`: see `Family.input_of`."""
+    """The statistics of one block. `statistics["k"]` is the statistic of the input of k, which q and v share.
+
+    Attributes:
+        family: the family, which says which matrices share an input.
+        of_input: the statistic of each distinct input.
+        apart: whether attention and MLP select separately what they read; see `Family.input_of`.
+    """
 
     family: Family
     of_input: Mapping[str, S]
@@ -110,7 +120,7 @@ class Statistics(Generic[S]):
         return self.of_input[self.family.input_of(name, apart=self.apart)]
 
     def check_finite(self, block: int) -> None:
-        """Raises NotFiniteError that names the block and the matrix whose input holds NaN or infinity."""
+        """Raise NotFiniteError if a statistic holds NaN or infinity; the message names the block and the matrix."""
         for name, statistic in self.of_input.items():
             if not statistic.finite():
                 raise NotFiniteError(

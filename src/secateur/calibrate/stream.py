@@ -1,8 +1,8 @@
-"""Running a model one block at a time over all calibration windows.
+"""Run a model one block at a time over all calibration windows.
 
-Only one block's weights are in memory. The residual stream of all windows is one buffer, overwritten in place as it passes each
-block, and optionally kept in a file instead. The arguments that blocks receive (positions, masks, rotary tables) are captured
-from the stock model's own forward, so nothing here knows what a family passes to its blocks.
+Only one block's weights are in memory. The residual stream of all windows is one buffer, in memory or in a file. Each
+block overwrites it in place. The arguments that blocks receive (positions, masks, rotary tables) are captured from the
+stock model's own forward, so this module does not depend on what a family passes to its blocks.
 
 Shape letters: S windows, B windows of a batch, T tokens, D residual.
 """
@@ -26,12 +26,12 @@ from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
 from secateur.models.view import BlockView, ModelView
 
-TOKENS_A_BATCH = 1024  # enough rows for the matrix products, few enough for the caches
+TOKENS_A_BATCH = 1024  # large enough for fast matrix products, small enough for the caches
 Listener = Callable[[Tensor], None]
 
 
 class _Stop(Exception):
-    """Raised inside a forward once all that was wanted has been seen."""
+    """Raised inside a forward to end it, once everything needed has been captured."""
 
 
 class _Recorder:
@@ -76,10 +76,12 @@ class Stream:
         view: the model.
         windows: token ids [S, T].
         device, dtype: where and in which dtype blocks run.
-        spill: a file to keep the residual stream in, instead of memory.
+        spill: a file for the residual stream; None keeps it in memory.
     """
 
-    def __init__(self, view: ModelView, windows: Tensor, *, device: torch.device, dtype: torch.dtype, spill: Path | None = None) -> None:
+    def __init__(
+        self, view: ModelView, windows: Tensor, *, device: torch.device, dtype: torch.dtype, spill: Path | None = None
+    ) -> None:
         self.view, self.device, self.dtype = view, device, dtype
         self._windows = windows
         self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
@@ -93,25 +95,30 @@ class Stream:
 
     @property
     def buffer_bytes(self) -> int:
-        """The size of the activation buffer."""
+        """The size of the activation buffer in bytes."""
         return self.hidden_STD.numel() * self.hidden_STD.element_size()
 
     @contextmanager
     def loaded(self, block: BlockView, *, forward_only: bool = True) -> Iterator[nn.Module]:
-        """The block as a module that can run, for as long as it is needed; float32 weights are not copied on a CPU.
+        """Yield the block as a module that can run. On a CPU, float32 weights are not copied.
 
         Args:
             block: the block.
-            forward_only: whether nothing is to be differentiated, so that its weights may be packed.
+            forward_only: whether no gradient is needed; then the weights may be packed.
         """
         skeleton = self._blocks[block.index]
         if block.dims != self.view.dims(block.index):
             with torch.device("meta"):
-                skeleton = block_with_widths(self._classes[block.index], self.skeleton.config, block.index, block.dims.widths())
+                skeleton = block_with_widths(
+                    self._classes[block.index], self.skeleton.config, block.index, block.dims.widths()
+                )
         module = skeleton.eval()
-        state = {name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype) for name, t in block.tensors.items()}
+        state = {
+            name: t.to(self.device, self.dtype if t.is_floating_point() else t.dtype)
+            for name, t in block.tensors.items()
+        }
         module.load_state_dict(state, assign=True)
-        del state  # the module alone holds what was converted
+        del state  # now only the module holds the converted tensors
         if forward_only:
             with packed(module, self._windows.numel(), self._batch * self._windows.shape[1]):
                 yield module
@@ -121,17 +128,21 @@ class Stream:
 
     @torch.inference_mode()
     def observe(self, block: BlockView, listeners: Mapping[str, Listener]) -> None:
-        """Show the inputs of some matrices to listeners, [B·T, I] a batch; the residual stream stays where it is.
+        """Pass the inputs of matrices to listeners, [B·T, I] for each batch. The residual stream does not change.
 
         Args:
             block: the block to run.
-            listeners: path of a linear module in the block -> what to call with its input. A forward ends when all have heard.
+            listeners: path of a linear module in the block -> a function of its input. A forward stops once all are
+                called.
         """
-        heard: set[str] = set()
+        called: set[str] = set()
         with self.loaded(block) as module:
-            hooks = [module.get_submodule(path).register_forward_pre_hook(_hook(path, call, heard, len(listeners))) for path, call in listeners.items()]
+            hooks = [
+                module.get_submodule(path).register_forward_pre_hook(_hook(path, call, called, len(listeners)))
+                for path, call in listeners.items()
+            ]
             for rows, arguments in self.batches(block.index):
-                heard.clear()
+                called.clear()
                 with suppress(_Stop):
                     module(self.hidden(rows, block.dims.enters), **arguments)
             for hook in hooks:
@@ -139,7 +150,12 @@ class Stream:
 
     @torch.inference_mode()
     def advance(self, block: BlockView, listener: Callable[[Tensor, Tensor], None] | None = None) -> None:
-        """Carry the residual stream through the block, in place. `listener` is called with what enters and what leaves, [B·T, D] a batch."""
+        """Carry the residual stream through the block, in place.
+
+        Args:
+            block: the block to run.
+            listener: a function of the residual before and after the block, [B·T, D] for each batch.
+        """
         with self.loaded(block) as module:
             for rows, arguments in self.batches(block.index):
                 entering_BTD = self.hidden(rows, block.dims.enters)
@@ -150,13 +166,13 @@ class Stream:
 
     @torch.inference_mode()
     def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:
-        """Carry the residual stream through a part of a rotated block, in place.
+        """Carry the residual stream through one half of a rotated block, in place.
 
         Args:
             block: a block of the canonical model, at full width.
-            half: the method of the runtime's block to call: `attention_half`, `mlp_half`.
-            project_DD: what to multiply the residual with before; None leaves it.
-            listener: what to call with the residual after, [B·T, D] a batch.
+            half: the method of the runtime's block to call, `attention_half` or `mlp_half`.
+            project_DD: a matrix that the residual is multiplied with first; None leaves the residual as it is.
+            listener: a function of the residual after this half, [B·T, D] for each batch.
         """
         with self.loaded(block) as module:
             run = getattr(module, half)
@@ -171,29 +187,31 @@ class Stream:
 
     @torch.inference_mode()
     def show(self, listener: Listener) -> None:
-        """Call `listener` with the residual stream where it is, [B·T, D] a batch."""
+        """Call `listener` with the residual stream at the current block, [B·T, D] for each batch."""
         for rows in self.slices():
             listener(self.hidden_STD[rows].to(self.device).flatten(0, -2))
 
     def hidden(self, rows: slice, width: int) -> Tensor:
-        """The residual of some windows, on the device; a sliced model uses the first features of the buffer."""
+        """Return the residual of these windows, on the device. A sliced model uses only the first `width` features."""
         return self.hidden_STD[rows, :, :width].to(self.device)
 
     def slices(self) -> Iterator[slice]:
-        """Some windows at a time."""
+        """Yield the rows of each batch of windows."""
         for start in range(0, len(self._windows), self._batch):
             yield slice(start, min(start + self._batch, len(self._windows)))
 
     def batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Some windows at a time, with the other arguments that a block receives for so many."""
+        """Yield the rows of each batch of windows, with the other arguments that block `index` receives."""
         for rows in self.slices():
             yield rows, self._arguments[rows.stop - rows.start][index]
 
-    @torch.no_grad()  # and not in inference mode: these tensors may enter a graph (`backward.py`)
+    @torch.no_grad()  # not inference mode, since these tensors may enter a graph (`backward.py`)
     def _capture(self, batch: int) -> list[dict[str, Any]]:
-        """The arguments of every block for this many windows; they depend on the number of windows, not on the tokens."""
+        """Return the arguments of every block for a batch of this size. They do not depend on the tokens."""
         decoder = self._decoder()
-        inputs = torch.zeros(batch, self._windows.shape[1], self.view.dims(0).enters, dtype=self.dtype, device=self.device)
+        inputs = torch.zeros(
+            batch, self._windows.shape[1], self.view.dims(0).enters, dtype=self.dtype, device=self.device
+        )
         with _recorded(list(self._blocks)) as recorders, suppress(_Stop):
             decoder(inputs_embeds=inputs, use_cache=False)
         self._enters_as_embedded = recorders[0].hidden is inputs
@@ -223,7 +241,7 @@ class Stream:
         return embedded_BTD
 
     def _decoder(self) -> nn.Module:
-        """The base model with everything before the first block ready to run."""
+        """Return the base model, with everything before the first block ready to run."""
         family, model = self.view.family, self.skeleton
         for path in family.embeddings[1:]:
             module = model.get_submodule(path)
@@ -236,26 +254,37 @@ class Stream:
 
     def _buffer(self, spill: Path | None) -> Tensor:
         samples, seqlen = self._windows.shape
-        widths = [width for index in range(self.view.blocks) for width in (self.view.dims(index).enters, self.view.dims(index).leaves)]
+        widths = [
+            width
+            for index in range(self.view.blocks)
+            for width in (self.view.dims(index).enters, self.view.dims(index).leaves)
+        ]
         return new_buffer((samples, seqlen, max(widths)), self.dtype, spill)
 
 
 def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> Tensor:
-    """A tensor to be filled, in memory or in a file."""
+    """Return an uninitialised tensor, in memory, or in a file where `spill` is given.
+
+    Raises:
+        OSError: the disk has too little space for the file.
+    """
     if spill is None:
         return torch.empty(shape, dtype=dtype)
     size = torch.Size(shape).numel()
     with spill.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a disk too full is an error here, and a bus error later
+        # reserve the space now: on a full disk this is an error here, and would be a bus error later
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
     return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape)
 
 
-def _hook(path: str, call: Listener, heard: set[str], wanted: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _hook(
+    path: str, call: Listener, called: set[str], listeners: int
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         call(inputs[0].flatten(0, -2))
-        heard.add(path)
-        if len(heard) == wanted:
-            raise _Stop  # what follows in the block would be thrown away
+        called.add(path)
+        if len(called) == listeners:
+            raise _Stop  # the rest of the block would be computed for nothing
 
     return listen
 

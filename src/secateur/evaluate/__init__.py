@@ -1,1 +1,1 @@
-"""What a checkpoint can do, what it lost, and what a prune would take."""
+"""Measurements of a checkpoint: perplexity, tasks, shift from a dense model, sizes, FLOPs and speed."""

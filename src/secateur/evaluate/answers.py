@@ -1,6 +1,6 @@
-"""What a model answered to requests, kept in a file as it comes, so that no request is run twice.
+"""The answers of a model to requests, saved in a file as they come, so that no request is run twice.
 
-One JSON object a batch and line. A line that a kill cut short is left out; several processes may write.
+Each batch is one line, a JSON object. A line that an interruption cut short is ignored. Several processes may write.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from secateur.evaluate.continuations import Row, Score, score_continuations
 
 
 def request_key(*parts: Any) -> str:
-    """Names a request by what it asks."""
+    """Return a name for a request: the hash of its parts."""
     return hashlib.blake2b(json.dumps(parts, default=list).encode(), digest_size=12).hexdigest()
 
 
 class Answers:
-    """Answers by the keys of their requests."""
+    """A mapping from the key of a request to its answer."""
 
     def __init__(self, file: Path | None = None, *, resume: bool = True) -> None:
         """Args:
-        file: where they are kept; None keeps them in memory alone.
-        resume: use those that are there; otherwise they are removed.
+        file: the file to save answers in; None keeps them in memory only.
+        resume: use the answers that the file holds; otherwise the file is removed.
         """
         self._file = file
         self._known: dict[str, Any] = {}
@@ -45,22 +45,25 @@ class Answers:
         return self._known[key]
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep the answers of one batch."""
+        """Store the answers of one batch."""
         self._known |= answers
         if self._file is not None:
             records.append(self._file, dict(answers))
 
 
 def remembered_scores(model: PreTrainedModel, rows: Sequence[Row], description: str, answers: Answers) -> list[Score]:
-    """`score_continuations` of the rows whose answers are not known, which are then; those of all rows, in order."""
+    """Return the scores of all rows, in order.
+
+    Rows without a stored answer are scored first, and their scores stored.
+    """
     keys = [request_key("logp", context, rest) for context, rest in rows]
     missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in answers}
     names = list(missing)
 
-    def done(places: Sequence[int], scores: list[Score]) -> None:
+    def store(places: Sequence[int], scores: list[Score]) -> None:
         answers.add({names[place]: score for place, score in zip(places, scores, strict=True)})
 
-    score_continuations(model, list(missing.values()), description, done=done)
+    score_continuations(model, list(missing.values()), description, done=store)
     return [Score(*answers[key]) for key in keys]
 
 

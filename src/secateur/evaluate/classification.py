@@ -1,4 +1,7 @@
-"""Precision, recall and F1 of a task whose choices are classes: for accuracy hides a model that always gives one answer."""
+"""Precision, recall and F1 of a task whose choices are classes.
+
+Accuracy alone hides a model that always gives the same answer.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,16 @@ from typing import Any
 
 
 def classification_scores(truth: Sequence[int], given: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
-    """Scores of each class, and their unweighted means.
+    """Return the scores of each class, and their unweighted means.
 
     Args:
-        truth: the class of each item, as a place in `labels`.
-        given: the answer to each item.
+        truth: the right class of each item, as an index into `labels`.
+        given: the class that the model chose for each item, as an index into `labels`.
         labels: the names of the classes.
 
     Returns:
-        `precision`, `recall`, `f1` (means over the classes; a class that was never given has precision 0), and `classes` with the same
-        three and `n` for each.
+        `precision`, `recall`, `f1` (means over the classes; a class that was never chosen has precision 0), and
+        `classes`, which holds the same three and `n` for each class.
     """
     classes = {}
     for place, label in enumerate(labels):
@@ -25,5 +28,7 @@ def classification_scores(truth: Sequence[int], given: Sequence[int], labels: Se
         precision, recall = hits / answered if answered else 0.0, hits / n if n else 0.0
         f1 = 2 * hits / (n + answered) if n + answered else 0.0
         classes[label] = {"precision": precision, "recall": recall, "f1": f1, "n": n}
-    means = {name: sum(scores[name] for scores in classes.values()) / len(classes) for name in ("precision", "recall", "f1")}
+    means = {
+        name: sum(scores[name] for scores in classes.values()) / len(classes) for name in ("precision", "recall", "f1")
+    }
     return {**means, "classes": classes}

@@ -1,4 +1,4 @@
-"""From a checkpoint to a record of what it can do."""
+"""Measure a checkpoint and write the record: perplexity, tasks, and the shift from a dense model."""
 
 from __future__ import annotations
 
@@ -30,22 +30,24 @@ from secateur.text.protocols import Protocol, evaluation_windows, find_protocol,
 from secateur.text.specs import holds_ids, same_text
 from secateur.text.windows import check_ids, ids_hash
 
-# What an evaluation repeats from the folder's plan.json.
+# The fields that an evaluation copies from the folder's plan.json.
 _FROM_PLAN = (
-    "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules", "pattern", "pruning_ratio",
-    "pruning_ratio_blocks", "params_removed", "params_before", "params_after", "nonzero_after", "zero_rows", "updated", "calibration", "heal",
+    "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules",
+    "pattern", "pruning_ratio", "pruning_ratio_blocks", "params_removed", "params_before", "params_after",
+    "nonzero_after", "zero_rows", "updated", "calibration", "heal",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked, ready to be asked of any version of one model.
+    """Text and tasks, read and ready to be asked of any version of one model.
 
     Attributes:
-        protocol, windows: of the perplexity; token ids, int64 [T] each.
-        tasks: with their data.
-        tokenizer: None where neither text nor tasks need one.
-        device, dtype: of the computation.
+        protocol: the protocol of the perplexity.
+        windows: its windows, token ids, int64 [T] each.
+        tasks: the tasks with their data.
+        tokenizer: the tokenizer of the model; None where neither text nor tasks need one.
+        device, dtype: where and in which dtype the model computes.
     """
 
     protocol: Protocol
@@ -57,11 +59,15 @@ class Questions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Fields of the record."""
-        return {"ppl_protocol": protocol_facts(self.protocol, self.windows), "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+        """The fields of the record that describe the questions."""
+        return {
+            "ppl_protocol": protocol_facts(self.protocol, self.windows),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def ask(self, model: PreTrainedModel) -> dict[str, Any]:
-        """`ppl`, `loss` and `tasks` of a model in memory."""
+        """Measure a model in memory; returns `ppl`, `loss` and `tasks`."""
         results: dict[str, Any] = {}
         if self.tasks:
             assert self.tokenizer is not None
@@ -73,12 +79,13 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     """Read text and tasks.
 
     Args:
-        request: what to measure; its model and what it is compared with are not looked at.
+        request: what to measure; `model` and `against` are not used.
         checkpoint: the model, or one with the same tokenizer and configuration.
-        bundled: whether it is the model in the package, which has a text of its own.
+        bundled: whether it is the model in the package, whose default text is the built-in one.
 
     Raises:
-        UsageError, SecateurError: what is asked cannot be.
+        UsageError: an option is wrong: a limit below 1, an unknown protocol or task.
+        SecateurError: text, tasks or tokenizer cannot be read, or do not fit the model.
     """
     if request.limit is not None and request.limit < 1:
         raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
@@ -91,32 +98,38 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     for window in windows:
         check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec, tokens)
     device = resolve_device(request.device)
-    return Questions(protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device))
+    return Questions(
+        protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device)
+    )
 
 
 def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
-    """Measure a model; returns (and appends) the record.
+    """Measure a model; returns the record, which is also appended to `records_file`.
 
     Args:
         request: what to measure.
         records_file: where the record goes; None is `records.jsonl` in the folder's parent.
-        resume: a run that was interrupted goes on, and one that is in the records already is not repeated.
+        resume: go on with an interrupted run; a run that is in the records already is not repeated.
 
     Raises:
-        UsageError, SecateurError: nothing is recorded.
+        UsageError, SecateurError: the evaluation cannot be done; nothing is recorded.
     """
     started = time.perf_counter()
     checkpoint = open_checkpoint(request.model, request.revision)
     plan = read_plan_json(checkpoint.folder)
-    questions = prepare_questions(request, checkpoint, bundled=request.model == BUNDLED or (plan or {}).get("model") == BUNDLED)
+    questions = prepare_questions(
+        request, checkpoint, bundled=request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
+    )
     protocol, windows, tasks, tokenizer = questions.protocol, questions.windows, questions.tasks, questions.tokenizer
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
     device, dtype = questions.device, questions.dtype
     facts = {**questions.facts, "out": _place(request.model)}
     key = _key(facts, checkpoint, against, tasks)
     records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
-    if resume and (found := [r for r in records.read([records_file]) if r.get("key") == key] if records_file.is_file() else []):
-        return found[-1]
+    if resume and records_file.is_file():
+        earlier = [r for r in records.read([records_file]) if r.get("key") == key]
+        if earlier:
+            return earlier[-1]
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
     dense = load_model(against, device=device, dtype=dtype) if against is not None else None
@@ -132,7 +145,11 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         **facts,
         "key": key,
         "tasks": task_results,
-        **({"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}} if dense is not None else {}),
+        **(
+            {"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}}
+            if dense is not None
+            else {}
+        ),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": records.peak_rss_bytes(),
         "versions": records.versions() | tasks.versions(),
@@ -145,7 +162,10 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
 
 
 def _place(model: str) -> str:
-    """A folder by its absolute path, so that a prune and an evaluation of it are recognised; a hub name as it is."""
+    """Return the absolute path of a folder, and a hub name as it is.
+
+    `prune` records the same path, so the two can be joined.
+    """
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
@@ -154,13 +174,15 @@ def _parent(model: str) -> Path:
 
 
 def _writable(file: Path) -> Path:
-    """The records file, known to be writable before the work begins."""
+    """Return the records file, after a check that it can be written, before the work begins."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise SecateurError(f"records cannot be written to '{file}' ({error.strerror}); choose another file with --records") from error
+        raise SecateurError(
+            f"records cannot be written to '{file}' ({error.strerror}); choose another file with --records"
+        ) from error
     if not file.stat().st_size:
         file.unlink()
     return file
@@ -183,30 +205,43 @@ def _run_tasks(
     folder: Path,
     resume: bool,
 ) -> dict[str, Any]:
-    """Results by task. Answers are kept by model, so that the same question is not asked again by another evaluation that resumes."""
+    """Return the results by task.
+
+    Answers are saved per model, so that a resumed evaluation, of the same or of other tasks, does not repeat requests.
+    """
     if not tasks:
         return {}
     assert tokenizer is not None
 
-    def answers(asked: tuple[PreTrainedModel, Checkpoint]) -> Answers:
-        about = [_fingerprint(asked[1]), str(asked[0].device), str(asked[0].dtype)]
-        return Answers(folder / f".answers-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl", resume=resume)
+    def answers(loaded: tuple[PreTrainedModel, Checkpoint]) -> Answers:
+        about = [_fingerprint(loaded[1]), str(loaded[0].device), str(loaded[0].dtype)]
+        return Answers(
+            folder / f".answers-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.jsonl", resume=resume
+        )
 
     return tasks.run(model[0], tokenizer, answers(model), dense and (dense[0], answers(dense)))
 
 
-def _identity(request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any]:
+def _identity(
+    request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel
+) -> dict[str, Any]:
     if plan is not None:
         return {key: plan.get(key) for key in _FROM_PLAN}
     parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     zeros = dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks"), 0.0)
     counts = {"params_before": parameters, "params_after": parameters, "nonzero_after": nonzero}
-    return {**dict.fromkeys(_FROM_PLAN), "model": request.model, "model_revision": checkpoint.revision, **zeros, **counts}
+    return {
+        **dict.fromkeys(_FROM_PLAN),
+        "model": request.model,
+        "model_revision": checkpoint.revision,
+        **zeros,
+        **counts,
+    }
 
 
 def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, Any]:
-    """`ppl_protocol` of a record."""
+    """Return the field `ppl_protocol` of a record."""
     return {
         "name": protocol.name,
         "spec": protocol.spec,
@@ -221,15 +256,20 @@ def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, A
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells one set of weights from another without reading them."""
+    """Return a hash of the sizes and times of the weight files, which tells one set of weights from another."""
     files = sorted({file for file, _ in checkpoint.index.values()})
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, tasks: Tasks) -> str:
-    """Two evaluations with one key are the same: weights, protocol, tasks, comparison, device and dtype."""
-    everything = {**facts, "weights": _fingerprint(checkpoint), "against": against and _fingerprint(against), **tasks.facts()}
+    """Return a hash of weights, protocol, tasks, comparison, device and dtype: equal for equal evaluations."""
+    everything = {
+        **facts,
+        "weights": _fingerprint(checkpoint),
+        "against": against and _fingerprint(against),
+        **tasks.facts(),
+    }
     return hashlib.sha256(records.to_json(everything).encode()).hexdigest()[:16]
 
 
@@ -243,4 +283,7 @@ def _progress_file(records_file: Path, key: str, resume: bool) -> Path:
 def _warn_of_overlap(plan: dict[str, Any] | None, protocol: Protocol) -> None:
     calibration = (plan or {}).get("calibration") or {}
     if calibration and same_text(calibration["spec"], protocol.spec, calibration.get("file_sha256")):
-        say(f"warning: the model was calibrated on '{protocol.spec}', which it is now evaluated on; the perplexity will look too good")
+        say(
+            f"warning: the model was calibrated on '{protocol.spec}', the text of this evaluation; the perplexity will "
+            "look too good; choose another --text"
+        )

@@ -1,14 +1,16 @@
-"""The activation flow: every linear map of a model in terms of its widths, and what a narrower residual stream would leave of it.
+"""The activation flow: every linear map in terms of the widths, and what a narrower residual stream would leave.
 
-Source: arXiv:2503.04377, section 2 and appendix A.1: the representation dimension d (the width of the residual stream) is on one side of
-every linear map of a transformer, so with d narrowed to (1 - s)d and all else kept, what d touches is multiplied by 1 - s. Widths are
-rounded down to whole ones. Beyond the paper: what d does not touch is counted (biases inside a block, the products of attention), and so
-is what SliceGPT (arXiv:2401.15024) pays for the narrower stream: its residual adapters, as its authors store them, and the untied head.
+Source: arXiv:2503.04377, section 2 and appendix A.1. The representation dimension d (the width of the residual stream)
+is on one side of every linear map of a transformer. With d narrowed to (1 - s)d and everything else kept, each map that
+d touches is multiplied by 1 - s. Widths are rounded down to whole numbers. Two things go beyond the paper. What d does
+not touch is counted too: biases inside a block, the products of attention. So is what SliceGPT (arXiv:2401.15024) adds
+for the narrower stream: its residual adapters, as its authors store them, and the untied head.
 
-A model that is sliced already has its own adapters, which are among its maps, and a width a place; what a still narrower one would have is not
-said of it, since SliceGPT slices the original.
+A model that is already sliced has adapters among its maps, and a width at each place. No table over s is made for it,
+since SliceGPT slices the original model.
 
-FLOPs are per token, two for each weight of a product; sums, norms, activations and look-ups are not counted. Shapes alone are read.
+FLOPs are per token, two for each weight of a product. Sums, norms, activations and look-ups are not counted. Only
+shapes are read, no weights.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ class Point:
     """The model with d narrowed, and what SliceGPT adds to it.
 
     Attributes:
-        sparsity: s as asked; `sparsity_measured` is that of the whole width.
+        sparsity: s as requested.
+        sparsity_measured: s after the width is rounded down.
         width: floor((1 - s)d).
         parameters, flops: what remains of the model; FLOPs without the products of attention.
-        adapter_parameters, adapter_flops: one width x width matrix a residual addition (two a block, one where the residual is
-            parallel); none at s = 0, which leaves the model as it is.
-        untied_parameters: the head's own weight where it was tied: SliceGPT rotates it apart from the embedding.
+        adapter_parameters, adapter_flops: the cost of one width x width matrix for each residual addition (two per
+            block, one where attention and MLP are parallel); 0 at s = 0, which leaves the model as it is.
+        untied_parameters: the size of the head's own weight, where head and embedding were tied before: SliceGPT
+            rotates them differently.
     """
 
     sparsity: float
@@ -50,7 +54,7 @@ class Point:
     untied_parameters: int
 
     def record(self) -> Record:
-        """As data; `sliced_*` are the sums."""
+        """Return the fields of a record; `sliced_*` are the sums of model, adapters and head."""
         fields = {key.replace("flops", "flops_per_token"): value for key, value in asdict(self).items()}
         sliced = self.parameters + self.adapter_parameters + self.untied_parameters
         return {**fields, "sliced_parameters": sliced, "sliced_flops_per_token": self.flops + self.adapter_flops}
@@ -61,11 +65,11 @@ class Flow:
     """The linear maps of a model in the order in which a token meets them.
 
     Attributes:
-        maps: equal ones of several blocks together.
-        attention: the products that have no weights.
+        maps: the maps; equal maps of several blocks are one entry.
+        attention: the products of attention, which have no weights.
         dims: the sizes of each block.
-        context: the positions before and with a token that attention looks at.
-        parallel: whether attention and MLP read the same residual, and so share one addition.
+        context: the number of positions that attention looks at, the token itself included.
+        parallel: whether attention and MLP read the same residual and share one addition.
     """
 
     name: str
@@ -79,7 +83,7 @@ class Flow:
 
     @property
     def sliced(self) -> bool:
-        """Whether the residual stream, or what blocks read and write of it, is narrower than the hidden size of the configuration."""
+        """True if blocks read and write a residual stream, or parts of one, narrower than the hidden size."""
         return self.dims[0].residual is not None
 
     @property
@@ -90,61 +94,84 @@ class Flow:
     @property
     def widths(self) -> list[int]:
         """The residual width where it enters the first block and after each addition."""
-        found = [self.dims[0].enters]
+        widths = [self.dims[0].enters]
         for dims in self.dims:
             if not self.parallel:
-                found.append(dims.residual.attention[1] if dims.residual and not dims.residual.selected else dims.hidden)
-            found.append(dims.leaves)
-        return found
+                sliced = dims.residual and not dims.residual.selected
+                widths.append(dims.residual.attention[1] if dims.residual and sliced else dims.hidden)
+            widths.append(dims.leaves)
+        return widths
 
     @property
     def width(self) -> int:
-        """The residual width d; of a sliced model, where it enters the first block (see `widths`)."""
+        """The residual width d where it enters the first block. Other places of a sliced model: see `widths`."""
         return self.dims[0].enters
 
     @property
     def adapters(self) -> int:
-        """How many residual additions there are, each of which has an adapter in SliceGPT."""
+        """The number of residual additions. In SliceGPT each has an adapter."""
         return len(self.dims) * (1 if self.parallel else 2)
 
     def symbols(self) -> dict[str, int | list[int]]:
-        """What the letters stand for; h, g and m have an entry a block, d of a sliced model one a place, r one an adapter that has a rank."""
-        single: dict[str, int | list[int]] = {axis.symbol: axis.size for found in self.maps if not found.blocks for axis in found.axes if axis.symbol in "dVP"}
+        """Return the value of each letter.
+
+        h, g and m are lists with one entry per block; d of a sliced model has one entry per place, r one per adapter
+        that has a rank.
+        """
+        single: dict[str, int | list[int]] = {
+            axis.symbol: axis.size
+            for linear_map in self.maps
+            if not linear_map.blocks
+            for axis in linear_map.axes
+            if axis.symbol in "dVP"
+        }
         if self.sliced:
-            ranks = [form for dims in self.dims if dims.residual for form in dims.residual.skips if isinstance(form, int)]
+            ranks = [
+                form for dims in self.dims if dims.residual for form in dims.residual.skips if isinstance(form, int)
+            ]
             single |= {"d": self.widths} | ({"r": ranks} if ranks else {})
-        several = {"h": [dims.heads for dims in self.dims], "g": [dims.groups for dims in self.dims], "m": [dims.ffn for dims in self.dims]}
+        several = {
+            "h": [dims.heads for dims in self.dims],
+            "g": [dims.groups for dims in self.dims],
+            "m": [dims.ffn for dims in self.dims],
+        }
         return {**single, "k": self.dims[0].head_width, **several}
 
     def parameters(self, sparsity: float = 0.0) -> int:
-        """All parameters, a tied weight once."""
-        return sum(found.parameters(sparsity) for found in self.maps)
+        """Count all parameters, a tied weight once."""
+        return sum(linear_map.parameters(sparsity) for linear_map in self.maps)
 
     def touched_parameters(self) -> int:
-        """Those that go with d."""
-        return sum(found.touched_parameters() for found in self.maps)
+        """Count the parameters that shrink with d."""
+        return sum(linear_map.touched_parameters() for linear_map in self.maps)
 
     def flops(self, sparsity: float = 0.0) -> int:
-        """FLOPs per token of the linear maps."""
-        return sum(found.flops(sparsity) for found in self.maps)
+        """Return the FLOPs per token of the linear maps."""
+        return sum(linear_map.flops(sparsity) for linear_map in self.maps)
 
     def touched_flops(self) -> int:
-        """Those of maps that have d on a side."""
-        return sum(found.flops() for found in self.maps if found.touched)
+        """Return the FLOPs per token of the maps that have d as an axis."""
+        return sum(linear_map.flops() for linear_map in self.maps if linear_map.touched)
 
     def attention_flops(self) -> int:
-        """FLOPs per token of the products of attention at the context."""
-        return sum(found.flops() for found in self.attention)
+        """Return the FLOPs per token of the products of attention at this context."""
+        return sum(products.flops() for products in self.attention)
 
     @property
     def refusal(self) -> str:
-        """Why nothing is said of a sliced model by s."""
+        """The reason why there is no table over s for a sliced model."""
         if (residual := self.dims[0].residual) is not None and residual.selected:
-            return f"{self.name}: its blocks already read and write parts of the residual stream; ask what s would leave of the original model"
-        return f"{self.name}: its residual stream is already sliced, from {self.hidden}, and has its own adapters; ask what s would leave of the original model"
+            return (
+                f"{self.name}: its blocks already read and write parts of the residual stream; "
+                "inspect the original model to see what s would leave of it"
+            )
+        return (
+            f"{self.name}: its residual stream is already sliced, from {self.hidden}, and has its own adapters; "
+            "inspect the original model to see what s would leave of it"
+        )
 
     def at(self, sparsity: float) -> Point:
-        """The model where d is (1 - s)d.
+        """Return the sizes of the model with d narrowed to (1 - s)d.
 
         Raises:
             SecateurError: the model is sliced already.
@@ -153,7 +180,8 @@ class Flow:
             raise SecateurError(self.refusal)
         width = Axis("d", self.width).at(sparsity)
         adapters = self.adapters * width * width if sparsity else 0
-        tied = sum(replace(found, tied=False).parameters(sparsity) - found.parameters(sparsity) for found in self.maps)
+        untied = sum(replace(linear_map, tied=False).parameters(sparsity) for linear_map in self.maps)
+        tied = untied - self.parameters(sparsity)
         return Point(
             sparsity=sparsity,
             sparsity_measured=1 - width / self.width,
@@ -166,9 +194,9 @@ class Flow:
         )
 
     def record(self, sparsities: Sequence[float] = SPARSITIES) -> Record:
-        """Everything as data: `flow` (the maps), `attention`, `by_sparsity`, `formula`, and the share that d touches (`touched`).
+        """Return the record: `flow` (the maps), `attention`, `by_sparsity`, `formula`, and `touched` (the share of d).
 
-        Of a sliced model `sliced` has the hidden size and the widths, `by_sparsity` is empty and `formula` null.
+        For a sliced model `sliced` has the hidden size and the widths, `by_sparsity` is empty and `formula` is null.
         """
         parameters, flops, attention = self.parameters(), self.flops(), self.attention_flops()
         by_d, flops_by_d = self.touched_parameters(), self.touched_flops()
@@ -180,9 +208,15 @@ class Flow:
             "symbols": self.symbols(),
             "parameters": parameters,
             "flops_per_token": flops,
-            "flow": [found.record() for found in self.maps],
-            "attention": {"context": self.context, "flops_per_token": attention, "products": [found.record() for found in self.attention]},
-            "sliced": {"hidden": self.hidden, "widths": self.widths, "why_no_by_sparsity": self.refusal} if self.sliced else None,
+            "flow": [linear_map.record() for linear_map in self.maps],
+            "attention": {
+                "context": self.context,
+                "flops_per_token": attention,
+                "products": [products.record() for products in self.attention],
+            },
+            "sliced": {"hidden": self.hidden, "widths": self.widths, "why_no_by_sparsity": self.refusal}
+            if self.sliced
+            else None,
             "by_sparsity": [] if self.sliced else [self.at(sparsity).record() for sparsity in sparsities],
             "formula": None
             if self.sliced
@@ -203,20 +237,21 @@ class Flow:
 
 
 def inspect_flow(model: str, revision: str | None = None, context: int | None = None) -> Flow:
-    """The activation flow of a checkpoint, pruned or not, from the headers of its files.
+    """Return the activation flow of a checkpoint, pruned or not, from the headers of its files.
 
     Raises:
-        UsageError, SecateurError: no such model, or a context it has no positions for.
+        UsageError: the model has no positions for such a context.
+        SecateurError: the model cannot be opened.
     """
     return activation_flow(open_checkpoint(model, revision).view(), context)
 
 
 def activation_flow(view: ModelView, context: int | None = None) -> Flow:
-    """The activation flow of a model.
+    """Return the activation flow of a model.
 
     Args:
-        view: the model; shapes alone are read.
-        context: the positions that attention looks at; None is min(2048, the model's maximum).
+        view: the model; only shapes are read.
+        context: the number of positions that attention looks at; None takes min(2048, the model's maximum).
 
     Raises:
         UsageError: the model has no positions for such a context.
@@ -238,6 +273,6 @@ def activation_flow(view: ModelView, context: int | None = None) -> Flow:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: 0-3, 5."""
+    """Return ascending numbers in short form, such as `0-3, 5`."""
     runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

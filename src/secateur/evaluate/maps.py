@@ -1,9 +1,10 @@
-"""The linear maps of a model, from shapes alone: which there are, in letters and in numbers, in the order in which a token meets them.
+"""The linear maps of a model, from shapes alone, in letters and in numbers, in the order in which a token meets them.
 
-Source: arXiv:2503.04377, appendix A.1 and table 2. Letters: d residual width, h query heads, g key-value heads (the paper's v), k head
-width, m feed-forward width, V vocabulary, P learned positions, r rank of a residual adapter. Sizes are inputs x outputs as in its table 2;
-torch stores the transpose. Unlike there, h·k need not equal d (it does not after a cut, nor in every model), and biases and tied heads are
-counted. A sliced model has another d in each place, and maps of its own on its residual connections.
+Source: arXiv:2503.04377, appendix A.1 and table 2. Letters: d residual width, h query heads, g key-value heads (the
+paper's v), k head width, m feed-forward width, V vocabulary, P learned positions, r rank of a residual adapter. Sizes
+are inputs x outputs as in the paper's table 2; torch stores the transpose. Unlike in the paper, h·k need not equal d
+(it does not after a cut, nor in every model), and biases and tied heads are counted. A sliced model has a different d
+at each place, and extra maps on its residual connections.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _EDGE = 1e-9  # (1 - s) d may fall just short of a whole number in floating poin
 
 
 def _letters(name: str, space: str) -> str:
-    """One side of a matrix in letters, as in table 2 of the paper."""
+    """Return the letters of one side of a matrix, as in table 2 of the paper."""
     if space == "groups":
         return "h·k" if name in HEADS else "g·k"
     return "m" if space == "ffn" else "d"
@@ -37,25 +38,27 @@ class Axis:
     size: int
 
     def at(self, sparsity: float) -> int:
-        """The size where d is (1 - s)d, rounded down to a whole width."""
+        """Return the size with d narrowed to (1 - s)d, rounded down to a whole width."""
         return math.floor((1 - sparsity) * self.size + _EDGE) if self.symbol == "d" else self.size
 
 
 @dataclass(frozen=True)
 class Map:
-    """A linear map, or the same one of several blocks where their sizes are equal.
+    """A linear map, or the same map of several blocks where their sizes are equal.
 
     Attributes:
-        name: canonical: `embed`, `norm_attention`, `q` ... `down`, `norm_final`, `head`; else the last part of the module's own. The adapters of
-            a sliced model are `skip_attention` and `skip_mlp`, or `skip` of a parallel block.
-        module: its path in the model; inside the block for maps of blocks. Of adapters, that of the tensor.
-        kind: `product`, `lookup` (an embedding), `scale` (the gain of a norm), or `other` (a tensor the family does not describe).
+        name: canonical: `embed`, `norm_attention`, `q` ... `down`, `norm_final`, `head`; else the last part of the
+            module's name. The adapters of a sliced model are `skip_attention` and `skip_mlp`, or `skip` in a parallel
+            block.
+        module: its path in the model, or in the block for maps of blocks; for adapters the path of the tensor.
+        kind: `product`, `lookup` (an embedding), `scale` (the gain of a norm), or `other` (a tensor the family does not
+            describe).
         axes: (inputs, outputs); a norm has one.
         bias: the axis of its bias, None where it has none.
         blocks: the blocks it is in; empty outside the blocks.
-        rows: the rows of a fused weight that are this map, [from, to).
-        tied: whether its weight is that of another map, and so counted there: of a head, the embedding; of the second factor of an adapter
-            between equal widths, the first.
+        rows: the rows of a fused weight that belong to this map, [from, to).
+        tied: whether its weight belongs to another map and is counted there: the weight of a head to the embedding, the
+            second factor of an adapter between equal widths to the first.
     """
 
     name: str
@@ -69,12 +72,12 @@ class Map:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of equal maps."""
         return len(self.blocks) or 1
 
     @property
     def touched(self) -> bool:
-        """Whether d is one of its axes: then its weights scale by 1 - s."""
+        """True if d is one of its axes. Then its weights scale by 1 - s."""
         return any(axis.symbol == "d" for axis in self.axes)
 
     @property
@@ -83,24 +86,24 @@ class Map:
         return f" {TIMES} ".join(axis.symbol for axis in self.axes) + (f" + {self.bias.symbol}" if self.bias else "")
 
     def parameters(self, sparsity: float = 0.0) -> int:
-        """Of all of them together, biases included."""
+        """Return the number of parameters of all blocks together, biases included."""
         bias = self.bias.at(sparsity) if self.bias else 0
         return self.count * ((0 if self.tied else self._weights(sparsity)) + bias)
 
     def touched_parameters(self) -> int:
-        """The parameters that go with d: the weights where d is an axis, the bias where it is added to the residual."""
+        """Count the parameters that shrink with d: weights with d as an axis, and a bias added to the residual."""
         weights = self._weights(0.0) if self.touched and not self.tied else 0
         return self.count * (weights + (self.bias.size if self.bias and self.bias.symbol == "d" else 0))
 
     def flops(self, sparsity: float = 0.0) -> int:
-        """Per token, of all of them together."""
+        """Return the FLOPs per token of all blocks together."""
         return 2 * self.count * self._weights(sparsity) if self.kind == "product" else 0
 
     def _weights(self, sparsity: float) -> int:
         return math.prod(axis.at(sparsity) for axis in self.axes)
 
     def record(self) -> Record:
-        """As data: `size` is [inputs, outputs]; `parameters` and `flops_per_token` are of all blocks together."""
+        """Return the record. `size` is [inputs, outputs]; `parameters` and `flops_per_token` sum over all blocks."""
         return {
             "name": self.name,
             "module": self.module,
@@ -121,7 +124,9 @@ class Map:
 
 @dataclass(frozen=True)
 class Attention:
-    """The two products of attention without weights, queries by keys and scores by values, of blocks where they are equal.
+    """The two products of attention that have no weights: queries by keys, and scores by values.
+
+    Equal products of several blocks are one entry.
 
     Attributes:
         width: h·k: every query head has keys, shared or not.
@@ -134,39 +139,46 @@ class Attention:
     blocks: tuple[int, ...]
 
     def flops(self) -> int:
-        """Per token, of all blocks together."""
+        """Return the FLOPs per token of all blocks together."""
         return 2 * 2 * self.width * self.keys * len(self.blocks)
 
     def record(self) -> Record:
-        """As data."""
-        return {"shape": f"2 {TIMES} h·k {TIMES} keys", "width": self.width, "keys": self.keys, "blocks": list(self.blocks), "flops_per_token": self.flops()}
+        """Return the record."""
+        return {
+            "shape": f"2 {TIMES} h·k {TIMES} keys",
+            "width": self.width,
+            "keys": self.keys,
+            "blocks": list(self.blocks),
+            "flops_per_token": self.flops(),
+        }
 
 
 def linear_maps(view: ModelView) -> list[Map]:
-    """Every map of the model, every tensor in exactly one; equal maps of several blocks are one entry."""
+    """Return every map of the model. Each tensor is in exactly one; equal maps of several blocks are one entry."""
     shapes = _Shapes(view)
-    blocks = [found for index in range(view.blocks) for found in shapes.block(index)]
+    blocks = [linear_map for index in range(view.blocks) for linear_map in shapes.block(index)]
     return _grouped([*shapes.embeddings(), *blocks, *shapes.end(), *shapes.others()])
 
 
 def attention_products(view: ModelView, context: int) -> list[Attention]:
-    """The products without weights, for a token that sees `context` positions, itself included."""
-    found: dict[tuple[int, int], list[int]] = {}
+    """Return the products without weights, for a token that sees `context` positions, itself included."""
+    blocks_of: dict[tuple[int, int], list[int]] = {}
     for index in range(view.blocks):
         dims = view.dims(index)
-        found.setdefault((dims.heads * dims.head_width, min(context, _window(view, index) or context)), []).append(index)
-    return [Attention(width, keys, tuple(blocks)) for (width, keys), blocks in found.items()]
+        width, keys = dims.heads * dims.head_width, min(context, _window(view, index) or context)
+        blocks_of.setdefault((width, keys), []).append(index)
+    return [Attention(width, keys, tuple(blocks)) for (width, keys), blocks in blocks_of.items()]
 
 
 class _Shapes:
-    """The shapes of a model; each is claimed by one map, so that nothing is counted twice or forgotten."""
+    """The shapes of a model. One map claims each shape, so that nothing is counted twice or forgotten."""
 
     def __init__(self, view: ModelView) -> None:
         self.view, self.family = view, view.family
         self.unclaimed = {name: view.source.shape(name) for name in view.source.names() if not is_index_map(name)}
 
     def embeddings(self) -> list[Map]:
-        """What runs before the first block."""
+        """Return the maps before the first block."""
         token, *others = self.family.embeddings
         return [self._map("embed", token, "lookup", ("V", "d")), *(self._embedding(path) for path in others)]
 
@@ -183,7 +195,11 @@ class _Shapes:
         heads = [found for path in self.family.head_norms for found in self._norm(_last(path), path, "k", index)]
         for path, symbol in zip(family.joint_head_norms, ("h·k", "g·k"), strict=False):
             heads += self._norm(_last(path), path, symbol, index)
-        matrices = {found.name: found for path in dict.fromkeys(self.family.matrices.values()) for found in self._parts(path, index)}
+        matrices = {
+            part.name: part
+            for path in dict.fromkeys(self.family.matrices.values())
+            for part in self._parts(path, index)
+        }
         mlp = [matrices[name] for name in MLP if name in matrices]
         reads = [matrices[name] for name in ("q", "k", "v")]
         attention = [*norm_attention, *reads, *heads, matrices["o"], *after_attention]
@@ -198,7 +214,10 @@ class _Shapes:
         return (maps[0] if maps else []), (maps[1] if len(maps) > 1 else [])
 
     def _skip(self, name: str, number: int, index: int) -> list[Map]:
-        """The adapter on a residual connection of a sliced model: one product, two with a rank between, or none (see `runtime.Skip`)."""
+        """Return the adapter on a residual connection of a sliced model (see `runtime.Skip`).
+
+        It is one product, two products with a rank between, or none.
+        """
         residual = self.view.dims(index).residual
         form = None if residual is None else residual.skips[number]
         if residual is None or form is None or residual.selected:
@@ -215,53 +234,70 @@ class _Shapes:
         if not tied:
             self._claim(index, path + "right", (outputs.size, form))
         left = Map(name, path + "left", "product", (inputs, rank), blocks=(index,))
-        return [left, Map(name, path + ("left" if tied else "right"), "product", (rank, outputs), blocks=(index,), tied=tied)]
+        return [
+            left,
+            Map(name, path + ("left" if tied else "right"), "product", (rank, outputs), blocks=(index,), tied=tied),
+        ]
 
     def _claim(self, index: int, name: str, shape: tuple[int, int]) -> None:
-        found = self.unclaimed.pop(self.view.block_prefix(index) + name)
-        assert found == shape, f"block {index}: {name} is {found}, the configuration says {shape}"
+        stored = self.unclaimed.pop(self.view.block_prefix(index) + name)
+        assert stored == shape, f"block {index}: {name} is {stored}, the configuration says {shape}"
 
     def end(self) -> list[Map]:
-        """The final norm and the head."""
+        """Return the final norm and the head."""
         head = self.family.head
         if f"{head}.weight" in self.unclaimed:
-            found = self._map("head", head, "product", ("d", "V"))
+            last = self._map("head", head, "product", ("d", "V"))
         else:
             vocabulary, width = self.view.source.shape(f"{self.family.embeddings[0]}.weight")
-            found = Map("head", head, "product", (Axis("d", width), Axis("V", vocabulary)), self._bias(head, "V"), tied=True)
-        norm = [self._map("norm_final", self.family.final_norm, "scale", ("d",))] if f"{self.family.final_norm}.weight" in self.unclaimed else []
-        return [*norm, found]
+            last = Map(
+                "head", head, "product", (Axis("d", width), Axis("V", vocabulary)), self._bias(head, "V"), tied=True
+            )
+        norm = (
+            [self._map("norm_final", self.family.final_norm, "scale", ("d",))]
+            if f"{self.family.final_norm}.weight" in self.unclaimed
+            else []
+        )
+        return [*norm, last]
 
     def others(self) -> list[Map]:
-        """Tensors that the family does not describe: counted, in their own sizes, as not touched by d."""
-        return [Map("other", name, "other", tuple(Axis(str(size), size) for size in shape)) for name, shape in self.unclaimed.items()]
+        """Return the tensors that the family does not describe. They count in their own sizes, as not touched by d."""
+        return [
+            Map("other", name, "other", tuple(Axis(str(size), size) for size in shape))
+            for name, shape in self.unclaimed.items()
+        ]
 
     def _norm(self, name: str, path: str, symbol: str, index: int) -> list[Map]:
-        """One map, or none: not every model has norms inside heads, and a norm need not have a gain."""
+        """Return one map, or none: not every model has norms inside heads, and a norm need not have a gain."""
         module = self.view.block_prefix(index) + path
         if f"{module}.weight" not in self.unclaimed:
             return []
         return [replace(self._map(name, module, "scale", (symbol,)), module=path, blocks=(index,))]
 
     def _parts(self, path: str, index: int) -> list[Map]:
-        """The matrices of one module of a block: several where it is fused, their rows stacked."""
+        """Return the matrices of one module of a block: several where it is fused, their rows stacked."""
         module, dims = self.view.block_prefix(index) + path, self.view.dims(index)
         rows, inputs = self.unclaimed.pop(f"{module}.weight")
         biased = self.unclaimed.pop(f"{module}.bias", None) is not None
-        names = [name for name, other in self.family.matrices.items() if other == path]
+        names = [name for name, module_path in self.family.matrices.items() if module_path == path]
         sizes = [dims.shape(name)[0] for name in names]
         assert sum(sizes) == rows, f"{module} has {rows} rows, its parts {sizes}"
-        found, start = [], 0
+        maps, start = [], 0
         for name, size in zip(names, sizes, strict=True):
             reads, writes = _letters(name, COLUMNS[name]), _letters(name, ROWS[name])
             out = Axis(writes, size)
             part = (start, start + size) if len(names) > 1 else None
-            found.append(Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part))
+            found.append(
+                Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part)
+            )
             start += size
-        return found
+        return maps
 
     def _map(self, name: str, module: str, kind: str, symbols: tuple[str, ...]) -> Map:
-        """A module that is not fused; the weight of a product is stored as outputs x inputs, that of a look-up as it is applied."""
+        """Return the map of a module that is not fused.
+
+        A product is stored as outputs x inputs, a look-up as applied.
+        """
         shape = self.unclaimed.pop(f"{module}.weight")
         sizes = reversed(shape) if kind == "product" else shape
         axes = tuple(Axis(symbol, size) for symbol, size in zip(symbols, sizes, strict=True))
@@ -273,7 +309,7 @@ class _Shapes:
 
 
 def _window(view: ModelView, index: int) -> int | None:
-    """The sliding window of a block's attention, None where it sees everything before."""
+    """Return the sliding window of a block's attention, or None where it sees all earlier positions."""
     kinds = getattr(view.config, "layer_types", None)
     if kinds and kinds[index] != "sliding_attention":
         return None
@@ -282,13 +318,13 @@ def _window(view: ModelView, index: int) -> int | None:
 
 
 def _grouped(maps: Iterable[Map]) -> list[Map]:
-    """Equal maps of several blocks as one; those of one name stay together, in the order of their first block."""
-    found: dict[Map, list[int]] = {}
-    for one in maps:
-        found.setdefault(replace(one, blocks=()), []).extend(one.blocks)
-    order = list(dict.fromkeys((one.name, one.module) for one in found))
-    together = [replace(one, blocks=tuple(blocks)) for one, blocks in found.items()]
-    return sorted(together, key=lambda one: order.index((one.name, one.module)))
+    """Join equal maps of several blocks. Maps of one name stay together, in the order of their first block."""
+    blocks_of: dict[Map, list[int]] = {}
+    for linear_map in maps:
+        blocks_of.setdefault(replace(linear_map, blocks=()), []).extend(linear_map.blocks)
+    order = list(dict.fromkeys((linear_map.name, linear_map.module) for linear_map in blocks_of))
+    joined = [replace(linear_map, blocks=tuple(blocks)) for linear_map, blocks in blocks_of.items()]
+    return sorted(joined, key=lambda linear_map: order.index((linear_map.name, linear_map.module)))
 
 
 def _last(path: str) -> str:

@@ -1,4 +1,6 @@
-"""Perplexity: exp of the mean loss per predicted token, summed in float64, without ever holding the logits of a whole window.
+"""Perplexity: exp of the mean loss per predicted token, summed in float64.
+
+The logits of a whole window are never in memory at once.
 
 Shape letters: B windows, T tokens, D residual, N positions.
 """
@@ -25,11 +27,12 @@ _TOKENS_A_BATCH = 2048
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was measured, and of how much.
+    """A measured loss, and the amount of text it was measured on.
 
     Attributes:
         loss: the mean loss of a predicted token, in nats.
-        windows, tokens: how many; tokens that are predicted.
+        windows: the number of windows.
+        tokens: the number of predicted tokens.
     """
 
     loss: float
@@ -38,25 +41,26 @@ class Perplexity:
 
     @property
     def ppl(self) -> float:
-        """exp(loss); infinity where that is more than a float holds."""
+        """exp(loss), or infinity where a float cannot hold it."""
         return exp(self.loss)
 
     @property
     def facts(self) -> dict[str, float]:
-        """Fields of a record: JSON has no word for an infinite perplexity, so the loss stands beside it."""
+        """The fields of a record. JSON cannot write an infinite perplexity, so the loss stands beside it."""
         return {"ppl": self.ppl, "loss": self.loss}
 
 
 def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: Path | None = None) -> Perplexity:
-    """Perplexity over windows, each predicting all its tokens but the first.
+    """Measure perplexity over windows. Each window predicts all its tokens except the first.
 
     Args:
         model: on its device, in evaluation mode.
         windows: token ids, int64 [T] each.
-        progress: a file that remembers finished windows, so that an interrupted run goes on; the caller removes it.
+        progress: a file for the losses of finished windows, so that an interrupted run can go on; the caller removes
+            it.
 
     Raises:
-        SecateurError: a loss is not finite; the window is named.
+        SecateurError: a loss is not finite; the message names the window.
     """
     losses: list[float] = json.loads(progress.read_text()) if progress is not None and progress.is_file() else []
     batches = list(equal_batches(windows[len(losses) :]))
@@ -64,35 +68,38 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
         sums_B = window_losses(model, batch_BT.to(model.device))
         if not torch.isfinite(sums_B).all():
             bad = len(losses) + int((~torch.isfinite(sums_B)).nonzero()[0])
-            raise SecateurError(f"the loss of window {bad} is not finite: the model's logits hold NaN or infinity; try --dtype float32")
+            raise SecateurError(
+                f"the loss of window {bad} is not finite: the model's logits hold NaN or infinity; try --dtype float32"
+            )
         losses += sums_B.tolist()
         if progress is not None:
-            _remember(progress, losses)
+            _save(progress, losses)
     tokens = sum(len(window) - 1 for window in windows)
     return Perplexity(math.fsum(losses) / tokens, len(windows), tokens)
 
 
 @torch.inference_mode()
 def window_losses(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """The summed loss of each window in nats, float64 [B]."""
+    """Return the summed loss of each window in nats, float64 [B]."""
     hidden_BTD = hidden_states(model, ids_BT)
     losses_N = token_losses(model, hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
     return losses_N.double().view(len(ids_BT), -1).sum(1)
 
 
 def equal_batches(windows: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Windows of one length stacked, [B, T], in order."""
+    """Yield consecutive windows of equal length as batches [B, T], in order."""
     start = 0
     while start < len(windows):
         length = len(windows[start])
         stop = start
-        while stop < len(windows) and len(windows[stop]) == length and (stop - start) < max(1, _TOKENS_A_BATCH // length):
+        limit = start + max(1, _TOKENS_A_BATCH // length)
+        while stop < len(windows) and len(windows[stop]) == length and stop < limit:
             stop += 1
         yield torch.stack(list(windows[start:stop]))
         start = stop
 
 
-def _remember(file: Path, losses: list[float]) -> None:
+def _save(file: Path, losses: list[float]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(losses))
     temporary.rename(file)

@@ -1,7 +1,8 @@
-"""How the behaviour of a pruned model shifted from the dense one's: what perplexity alone does not say.
+"""How the behaviour of a pruned model shifted from that of the dense model. Perplexity alone does not show it.
 
-KL divergence per token and top-1 agreement on the same windows, repetition in greedy generations, and a sample to read. It is the
-functionality shift that the study of the representation dimension (arXiv:2503.04377) sets out from.
+Measured are the KL divergence per token and the top-1 agreement on the same windows, and repetition in greedy
+generations; a sample of text is kept to read. This is the functionality shift from which the study of the
+representation dimension (arXiv:2503.04377) starts.
 """
 
 from __future__ import annotations
@@ -25,26 +26,34 @@ _GRAM = 4
 
 
 def functionality_shift(
-    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase | None
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    windows: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, Any]:
     """Compare two models on the same windows.
 
     Args:
         dense, pruned: the models, with one vocabulary.
         windows: token ids, int64 [T] each.
-        tokenizer: to show a sample as text; None leaves the sample out.
+        tokenizer: the tokenizer that turns a sample into text; None leaves the sample out.
 
     Returns:
-        `kl` (nats per token, KL(dense || pruned)), `top1_agreement`, `repetition` and `repetition_dense` (the share of 4-grams that
-        were there before in the same greedy continuation), `prompt`, `sample`, `sample_dense`.
+        `kl` (nats per token, KL(dense || pruned)), `top1_agreement`, `repetition` and `repetition_dense` (the share
+        of 4-grams that occurred before in the same greedy continuation), `prompt`, `sample`, `sample_dense`.
 
     Raises:
         SecateurError: the vocabularies differ.
     """
     if dense.config.vocab_size != pruned.config.vocab_size:
-        raise SecateurError(f"--against: vocabularies of {dense.config.vocab_size} and {pruned.config.vocab_size} tokens cannot be compared")
+        raise SecateurError(
+            f"--against: the dense model has a vocabulary of {dense.config.vocab_size} tokens, this model one of "
+            f"{pruned.config.vocab_size}; they cannot be compared; give the model that this one was pruned from"
+        )
     kl, agreement, tokens = _compare(dense, pruned, windows)
-    prompts_BT = torch.stack([w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]])
+    prompts_BT = torch.stack(
+        [w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]]
+    )
     ours, theirs = _continue(pruned, prompts_BT), _continue(dense, prompts_BT)
     shift: dict[str, Any] = {
         "kl": kl / tokens,
@@ -76,17 +85,22 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[
 
 @torch.inference_mode()
 def _continue(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
-    """Greedy continuations, [B, new]; generation goes on past an end of text, so that all are equally long."""
+    """Return greedy continuations, [B, new]. Generation does not stop at an end of text, so all are equally long."""
     new = min(NEW_TOKENS, model.config.max_position_embeddings - prompts_BT.shape[1])
     prompts_BT = prompts_BT.to(model.device)
     out: Tensor = model.generate(  # type: ignore[operator]
-        prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        prompts_BT,
+        attention_mask=torch.ones_like(prompts_BT),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
     )
     return out[:, prompts_BT.shape[1] :].cpu()
 
 
 def repetition_rate(ids_BT: Tensor) -> float:
-    """The share of 4-grams that occurred before in the same row."""
+    """Return the share of 4-grams that occurred before in the same row."""
     repeated = total = 0
     for row in ids_BT.tolist():
         grams = [tuple(row[i : i + _GRAM]) for i in range(len(row) - _GRAM + 1)]

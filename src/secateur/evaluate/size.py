@@ -1,4 +1,4 @@
-"""What was removed, block by block; parameters, bytes and FLOPs of a checkpoint."""
+"""`secateur inspect`: what was removed, block by block; parameters, bytes and FLOPs of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from secateur.plan.plan import read_plan_json
 
 
 def inspect(model: str, revision: str | None = None) -> Record:
-    """Look at a checkpoint, pruned or not, one block at a time.
+    """Describe a checkpoint, pruned or not. One block at a time is read.
 
     Returns:
-        A record with `blocks` (sizes, parameters, zeros and all-zero rows of every matrix; `residual` has the widths and adapters of a sliced model), totals,
-        `bytes` on disk and `flops_per_token` (two for each weight of a product, the head and adapters included; attention over the
-        context comes on top).
+        A record with `blocks` (sizes, parameters, zeros and all-zero rows of every matrix; `residual` has the widths
+        and adapters of a sliced model), totals, `bytes` on disk, and `flops_per_token`: two for each weight of a
+        product, the head and adapters included, attention over the context left out.
     """
     checkpoint = open_checkpoint(model, revision)
     view = checkpoint.view()
@@ -41,9 +41,13 @@ def inspect(model: str, revision: str | None = None) -> Record:
         "nonzero": sum(outer.values()) + sum(block["nonzero"] for block in blocks),
         "zero_rows": sum(matrix["zero_rows"] for block in blocks for matrix in block["matrices"].values()),
         "bytes": sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}),
-        "flops_per_token": sum(found.flops() for found in linear_maps(view)),
+        "flops_per_token": sum(linear_map.flops() for linear_map in linear_maps(view)),
         "blocks": blocks,
-        "pruned": {key: plan[key] for key in ("model", "method", "options", "sparsity", "sparsity_measured", "pruning_ratio")} if plan else None,
+        "pruned": {
+            key: plan[key] for key in ("model", "method", "options", "sparsity", "sparsity_measured", "pruning_ratio")
+        }
+        if plan
+        else None,
         "out": str(Path(model)),
     }
 
@@ -69,4 +73,9 @@ def _block(block: BlockView) -> dict[str, Any]:
 def _matrix(block: BlockView, name: str) -> dict[str, Any]:
     weight_OI: torch.Tensor = block.matrix(name)
     zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
-    return {"shape": list(weight_OI.shape), "zeros": zeros, "sparsity": zeros / weight_OI.numel(), "zero_rows": zero_rows(weight_OI)}
+    return {
+        "shape": list(weight_OI.shape),
+        "zeros": zeros,
+        "sparsity": zeros / weight_OI.numel(),
+        "zero_rows": zero_rows(weight_OI),
+    }

@@ -1,7 +1,7 @@
-"""Where the tasks of lm-eval are: in the user's files, in ours, in the thirteen thousand of its own.
+"""Find task files: the user's, ours, and the thirteen thousand that lm-eval brings.
 
-lm-eval reads all of these as YAML before it knows a name, which takes ten seconds. Searched as text they say in less than one which folder has a task;
-all are read for groups, tags and unknown names.
+lm-eval reads all of its files as YAML before it knows a name, which takes ten seconds. A search through their text
+finds the folder of a task in less than one second. All files are read only for groups, tags and unknown names.
 """
 
 from __future__ import annotations
@@ -22,52 +22,60 @@ from secateur.core.errors import UsageError
 OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 Manager = Any  # lm-eval has no types
-_READERS = ("json", "csv", "parquet", "text", "arrow")  # of files, by the names that `datasets` gives them
+_READERS = ("json", "csv", "parquet", "text", "arrow")  # the readers of local files in `datasets`
 
 
 def find_names(names: Sequence[str], include: Path | None, builtin: Sequence[str]) -> Manager:
-    """The manager that knows these tasks, groups and tags.
+    """Return a manager that knows these tasks, groups and tags.
 
     Args:
-        names: of tasks, groups and tags.
-        include: a folder of task files; they come before lm-eval's own of the same name.
-        builtin: names that need no lm-eval, to offer where a name is unknown.
+        names: names of tasks, groups and tags.
+        include: a folder of task files; a task there replaces lm-eval's own task of the same name.
+        builtin: names that do not need lm-eval; an error message about an unknown name offers them too.
 
     Raises:
-        UsageError: a name that is none (the nearest are offered), a folder without task files, a file that is no YAML.
+        UsageError: a name is unknown (the message offers the nearest ones), the folder holds no task files, or a file
+            is not YAML.
     """
     given = (OWN_TASKS,) if include is None else (OWN_TASKS, _checked(include))
-    found = manager(given)
-    if missing := unknown_among(found, names):
-        found = manager((*dict.fromkeys(folder for name in sorted(missing) if (folder := _folder_of(name))), *given))
-    if unknown_among(found, names):
-        found = manager((SHIPPED, *given))
-    if missing := unknown_among(found, names):
-        raise _unknown(sorted(missing)[0], found.all_tasks, builtin, include)
-    return found
+    task_manager = manager(given)
+    if missing := unknown_among(task_manager, names):
+        task_manager = manager(
+            (*dict.fromkeys(folder for name in sorted(missing) if (folder := _folder_of(name))), *given)
+        )
+    if unknown_among(task_manager, names):
+        task_manager = manager((SHIPPED, *given))
+    if missing := unknown_among(task_manager, names):
+        raise _unknown(sorted(missing)[0], task_manager.all_tasks, builtin, include)
+    return task_manager
 
 
 @functools.cache
 def manager(folders: tuple[Path, ...]) -> Manager:
-    """lm-eval's manager of the files in some folders; of two tasks with one name the later folder's counts."""
+    """Return lm-eval's manager of the files in these folders. Of two tasks with one name, the later folder's counts."""
     return TaskManager(include_path=list(folders), include_defaults=False)
 
 
 def unknown_among(found: Manager, names: Iterable[str]) -> set[str]:
-    """Which names, and members of groups, the manager does not know."""
+    """Return the names, and members of groups, that the manager does not know."""
     return {name for name in leaves(found, names) if name not in found.task_index}
 
 
 def leaves(found: Manager, names: Iterable[str]) -> list[str]:
-    """The tasks that are asked for, one by one, in place of groups and tags; unknown names too."""
-    todo, seen, single = list(names), set(), []
+    """Return the single tasks behind names: groups and tags are replaced by their members. Unknown names stay."""
+    todo, visited, single = list(names), set(), []
     while todo:
         name = todo.pop(0)
-        if name in seen:
+        if name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         entry = found.task_index.get(name)
-        members = [] if entry is None else sorted(entry.tags) if entry.yaml_path is None else _members((entry.cfg or {}).get("task"))
+        if entry is None:  # an unknown name
+            members = []
+        elif entry.yaml_path is None:  # a tag
+            members = sorted(entry.tags)
+        else:  # a task or a group
+            members = _members((entry.cfg or {}).get("task"))
         todo += members
         if set(members) <= {name}:
             single.append(name)
@@ -75,7 +83,7 @@ def leaves(found: Manager, names: Iterable[str]) -> list[str]:
 
 
 def _members(task: Any) -> list[str]:
-    """Of what a file has under `task`: a name, or names and settings of a group's members, nested perhaps."""
+    """Return the names under the key `task` of a file: one name, or the members of a group, which may be nested."""
     if isinstance(task, str):
         return [task]
     if isinstance(task, dict):
@@ -84,7 +92,10 @@ def _members(task: Any) -> list[str]:
 
 
 def hub_source(found: Manager, name: str) -> str | None:
-    """The data set of the hub that a task reads, or the first one that a group does; None where all lies on this machine, as far as the files tell."""
+    """Return the first data set of the hub that a task or group reads.
+
+    None means that, by its files, it reads only this machine.
+    """
     sources = (_source(found.task_index[leaf].cfg or {}) for leaf in leaves(found, [name]))
     return next(filter(None, sources), None)
 
@@ -99,25 +110,28 @@ def _source(settings: dict[str, Any]) -> str | None:
 
 
 def runs_code(found: Manager, name: str) -> bool:
-    """Whether a task says that it runs what the model wrote."""
+    """Return True if a task states that it runs code that the model wrote."""
     return any((found.task_index[leaf].cfg or {}).get("unsafe_code") for leaf in leaves(found, [name]))
 
 
 def names_in(folder: Path) -> set[str]:
-    """The tasks, groups and tags of a folder of task files."""
+    """Return the tasks, groups and tags of a folder of task files."""
     return set(manager((folder.resolve(),)).all_tasks)
 
 
 def _checked(include: Path) -> Path:
-    """The folder of task files, found to hold some, and nothing that is broken: lm-eval passes over what it cannot read."""
+    """Return the absolute folder of task files, after a check of each: lm-eval silently skips files it cannot read."""
     if not include.is_dir():
         raise UsageError(f"--include-path {include}: no such folder; give the folder of lm-eval task files (*.yaml)")
     files = sorted(include.glob("**/*.yaml"))
     for file in files:
         _check_yaml(file)
     if not names_in(include):
-        held = f"none of its {len(files)} .yaml files is one" if files else "it has no .yaml files"
-        raise UsageError(f"--include-path {include}: no task files of lm-eval ({held}); a task file is a .yaml that names 'task:' and its data")
+        reason = f"none of its {len(files)} .yaml files is one" if files else "it has no .yaml files"
+        raise UsageError(
+            f"--include-path {include}: no task files of lm-eval ({reason}); "
+            "a task file is a .yaml file with the key 'task:' and its data"
+        )
     return include.resolve()
 
 
@@ -128,25 +142,30 @@ def _check_yaml(file: Path) -> None:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = ", ".join(filter(None, (error.context, error.problem)))
-        raise UsageError(f"{file}{where}: not YAML ({problem}); mend it, or move it out of --include-path") from None
+        raise UsageError(f"{file}{where}: not YAML ({problem}); correct it, or move it out of --include-path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not YAML ({str(error).splitlines()[0]}); mend it, or move it out of --include-path") from None
+        raise UsageError(
+            f"{file}: not YAML ({str(error).splitlines()[0]}); correct it, or move it out of --include-path"
+        ) from None
 
 
 def _folder_of(name: str) -> Path | None:
-    """The folder of lm-eval's that has a task of this name."""
+    """Return the folder of lm-eval that has a task of this name, or None."""
     line = re.compile(rf"^[ \t]*[\"']?task[\"']?:[ \t]*[\"']?{re.escape(name)}[\"']?[ \t]*(#.*)?$", re.MULTILINE)
     return next((file.parent for file, text in _texts(SHIPPED) if line.search(text)), None)
 
 
 @functools.cache
 def _texts(folder: Path) -> list[tuple[Path, str]]:
-    return [(file, file.read_text("utf-8", errors="replace")) for file in sorted(folder.glob("**/*.yaml"), key=Path.as_posix)]
+    return [
+        (file, file.read_text("utf-8", errors="replace"))
+        for file in sorted(folder.glob("**/*.yaml"), key=Path.as_posix)
+    ]
 
 
 def _unknown(name: str, known: Sequence[str], builtin: Sequence[str], include: Path | None) -> UsageError:
     near = difflib.get_close_matches(name, [*builtin, *known], n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    own = ", ".join(sorted(names_in(include))) if include else "none, for want of --include-path"
+    own = ", ".join(sorted(names_in(include))) if include else "none; name their folder with --include-path"
     listed = f"`lm-eval ls tasks` lists the {len(known):,} names that lm-eval {lm_eval.__version__} knows"
     return UsageError(f"unknown task '{name}'{hint} ({listed}; task files of your own: {own})")

@@ -1,6 +1,6 @@
-"""The tasks of an evaluation: the built-in cloze, those of lm-eval, and the sets of them that papers report.
+"""The tasks of an evaluation: the built-in cloze task, the tasks of lm-eval, and the sets of tasks that papers report.
 
-lm-eval is the extra `eval`, and takes seconds to import: it is imported when a task asks for it.
+lm-eval is the extra `eval`. It takes seconds to import, so it is imported only when a task needs it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks, found and with their data read.
+    """Tasks with their data, ready to run.
 
     Attributes:
-        items: of the built-in cloze task; empty where it was not asked for.
-        loaded: tasks of lm-eval.
+        items: the items of the built-in cloze task; empty where the task is not requested.
+        loaded: the tasks of lm-eval; None where none is requested.
     """
 
     items: Sequence[Item] = ()
@@ -43,22 +43,34 @@ class Tasks:
         return bool(self.items) or self.loaded is not None
 
     def facts(self) -> dict[str, Any]:
-        """What tells one set of tasks from another."""
-        return {"cloze": self.items and items_hash(self.items), **({"tasks": self.loaded.hashes} if self.loaded else {})}
+        """Return the hashes of the tasks, which tell one set of tasks from another."""
+        return {
+            "cloze": self.items and items_hash(self.items),
+            **({"tasks": self.loaded.hashes} if self.loaded else {}),
+        }
 
     def versions(self) -> dict[str, str]:
-        """That of lm-eval, where it is used."""
+        """Return the version of lm-eval, where it is used."""
         return {"lm_eval": _harness("").version()} if self.loaded else {}
 
     def run(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Answers, dense: tuple[PreTrainedModel, Answers] | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        answers: Answers,
+        dense: tuple[PreTrainedModel, Answers] | None = None,
     ) -> dict[str, Any]:
-        """The results of each task; against a dense model also `flipped`, the share of items on which the choice is another one."""
+        """Return the results of each task.
+
+        With a dense model, `flipped` is the share of items where the two choices differ.
+        """
         results = {}
         if self.items:
             results[CLOZE], chosen = evaluate_cloze(model, tokenizer, self.items, answers)
             if dense is not None:
-                results[CLOZE]["flipped"] = _flipped(chosen, evaluate_cloze(dense[0], tokenizer, self.items, dense[1])[1])
+                results[CLOZE]["flipped"] = _flipped(
+                    chosen, evaluate_cloze(dense[0], tokenizer, self.items, dense[1])[1]
+                )
         if self.loaded is not None:
             run = _harness("").run_tasks
             ours = run(self.loaded, model, tokenizer, answers)
@@ -73,45 +85,54 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None = None, lim
     """Find tasks by name and read their data.
 
     Args:
-        names: `cloze`, a preset, or what lm-eval knows: tasks, groups, tags.
+        names: `cloze`, presets, and tasks, groups and tags of lm-eval.
         include_path: a folder of task files for lm-eval.
-        limit: use the first so many items of each.
+        limit: use only the first `limit` items of each task; None uses all.
 
     Raises:
-        UsageError: an unknown task (the nearest names are offered), a folder without task files.
+        UsageError: a task is unknown (the message offers the nearest names), or the folder holds no task files.
         SecateurError: lm-eval is not installed, or the data of a task cannot be read.
     """
     if include_path is not None and not names:
-        raise UsageError(f"--include-path {include_path} says where task files are: name tasks too, --tasks a,b,...")
-    wanted = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
-    others = [task for task in wanted if task != CLOZE]
+        raise UsageError(
+            f"--include-path {include_path} is the folder of task files; name the tasks too, as in --tasks a,b"
+        )
+    requested = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
+    others = [task for task in requested if task != CLOZE]
     loaded = None
     if others:
         include = None if include_path is None else Path(include_path).expanduser()
         loaded = _harness(others[0]).load_tasks(others, include, limit, builtin=[CLOZE, *PRESETS])
-    return Tasks(cloze_items()[:limit] if CLOZE in wanted else (), loaded)
+    return Tasks(cloze_items()[:limit] if CLOZE in requested else (), loaded)
 
 
 def task_text(spec: str, include_path: str | Path | None = None) -> Text:
-    """The text of tasks to calibrate with: questions with their right answers, of the training part where a task has one.
+    """Return the text of tasks, for calibration: questions with their right answers.
+
+    A task with a training part gives that part.
 
     Args:
         spec: `task:NAME+NAME`.
-        include_path: as for `find_tasks`.
+        include_path: a folder of task files, as for `find_tasks`.
 
     Raises:
-        UsageError, SecateurError: as `find_tasks`; or the tasks tell no answers.
+        UsageError, SecateurError: as `find_tasks`; or no item has a right answer to read.
     """
-    found = find_tasks(task_names(spec), include_path)
-    own = cloze_items(len(found.items), seed=1, part="train") if found.items else []
-    rows, same = [(item.context, item.choices[item.answer]) for item in own], []
-    if found.loaded is not None:
-        others, same = _harness("").task_rows(found.loaded)
+    tasks = find_tasks(task_names(spec), include_path)
+    own = cloze_items(len(tasks.items), seed=1, part="train") if tasks.items else []
+    rows, untrained = [(item.context, item.choices[item.answer]) for item in own], []
+    if tasks.loaded is not None:
+        others, untrained = _harness("").task_rows(tasks.loaded)
         rows += others
     if not rows:
-        raise SecateurError(f"{spec}: tells no answers, so there is no text to calibrate with")
-    if same:
-        say(f"warning: {', '.join(same)} have no training part: calibrated on the items that they are measured on")
+        raise SecateurError(
+            f"{spec}: no item has a right answer in the data, so there is no text to calibrate on; choose other tasks"
+        )
+    if untrained:
+        say(
+            f"warning: {', '.join(untrained)} have no training part: "
+            "calibration uses the items that an evaluation measures"
+        )
     return Text(spec, [question + answer for question, answer in rows], questions=[question for question, _ in rows])
 
 
@@ -122,7 +143,8 @@ def _harness(task: str) -> Any:
         if (error.name or "").startswith("secateur"):
             raise
         raise SecateurError(
-            f"task '{task}' is run by lm-eval, which is not installed (no module {error.name}): pip install 'secateur[eval]'; built in: {CLOZE}"
+            f"task '{task}' needs lm-eval, which is not installed (no module {error.name}): "
+            f"pip install 'secateur[eval]'; the built-in task '{CLOZE}' needs nothing"
         ) from error
     return harness
 

@@ -1,11 +1,13 @@
-"""`secateur bench`: tokens a second, latency and memory of a checkpoint, a dense one beside it, and how far both are from what the machine allows.
+"""`secateur bench`: tokens per second, latency and memory of a checkpoint, beside a dense model and beside a floor.
 
-Prefill is one forward of the whole prompt (its last logits alone, as `generate` asks for); decode is what follows token by token with the key-value cache.
-Several models take turns in one process, and the best time of each counts: whatever else the machine does only makes times longer. On a CPU that is the
-best single token, on an accelerator the best turn.
+Prefill is one forward of the whole prompt, with only the last logits, as in `generate`. Decode is every later token,
+one by one, with the key-value cache. Several models take turns in one process, and the best time of each counts: other
+work on the machine can only make times longer. On a CPU the best time is that of the best single token, on an
+accelerator that of the best turn.
 
-The floor of decode is the time to read every weight of a product once, at the bandwidth measured here; of a large batch, and of prefill, that of the products
-themselves at the measured rate of large ones. It leaves out attention over the cache, norms and everything else that takes time.
+The floor is the least time that the machine allows. For decode it is the time to read every weight of a product once,
+at the bandwidth measured here. For prefill, and for decode at a large batch, it is the time of the products, at the
+rate measured on large products. Attention over the cache, norms and everything else are left out.
 """
 
 from __future__ import annotations
@@ -33,17 +35,17 @@ from secateur.models.view import ModelView
 from secateur.plan.plan import read_plan_json
 from secateur.requests import BenchRequest
 
-_SPARSE_ROWS, _SPARSE_COLUMNS = 32, 64  # what torch's 16-bit form divides into
+_SPARSE_ROWS, _SPARSE_COLUMNS = 32, 64  # torch's 16-bit form needs multiples of these
 _FROM_PLAN = ("method", "options", "sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a model has to do for one token.
+    """The work of a model for one token.
 
     Attributes:
-        block: multiplications by weights inside the blocks, that is, the weights themselves.
-        head: those of the head, which a prefill needs once a sequence.
+        block: multiplications by weights inside the blocks, one per weight.
+        head: multiplications of the head; a prefill needs them once per sequence.
         itemsize: bytes of a weight.
     """
 
@@ -53,41 +55,43 @@ class Work:
 
     @staticmethod
     def of(view: ModelView, itemsize: int) -> Work:
-        """From the shapes of a model."""
+        """Count the work from the shapes of a model. `itemsize` is in bytes."""
         maps = linear_maps(view)
-        head = sum(one.flops() for one in maps if one.name == "head") // 2
-        return Work(sum(one.flops() for one in maps) // 2 - head, head, itemsize)
+        head = sum(linear_map.flops() for linear_map in maps if linear_map.name == "head") // 2
+        return Work(sum(linear_map.flops() for linear_map in maps) // 2 - head, head, itemsize)
 
     def prefill_floor(self, batch: int, prompt: int, machine: Machine) -> float:
-        """Seconds."""
+        """Return the least time of a prefill, in seconds."""
         return 2 * batch * (prompt * self.block + self.head) / machine.flops_per_second
 
     def decode_floor(self, batch: int, machine: Machine) -> float:
-        """Seconds of one token of every sequence."""
+        """Return the least time of one decoded token for every sequence, in seconds."""
         weights = self.block + self.head
         return max(weights * self.itemsize / machine.bytes_per_second, 2 * batch * weights / machine.flops_per_second)
 
 
 @dataclass
 class Speed:
-    """The best times so far, in seconds: of a prefill, and of one decoded token of every sequence."""
+    """The best times so far, in seconds: one prefill, and one decoded token for every sequence."""
 
     prefill: float = float("inf")
     decode: float = float("inf")
 
 
-def measure_speed(models: Mapping[str, PreTrainedModel], ids_BT: Tensor, new: int, repeats: Iterable[Any], machine: Machine) -> dict[str, Speed]:
-    """Let models take turns.
+def measure_speed(
+    models: Mapping[str, PreTrainedModel], ids_BT: Tensor, new: int, repeats: Iterable[Any], machine: Machine
+) -> dict[str, Speed]:
+    """Time models in turns.
 
     Args:
-        models: by name, on one device.
+        models: the models by name, on one device.
         ids_BT: prompts, token ids.
-        new: tokens to decode after each.
-        repeats: a turn of every model for each item; one turn more warms up.
-        machine: looked at before each turn; times are by its clock.
+        new: tokens to decode after each prompt.
+        repeats: every model takes one turn for each item; one extra turn warms up.
+        machine: its clock gives the times, and its speed is measured again before each turn.
 
     Returns:
-        The best times of each.
+        The best times of each model.
     """
     for model in models.values():
         _turn(model, ids_BT, 2, machine.clock)
@@ -109,7 +113,7 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int, clock: Callable[[], 
     token_B1 = out.logits[:, -1:].argmax(-1)
     synchronize(device)
     first = clock()
-    stretch = 1 if device.type == "cpu" else new  # an accelerator is not to be waited for after each token
+    stretch = 1 if device.type == "cpu" else new  # waiting for an accelerator after each token would slow it down
     best, since = float("inf"), first
     for step in range(1, new + 1):
         out = model(input_ids=token_B1, past_key_values=out.past_key_values, use_cache=True)
@@ -122,15 +126,16 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int, clock: Callable[[], 
 
 
 def bench(request: BenchRequest, *, records_file: Path | None = None) -> records.Record:
-    """Measure how fast a model is; returns the record, which is also appended to `records_file`.
+    """Measure the speed of a model; returns the record, which is also appended to `records_file`.
 
     Args:
         request: what to measure.
-        records_file: None is `records.jsonl` in the parent of the model's folder, or in the working directory.
+        records_file: where the record goes; None is `records.jsonl` in the parent of the model's folder, or in the
+            current folder.
 
     Raises:
-        UsageError: a count below 1, or more tokens than a model has positions for.
-        SecateurError: a checkpoint that cannot be loaded.
+        UsageError: a count is below 1, or a model has too few positions for the tokens.
+        SecateurError: a checkpoint cannot be loaded.
     """
     started = time.perf_counter()
     device = resolve_device(request.device)
@@ -141,7 +146,9 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
         _check_semi_structured(device, dtype)
     vocabulary = min(checkpoint.config.vocab_size for checkpoint in checkpoints.values())
     draw = torch.Generator().manual_seed(request.seed)
-    prompts = [torch.randint(vocabulary, (batch, request.prompt), generator=draw).to(device) for batch in request.batches]
+    prompts = [
+        torch.randint(vocabulary, (batch, request.prompt), generator=draw).to(device) for batch in request.batches
+    ]
     models, results, compressed = {}, [], 0
     for role, checkpoint in checkpoints.items():
         memory = PeakMemory(device)
@@ -153,10 +160,14 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
         results.append({"role": role, **_facts(checkpoint, models[role]), "peak_bytes": memory.peak()})
     machine = Machine(device, dtype)
     turns = [track(range(request.repeats), f"bench: turns at batch {batch}") for batch in request.batches]
-    speeds = [measure_speed(models, ids_BT, request.new, turn, machine) for ids_BT, turn in zip(prompts, turns, strict=True)]
+    speeds = [
+        measure_speed(models, ids_BT, request.new, turn, machine) for ids_BT, turn in zip(prompts, turns, strict=True)
+    ]
     for result in results:
         work = Work.of(checkpoints[result["role"]].view(), dtype.itemsize)
-        result["batches"] = [_row(ids_BT, speed[result["role"]], work, machine) for ids_BT, speed in zip(prompts, speeds, strict=True)]
+        result["batches"] = [
+            _row(ids_BT, speed[result["role"]], work, machine) for ids_BT, speed in zip(prompts, speeds, strict=True)
+        ]
     record: records.Record = {
         "command": "bench",
         "version": records.version(),
@@ -186,37 +197,51 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
 
 
 def _open(request: BenchRequest) -> dict[str, Checkpoint]:
-    """The checkpoints by role, `model` first; what is wrong with the request shows before any weight is read."""
+    """Return the checkpoints by role, `model` first. The request is checked before any weight is read."""
     if not request.batches:
-        raise UsageError("--batch is empty: whole numbers separated by commas are expected, as in 1,16")
-    counts = {"--prompt": request.prompt, "--new": request.new, "--repeats": request.repeats, "--batch": min(request.batches)}
+        raise UsageError("--batch is empty; give whole numbers separated by commas, as in 1,16")
+    counts = {
+        "--prompt": request.prompt,
+        "--new": request.new,
+        "--repeats": request.repeats,
+        "--batch": min(request.batches),
+    }
     for option, value in counts.items():
         if value < 1:
             raise UsageError(f"{option} {value}: it is a count, at least 1")
-    asked = {"model": (request.model, request.revision)} | ({"dense": (request.dense, None)} if request.dense is not None else {})
-    checkpoints = {role: open_checkpoint(name, revision) for role, (name, revision) in asked.items()}
+    sources: dict[str, tuple[str, str | None]] = {"model": (request.model, request.revision)}
+    if request.dense is not None:
+        sources["dense"] = (request.dense, None)
+    checkpoints = {role: open_checkpoint(name, revision) for role, (name, revision) in sources.items()}
     for checkpoint in checkpoints.values():
         if (needed := request.prompt + request.new) > checkpoint.max_length():
             raise UsageError(
-                f"--prompt {request.prompt} and --new {request.new} are {needed} tokens together, and {checkpoint.name} has positions "
-                f"for {checkpoint.max_length()}; ask for fewer"
+                f"--prompt {request.prompt} and --new {request.new} are {needed} tokens together, and "
+                f"{checkpoint.name} has positions for {checkpoint.max_length()}; make --prompt or --new smaller"
             )
     return checkpoints
 
 
 def compress(model: PreTrainedModel) -> int:
-    """Put the matrices with at most two weights that are not zero in every four of a row into torch's semi-structured form, in place; returns how many.
+    """Put the 2:4 matrices of a model into torch's semi-structured form, in place; returns their number.
+
+    A 2:4 matrix has at most two nonzero weights in every four consecutive weights of a row.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the model has no such matrix.
     """
     count = 0
     for module in model.modules():
         if isinstance(module, nn.Linear) and _two_of_four(module.weight):
-            module.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+            module.weight = nn.Parameter(
+                torch.sparse.to_sparse_semi_structured(module.weight.detach()), requires_grad=False
+            )
             count += 1
     if not count:
-        raise UsageError("--semi-structured: no matrix of the model has two zeros in every four weights of a row; prune it with --pattern 2:4")
+        raise UsageError(
+            "--semi-structured: no matrix of the model has two zeros in every four weights of a row; "
+            "prune it with --pattern 2:4"
+        )
     return count
 
 
@@ -228,13 +253,17 @@ def _two_of_four(weight_OI: Tensor) -> bool:
 
 def _check_semi_structured(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
-        raise UsageError(f"--semi-structured needs an NVIDIA accelerator with 2:4 products (Ampere or later); --device is {device}")
+        raise UsageError(
+            f"--semi-structured needs an NVIDIA accelerator with 2:4 products (Ampere or later); --device is {device}"
+        )
     if dtype not in (torch.float16, torch.bfloat16):
-        raise UsageError(f"--semi-structured computes in 16 bits: use --dtype bfloat16 (it is {str(dtype).removeprefix('torch.')})")
+        raise UsageError(
+            f"--semi-structured computes in 16 bits: use --dtype bfloat16 (it is {str(dtype).removeprefix('torch.')})"
+        )
 
 
 def _stored(parameter: Tensor) -> int:
-    """Bytes; of a compressed matrix those of its parts."""
+    """Return the bytes of a parameter; for a compressed matrix, the bytes of its parts."""
     names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else []
     return sum(getattr(parameter, name).nbytes for name in names) if names else parameter.nbytes
 
@@ -265,11 +294,15 @@ def _row(ids_BT: Tensor, speed: Speed, work: Work, machine: Machine) -> records.
 
 
 def _speedup(results: Sequence[records.Record]) -> list[records.Record] | None:
-    """How many times as fast as the dense model."""
+    """Return the speed as a multiple of the dense model's, for each batch."""
     if len(results) < 2:
         return None
     pairs = zip(*(result["batches"] for result in results), strict=True)
-    return [{"batch": ours["batch"]} | {part: dense[f"{part}_seconds"] / ours[f"{part}_seconds"] for part in ("prefill", "decode")} for ours, dense in pairs]
+    return [
+        {"batch": ours["batch"]}
+        | {part: dense[f"{part}_seconds"] / ours[f"{part}_seconds"] for part in ("prefill", "decode")}
+        for ours, dense in pairs
+    ]
 
 
 def _beside(model: str) -> Path:

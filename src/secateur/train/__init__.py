@@ -1,1 +1,1 @@
-"""What everything that trains shares: the windows of a step, and the state that an interrupted run goes on from."""
+"""Shared by everything that trains: the windows of a step, and the saved state that an interrupted run goes on from."""

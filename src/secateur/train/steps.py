@@ -1,4 +1,4 @@
-"""The windows of each step of training, and whether what was trained is still finite."""
+"""The windows of each training step, and a check that parameters are finite."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 def all_finite(network: torch.nn.Module) -> bool:
-    """Whether all parameters are; the host waits once."""
+    """Return True if all parameters are finite. The host waits for the device only once."""
     return bool(torch.stack([torch.isfinite(parameter).all() for parameter in network.parameters()]).all())
 
 
 def rows_of_step(step: int, windows: int, batch: int, seed: int) -> Tensor:
-    """The windows of a step, int64 [batch]: every window once an epoch, in an order that follows from the step and the seed alone."""
+    """Return the indices of the windows of a step, int64 [batch].
+
+    Every window comes once per epoch. The order follows from the step and the seed alone.
+    """
     positions = range(step * batch, (step + 1) * batch)
     return torch.stack([_order(position // windows, windows, seed)[position % windows] for position in positions])
 
