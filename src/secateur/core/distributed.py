@@ -31,7 +31,9 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > devices:
-            raise SecateurError(f"torchrun started {here} processes on a machine of {devices} accelerators; use --nproc-per-node {devices}")
+            raise SecateurError(
+                f"torchrun started {here} processes on a machine of {devices} accelerators; use --nproc-per-node {devices}"
+            )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -60,7 +62,10 @@ def on_first(work: Callable[[], T]) -> T:
         try:
             told[0] = work()
         except Exception as error:  # the others must hear of any
-            failure, told[1] = error, error if isinstance(error, SecateurError) else SecateurError(f"the first process failed: {error}")
+            failure, told[1] = (
+                error,
+                error if isinstance(error, SecateurError) else SecateurError(f"the first process failed: {error}"),
+            )
     dist.broadcast_object_list(told)
     if told[1] is not None:
         raise failure or told[1]
@@ -90,4 +95,6 @@ def check_same(tensors: Iterable[Tensor], what: str) -> None:
         seen.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     hashes = gather(torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8))
     if odd := [number for number, one in enumerate(hashes) if not torch.equal(one, hashes[0])]:
-        raise SecateurError(f"{what} differs between processes 0 and {odd[0]}: their machines or versions do not compute alike; use equal ones")
+        raise SecateurError(
+            f"{what} differs between processes 0 and {odd[0]}: their machines or versions do not compute alike; use equal ones"
+        )

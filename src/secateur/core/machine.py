@@ -26,7 +26,13 @@ class Machine:
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, *, bytes_read: int = 1 << 28, size: int = 1536, clock: Callable[[], float] = time.perf_counter
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        bytes_read: int = 1 << 28,
+        size: int = 1536,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.flops_per_second = self.bytes_per_second = 0.0
         self.clock = clock
@@ -52,7 +58,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 512, se
     return 2 * size**3 / _best(lambda: a_NN @ a_NN, device, seconds)
 
 
-def _best(work: Callable[[], Tensor], device: torch.device, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
+def _best(
+    work: Callable[[], Tensor], device: torch.device, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """The shortest time of one call, of as many as fit."""
     work()
     best, started = float("inf"), clock()

@@ -18,7 +18,9 @@ def shown(name: str) -> str:
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or ("/" in name and Path(name).exists())
+    return (
+        name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or ("/" in name and Path(name).exists())
+    )
 
 
 def without_paths(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,8 +47,19 @@ def named(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _apart(path: str, paths: set[str]) -> str:
     name = shown(path)
-    others = {other for other in paths if other not in (path, name) and shown(other) == name and Path(other).absolute() != Path(path).absolute()}
+    others = {
+        other
+        for other in paths
+        if other not in (path, name) and shown(other) == name and Path(other).absolute() != Path(path).absolute()
+    }
     if not others or path == name:  # a bare name, from a plan, is that of whatever ends so
         return name
     parts = Path(path).parts
-    return next((tail for n in range(2, len(parts)) if not any(Path(o).parts[-n:] == parts[-n:] for o in others) and (tail := "/".join(parts[-n:]))), path)
+    return next(
+        (
+            tail
+            for n in range(2, len(parts))
+            if not any(Path(o).parts[-n:] == parts[-n:] for o in others) and (tail := "/".join(parts[-n:]))
+        ),
+        path,
+    )

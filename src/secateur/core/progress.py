@@ -13,7 +13,9 @@ T = TypeVar("T")
 _LINE_EVERY_SECONDS = 10.0
 
 
-def track(items: Iterable[T], description: str, total: int | None = None, status: Callable[[], str] = str) -> Iterator[T]:
+def track(
+    items: Iterable[T], description: str, total: int | None = None, status: Callable[[], str] = str
+) -> Iterator[T]:
     """Yield the items and show how many are done, the time left, and what `status` says; `total` defaults to `len(items)` where it has one."""
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -43,9 +45,22 @@ def speaks() -> bool:
 
 def _bar(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(description, total=total)
         for item in items:
@@ -65,5 +80,7 @@ def _lines(items: Iterable[T], description: str, total: int | None, status: Call
         if now - spoken > _LINE_EVERY_SECONDS:
             spoken = now
             left = f", about {(now - started) / done * (total - done):.0f} s left" if total else ""
-            said = ", ".join(filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status())))
+            said = ", ".join(
+                filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status()))
+            )
             say(f"{description}: {said}")

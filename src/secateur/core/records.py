@@ -100,20 +100,38 @@ def _text(file: Path) -> str:
     try:
         return _split_torn(file.read_bytes())[0].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SecateurError(f"{file}: not UTF-8 text (byte {error.start}); records are JSON lines: remove or repair that line") from None
+        raise SecateurError(
+            f"{file}: not UTF-8 text (byte {error.start}); records are JSON lines: remove or repair that line"
+        ) from None
 
 
 def last(file: Path, command: str, out: Path) -> Record | None:
     """The last record of a command that wrote `out`; None where there is none."""
-    found = [r for r in read([file]) if r.get("command") == command and r.get("out") == str(out)] if file.is_file() else []
+    found = (
+        [r for r in read([file]) if r.get("command") == command and r.get("out") == str(out)] if file.is_file() else []
+    )
     return found[-1] if found else None
 
 
 # What other commands rely on. A field may be missing, or null; `_SCALARS` are objects of text and numbers alone.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("command", "model", "method", "modules", "pattern", "device", "dtype", "out", "version"), str),
-    **dict.fromkeys(("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", "heal", "versions", "weights"), dict),
-    **dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks", "params_removed", "ppl", "loss", "seconds"), (int, float)),
+    **dict.fromkeys(
+        ("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", "heal", "versions", "weights"), dict
+    ),
+    **dict.fromkeys(
+        (
+            "sparsity",
+            "sparsity_measured",
+            "pruning_ratio",
+            "pruning_ratio_blocks",
+            "params_removed",
+            "ppl",
+            "loss",
+            "seconds",
+        ),
+        (int, float),
+    ),
     **dict.fromkeys(("params_before", "params_after", "nonzero_after", "peak_rss_bytes", "seed"), (int, float)),
 }
 _SCALARS = ("options", "calibration", "ppl_protocol")

@@ -60,7 +60,9 @@ def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int
             f"{spec}: has {len(rows)} instructions whose answers begin within {seqlen} tokens, but {samples} are asked for; lower --samples, or raise --seqlen"
         )
     longest = max(len(ids) for ids, _ in rows)
-    ids_ST = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])  # what pads stands behind what counts, which attention does not reach
+    ids_ST = torch.tensor(
+        [ids + [0] * (longest - len(ids)) for ids, _ in rows]
+    )  # what pads stands behind what counts, which attention does not reach
     label_ST = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in rows])
     return Examples(ids_ST, label_ST)
 

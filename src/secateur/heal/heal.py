@@ -28,7 +28,17 @@ from secateur.heal.tune import SCHEDULES, Tuning, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import stock_problem
-from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, CheckpointWriter, differing, differing_from_plan, is_finished, plan_file, same_run
+from secateur.models.save import (
+    OWN_FOLDER,
+    PLAN_PATH,
+    PLAN_TENSORS,
+    CheckpointWriter,
+    differing,
+    differing_from_plan,
+    is_finished,
+    plan_file,
+    same_run,
+)
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
@@ -106,7 +116,18 @@ class _Prepared:
     def settings(self) -> dict[str, Any]:
         """What decides the result, but for the learning rate, which may change where an interrupted run goes on."""
         request = self.request
-        names = ("steps", "batch", "schedule", "weight_decay", "rank", "alpha", "completion_only", "keep_adapter", "save_every", "seed")
+        names = (
+            "steps",
+            "batch",
+            "schedule",
+            "weight_decay",
+            "rank",
+            "alpha",
+            "completion_only",
+            "keep_adapter",
+            "save_every",
+            "seed",
+        )
         return {
             **{name: getattr(request, name) for name in names},
             "targets": ",".join(request.targets),
@@ -118,7 +139,9 @@ class _Prepared:
         }
 
 
-def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+def heal(
+    request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+) -> records.Record:
     """Train adapters on a pruned checkpoint and write the result to `out`; returns the record, which is also appended to `records_file`.
 
     Args:
@@ -140,11 +163,16 @@ def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bo
     prepared = _prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
-    if finished and (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
+    if (
+        finished
+        and (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None
+    ):
         return found
     weights = {file for file, _ in prepared.checkpoint.index.values()}
     journal = {"heal": settings, "source": identity(prepared.checkpoint)}
-    writer = CheckpointWriter(out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights))
+    writer = CheckpointWriter(
+        out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights)
+    )
     try:
         facts = _run(prepared, settings, writer)
     except SecateurError:
@@ -190,12 +218,20 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     checkpoint = open_checkpoint(request.model)
     plan = read_plan_json(checkpoint.folder)
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
-        raise UsageError(f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; give the folder that it wrote")
+        raise UsageError(
+            f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; give the folder that it wrote"
+        )
     targets = find_targets(checkpoint.view(), request.targets)
     if request.rank > (widest := checkpoint.config.hidden_size):
-        raise UsageError(f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, the width of the model")
+        raise UsageError(
+            f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, the width of the model"
+        )
     bundled = plan["model"] == BUNDLED
-    spec = request.calibration or _same_calibration(plan, Path(request.model), records_file) or ("builtin" if bundled else None)
+    spec = (
+        request.calibration
+        or _same_calibration(plan, Path(request.model), records_file)
+        or ("builtin" if bundled else None)
+    )
     if spec is None:
         raise UsageError("--calibration SPEC is missing: the text to heal on (the pruning itself needed none)")
     longest = checkpoint.max_length()
@@ -204,13 +240,19 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
         raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     tokenizer = None if holds_ids(protocol.spec) else checkpoint.tokenizer()
-    held_out = evaluation_windows(protocol, window_length(protocol, None, longest), tokenizer, request.text_field)[: request.limit]
+    held_out = evaluation_windows(protocol, window_length(protocol, None, longest), tokenizer, request.text_field)[
+        : request.limit
+    ]
     if same_text(spec, protocol.spec):
         say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
     if request.completion_only:
-        examples = answers_alone(spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed)
+        examples = answers_alone(
+            spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed
+        )
     else:
-        ids_ST = windows_of(checkpoint, spec, samples=request.samples, seqlen=seqlen, seed=request.seed, text_field=request.text_field)
+        ids_ST = windows_of(
+            checkpoint, spec, samples=request.samples, seqlen=seqlen, seed=request.seed, text_field=request.text_field
+        )
         examples = Examples(ids_ST, ids_ST)
     for where, several in ((spec, [examples.ids_ST]), (protocol.spec, held_out)):
         tokens = None if holds_ids(where) else len(checkpoint.tokenizer())
@@ -237,15 +279,21 @@ def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) ->
     for place in (spec, str((pruned.get("calibration") or {}).get("spec"))):
         if Path(place).expanduser().is_file() and known in (None, file_hash(place)):
             return place
-    raise UsageError(f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, or another text")
+    raise UsageError(
+        f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, or another text"
+    )
 
 
-def _finished(prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
+def _finished(
+    prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
+) -> records.Record | None:
     """The record of a run that was complete already; None to measure, or to start, again."""
     made = read_plan_json(out)
     assert made is not None
     pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
-    if not same_run(out, differing_from_plan(made.get("heal") or {}, settings) or differing_from_plan(made, pruned), overwrite):
+    if not same_run(
+        out, differing_from_plan(made.get("heal") or {}, settings) or differing_from_plan(made, pruned), overwrite
+    ):
         return None
     found = records.last(records_file, "heal", out)
     if found is None:
@@ -266,14 +314,36 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
         writer.write(_BEFORE, {}, {"loss": perplexity(model, prepared.held_out).loss, "protocol": protocol})
     before = writer.read_note(_BEFORE)["loss"]
-    adapters = add_adapters(model, prepared.targets, rank=request.rank, alpha=request.alpha, seed=request.seed, masked=not request.keep_adapter)
+    adapters = add_adapters(
+        model,
+        prepared.targets,
+        rank=request.rank,
+        alpha=request.alpha,
+        seed=request.seed,
+        masked=not request.keep_adapter,
+    )
     if request.checkpointing:
         recompute(model.get_submodule(checkpoint.view().family.blocks).children())
-    how = Tuning(request.steps, request.batch, request.lr, request.schedule, request.weight_decay, request.save_every, request.seed)
+    how = Tuning(
+        request.steps,
+        request.batch,
+        request.lr,
+        request.schedule,
+        request.weight_decay,
+        request.save_every,
+        request.seed,
+    )
     trainable = adapters.trainable
-    say(f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {perplexity_words(exp(before))}")
+    say(
+        f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {perplexity_words(exp(before))}"
+    )
     seen = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
-    done = {**settings, "lr": request.lr, "trainable": sum(p.numel() for p in trainable), "losses": [look["loss"] for look in _thinned(seen)]}
+    done = {
+        **settings,
+        "lr": request.lr,
+        "trainable": sum(p.numel() for p in trainable),
+        "losses": [look["loss"] for look in _thinned(seen)],
+    }
     rates = sorted({look["lr"] for look in seen}, reverse=True)
     heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
     if request.keep_adapter:
@@ -287,7 +357,9 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
         after = perplexity(_reload(prepared, writer.out), prepared.held_out)
     if after.loss > before:
         worse = f"perplexity {perplexity_words(after.ppl)}, before {perplexity_words(exp(before))}"
-        say(f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is measured")
+        say(
+            f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is measured"
+        )
     return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
 
 
@@ -309,8 +381,14 @@ def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWri
         tensors = {}
         for name in names:
             tensor, path = view.source.read(name), name.removesuffix(".weight")
-            tensors[name] = merged(tensor, adapters.delta(path).to(tensor.device)) if path in adapters.layers and name.endswith(".weight") else tensor
-        nonzero += sum(int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name))
+            tensors[name] = (
+                merged(tensor, adapters.delta(path).to(tensor.device))
+                if path in adapters.layers and name.endswith(".weight")
+                else tensor
+            )
+        nonzero += sum(
+            int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name)
+        )
         writer.write(part, tensors)
     return nonzero
 
@@ -318,7 +396,10 @@ def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWri
 def _parts(view: ModelView) -> dict[str, list[str]]:
     """Part of the checkpoint -> its tensors; the parts and their order are those of `prune`."""
     names, prefixes = view.source.names(), [view.block_prefix(index) for index in range(view.blocks)]
-    blocks = {f"block-{index:05}": [name for name in names if name.startswith(prefix)] for index, prefix in enumerate(prefixes)}
+    blocks = {
+        f"block-{index:05}": [name for name in names if name.startswith(prefix)]
+        for index, prefix in enumerate(prefixes)
+    }
     return {f"outer-{name}": [name] for name in view.outer_names()} | blocks
 
 

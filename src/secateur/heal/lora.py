@@ -47,7 +47,13 @@ class Adapters:
     @property
     def trainable(self) -> nn.ParameterList:
         """A and B of every layer."""
-        return nn.ParameterList([layer[_ADAPTER].weight for path in self.layers for layer in (self.layers[path].lora_A, self.layers[path].lora_B)])
+        return nn.ParameterList(
+            [
+                layer[_ADAPTER].weight
+                for path in self.layers
+                for layer in (self.layers[path].lora_A, self.layers[path].lora_B)
+            ]
+        )
 
     def delta(self, path: str) -> Tensor:
         """(alpha / r) B A of a module [O, I], float32."""
@@ -72,7 +78,9 @@ def find_targets(view: ModelView, names: Sequence[str]) -> list[str]:
             raise UsageError(f"--targets: '{name}' matches no linear module of family {family.name} ({_known(family)})")
         found |= here
     order = list(dict.fromkeys(family.matrices.values()))
-    return [f"{family.blocks}.{index}.{path}" for index, path in sorted(found, key=lambda at: (at[0], order.index(at[1])))]
+    return [
+        f"{family.blocks}.{index}.{path}" for index, path in sorted(found, key=lambda at: (at[0], order.index(at[1])))
+    ]
 
 
 def _known(family: Family) -> str:
@@ -88,7 +96,9 @@ def need_peft() -> None:
         raise SecateurError("heal needs peft, which is not installed: pip install 'secateur[heal]'") from None
 
 
-def add_adapters(model: PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, masked: bool) -> Adapters:
+def add_adapters(
+    model: PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, masked: bool
+) -> Adapters:
     """Put adapters on a model, in place; all else is frozen.
 
     Args:

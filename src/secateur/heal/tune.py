@@ -45,7 +45,9 @@ def rate_at(step: int, how: Tuning) -> float:
     return how.lr * rise * (1.0 if how.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / how.steps)))
 
 
-def tune(model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples, how: Tuning, state: Path) -> list[dict[str, float]]:
+def tune(
+    model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples, how: Tuning, state: Path
+) -> list[dict[str, float]]:
     """Train in place.
 
     Args:
@@ -98,8 +100,14 @@ def tune(model: PreTrainedModel, trainable: nn.ParameterList, examples: Examples
 @torch.no_grad()
 def _loss_before(model: PreTrainedModel, examples: Examples, how: Tuning) -> float:
     """The mean loss, in nats, on the batches up to the first look at it; before any step the adapters change nothing."""
-    batches = [rows_of_step(step, len(examples.ids_ST), how.batch, how.seed) for step in range(min(LOOK_EVERY, how.save_every, how.steps))]
-    losses = [next_token_loss(model, examples.ids_ST[rows].to(model.device), examples.label_ST[rows].to(model.device)) for rows in batches]
+    batches = [
+        rows_of_step(step, len(examples.ids_ST), how.batch, how.seed)
+        for step in range(min(LOOK_EVERY, how.save_every, how.steps))
+    ]
+    losses = [
+        next_token_loss(model, examples.ids_ST[rows].to(model.device), examples.label_ST[rows].to(model.device))
+        for rows in batches
+    ]
     return float(torch.stack(losses).mean())
 
 
@@ -115,5 +123,9 @@ def _check(now: dict[str, float], seen: list[dict[str, float]], trainable: nn.Pa
     if finite and now["loss"] <= best + WORSE:
         return
     what = f"rose to {now['loss']:.3f} from {best:.3f}" if finite else "or an adapter is not finite (NaN or infinity)"
-    kept = f"the state of step {saved} is kept: go on from it with --resume and a smaller --lr" if saved else "use a smaller --lr, or --dtype float32"
+    kept = (
+        f"the state of step {saved} is kept: go on from it with --resume and a smaller --lr"
+        if saved
+        else "use a smaller --lr, or --dtype float32"
+    )
     raise SecateurError(f"heal: the loss {what} by step {now['step']:.0f}; {kept}")

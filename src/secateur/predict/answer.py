@@ -20,7 +20,12 @@ _NO_POINTS_AT = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def predict(
-    points: Points, law: str | None = None, *, at: Sequence[float] = (), target: float | None = None, dense_in_fit: bool = False
+    points: Points,
+    law: str | None = None,
+    *,
+    at: Sequence[float] = (),
+    target: float | None = None,
+    dense_in_fit: bool = False,
 ) -> tuple[Prediction, Record]:
     """Answer what a sparsity costs and what a wanted value allows.
 
@@ -64,7 +69,9 @@ def predict(
         "dense_in_fit": found.dense_in_fit,
         "chance": points.chance,
         "fitted_range": chosen.range,
-        "measured": [{"sparsity": float(s), points.kind: float(v)} for s, v in zip(points.s, points.values, strict=True)],
+        "measured": [
+            {"sparsity": float(s), points.kind: float(v)} for s, v in zip(points.s, points.values, strict=True)
+        ],
         "predictions": answers,
         "target": aim,
         "best": found.winner.law.name if found.winner and len(points.s) >= 3 else None,
@@ -143,7 +150,10 @@ def _published(points: Points, asked: Sequence[float]) -> list[Record]:
             "b": row.b,
             "rmse": row.rmse,
             "source": SOURCE,
-            "predictions": [{"sparsity": float(s), points.kind: float(v)} for s, v in zip(at, row.at(points.dense).predict(at), strict=True)],
+            "predictions": [
+                {"sparsity": float(s), points.kind: float(v)}
+                for s, v in zip(at, row.at(points.dense).predict(at), strict=True)
+            ],
         }
         for row in rows
     ]

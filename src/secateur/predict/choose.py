@@ -71,7 +71,9 @@ def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False
         find_law(law or "", kind)  # a wrong name is told before anything else
     judged = tuple(judge(kind, points.s, points.values, points.dense, dense_in_fit=dense_in_fit))
     if law == "best":
-        ranked = [one for one in judged if one.heldout is not None and math.isfinite(one.heldout) and one.fit is not None]
+        ranked = [
+            one for one in judged if one.heldout is not None and math.isfinite(one.heldout) and one.fit is not None
+        ]
         # the parameter-free law can be judged on a single point; best of one is no choice
         if count < 3 or not ranked:
             raise SecateurError(
@@ -90,7 +92,13 @@ def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False
 def _too_few(law: Law, points: Points) -> str:
     count = len(points.s)
     have = "one pruned point" if count == 1 else f"{count} pruned points" if count else "no pruned point"
-    fewer = ", or --law theory, which needs none" if points.kind == "ppl" else ", or --law proportional, which has one constant" if count == 1 else ""
+    fewer = (
+        ", or --law theory, which needs none"
+        if points.kind == "ppl"
+        else ", or --law proportional, which has one constant"
+        if count == 1
+        else ""
+    )
     lost = [warning for warning in points.warnings if warning.endswith("left out")]
     why = f" ({len(lost)} more left out, the first: {lost[0]})" if lost else ""
     return f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): measure more sparsities with 'secateur sweep'{fewer}"

@@ -58,7 +58,9 @@ class Fit:
     @property
     def rmse_ln(self) -> float | None:
         """The same in the logarithm of the value, where laws with different y can be compared."""
-        return math.sqrt(float(np.square(log_errors(self.values, self.predict(self.s))).mean())) if len(self.s) else None
+        return (
+            math.sqrt(float(np.square(log_errors(self.values, self.predict(self.s))).mean())) if len(self.s) else None
+        )
 
     @cached_property
     def sigma(self) -> float | None:
@@ -77,7 +79,9 @@ class Fit:
             return dict.fromkeys(self.law.free)
         half = student_quantile(self.spare) * self.sigma * np.sqrt(np.diag(self._spread))
         given = dict(zip(self.law.constants, self.constants, strict=True))
-        return {name: (float(given[name] - h), float(given[name] + h)) for name, h in zip(self.law.free, half, strict=True)}
+        return {
+            name: (float(given[name] - h), float(given[name] + h)) for name, h in zip(self.law.free, half, strict=True)
+        }
 
     def predict(self, s: Array) -> Array:
         """Perplexity or accuracy at s; infinity where the law has no perplexity."""
@@ -88,7 +92,11 @@ class Fit:
         if self.sigma is None:
             return None
         gradient = self.law.gradient(self.constants, s)
-        half = student_quantile(self.spare) * self.sigma * np.sqrt(1 + np.einsum("nk,kl,nl->n", gradient, self._spread, gradient))
+        half = (
+            student_quantile(self.spare)
+            * self.sigma
+            * np.sqrt(1 + np.einsum("nk,kl,nl->n", gradient, self._spread, gradient))
+        )
         mean = self.law.mean(self.constants, s)
         ends = np.stack([self.law.scale.back(mean - half, self.dense), self.law.scale.back(mean + half, self.dense)])
         return ends.min(0), ends.max(0)

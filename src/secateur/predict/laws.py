@@ -52,7 +52,9 @@ def _exp(y: Array) -> Array:
 
 RATIO = Scale("ln PPL0 / ln PPL", lambda v, v0: np.log(v0) / np.log(v), _ratio_back)
 LOG = Scale("ln PPL - ln PPL0", lambda v, v0: np.log(v / v0), lambda y, v0: v0 * _exp(y))
-LOG_RATIO = Scale("ln(ln PPL0 / ln PPL)", lambda v, v0: np.log(np.log(v0) / np.log(v)), lambda y, v0: _exp(np.log(v0) * _exp(-y)))
+LOG_RATIO = Scale(
+    "ln(ln PPL0 / ln PPL)", lambda v, v0: np.log(np.log(v0) / np.log(v)), lambda y, v0: _exp(np.log(v0) * _exp(-y))
+)
 LOG_ACC = Scale("ln(acc / acc0)", lambda v, v0: np.log(v / v0), lambda y, v0: v0 * _exp(y))
 SHARE = Scale("acc / acc0", lambda v, v0: v / v0, lambda y, v0: np.maximum(0.0, v0 * y))
 

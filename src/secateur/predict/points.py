@@ -74,7 +74,13 @@ class Points:
         return "ppl" if self.metric == "ppl" else "acc"
 
 
-def read_points(paths: Sequence[Path], metric: str | None = None, *, chance: float | None = None, where: dict[str, str] | None = None) -> Points:
+def read_points(
+    paths: Sequence[Path],
+    metric: str | None = None,
+    *,
+    chance: float | None = None,
+    where: dict[str, str] | None = None,
+) -> Points:
     """Points from records files (or folders that hold one), or from one CSV.
 
     Args:
@@ -88,14 +94,20 @@ def read_points(paths: Sequence[Path], metric: str | None = None, *, chance: flo
         SecateurError: points that do not belong together, or that no law can be fitted to.
     """
     if not paths:
-        raise UsageError("no points: give a records.jsonl that 'secateur sweep' wrote, or a CSV with columns sparsity,ppl or sparsity,acc")
+        raise UsageError(
+            "no points: give a records.jsonl that 'secateur sweep' wrote, or a CSV with columns sparsity,ppl or sparsity,acc"
+        )
     if chance is not None and not 0 <= chance < 1:
-        raise UsageError(f"--chance {chance:g} is outside [0, 1): give the accuracy of guessing, as 0.25 for four choices")
+        raise UsageError(
+            f"--chance {chance:g} is outside [0, 1): give the accuracy of guessing, as 0.25 for four choices"
+        )
     tables = [path for path in paths if not _holds_records(path)]
     if tables and len(paths) > 1:
         raise UsageError(f"'{tables[0]}' is a CSV and was given with other files: give one CSV, or records files only")
     if tables and where:
-        raise UsageError(f"--where chooses among records, and '{tables[0]}' is a CSV: remove the rows that are not wanted")
+        raise UsageError(
+            f"--where chooses among records, and '{tables[0]}' is a CSV: remove the rows that are not wanted"
+        )
     recorded = None
     if tables:
         name, dense, found, notes = _from_csv(tables[0], metric)
@@ -109,7 +121,13 @@ def read_points(paths: Sequence[Path], metric: str | None = None, *, chance: flo
 
 
 def make_points(
-    metric: str, dense: Point, found: Iterable[Point], *, chance: float | None = None, about: dict[str, Any] | None = None, notes: Sequence[str] = ()
+    metric: str,
+    dense: Point,
+    found: Iterable[Point],
+    *,
+    chance: float | None = None,
+    about: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Points:
     """Check the points of one metric and leave out what no law can say anything of.
 
@@ -120,7 +138,9 @@ def make_points(
     check = _check_ppl if metric == "ppl" else _check_acc
     for point in (dense, *(found := list(found))):
         if not 0 <= point.s < 1:
-            raise SecateurError(f"{point.place}: sparsity {point.s:g} is outside [0, 1): give the fraction removed, not a percentage")
+            raise SecateurError(
+                f"{point.place}: sparsity {point.s:g} is outside [0, 1): give the fraction removed, not a percentage"
+            )
         check(point)
     distinct = _distinct(found, said)
     if metric != "ppl":
@@ -133,12 +153,16 @@ def make_points(
 
 def _check_ppl(point: Point) -> None:
     if not (math.isfinite(point.value) and point.value > 1):
-        raise SecateurError(f"{point.place}: perplexity {point.value:g} is not a finite number above 1, so its logarithm cannot be fitted; measure it anew")
+        raise SecateurError(
+            f"{point.place}: perplexity {point.value:g} is not a finite number above 1, so its logarithm cannot be fitted; measure it anew"
+        )
 
 
 def _check_acc(point: Point) -> None:
     if not 0 <= point.value <= 1:
-        raise SecateurError(f"{point.place}: accuracy {point.value:g} is outside [0, 1]: give a fraction, not a percentage")
+        raise SecateurError(
+            f"{point.place}: accuracy {point.value:g} is outside [0, 1]: give a fraction, not a percentage"
+        )
 
 
 def _distinct(found: list[Point], said: list[str]) -> list[Point]:
@@ -170,7 +194,9 @@ def _above_chance(dense: Point, found: list[Point], chance: float | None, metric
             said.append(f"accuracy 0 at sparsity {point.s:g} has no logarithm and is left out")
         elif chance is not None and point.value - (point.stderr or 0.0) <= chance:
             margin = f" within its standard error {point.stderr:.3g}" if point.stderr and point.value > chance else ""
-            said.append(f"accuracy {point.value:g} at sparsity {point.s:g} is at chance ({chance:g}){margin} and is left out: it falls no further there")
+            said.append(
+                f"accuracy {point.value:g} at sparsity {point.s:g} is at chance ({chance:g}){margin} and is left out: it falls no further there"
+            )
         else:
             kept.append(point)
     if chance is None:
@@ -179,7 +205,9 @@ def _above_chance(dense: Point, found: list[Point], chance: float | None, metric
 
 
 def _say_non_monotone(points: list[Point], metric: str, said: list[str]) -> None:
-    worse: Callable[[Point, Point], bool] = (lambda a, b: b.value < a.value) if metric == "ppl" else (lambda a, b: b.value > a.value)
+    worse: Callable[[Point, Point], bool] = (
+        (lambda a, b: b.value < a.value) if metric == "ppl" else (lambda a, b: b.value > a.value)
+    )
     better = [f"{b.s:g} ({b.value:g}) than at {a.s:g} ({a.value:g})" for a, b in pairwise(points) if worse(a, b)]
     if better:
         said.append(
@@ -199,16 +227,22 @@ def _holds_records(path: Path) -> bool:
     if path.is_dir():
         return True
     if not path.is_file():
-        raise UsageError(f"no file '{path}': give a records.jsonl, the folder that holds it, or a CSV with columns sparsity,ppl or sparsity,acc")
+        raise UsageError(
+            f"no file '{path}': give a records.jsonl, the folder that holds it, or a CSV with columns sparsity,ppl or sparsity,acc"
+        )
     try:
         first = next((line for line in path.read_text("utf-8-sig").splitlines() if line.strip()), "")
     except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"'{path}' cannot be read as text ({error.__class__.__name__}): records (JSON lines) or a CSV are expected") from None
+        raise UsageError(
+            f"'{path}' cannot be read as text ({error.__class__.__name__}): records (JSON lines) or a CSV are expected"
+        ) from None
     if first.lstrip().startswith("{"):
         return True
     if "sparsity" not in [name.strip() for name in next(csv.reader([first]), [])]:
         start = f"starts with '{first.strip()[:40]}'" if first else "is empty"
-        raise UsageError(f"'{path}' is neither records (JSON lines) nor a CSV whose first line names a column sparsity: it {start}")
+        raise UsageError(
+            f"'{path}' is neither records (JSON lines) nor a CSV whose first line names a column sparsity: it {start}"
+        )
     return False
 
 
@@ -217,16 +251,24 @@ def _from_csv(path: Path, metric: str | None) -> tuple[str, Point, list[Point], 
     columns = [name.strip() for name in reader.fieldnames or []]
     reader.fieldnames = columns
     name, column = _column(path, columns, metric)
-    rows = [(reader.line_num, row) for row in reader if any((value or "").strip() for value in row.values() if isinstance(value, str))]
+    rows = [
+        (reader.line_num, row)
+        for row in reader
+        if any((value or "").strip() for value in row.values() if isinstance(value, str))
+    ]
     points = []
     for line, row in rows:
         place = f"{path}, line {line}"
         stderr = _number(row["stderr"], place, "stderr") if (row.get("stderr") or "").strip() else None
-        points.append(Point(_number(row["sparsity"], place, "sparsity"), _number(row[column], place, column), stderr, place))
+        points.append(
+            Point(_number(row["sparsity"], place, "sparsity"), _number(row[column], place, column), stderr, place)
+        )
     said: list[str] = []
     dense = _distinct([point for point in points if point.s == 0], said)
     if not dense:
-        raise SecateurError(f"'{path}' has no row with sparsity 0: add the dense model's {column}, which every law starts from")
+        raise SecateurError(
+            f"'{path}' has no row with sparsity 0: add the dense model's {column}, which every law starts from"
+        )
     return name, dense[0], [point for point in points if point.s != 0], said
 
 
@@ -236,7 +278,9 @@ def _column(path: Path, columns: list[str], metric: str | None) -> tuple[str, st
         metric = "ppl" if "ppl" in columns else "acc"
     column = metric if metric in columns or metric == "ppl" else "acc"
     if column not in columns:
-        raise UsageError(f"'{path}' has no column {column} (its columns: {', '.join(columns)}); name the column, or choose with --metric")
+        raise UsageError(
+            f"'{path}' has no column {column} (its columns: {', '.join(columns)}); name the column, or choose with --metric"
+        )
     return metric, column
 
 
@@ -253,7 +297,9 @@ def _number(text: str | None, place: str, column: str) -> float:
 # Records
 
 
-def _from_records(found: list[Record], metric: str | None, where: dict[str, str]) -> tuple[str, Point, list[Point], dict[str, Any], list[str]]:
+def _from_records(
+    found: list[Record], metric: str | None, where: dict[str, str]
+) -> tuple[str, Point, list[Point], dict[str, Any], list[str]]:
     measured: dict[str, Record] = {}
     found, where = named(found), {name: shown(value) if name == "model" else value for name, value in where.items()}
     for index, record in enumerate(found):
@@ -263,29 +309,44 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
             measured[str(record.get("out") or index) + how] = record
     if not measured:
         commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in found})) or "none"
-        raise SecateurError(f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or 'secateur sweep'")
+        raise SecateurError(
+            f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or 'secateur sweep'"
+        )
     dense = [record for record in measured.values() if _is_dense(record)]
-    pruned = [record for record in measured.values() if not _is_dense(record) and all(_said(_field(record, k)) == v for k, v in where.items())]
+    pruned = [
+        record
+        for record in measured.values()
+        if not _is_dense(record) and all(_said(_field(record, k)) == v for k, v in where.items())
+    ]
     healed = [record for record in pruned if record.get("heal")]
     if len(healed) < len(pruned):  # recovery is no part of a law of pruning
         pruned = [record for record in pruned if not record.get("heal")]
     else:
         healed = []
     if where and not pruned:
-        choices = "; ".join(f"{name}: {', '.join(sorted({_said(_field(r, name)) for r in measured.values() if not _is_dense(r)})) or 'none'}" for name in where)
-        raise UsageError(f"no pruned record has {', '.join(f'{k}={v}' for k, v in where.items())} (there are {choices})")
+        choices = "; ".join(
+            f"{name}: {', '.join(sorted({_said(_field(r, name)) for r in measured.values() if not _is_dense(r)})) or 'none'}"
+            for name in where
+        )
+        raise UsageError(
+            f"no pruned record has {', '.join(f'{k}={v}' for k, v in where.items())} (there are {choices})"
+        )
     name, read = _reader([*dense, *pruned], metric)
     _same(pruned, {**_EVERY, **_PRUNED}, "--where NAME=VALUE keeps one of them")
     if pruned:
         dense = [record for record in dense if _model(record) == _model(pruned[0])] or dense
     measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
     if pruned:
-        dense = [record for record in dense if all(look(record) == look(pruned[0]) for look in measured_by.values())] or dense
+        dense = [
+            record for record in dense if all(look(record) == look(pruned[0]) for look in measured_by.values())
+        ] or dense
     _same([*dense, *pruned], {**_EVERY, **measured_by}, "give the records of one model, measured in one way")
     with_value = [record for record in dense if read(record) is not None]
     if not with_value:
         model = _model(pruned[0]) if pruned else "the model"
-        raise SecateurError(f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol")
+        raise SecateurError(
+            f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol"
+        )
     points, said = [], [f"{_place(record)}: was healed; left out" for record in healed]
     for record in pruned:
         point = read(record)
@@ -297,7 +358,11 @@ def _from_records(found: list[Record], metric: str | None, where: dict[str, str]
             said.append(f"{_place(record)}: nothing was removed; left out")
         else:
             points.append(point)
-    about = {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")} if pruned else {"model": dense[0].get("model")}
+    about = (
+        {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")}
+        if pruned
+        else {"model": dense[0].get("model")}
+    )
     base = read(with_value[-1])
     assert base is not None
     about["chance"] = (with_value[-1].get("tasks") or {}).get(name.partition(":")[0], {}).get("chance")
@@ -315,7 +380,9 @@ def _reader(found: list[Record], metric: str | None) -> tuple[str, Callable[[Rec
         metric = "ppl" if not tasks or any("ppl" in record for record in found) else tasks[0]
     name, _, variant = metric.partition(":")
     if metric != "ppl" and (name not in tasks or variant not in ("", "acc", "acc_norm")):
-        raise UsageError(f"--metric {metric} was not measured (allowed: {', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})")
+        raise UsageError(
+            f"--metric {metric} was not measured (allowed: {', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})"
+        )
 
     def read(record: Record) -> Point | None:
         task = (record.get("tasks") or {}).get(name) or {}
@@ -323,7 +390,12 @@ def _reader(found: list[Record], metric: str | None) -> tuple[str, Callable[[Rec
         s = record.get("sparsity_measured", record.get("sparsity"))
         if value is None or (s is None and not _is_dense(record)):
             return None
-        return Point(float(s or 0.0), float(value), task.get("stderr_norm" if variant == "acc_norm" else "stderr"), _place(record))
+        return Point(
+            float(s or 0.0),
+            float(value),
+            task.get("stderr_norm" if variant == "acc_norm" else "stderr"),
+            _place(record),
+        )
 
     return metric, read
 
@@ -349,14 +421,20 @@ def _said(value: Any) -> str:
 
 # What must agree, by the name that a message uses.
 _Fields = dict[str, Callable[[Record], Any]]
-_EVERY: _Fields = {"model": _model, "model_revision": lambda record: record.get("model_revision"), "dtype": lambda record: record.get("dtype")}
+_EVERY: _Fields = {
+    "model": _model,
+    "model_revision": lambda record: record.get("model_revision"),
+    "dtype": lambda record: record.get("dtype"),
+}
 
 
 def _fields(names: Iterable[str]) -> _Fields:
     return {name: lambda record, name=name: _field(record, name) for name in names}  # type: ignore[misc]
 
 
-_PRUNED = _fields(("method", "pattern", "modules", "options", "seed", *(f"calibration.{name}" for name in _CALIBRATION)))
+_PRUNED = _fields(
+    ("method", "pattern", "modules", "options", "seed", *(f"calibration.{name}" for name in _CALIBRATION))
+)
 
 
 def _protocol_fields() -> _Fields:
@@ -365,7 +443,10 @@ def _protocol_fields() -> _Fields:
 
 def _task_fields(task: str) -> _Fields:
     """A task may be measured on its first items, or on another version of them."""
-    return {f"{task}'s items ({what})": lambda record, what=what: ((record.get("tasks") or {}).get(task) or {}).get(what) for what in ("n", "sha256")}  # type: ignore[misc]
+    return {
+        f"{task}'s items ({what})": lambda record, what=what: ((record.get("tasks") or {}).get(task) or {}).get(what)
+        for what in ("n", "sha256")
+    }  # type: ignore[misc]
 
 
 def _same(found: list[Record], fields: _Fields, step: str) -> None:

@@ -42,7 +42,10 @@ from secateur.prune.settings import prepared_settings
 from secateur.prune.windows import read_windows
 
 FORMULA = "ln(PPL / PPL0) = c K(s)"
-C_UNFITTED, C_FACTOR = 3.2, 3.0  # geometric mean over six small models, and the factor that holds all of them: benchmarks/predict_small_models.py
+C_UNFITTED, C_FACTOR = (
+    3.2,
+    3.0,
+)  # geometric mean over six small models, and the factor that holds all of them: benchmarks/predict_small_models.py
 _UNFITTED = f"no point is measured: c = {C_UNFITTED:g} is that of six small models, which differ by a factor of {C_FACTOR:g}; one measured sparsity fixes it"
 _AT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -88,7 +91,9 @@ def measure_costs(prepared: Prepared) -> Costs:
     view = prepared.job.view
     stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype)
     moments = {"embeddings": _moment(view, stream.show)}
-    halves = {1: {"attention_half": "leave"}, 2: {"attention_half": "between", "mlp_half": "leave"}}[len(view.family.norms)]
+    halves = {1: {"attention_half": "leave"}, 2: {"attention_half": "between", "mlp_half": "leave"}}[
+        len(view.family.norms)
+    ]
     for index in track(range(view.blocks), "spectrum: blocks", view.blocks):
         block = view.block(index)
         for half, name in halves.items():
@@ -99,7 +104,9 @@ def measure_costs(prepared: Prepared) -> Costs:
             moments[f"block {index}, {name}"] = _moment(view, run)
     moments.popitem()  # what enters the head is rotated and not sliced
     fisher_DD = head_fisher(view, stream)
-    return Costs(view.config.hidden_size, {name: place_costs(moment_DD, fisher_DD) for name, moment_DD in moments.items()})
+    return Costs(
+        view.config.hidden_size, {name: place_costs(moment_DD, fisher_DD) for name, moment_DD in moments.items()}
+    )
 
 
 def place_costs(moment_DD: Tensor, fisher_DD: Tensor) -> NDArray[np.float64]:
@@ -138,7 +145,9 @@ def _moment(view: ModelView, run: Callable[[Callable[[Tensor], None]], None]) ->
     moment = SecondMoment(view.config.hidden_size, torch.device("cpu"))
     run(moment.update)
     if not moment.finite():
-        raise NotFiniteError(f"{view.name}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32")
+        raise NotFiniteError(
+            f"{view.name}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32"
+        )
     return moment.sum_II / moment.tokens
 
 
@@ -154,12 +163,19 @@ def fit_constant(costs: Costs, points: Points) -> float:
     gain_N = np.log(points.values / points.dense)
     constant = float(cost_N @ gain_N / (cost_N @ cost_N))
     if not constant > 0:
-        raise SecateurError("the measured points have no higher perplexity than the dense model, so there is nothing to scale by; measure a larger sparsity")
+        raise SecateurError(
+            "the measured points have no higher perplexity than the dense model, so there is nothing to scale by; measure a larger sparsity"
+        )
     return constant
 
 
 def predict_from_spectrum(
-    prepared: Prepared, dense: float | None, points: Points | None, *, at: Sequence[float] = (), target: float | None = None
+    prepared: Prepared,
+    dense: float | None,
+    points: Points | None,
+    *,
+    at: Sequence[float] = (),
+    target: float | None = None,
 ) -> tuple[Costs, Record]:
     """What slicing would cost.
 
@@ -178,7 +194,9 @@ def predict_from_spectrum(
     if dense is not None and not (math.isfinite(dense) and dense > 1):
         raise UsageError(f"--dense-ppl {dense:g}: a finite perplexity above 1 is needed")
     if target is not None and dense is None:
-        raise UsageError("--target-ppl needs the perplexity of the dense model: add --dense-ppl P, or records of a sweep")
+        raise UsageError(
+            "--target-ppl needs the perplexity of the dense model: add --dense-ppl P, or records of a sweep"
+        )
     if bad := [s for s in at if not 0 <= s < 1]:
         raise UsageError(f"--at {bad[0]:g} is outside [0, 1)")
     costs = measure_costs(prepared)
@@ -191,12 +209,21 @@ def predict_from_spectrum(
         room = math.log(target / dense)
         cautious = costs.inverse(room / (constant * (factor or 1.0)))
         found = costs.inverse(room / constant)
-        aim = {"ppl": target, "sparsity": found, "cautious": cautious, "extrapolated": found is not None and found > reach}
+        aim = {
+            "ppl": target,
+            "sparsity": found,
+            "cautious": cautious,
+            "extrapolated": found is not None and found > reach,
+        }
     asked = list(at) or (points.s.tolist() if measured and points is not None else list(_AT))
     record: Record = {
         "command": "predict",
         "version": version(),
-        **{key: value for key, value in prepared_settings(prepared, None).items() if key in ("model", "model_revision", "method", "device", "dtype")},
+        **{
+            key: value
+            for key, value in prepared_settings(prepared, None).items()
+            if key in ("model", "model_revision", "method", "device", "dtype")
+        },
         "calibration": prepared.calibration,
         "metric": "ppl",
         "law": "spectrum",
@@ -210,7 +237,11 @@ def predict_from_spectrum(
         "places": {name: float(values[int(0.8 * costs.hidden)]) for name, values in costs.places.items()},
         "predictions": [_answer(costs, s, constant, factor, dense, reach) for s in asked],
         "target": aim,
-        "warnings": [*(points.warnings if points is not None else ()), *([] if measured else [_UNFITTED]), *_beyond(asked, aim, reach)],
+        "warnings": [
+            *(points.warnings if points is not None else ()),
+            *([] if measured else [_UNFITTED]),
+            *_beyond(asked, aim, reach),
+        ],
     }
     return costs, record
 
@@ -220,13 +251,25 @@ def _check_same(points: Points, prepared: Prepared) -> None:
     for name, here in (("model", shown(prepared.request.model)), ("method", prepared.request.method)):
         there = points.about.get(name)
         if there is not None and there != here:
-            raise SecateurError(f"the points are of {name} '{there}', --spectrum predicts {name} '{here}': give points of the same, or keep them with --where")
+            raise SecateurError(
+                f"the points are of {name} '{there}', --spectrum predicts {name} '{here}': give points of the same, or keep them with --where"
+            )
 
 
 def _beyond(asked: Sequence[float], aim: Record | None, reach: float) -> list[str]:
     """What is said of questions past the largest sparsity that the scale was tested at."""
-    past = list(dict.fromkeys(f"{s:.3g}" for s in [*asked, *([aim["sparsity"]] if aim is not None and aim["extrapolated"] else [])] if s > reach))
-    return [f"sparsity {', '.join(past)} is above {reach:.3g}, the largest that the scale rests on: extrapolated"] if past else []
+    past = list(
+        dict.fromkeys(
+            f"{s:.3g}"
+            for s in [*asked, *([aim["sparsity"]] if aim is not None and aim["extrapolated"] else [])]
+            if s > reach
+        )
+    )
+    return (
+        [f"sparsity {', '.join(past)} is above {reach:.3g}, the largest that the scale rests on: extrapolated"]
+        if past
+        else []
+    )
 
 
 def _answer(costs: Costs, s: float, constant: float, factor: float | None, dense: float | None, reach: float) -> Record:
@@ -239,7 +282,9 @@ def _answer(costs: Costs, s: float, constant: float, factor: float | None, dense
 
 
 def _error(costs: Costs, constant: float, points: Points) -> float:
-    errors = [math.log(v / points.dense) - constant * costs.at(float(s)) for s, v in zip(points.s, points.values, strict=True)]
+    errors = [
+        math.log(v / points.dense) - constant * costs.at(float(s)) for s, v in zip(points.s, points.values, strict=True)
+    ]
     return math.sqrt(sum(e * e for e in errors) / len(errors))
 
 

@@ -47,17 +47,46 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
     tasks = task_names(measured)
     columns = [
         Column("Method", lambda row: Cell("dense" if row.dense else _method(row)), text=True),
-        Column("W update", lambda row: None if row.dense else Cell("yes" if _updated(row) else "no"), "weights that stay were changed", text=True),
-        Column("Removed", _removed, "measured: of all parameters; what was asked for beside it, where that is more than a point away"),
+        Column(
+            "W update",
+            lambda row: None if row.dense else Cell("yes" if _updated(row) else "no"),
+            "weights that stay were changed",
+            text=True,
+        ),
+        Column(
+            "Removed",
+            _removed,
+            "measured: of all parameters; what was asked for beside it, where that is more than a point away",
+        ),
         Column("Zeroed", _zeroed, "measured: of all parameters", optional=True),
-        Column("PPL", lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl), "lower is better"),
-        *(Column(task, lambda row, t=task: _accuracy(row, t), "per cent; length-normalised where the task has it") for task in tasks),  # type: ignore[misc]
+        Column(
+            "PPL",
+            lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl),
+            "lower is better",
+        ),
+        *(
+            Column(task, lambda row, t=task: _accuracy(row, t), "per cent; length-normalised where the task has it")
+            for task in tasks
+        ),  # type: ignore[misc]
         Column("Mean", lambda row: _mean(row, tasks), "of the tasks", optional=True),
-        Column("Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"),
+        Column(
+            "Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"
+        ),
         Column("Peak memory", lambda row: _cell(words.size(cost[row][1]), cost[row][1]), "resident set of the process"),
         Column("Parameters", lambda row: _cell(words.count(row.number("params_after")), row.number("params_after"))),
-        Column("Tokens/s", lambda row: _speed(row, records), "generated, at the largest batch; times the dense model's in turns with it", optional=True),
-        Column("Published", _published, "the same method on this model, under the paper's protocol", optional=True, text=True),
+        Column(
+            "Tokens/s",
+            lambda row: _speed(row, records),
+            "generated, at the largest batch; times the dense model's in turns with it",
+            optional=True,
+        ),
+        Column(
+            "Published",
+            _published,
+            "the same method on this model, under the paper's protocol",
+            optional=True,
+            text=True,
+        ),
     ]
     return Comparison(table(columns, measured), tuple(_notes(measured)))
 
@@ -65,7 +94,11 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
 def markdown(found: Comparison) -> str:
     """The table for a README, and the notes below it."""
     heads = [head for head, _, _ in found.table.heads]
-    lines = [heads, ["---" if text else "---:" for _, _, text in found.table.heads], *([cell.text for cell in row] for row in found.table.rows)]
+    lines = [
+        heads,
+        ["---" if text else "---:" for _, _, text in found.table.heads],
+        *([cell.text for cell in row] for row in found.table.rows),
+    ]
     body = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
     return body + "\n" + "".join(f"\n- {note}" for note in found.notes) + ("\n" if found.notes else "")
 
@@ -90,7 +123,12 @@ def _order(row: Row) -> tuple[bool, bool, float, str]:
 
 def _once(rows: Sequence[Row]) -> list[Row]:
     """Of one method, two ratios may lead to the same result: whole blocks go, say."""
-    return list({(_method(row), row.number("pruning_ratio"), row.number("nonzero_after"), row.ppl): row for row in reversed(rows)}.values())[::-1]
+    return list(
+        {
+            (_method(row), row.number("pruning_ratio"), row.number("nonzero_after"), row.ppl): row
+            for row in reversed(rows)
+        }.values()
+    )[::-1]
 
 
 def _method(row: Row) -> str:
@@ -137,7 +175,10 @@ def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | No
         healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
         sources = {record.get("healed") for record in healing}
         taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
-    seconds, peaks = ([v for record in taken if (v := value(record)) is not None] for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes"))))
+    seconds, peaks = (
+        [v for record in taken if (v := value(record)) is not None]
+        for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes")))
+    )
     return (sum(seconds) if seconds else None), (max(peaks) if peaks else None)
 
 
@@ -169,7 +210,10 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             spread = f"between {least:.1%} ({first}) and {most:.1%} ({last})"
             yield f"About {level:.0%}: the measured ratios lie {spread}; whole units go, so not every ratio can be had."
     sources = dict.fromkeys(source for row in rows for _, source in _beside(row))
-    yield from (f"Published: {source.source}; {source.protocol}.{f' {source.note}.' if source.note else ''}" for source in sources)
+    yield from (
+        f"Published: {source.source}; {source.protocol}.{f' {source.note}.' if source.note else ''}"
+        for source in sources
+    )
 
 
 # Published numbers
@@ -187,14 +231,20 @@ def _beside(row: Row) -> list[tuple[str, PublishedTable]]:
     for printed in _tables():
         for line in printed.rows:
             entry = dict(zip(printed.columns, line, strict=True))
-            if not _same_method(str(entry.get("method", "")), method, healed=bool(row.get("heal"))) or not _same_ratio(entry, row):
+            if not _same_method(str(entry.get("method", "")), method, healed=bool(row.get("heal"))) or not _same_ratio(
+                entry, row
+            ):
                 continue
             found += [(text, printed) for text in _values(entry, row.model)]
     return found
 
 
 def _tables() -> list[PublishedTable]:
-    names = sorted(file.name.removesuffix(".json") for file in files("secateur.report").joinpath("published").iterdir() if file.name.endswith(".json"))
+    names = sorted(
+        file.name.removesuffix(".json")
+        for file in files("secateur.report").joinpath("published").iterdir()
+        if file.name.endswith(".json")
+    )
     return [found for name in names for found in published(name).values() if "method" in found.columns]
 
 
@@ -222,6 +272,10 @@ def _values(entry: dict[str, Any], model: str) -> list[str]:
     name = _letters(model.rpartition("/")[2])
     at = "" if entry.get("removed") in (None, 0) else f" at {entry['removed']:.0%}"
     if "model" in entry:
-        return [f"mean {entry['mean']:g}{at}"] if name.startswith(_letters(str(entry["model"]))) and as_number(entry.get("mean")) is not None else []
+        return (
+            [f"mean {entry['mean']:g}{at}"]
+            if name.startswith(_letters(str(entry["model"]))) and as_number(entry.get("mean")) is not None
+            else []
+        )
     models = [column for column in entry if any(c.isdigit() for c in column) and name.startswith(_letters(column))]
     return [f"PPL {entry[column]:g}{at}" for column in models if as_number(entry[column]) is not None]

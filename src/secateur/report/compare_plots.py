@@ -42,7 +42,9 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
         if ratio := row.number("pruning_ratio"):
             removed.append(_Point(" ".join(filter(None, (method, pattern))), ratio, f"{ratio:.0%}", row.ppl, healed))
         elif pattern and row.sparsity:
-            zeroed.append(_Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed))
+            zeroed.append(
+                _Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed)
+            )
     methods = dict.fromkeys(_method(name) for name in [*_best_first(removed), *_best_first(zeroed)])
     colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has one in both plots
     drawn = []
@@ -60,10 +62,21 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
             own = sorted((point.at, point.ppl) for point in points if point.name == name and point.healed == healed)
             colour = colours[_method(name)]
             line, fill, label = ("--", "white", None) if healed else ("-", colour, plain(name))
-            axes.plot([x for x, _ in own], [y for _, y in own], line, color=colour, marker=marker, markersize=5, markerfacecolor=fill, label=label)
+            axes.plot(
+                [x for x, _ in own],
+                [y for _, y in own],
+                line,
+                color=colour,
+                marker=marker,
+                markersize=5,
+                markerfacecolor=fill,
+                label=label,
+            )
     axes.set_xlabel("share of all parameters removed, measured")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    caption = "Results of one model under one protocol, at the share of all parameters that the written checkpoint lacks."
+    caption = (
+        "Results of one model under one protocol, at the share of all parameters that the written checkpoint lacks."
+    )
     if any(point.healed for point in points):
         axes.plot([], [], "--", color="#777777", marker="o", markerfacecolor="white", label="after recovery (LoRA)")
         caption += " Dashed and hollow: after recovery with low-rank adapters."
@@ -75,21 +88,42 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
     if wide := high > 3 * low:
         logarithmic(axes, min(high / low, _FAR))
     _finish(axes, dense, "perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
-    return Picture("compare-removed", png(figure), f"Perplexity against the share of parameters removed: {_readings(points)}", caption)
+    return Picture(
+        "compare-removed",
+        png(figure),
+        f"Perplexity against the share of parameters removed: {_readings(points)}",
+        caption,
+    )
 
 
 def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, str]) -> Picture:
     figure, axes = _figure("What zeroing weights costs", height=4.2)
-    groups = list(dict.fromkeys(point.where for point in sorted(points, key=lambda point: (point.at, point.where[0].isdigit(), point.where))))
+    groups = list(
+        dict.fromkeys(
+            point.where for point in sorted(points, key=lambda point: (point.at, point.where[0].isdigit(), point.where))
+        )
+    )
     names = _best_first(points)
     wide = 0.8 / len(names)
     for point in sorted(points, key=lambda point: (point.healed, names.index(point.name))):
         nth = names.index(point.name)
         x = groups.index(point.where) - 0.4 + wide * (nth + 0.5)
         if point.healed:
-            axes.plot([x - wide * 0.4, x + wide * 0.4], [point.ppl, point.ppl], color="white", linewidth=2, linestyle=(0, (2, 1)))
+            axes.plot(
+                [x - wide * 0.4, x + wide * 0.4],
+                [point.ppl, point.ppl],
+                color="white",
+                linewidth=2,
+                linestyle=(0, (2, 1)),
+            )
         else:
-            axes.bar(x, point.ppl, wide * 0.92, color=colours[point.name], label=None if groups.index(point.where) else plain(point.name))
+            axes.bar(
+                x,
+                point.ppl,
+                wide * 0.92,
+                color=colours[point.name],
+                label=None if groups.index(point.where) else plain(point.name),
+            )
             axes.annotate(words.perplexity(point.ppl) or "", (x, point.ppl), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(groups)), [plain(group) for group in groups])
     axes.grid(visible=False, axis="x")
@@ -119,7 +153,10 @@ def _finish(axes: Axes, dense: float | None, label: str) -> None:
 
 def _best_first(points: Sequence[_Point]) -> list[str]:
     """The names, the one with the lowest perplexity first, by its mean over what it was measured at."""
-    return sorted({point.name for point in points}, key=lambda name: (fmean(point.ppl for point in points if point.name == name), name))
+    return sorted(
+        {point.name for point in points},
+        key=lambda name: (fmean(point.ppl for point in points if point.name == name), name),
+    )
 
 
 def _method(name: str) -> str:
@@ -129,5 +166,7 @@ def _method(name: str) -> str:
 def _readings(points: Sequence[_Point]) -> str:
     said: dict[str, list[str]] = {}
     for point in sorted(points, key=lambda point: (point.name, point.healed, point.at)):
-        said.setdefault(point.name + " + LoRA" * point.healed, []).append(f"{words.perplexity(point.ppl)} at {point.where}")
+        said.setdefault(point.name + " + LoRA" * point.healed, []).append(
+            f"{words.perplexity(point.ppl)} at {point.where}"
+        )
     return "; ".join(f"{name}: {', '.join(readings)}" for name, readings in said.items())

@@ -18,7 +18,19 @@ from secateur.core.errors import SecateurError
 from secateur.core.names import named
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
-from secateur.report import block_plots, compare_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
+from secateur.report import (
+    block_plots,
+    compare_plots,
+    law_plots,
+    laws,
+    learned,
+    learned_plots,
+    module_plots,
+    modules,
+    plots,
+    tables,
+    words,
+)
 from secateur.report.compare import Comparison, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
@@ -68,7 +80,14 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     rows = collect([{**r, "command": "eval"} for r in records if modules.is_dense(r)] if alone and studies else records)
     groups = group(rows)
     main = groups[0].rows
-    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(main)), learned.learned(main), comparison(main, records))
+    findings = Findings(
+        rows,
+        groups,
+        read_layers(rows),
+        laws.fit_curves(groups[0], series(main)),
+        learned.learned(main),
+        comparison(main, records),
+    )
     drawn = {
         "curves": _curves(findings),
         "comparison": compare_plots.pictures(main) if findings.comparison else [],
@@ -91,7 +110,9 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     except OSError as error:
-        raise SecateurError(f"cannot write the report to '{out}' ({error.strerror}): give a path in a folder that you can write to") from None
+        raise SecateurError(
+            f"cannot write the report to '{out}' ({error.strerror}): give a path in a folder that you can write to"
+        ) from None
     return list(contents)
 
 
@@ -101,14 +122,19 @@ def _curves(findings: Findings) -> list[Picture]:
     curves, dense = series(main.rows), main.dense
     drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.ppl, lambda row: None, lowest=True))]
     for task in task_names(main.rows):
-        found = compare(curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False)  # type: ignore[misc]
+        found = compare(
+            curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False
+        )  # type: ignore[misc]
         drawn.append(plots.accuracy(task, curves, dense, found))
     drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]
 
 
 def _laws(findings: Findings) -> list[Picture]:
-    return [law_plots.laws(law.found, f"law-{number}", laws.title(law)) for number, law in enumerate(findings.laws[: laws.MAXIMUM], start=1)]
+    return [
+        law_plots.laws(law.found, f"law-{number}", laws.title(law))
+        for number, law in enumerate(findings.laws[: laws.MAXIMUM], start=1)
+    ]
 
 
 def _blocks(findings: Findings) -> list[Picture]:
@@ -128,7 +154,9 @@ def _others(records: Sequence[Record]) -> str:
     return ", ".join(commands)
 
 
-def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str, studies: list[modules.Study]) -> str:
+def _render(
+    findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str, studies: list[modules.Study]
+) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
@@ -142,7 +170,16 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
         notes=tables.notes(findings.rows, findings.groups, others),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
-        studies=[{"about": s.about, "calibration": s.calibration, "dense": s.dense, "rows": modules.rows(s), "verdict": modules.verdict(s)} for s in studies],
+        studies=[
+            {
+                "about": s.about,
+                "calibration": s.calibration,
+                "dense": s.dense,
+                "rows": modules.rows(s),
+                "verdict": modules.verdict(s),
+            }
+            for s in studies
+        ],
         laws={"table": laws.table(findings.laws), "verdicts": laws.verdicts(findings.laws)} if findings.laws else None,
         undrawn_laws=max(0, len(findings.laws) - laws.MAXIMUM),
         published=[row for row in TABLE_3 if row.kind == "ppl"],

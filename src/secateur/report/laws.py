@@ -50,7 +50,11 @@ def fit_curves(group: Group, curves: Sequence[Series]) -> list[Law]:
                 at.setdefault(round(row.sparsity, 6), []).append(row.ppl)
         if len(at) < FEWEST:
             continue
-        points = [Point(s, math.exp(fmean(math.log(value) for value in several))) for s, several in at.items() if min(several) > 0]  # seeds share a point
+        points = [
+            Point(s, math.exp(fmean(math.log(value) for value in several)))
+            for s, several in at.items()
+            if min(several) > 0
+        ]  # seeds share a point
         try:
             found.append(Law(curve.label, choose(make_points("ppl", Point(0.0, dense.ppl), points))))
         except SecateurError:  # a perplexity that has no logarithm to fit: the table of runs shows it

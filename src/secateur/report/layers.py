@@ -52,7 +52,10 @@ class Layers:
     def sentence(self) -> str:
         """The plan of a uniform run in words."""
         means = [(part, f"{sum(v or 0.0 for v in self.removed[part]) / self.blocks:.1%}") for part in self.parts]
-        said = [f"{share} of {', '.join(part for part, _ in same)}" for share, same in groupby(means, key=lambda item: item[1])]
+        said = [
+            f"{share} of {', '.join(part for part, _ in same)}"
+            for share, same in groupby(means, key=lambda item: item[1])
+        ]
         return f"the same in all {self.blocks} blocks: " + "; ".join(said)
 
 
@@ -72,7 +75,11 @@ def _read(row: Row) -> Layers | None:
 
 def _same_run(row: Row, plan: Mapping[str, Any]) -> bool:
     """Whether the folder still holds what the row is about: it may have been pruned anew since."""
-    return all(plan.get(name) == row.get(name) for name in ("method", "sparsity_measured", "pattern") if row.get(name) is not None and name in plan)
+    return all(
+        plan.get(name) == row.get(name)
+        for name in ("method", "sparsity_measured", "pattern")
+        if row.get(name) is not None and name in plan
+    )
 
 
 def _layers(row: Row, plan: Mapping[str, Any]) -> Layers | None:
@@ -80,7 +87,10 @@ def _layers(row: Row, plan: Mapping[str, Any]) -> Layers | None:
     removed: dict[str, list[float | None]] = {}
     kept: dict[str, list[tuple[int, int]]] = {}
     for index, block in enumerate(blocks):
-        shares = {name: mask["removed"] / (mask["shape"][0] * mask["shape"][1]) for name, mask in block.get("masks", {}).items()}
+        shares = {
+            name: mask["removed"] / (mask["shape"][0] * mask["shape"][1])
+            for name, mask in block.get("masks", {}).items()
+        }
         shares |= {space: 1 - units["kept"] / units["of"] for space, units in block.get("keep", {}).items()}
         for name, share in shares.items():
             removed.setdefault(name, [None] * len(blocks))[index] = share

@@ -61,12 +61,21 @@ def learned(rows: Sequence[Row]) -> list[Run]:
     if not found:
         return []
     options = {row: _changed(row) for row in found}
-    varied = {name for one in options.values() for name in one if any(other.get(name) != one[name] for other in options.values())} - {"strength"}
+    varied = {
+        name
+        for one in options.values()
+        for name in one
+        if any(other.get(name) != one[name] for other in options.values())
+    } - {"strength"}
     runs = []
     for row in found:
-        said = [_NAMES.get(f"{name}={value}", f"{name}={value}") for name, value in options[row].items() if name in varied]
+        said = [
+            _NAMES.get(f"{name}={value}", f"{name}={value}") for name, value in options[row].items() if name in varied
+        ]
         strength = as_number(row.part("options").get("strength")) or 0.0
-        runs.append(Run(row, ", ".join(said) or FULL, strength, row.number("sparsity") or 0.0, int(row.number("seed") or 0)))
+        runs.append(
+            Run(row, ", ".join(said) or FULL, strength, row.number("sparsity") or 0.0, int(row.number("seed") or 0))
+        )
     return sorted(runs, key=lambda run: (run.varied != FULL, run.varied, run.strength, run.sparsity, run.seed))
 
 
@@ -103,7 +112,11 @@ def by_strength(runs: Sequence[Run]) -> tuple[float, list[Run]] | None:
     best: tuple[float, list[Run]] | None = None
     plain = [run for run in runs if run.varied == (FULL if any(r.varied == FULL for r in runs) else runs[0].varied)]
     for sparsity in sorted({run.sparsity for run in plain}):
-        here = {run.strength: run for run in plain if run.sparsity == sparsity and run.row.ppl is not None and run.seed == min(r.seed for r in plain)}
+        here = {
+            run.strength: run
+            for run in plain
+            if run.sparsity == sparsity and run.row.ppl is not None and run.seed == min(r.seed for r in plain)
+        }
         if len(here) >= 3 and (best is None or len(here) > len(best[1])):
             best = sparsity, [here[strength] for strength in sorted(here)]
     return best
@@ -136,8 +149,19 @@ def strength_table(runs: Sequence[Run]) -> Table | None:
     if found is None:
         return None
     sparsity, tried = found
-    heads = (("lambda", "weight of the budget term", False), (f"PPL at {sparsity:.0%}", "", False), ("Budget term at the end", "|log(T(s) / target)|", False))
-    body = tuple((Cell(f"{r.strength:g}"), Cell((words.perplexity(r.row.ppl) or MISSING) + (" (NC)" if r.missed else "")), _small(r)) for r in tried)
+    heads = (
+        ("lambda", "weight of the budget term", False),
+        (f"PPL at {sparsity:.0%}", "", False),
+        ("Budget term at the end", "|log(T(s) / target)|", False),
+    )
+    body = tuple(
+        (
+            Cell(f"{r.strength:g}"),
+            Cell((words.perplexity(r.row.ppl) or MISSING) + (" (NC)" if r.missed else "")),
+            _small(r),
+        )
+        for r in tried
+    )
     return Table(heads, body)
 
 
@@ -164,8 +188,19 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     rows = []
     for (model, steps, batch, device), run in best.items():
         pruning = run.row.pruning
-        facts = [words.count(run.row.number("params_before")), f"{steps}", f"{batch}", f"{device}", words.duration(pruning["seconds_by"]["selection"])]
-        rows.append((Cell(model), *(Cell(fact or MISSING) for fact in [*facts, words.size(as_number(pruning.get("peak_rss_bytes")))])))
+        facts = [
+            words.count(run.row.number("params_before")),
+            f"{steps}",
+            f"{batch}",
+            f"{device}",
+            words.duration(pruning["seconds_by"]["selection"]),
+        ]
+        rows.append(
+            (
+                Cell(model),
+                *(Cell(fact or MISSING) for fact in [*facts, words.size(as_number(pruning.get("peak_rss_bytes")))]),
+            )
+        )
     return Table(heads, tuple(rows))
 
 

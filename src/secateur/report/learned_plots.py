@@ -38,7 +38,15 @@ _SELECTIONS = {
 
 def pictures(runs: Sequence[Run], group: Group) -> list[Picture]:
     """All that the runs have something for."""
-    drawn = [_measured_ratio(group), _by_ratio(runs), _by_variant(runs), _variants(runs, group.dense), _strengths(runs), _selections(runs), _repetition(group)]
+    drawn = [
+        _measured_ratio(group),
+        _by_ratio(runs),
+        _by_variant(runs),
+        _variants(runs, group.dense),
+        _strengths(runs),
+        _selections(runs),
+        _repetition(group),
+    ]
     return [picture for picture in drawn if picture is not None]
 
 
@@ -51,7 +59,12 @@ def _by_ratio(runs: Sequence[Run]) -> Picture | None:
     chosen = [several[s] for s in sorted(several)][:_MOST]
     if len(chosen) < 2:
         return None
-    return dynamics(chosen, [f"{run.sparsity:.0%} removed" for run in chosen], "learning-ratios", f"Learning at {len(chosen)} ratios ({name})")
+    return dynamics(
+        chosen,
+        [f"{run.sparsity:.0%} removed" for run in chosen],
+        "learning-ratios",
+        f"Learning at {len(chosen)} ratios ({name})",
+    )
 
 
 def _by_variant(runs: Sequence[Run]) -> Picture | None:
@@ -63,7 +76,9 @@ def _by_variant(runs: Sequence[Run]) -> Picture | None:
     chosen = list(several.values())[:_MOST]
     if len(chosen) < 2:
         return None
-    return dynamics(chosen, [run.varied for run in chosen], "learning-variants", f"Learning to remove {sparsity:.0%}, by variant")
+    return dynamics(
+        chosen, [run.varied for run in chosen], "learning-variants", f"Learning to remove {sparsity:.0%}, by variant"
+    )
 
 
 def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) -> Picture:
@@ -81,15 +96,28 @@ def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) 
     _dress(right, "step", "budget term |log(T(s) / target)|")
     right.set_yscale("log")
     right.axhline(0.01, color="#888888", linewidth=1.0, linestyle=":")
-    right.annotate("1% off", (1.0, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, ha="right", color="#666666")
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=min(4, len(runs)))
+    right.annotate(
+        "1% off",
+        (1.0, 0.01),
+        (-2, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=7,
+        ha="right",
+        color="#666666",
+    )
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        fontsize=8,
+        frameon=False,
+        loc="outside lower center",
+        ncols=min(4, len(runs)),
+    )
     alt = f"{title}: " + "; ".join(
         f"{label}: loss {run.learning['loss'][0]:.2f} to {_smooth(run.learning['loss'])[-1]:.2f}, budget term {run.learning['budget'][-1]:.4f} at the end"
         for run, label in zip(runs, labels, strict=True)
     )
-    caption = (
-        "Losses are of drawn gates on calibration windows: thin as seen, thick their running mean over a tenth of the run. The budget term is without lambda."
-    )
+    caption = "Losses are of drawn gates on calibration windows: thin as seen, thick their running mean over a tenth of the run. The budget term is without lambda."
     return Picture(name, png(figure), alt, caption)
 
 
@@ -114,9 +142,21 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
     for (name, at), (colour, dash), marker in zip(lines.items(), _STYLES, MARKERS * 2, strict=False):
         xs = sorted(at)
         errors = [stdev(at[x]) if len(at[x]) > 1 else 0.0 for x in xs]
-        axes.errorbar(xs, [fmean(at[x]) for x in xs], yerr=errors, color=colour, linestyle=dash, marker=marker, markersize=5, capsize=3, label=plain(name))
+        axes.errorbar(
+            xs,
+            [fmean(at[x]) for x in xs],
+            yerr=errors,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=5,
+            capsize=3,
+            label=plain(name),
+        )
     if dense is not None and dense.ppl is not None:
-        axes.axhline(dense.ppl, color=_INK, linestyle="--", linewidth=1.0, label=f"dense, {words.perplexity(dense.ppl)}")
+        axes.axhline(
+            dense.ppl, color=_INK, linestyle="--", linewidth=1.0, label=f"dense, {words.perplexity(dense.ppl)}"
+        )
         values.append(dense.ppl)
     logarithmic(axes, max(values) / min(values))
     _dress(axes, "parameters removed, asked", "perplexity, log scale (lower is better)")
@@ -125,9 +165,19 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
     highest = max(s for at in lines.values() for s in at)
     there = {name: fmean(at[highest]) for name, at in lines.items() if highest in at}
     best = min(there, key=lambda name: there[name])
-    axes.set_title(plain(f"Variants: at {highest:.0%} removed, '{best}' is best with {words.perplexity(there[best])}"), fontsize=11, loc="left", color=_INK)
-    alt = "; ".join(f"{name}: " + ", ".join(f"{words.perplexity(fmean(at[s]))} at {s:.0%}" for s in sorted(at)) for name, at in lines.items())
-    return Picture("learning-perplexity", png(figure), alt, "Bars are one standard deviation over seeds, where there are several.")
+    axes.set_title(
+        plain(f"Variants: at {highest:.0%} removed, '{best}' is best with {words.perplexity(there[best])}"),
+        fontsize=11,
+        loc="left",
+        color=_INK,
+    )
+    alt = "; ".join(
+        f"{name}: " + ", ".join(f"{words.perplexity(fmean(at[s]))} at {s:.0%}" for s in sorted(at))
+        for name, at in lines.items()
+    )
+    return Picture(
+        "learning-perplexity", png(figure), alt, "Bars are one standard deviation over seeds, where there are several."
+    )
 
 
 def _strengths(runs: Sequence[Run]) -> Picture | None:
@@ -143,20 +193,43 @@ def _strengths(runs: Sequence[Run]) -> Picture | None:
         ([r for r in tried if r.missed], ("X", "none"), "budget not reached while learning (NC)"),
     ):
         if chosen:
-            axes.plot([r.strength for r in chosen], [r.row.ppl or 0.0 for r in chosen], color=COLOURS[0], marker=look[0], linestyle=look[1], label=label)
+            axes.plot(
+                [r.strength for r in chosen],
+                [r.row.ppl or 0.0 for r in chosen],
+                color=COLOURS[0],
+                marker=look[0],
+                linestyle=look[1],
+                label=label,
+            )
     _dress(axes, "lambda, the weight of the budget term", "perplexity (lower is better)")
     best = min(tried, key=lambda r: r.row.ppl or 0.0)
-    axes.set_title(f"At {sparsity:.0%} removed, lambda {best.strength:g} is best: {words.perplexity(best.row.ppl)}", fontsize=11, loc="left", color=_INK)
+    axes.set_title(
+        f"At {sparsity:.0%} removed, lambda {best.strength:g} is best: {words.perplexity(best.row.ppl)}",
+        fontsize=11,
+        loc="left",
+        color=_INK,
+    )
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
     alt = "Perplexity by lambda: " + ", ".join(f"{words.perplexity(r.row.ppl)} at {r.strength:g}" for r in tried)
-    return Picture("learning-lambda", png(figure), alt, "The cut meets the budget in any case; NC: what was learned did not, by more than 5%.")
+    return Picture(
+        "learning-lambda",
+        png(figure),
+        alt,
+        "The cut meets the budget in any case; NC: what was learned did not, by more than 5%.",
+    )
 
 
 def _selections(runs: Sequence[Run]) -> Picture | None:
     """Figures 4, 8 and 12 of the run closest to half of the parameters."""
-    for run in sorted(at_default_strength(runs), key=lambda run: (run.varied != FULL, abs(run.sparsity - 0.5), run.seed)):
+    for run in sorted(
+        at_default_strength(runs), key=lambda run: (run.varied != FULL, abs(run.sparsity - 0.5), run.seed)
+    ):
         if (plan := _plan(run.row)) is not None:
-            return selections(plan, f"{run.row.get('method')} at {words.percent(run.row.sparsity)}" + ("" if run.varied == FULL else f", {run.varied}"))
+            return selections(
+                plan,
+                f"{run.row.get('method')} at {words.percent(run.row.sparsity)}"
+                + ("" if run.varied == FULL else f", {run.varied}"),
+            )
     return None
 
 
@@ -165,7 +238,13 @@ def _plan(row: Row) -> Plan | None:
     try:
         plan = read_plan(folder) if plan_file(folder, PLAN_TENSORS) else None
         same = plan is not None and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
-        return plan if same and plan is not None and all(block.select and set(_SELECTIONS) & set(block.keep) for block in plan.blocks) else None
+        return (
+            plan
+            if same
+            and plan is not None
+            and all(block.select and set(_SELECTIONS) & set(block.keep) for block in plan.blocks)
+            else None
+        )
     except Exception:
         return None  # a damaged plan costs its picture, not the report
 
@@ -180,7 +259,9 @@ def selections(plan: Plan, label: str) -> Picture:
     figure = Figure(figsize=(9, 1.4 + 1.2 * len(kept)), dpi=DPI, layout="constrained", facecolor="white")
     *axes, last = figure.subplots(len(kept) + 1, 1, sharex=True, height_ratios=[1] * len(kept) + [1.2])
     for panel, (name, matrix) in zip(axes, kept.items(), strict=True):
-        panel.imshow(matrix, aspect="auto", cmap=ListedColormap(["#f0f0f0", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
+        panel.imshow(
+            matrix, aspect="auto", cmap=ListedColormap(["#f0f0f0", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest"
+        )
         panel.set_ylabel("block", fontsize=8)
         panel.set_title(f"{_SELECTIONS[name]}: {matrix.mean():.0%} kept", fontsize=9, loc="left")
         panel.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
@@ -190,18 +271,26 @@ def selections(plan: Plan, label: str) -> Picture:
     last.axhline(rate.mean(), color=_INK, linestyle="--", linewidth=1.0)
     last.set_ylim(0, 1.02)
     last.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    last.set_title(f"share of all selections that keep the feature: {rate.min():.0%} to {rate.max():.0%}, mean {rate.mean():.0%}", fontsize=9, loc="left")
+    last.set_title(
+        f"share of all selections that keep the feature: {rate.min():.0%} to {rate.max():.0%}, mean {rate.mean():.0%}",
+        fontsize=9,
+        loc="left",
+    )
     _dress(last, "feature of the residual stream", "kept")
     unused = int((rate == 0).sum())
     said = "every feature is used somewhere" if not unused else f"{unused} of {width} features are used nowhere"
     figure.suptitle(plain(f"{label}: {said}"), fontsize=11, x=0.01, ha="left", color=_INK)
     alt = f"Kept by each selection: {', '.join(f'{_SELECTIONS[n]} {m.mean():.0%}' for n, m in kept.items())}; {said}"
-    return Picture("selections", png(figure), alt, "Coloured: the block keeps the feature. Features in the order of the model.")
+    return Picture(
+        "selections", png(figure), alt, "Coloured: the block keeps the feature. Features in the order of the model."
+    )
 
 
 def _measured_ratio(group: Group) -> Picture | None:
     """Tables 13 and 14, and table 1 beside other methods: perplexity and accuracy against what the files really lost."""
-    longest: dict[str, Series] = {}  # of variants of one method the one with most points; the figure of the variants has the others
+    longest: dict[
+        str, Series
+    ] = {}  # of variants of one method the one with most points; the figure of the variants has the others
     for curve in series(group.rows):
         points = sum((row.number("pruning_ratio") or 0) > 0 and row.ppl is not None for row in curve.rows)
         name = base(curve.rows[0])
@@ -224,19 +313,44 @@ def _measured_ratio(group: Group) -> Picture | None:
                 if ratio and y is not None:
                     at.setdefault(round(ratio, 3), []).append(y)
             means = [fmean(at[ratio]) for ratio in sorted(at)]
-            axes.plot(sorted(at), means, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.6, label=plain(curve.label))
+            axes.plot(
+                sorted(at),
+                means,
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                markersize=5,
+                linewidth=1.6,
+                label=plain(curve.label),
+            )
             seen += means
-            readings.append(f"{name} of {curve.label}: " + ", ".join(f"{y:.4g} at {x:.1%}" for x, y in zip(sorted(at), means, strict=True)))
+            readings.append(
+                f"{name} of {curve.label}: "
+                + ", ".join(f"{y:.4g} at {x:.1%}" for x, y in zip(sorted(at), means, strict=True))
+            )
         dense = None if group.dense is None else value(group.dense)
         if dense is not None:
             axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.0, label="dense")
         if name == "perplexity" and seen:
             logarithmic(axes, max(seen) / min(seen))
-        _dress(axes, "pruning ratio, measured", "perplexity, log scale (lower is better)" if name == "perplexity" else f"accuracy on {plain(name)}")
+        _dress(
+            axes,
+            "pruning ratio, measured",
+            "perplexity, log scale (lower is better)" if name == "perplexity" else f"accuracy on {plain(name)}",
+        )
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.suptitle("What the same share of all parameters costs, method by method", fontsize=11, x=0.01, ha="left", color=_INK)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    return Picture("ratios", png(figure), "; ".join(readings), "The ratio is that of the written file, adapters counted; seeds share a point.")
+    figure.suptitle(
+        "What the same share of all parameters costs, method by method", fontsize=11, x=0.01, ha="left", color=_INK
+    )
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3
+    )
+    return Picture(
+        "ratios",
+        png(figure),
+        "; ".join(readings),
+        "The ratio is that of the written file, adapters counted; seeds share a point.",
+    )
 
 
 def _repetition(group: Group) -> Picture | None:
@@ -261,9 +375,14 @@ def _repetition(group: Group) -> Picture | None:
         axis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("Repetition in greedy continuations", fontsize=11, loc="left", color=_INK)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
-    alt = "; ".join(f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points)) for method, points in found.items())
+    alt = "; ".join(
+        f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points)) for method, points in found.items()
+    )
     return Picture(
-        "repetition", png(figure), f"Share of repeated 4-grams: {alt}", "The share of 4-grams that occurred before in the same continuation; few prompts."
+        "repetition",
+        png(figure),
+        f"Share of repeated 4-grams: {alt}",
+        "The share of 4-grams that occurred before in the same continuation; few prompts.",
     )
 
 
@@ -276,7 +395,9 @@ def throughput(records: Sequence[Record]) -> Picture | None:
             continue
         for one in record.get("speedup") or []:
             for phase in ("decode", "prefill"):
-                found.setdefault((str(record.get("method")), phase, one["batch"]), {})[ratio] = one[phase]  # a later record replaces an earlier one
+                found.setdefault((str(record.get("method")), phase, one["batch"]), {})[ratio] = one[
+                    phase
+                ]  # a later record replaces an earlier one
     if not found:
         return None
     figure = Figure(figsize=(7, 4.0), dpi=DPI, layout="constrained", facecolor="white")
@@ -286,17 +407,37 @@ def throughput(records: Sequence[Record]) -> Picture | None:
         number = lines.index((method, batch))
         look = {"linestyle": "-"} if phase == "decode" else {"linestyle": ":", "markerfacecolor": "none"}
         label = plain(f"{method}, {phase}, batch {batch}")
-        axes.plot(sorted(at), [at[r] for r in sorted(at)], color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], label=label, **look)  # type: ignore[arg-type]
+        axes.plot(
+            sorted(at),
+            [at[r] for r in sorted(at)],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            label=label,
+            **look,
+        )  # type: ignore[arg-type]
     axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0, label="dense")
     ratios = np.linspace(0.0, max(r for at in found.values() for r in at), 50)
-    axes.plot(ratios, 1 / (1 - ratios), color="#888888", linestyle="-.", linewidth=1.2, label="as much as parameters removed, 1 / (1 - ratio)")
+    axes.plot(
+        ratios,
+        1 / (1 - ratios),
+        color="#888888",
+        linestyle="-.",
+        linewidth=1.2,
+        label="as much as parameters removed, 1 / (1 - ratio)",
+    )
     _dress(axes, "pruning ratio, measured", "times as fast as the dense model")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     best, at = max(found.items(), key=lambda item: max(item[1].values()))
-    axes.set_title(plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"), fontsize=11, loc="left", color=_INK)
+    axes.set_title(
+        plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"),
+        fontsize=11,
+        loc="left",
+        color=_INK,
+    )
     legend(axes, figure)
     alt = "; ".join(
-        f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items()) for (method, phase, batch), at in found.items()
+        f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items())
+        for (method, phase, batch), at in found.items()
     )
     return Picture(
         "throughput",

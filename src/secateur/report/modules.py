@@ -70,7 +70,9 @@ class Study:
 
     def common(self, kinds: Sequence[str], highest: float = 1.0) -> list[float]:
         """The sparsities at which all these kinds were measured."""
-        every = [{p.sparsity for p in self.curves[kind] if p.sparsity is not None and p.ppl is not None} for kind in kinds]
+        every = [
+            {p.sparsity for p in self.curves[kind] if p.sparsity is not None and p.ppl is not None} for kind in kinds
+        ]
         return sorted(s for s in set.intersection(*every) if s <= highest) if every else []
 
     def loss_at(self, kind: str, weights: float) -> float | None:
@@ -119,14 +121,28 @@ def _asked(record: Record) -> Any:
 
 def _group(record: Record) -> str:
     calibration = record.get("calibration") or {}
-    return repr([*(record.get(name) for name in ("method", "options", "pattern", "mode", "seed")), calibration.get("sha256"), _asked(record)])
+    return repr(
+        [
+            *(record.get(name) for name in ("method", "options", "pattern", "mode", "seed")),
+            calibration.get("sha256"),
+            _asked(record),
+        ]
+    )
 
 
 def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
     curves: dict[str, dict[str, Point]] = {}
-    for record in sorted(members, key=lambda r: len(r.get("tasks") or {})):  # of two of one cell, the one that says more
+    for record in sorted(
+        members, key=lambda r: len(r.get("tasks") or {})
+    ):  # of two of one cell, the one that says more
         point = Point(
-            record["kind"], record["modules"], record["sparsity"], record["sparsity_measured"], record["weights_removed"], record["ppl"], record["tasks"] or {}
+            record["kind"],
+            record["modules"],
+            record["sparsity"],
+            record["sparsity_measured"],
+            record["weights_removed"],
+            record["ppl"],
+            record["tasks"] or {},
         )
         curves.setdefault(point.kind, {})[point.modules] = point
     grid = {(0.0, 0.0): float(dense[-1]["ppl"])}
@@ -137,11 +153,17 @@ def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
             if point.ppl is not None:
                 grid[(both[0], both[1])] = point.ppl
     first, combined = members[0], curves.pop("attention x mlp", {})
-    sides = {float(rate) for point in combined.values() for rate in (part.split("=")[1] for part in point.modules.split(","))} | {0.0}
+    sides = {
+        float(rate) for point in combined.values() for rate in (part.split("=")[1] for part in point.modules.split(","))
+    } | {0.0}
     calibration = first.get("calibration") or {}
     return Study(
-        f"{first['model']}, {first['method']}" + (f" {first['pattern']}" if first["pattern"] != "unstructured" else "") + f", {first['mode']} statistics",
-        f"{calibration['spec']}, {calibration['samples']} \N{MULTIPLICATION SIGN} {calibration['seqlen']} tokens" if calibration else "none",
+        f"{first['model']}, {first['method']}"
+        + (f" {first['pattern']}" if first["pattern"] != "unstructured" else "")
+        + f", {first['mode']} statistics",
+        f"{calibration['spec']}, {calibration['samples']} \N{MULTIPLICATION SIGN} {calibration['seqlen']} tokens"
+        if calibration
+        else "none",
         float(dense[-1]["ppl"]),
         next((r["tasks"] for r in reversed(dense) if r.get("tasks")), {}),
         {kind: tuple(sorted(points.values(), key=lambda p: p.weights)) for kind, points in curves.items()},
@@ -173,7 +195,9 @@ def _per_sparsity(study: Study) -> list[str]:
     levels = study.common(kinds)
     if len(kinds) < 2 or not levels:
         return []
-    tables = {s: {k: math.log(p.ppl / study.dense) for k in kinds if (p := study.at_sparsity(k, s)) and p.ppl} for s in levels}
+    tables = {
+        s: {k: math.log(p.ppl / study.dense) for k in kinds if (p := study.at_sparsity(k, s)) and p.ppl} for s in levels
+    }
     level = max([s for s in levels if s <= 0.9] or levels)
     ranked = _ranked(tables[level])
     firsts = sum(_ranked(tables[s])[0] == ranked[0] for s in levels)
@@ -194,9 +218,15 @@ def _per_weight(study: Study) -> list[str]:
         values = {kind: found for kind in kinds if (found := study.loss_at(kind, count)) is not None}
         if len(values) > 1:
             ranked = _ranked(values)
-            who = f"{ranked[0]} is the most sensitive and {ranked[-1]} the least" if len(values) == len(kinds) else f"of {', '.join(values)} it is {ranked[0]}"
+            who = (
+                f"{ranked[0]} is the most sensitive and {ranked[-1]} the least"
+                if len(values) == len(kinds)
+                else f"of {', '.join(values)} it is {ranked[0]}"
+            )
             lead = "Per weight," if not said else "With more weights removed,"
-            said.append(f"{lead} {who}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} the dense model's.")
+            said.append(
+                f"{lead} {who}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} the dense model's."
+            )
     return said
 
 
@@ -241,7 +271,9 @@ def _groups(study: Study) -> list[str]:
     counts = [count * part for part in (0.25, 0.5, 0.75)]
     for part in counts:
         found = {NAMES[k]: v for k in kinds if (v := study.loss_at(k, part)) is not None}
-        said.append(f"With {words.count(part)} weights removed in all: {_listed(found, _ranked(found))} the dense perplexity.")
+        said.append(
+            f"With {words.count(part)} weights removed in all: {_listed(found, _ranked(found))} the dense perplexity."
+        )
     return said
 
 
@@ -270,7 +302,9 @@ def task_bars(study: Study) -> tuple[str, dict[str, dict[str, tuple[float, float
     if not shared:
         return "", {}
     level = max([s for s in shared if s <= 0.5] or shared[:1])
-    return f"{level:.0%} sparsity", _bars({kind: next(p for p in points if p.sparsity == level) for kind, points in with_tasks.items()})
+    return f"{level:.0%} sparsity", _bars(
+        {kind: next(p for p in points if p.sparsity == level) for kind, points in with_tasks.items()}
+    )
 
 
 def _bars(points: Mapping[str, Point]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -279,7 +313,10 @@ def _bars(points: Mapping[str, Point]) -> dict[str, dict[str, tuple[float, float
     for task in tasks:
         metric = "acc" if all(p.tasks[task].get("acc") is not None for p in points.values()) else "acc_norm"
         if all(isinstance(p.tasks[task].get(metric), int | float) for p in points.values()):
-            found[task] = {kind: (float(p.tasks[task][metric]), float(p.tasks[task].get("stderr") or 0.0)) for kind, p in points.items()}
+            found[task] = {
+                kind: (float(p.tasks[task][metric]), float(p.tasks[task].get("stderr") or 0.0))
+                for kind, p in points.items()
+            }
     return found
 
 
@@ -287,13 +324,24 @@ def _tasks(study: Study) -> list[str]:
     where, bars = task_bars(study)
     if not bars:
         return []
-    parts = [f"{task}: " + ", ".join(f"{NAMES[k]} {acc:.3f} \N{PLUS-MINUS SIGN} {err:.3f}" for k, (acc, err) in found.items()) for task, found in bars.items()]
+    parts = [
+        f"{task}: "
+        + ", ".join(f"{NAMES[k]} {acc:.3f} \N{PLUS-MINUS SIGN} {err:.3f}" for k, (acc, err) in found.items())
+        for task, found in bars.items()
+    ]
     return [f"Accuracy, {where}: {'; '.join(parts)}."]
 
 
 def rows(study: Study) -> tuple[list[str], list[list[str]]]:
     """The table: a line a kind, a column a sparsity; perplexities."""
-    levels = sorted({p.sparsity for points in study.curves.values() for p in points if p.sparsity is not None and round(p.sparsity, 4) == p.sparsity})
+    levels = sorted(
+        {
+            p.sparsity
+            for points in study.curves.values()
+            for p in points
+            if p.sparsity is not None and round(p.sparsity, 4) == p.sparsity
+        }
+    )
     body = []
     for kind, points in study.curves.items():
         cells = []

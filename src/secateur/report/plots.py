@@ -56,7 +56,9 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     low, high = _draw_curves(axes, curves, lambda row: row.ppl)
     if dense is not None and dense.ppl is not None:
         low = min(low, dense.ppl)
-        axes.axhline(dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}")
+        axes.axhline(
+            dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}"
+        )
     wide = low > 0 and high > _LOG_ABOVE * low
     if wide:
         logarithmic(axes, high / low)
@@ -64,7 +66,9 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     legend(axes, figure)
     alt = "Perplexity against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.ppl, words.perplexity))
     caption = "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, or widths)"
-    return Picture("perplexity", png(figure), alt, f"{caption}; the table has the pruning ratio, which is what files shrink by.")
+    return Picture(
+        "perplexity", png(figure), alt, f"{caption}; the table has the pruning ratio, which is what files shrink by."
+    )
 
 
 def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
@@ -80,9 +84,13 @@ def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comp
         axes.axhline(CHANCE[task], color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {CHANCE[task]:g}")
     axes.set_ylabel(f"accuracy on {plain(task)} (higher is better)")
     legend(axes, figure)
-    alt = f"Accuracy on {task} against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.accuracy(task), lambda value: f"{value:.3f}"))
+    alt = f"Accuracy on {task} against measured sparsity: " + "; ".join(
+        _readings(curves, lambda row: row.accuracy(task), lambda value: f"{value:.3f}")
+    )
     slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in task)
-    return Picture(f"accuracy-{slug}", png(figure), alt, "Bars are one standard error of the accuracy, where it was measured.")
+    return Picture(
+        f"accuracy-{slug}", png(figure), alt, "Bars are one standard error of the accuracy, where it was measured."
+    )
 
 
 def _drawable(curves: Sequence[Series], value: Callable[[Row], float | None]) -> bool:
@@ -102,14 +110,21 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 
 
 def _draw_curves(
-    axes: Axes, curves: Sequence[Series], value: Callable[[Row], float | None], error: Callable[[Row], float | None] | None = None
+    axes: Axes,
+    curves: Sequence[Series],
+    value: Callable[[Row], float | None],
+    error: Callable[[Row], float | None] | None = None,
 ) -> tuple[float, float]:
     """Draw the points of each curve and a line through their means; returns the least and the largest value."""
     drawn: list[float] = []
     methods = list(dict.fromkeys(curve.method for curve in curves))
     lines: dict[str, int] = {}
     for curve, marker in zip(curves, itertools.cycle(MARKERS)):
-        points = [(row.sparsity, y, error(row) if error else None) for row in curve.rows if row.sparsity is not None and (y := value(row)) is not None]
+        points = [
+            (row.sparsity, y, error(row) if error else None)
+            for row in curve.rows
+            if row.sparsity is not None and (y := value(row)) is not None
+        ]
         if not points:
             continue
         colour, line = COLOURS[methods.index(curve.method) % len(COLOURS)], "none"
@@ -119,9 +134,15 @@ def _draw_curves(
             axes.plot(*_means([(x, y) for x, y, _ in points]), color=colour, linestyle=line, linewidth=1.8)
         xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
         if error:
-            axes.errorbar(xs, ys, yerr=[e or 0.0 for _, _, e in points], fmt="none", ecolor=colour, elinewidth=1.0, capsize=3)
+            axes.errorbar(
+                xs, ys, yerr=[e or 0.0 for _, _, e in points], fmt="none", ecolor=colour, elinewidth=1.0, capsize=3
+            )
         # Points without a line are hollow, so that several at one sparsity can be seen through one another.
-        look: dict[str, Any] = {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8} if line == "none" else {"markersize": 6}
+        look: dict[str, Any] = (
+            {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8}
+            if line == "none"
+            else {"markersize": 6}
+        )
         axes.plot(xs, ys, color=colour, marker=marker, linestyle="none", **look)
         # The legend shows line and marker as one, which the calls above drew apart.
         axes.plot([], [], color=colour, marker=marker, linestyle=line, linewidth=1.8, label=plain(curve.label), **look)
@@ -140,7 +161,9 @@ def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
 def logarithmic(axes: Axes, span: float) -> None:
     """A logarithmic axis of values with plain numbers at ticks that suit a largest value of `span` times the smallest."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 1000 else (1.0,)))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 1000 else (1.0,))
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -159,9 +182,12 @@ def legend(axes: Axes, figure: Figure) -> None:
     figure.set_size_inches(width + (2 if entries > 12 else 0), max(height, _LINE * entries + 1))
 
 
-def _readings(curves: Sequence[Series], value: Callable[[Row], float | None], say: Callable[[float], str | None]) -> list[str]:
+def _readings(
+    curves: Sequence[Series], value: Callable[[Row], float | None], say: Callable[[float], str | None]
+) -> list[str]:
     return [
-        f"{curve.label}: " + ", ".join(f"{say(y)} at {words.percent(row.sparsity)}" for row in curve.rows if (y := value(row)) is not None)
+        f"{curve.label}: "
+        + ", ".join(f"{say(y)} at {words.percent(row.sparsity)}" for row in curve.rows if (y := value(row)) is not None)
         for curve in curves
         if any(value(row) is not None for row in curve.rows)
     ]
@@ -175,5 +201,7 @@ def plain(text: str) -> str:
 def png(figure: Figure) -> bytes:
     """The bytes of a figure, the same for the same drawing."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})  # the default names the version of matplotlib
+    figure.savefig(
+        buffer, format="png", dpi=DPI, metadata={"Software": None}
+    )  # the default names the version of matplotlib
     return buffer.getvalue()

@@ -128,7 +128,9 @@ def collect(records: Sequence[Record]) -> list[Row]:
         SecateurError: there is none of either.
     """
     if not records:
-        raise SecateurError("no records to report: give a records.jsonl that 'secateur prune', 'eval' or 'sweep' wrote, or its folder")
+        raise SecateurError(
+            "no records to report: give a records.jsonl that 'secateur prune', 'eval' or 'sweep' wrote, or its folder"
+        )
     last: dict[str, dict[str, Record]] = {"prune": {}, "eval": {}}
     for index, record in enumerate(records):
         if record.get("command") in last:
@@ -136,7 +138,9 @@ def collect(records: Sequence[Record]) -> list[Row]:
             last[record["command"]][str(Path(str(plain["out"])).resolve()) if plain.get("out") else f"#{index}"] = plain
     if not last["prune"] and not last["eval"]:
         found = ", ".join(sorted({str(record.get("command") or "unnamed") for record in records}))
-        raise SecateurError(f"nothing to report: of {len(records)} records none is of prune or eval (found: {found}); run 'secateur eval DIR' first")
+        raise SecateurError(
+            f"nothing to report: of {len(records)} records none is of prune or eval (found: {found}); run 'secateur eval DIR' first"
+        )
     return sorted(_merge(last["prune"], last["eval"]), key=_order)
 
 
@@ -156,7 +160,13 @@ def _disagree(a: Record, b: Record) -> bool:
 
 
 def _order(row: Row) -> tuple[bool, str, float, str, str]:
-    return not row.dense, str(row.get("method") or ""), row.sparsity or 0.0, str(row.get("pattern") or ""), str(row.get("out") or "")
+    return (
+        not row.dense,
+        str(row.get("method") or ""),
+        row.sparsity or 0.0,
+        str(row.get("pattern") or ""),
+        str(row.get("out") or ""),
+    )
 
 
 def group(rows: Sequence[Row]) -> list[Group]:
@@ -174,7 +184,9 @@ def group(rows: Sequence[Row]) -> list[Group]:
             home = next((key for key in largest if key[0] == row.model), (row.model, None))
             keys.setdefault(home, []).append(row)
     groups = [Group(model, protocol, tuple(sorted(members, key=_order))) for (model, protocol), members in keys.items()]
-    return sorted(groups, key=lambda g: (g.protocol is None, -len([row for row in g.rows if row.protocol == g.protocol])))
+    return sorted(
+        groups, key=lambda g: (g.protocol is None, -len([row for row in g.rows if row.protocol == g.protocol]))
+    )
 
 
 def task_names(rows: Sequence[Row]) -> list[str]:

@@ -74,7 +74,10 @@ def series(rows: Sequence[Row]) -> list[Series]:
     for row in pruned:
         extra = [f"{name}={value}" for name, value in _variant(row).items() if name in varied[base(row)]]
         found.setdefault(", ".join([base(row), *extra]), []).append(row)
-    curves = [Series(label, str(members[0].get("method")), not members[0].get("modules"), tuple(members)) for label, members in found.items()]
+    curves = [
+        Series(label, str(members[0].get("method")), not members[0].get("modules"), tuple(members))
+        for label, members in found.items()
+    ]
     return sorted(curves, key=lambda curve: (curve.method, curve.label))
 
 
@@ -89,15 +92,25 @@ def _variant(row: Row) -> dict[str, Any]:
     """What may differ between runs of one method and pattern that are not the same experiment."""
     calibration = row.part("calibration")
     options = {name: value for name, value in row.part("options").items() if name != "pattern"}
-    return options | {f"calibration {name}": calibration.get(name) for name in ("spec", "samples", "seqlen") if calibration}
+    return options | {
+        f"calibration {name}": calibration.get(name) for name in ("spec", "samples", "seqlen") if calibration
+    }
 
 
 def _varied(rows: Sequence[Row]) -> set[str]:
     variants = [_variant(row) for row in rows]
-    return {name for variant in variants for name in variant if any(other.get(name) != variant[name] for other in variants)}
+    return {
+        name for variant in variants for name in variant if any(other.get(name) != variant[name] for other in variants)
+    }
 
 
-def compare(curves: Sequence[Series], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None], *, lowest: bool) -> Comparison | None:
+def compare(
+    curves: Sequence[Series],
+    value: Callable[[Row], float | None],
+    stderr: Callable[[Row], float | None],
+    *,
+    lowest: bool,
+) -> Comparison | None:
     """The comparison at the highest level at which two methods were measured; at the highest of all where there is none.
 
     Removing parameters and zeroing them are not compared with one another, and per-module runs with nothing.
@@ -112,9 +125,13 @@ def compare(curves: Sequence[Series], value: Callable[[Row], float | None], stde
             levels.setdefault(level, []).append((curve, members))
     if not levels:
         return None
-    best = max(levels, key=lambda level: (len({curve.method for curve, _ in levels[level]}) > 1, level[1], not level[0]))
+    best = max(
+        levels, key=lambda level: (len({curve.method for curve, _ in levels[level]}) > 1, level[1], not level[0])
+    )
     entries = [_entry(curve.label, members, value, stderr) for curve, members in levels[best]]
-    return Comparison(best[1], best[0], tuple(sorted(entries, key=lambda entry: entry.value if lowest else -entry.value)))
+    return Comparison(
+        best[1], best[0], tuple(sorted(entries, key=lambda entry: entry.value if lowest else -entry.value))
+    )
 
 
 def _level(row: Row) -> tuple[bool, float] | None:
@@ -124,7 +141,9 @@ def _level(row: Row) -> tuple[bool, float] | None:
     return None if sparsity is None else (False, round(sparsity, 2))
 
 
-def _entry(label: str, rows: Sequence[Row], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None]) -> Entry:
+def _entry(
+    label: str, rows: Sequence[Row], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None]
+) -> Entry:
     values = [v for row in rows if (v := value(row)) is not None]
     errors = [e for row in rows if (e := stderr(row)) is not None]
     return Entry(label, fmean(values), len(values), fmean(errors) if errors else None)

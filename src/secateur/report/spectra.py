@@ -35,7 +35,9 @@ def _plan(row: Row) -> Plan | None:
     folder = Path(str(row.get("out") or ""))
     try:
         plan = read_plan(folder) if plan_file(folder, PLAN_TENSORS) else None
-        same = plan is not None and plan.rotates and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
+        same = (
+            plan is not None and plan.rotates and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
+        )
     except Exception:
         return None  # a damaged plan costs its picture, not the report
     return plan if same else None
@@ -48,7 +50,9 @@ def spectra_of(plan: Plan) -> list[tuple[str, np.ndarray]]:
         for name, place in block.places.items():
             if place.spectrum_D is not None and (name != "enter" or block.index == 0):
                 values = place.spectrum_D.numpy()
-                found.append(("embeddings" if name == "enter" else f"block {block.index}, {name}", values / values.sum()))
+                found.append(
+                    ("embeddings" if name == "enter" else f"block {block.index}, {name}", values / values.sum())
+                )
     return found
 
 
@@ -58,7 +62,12 @@ def _picture(plan: Plan, label: str) -> Picture:
     left, right = figure.subplots(1, 2)
     discarded = np.array([[values[int((1 - s) * len(values)) :].sum() for s in _SLICED] for _, values in places])
     figure.suptitle(
-        plain(f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean square"), fontsize=11, x=0.01, ha="left"
+        plain(
+            f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean square"
+        ),
+        fontsize=11,
+        x=0.01,
+        ha="left",
     )
     colours = colormaps["viridis"]
     scale = Normalize(0, max(1, len(places) - 1))
@@ -73,9 +82,21 @@ def _picture(plan: Plan, label: str) -> Picture:
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     for column, sparsity in enumerate(_SLICED):
         right.plot(
-            range(len(places)), discarded[:, column], marker="o", markersize=3, linewidth=1.2, color=colormaps["plasma"](0.85 - 0.8 * column / len(_SLICED))
+            range(len(places)),
+            discarded[:, column],
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            color=colormaps["plasma"](0.85 - 0.8 * column / len(_SLICED)),
         )
-        right.annotate(f"s = {sparsity:g}", (len(places) - 1, discarded[-1, column]), (5, 0), textcoords="offset points", fontsize=7, va="center")
+        right.annotate(
+            f"s = {sparsity:g}",
+            (len(places) - 1, discarded[-1, column]),
+            (5, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+        )
     right.set_yscale("log")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))

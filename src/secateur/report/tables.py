@@ -54,7 +54,9 @@ def table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
     filled = [(column, [column.cell(row) for row in rows]) for column in columns]
     shown = [(column, cells) for column, cells in filled if not column.optional or any(cells)]
     body = tuple(tuple(cells[n] or Cell(MISSING) for _, cells in shown) for n in range(len(rows)))
-    return Table(tuple((column.head, column.hint, column.text) for column, _ in shown), body, sum(row.dense for row in rows))
+    return Table(
+        tuple((column.head, column.hint, column.text) for column, _ in shown), body, sum(row.dense for row in rows)
+    )
 
 
 def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
@@ -74,22 +76,60 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
 
     columns = [
         Column("Method", lambda row: _text("dense" if row.dense else row.get("method"), _options(row)), text=True),
-        Column("Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True),
+        Column(
+            "Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True
+        ),
         Column("Pattern", lambda row: None if row.dense else _text(row.get("pattern")), text=True),
-        Column("Modules", lambda row: None if row.dense else _text(str(row.get("modules") or "all").replace(",", ", ")), "per-module sparsity", text=True),
-        Column("Sparsity", lambda row: _number(words.percent, row.sparsity), "measured: the fraction removed of what the method removes from"),
-        Column("Pruning ratio", lambda row: _number(words.percent, row.number("pruning_ratio")), "1 - parameters after / before, over all parameters"),
+        Column(
+            "Modules",
+            lambda row: None if row.dense else _text(str(row.get("modules") or "all").replace(",", ", ")),
+            "per-module sparsity",
+            text=True,
+        ),
+        Column(
+            "Sparsity",
+            lambda row: _number(words.percent, row.sparsity),
+            "measured: the fraction removed of what the method removes from",
+        ),
+        Column(
+            "Pruning ratio",
+            lambda row: _number(words.percent, row.number("pruning_ratio")),
+            "1 - parameters after / before, over all parameters",
+        ),
         Column("Parameters", lambda row: _number(words.count, parameters(row)), "in the written checkpoint"),
-        Column("Not zero", lambda row: _number(words.count, row.number("nonzero_after")), "parameters that are not zero"),
+        Column(
+            "Not zero", lambda row: _number(words.count, row.number("nonzero_after")), "parameters that are not zero"
+        ),
         Column("PPL", _perplexity, "perplexity, lower is better"),
-        Column("PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"),
+        Column(
+            "PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"
+        ),
         Column("Bits / byte", lambda row: _number(words.fixed, row.number("bits_per_byte")), optional=True),
         *_task_columns(rows),
-        Column("KL", lambda row: _number(words.fixed, inner(row, "shift", "kl")), "nats per token, from the dense model", optional=True),
-        Column("Top-1 agreement", lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")), "with the dense model", optional=True),
+        Column(
+            "KL",
+            lambda row: _number(words.fixed, inner(row, "shift", "kl")),
+            "nats per token, from the dense model",
+            optional=True,
+        ),
+        Column(
+            "Top-1 agreement",
+            lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")),
+            "with the dense model",
+            optional=True,
+        ),
         Column("Pruning time", lambda row: _number(words.duration, seconds_of(row.pruning))),
-        Column("Peak memory", lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))), "resident set of the pruning process"),
-        Column("Loads as", lambda row: _loads(row), "stock: any transformers loads it; runtime: needs trust_remote_code or secateur", text=True),
+        Column(
+            "Peak memory",
+            lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))),
+            "resident set of the pruning process",
+        ),
+        Column(
+            "Loads as",
+            lambda row: _loads(row),
+            "stock: any transformers loads it; runtime: needs trust_remote_code or secateur",
+            text=True,
+        ),
     ]
     return table(columns, rows)
 
@@ -97,9 +137,27 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
 def _task_columns(rows: Sequence[Row]) -> list[Column]:
     columns = []
     for task in task_names(rows):
-        columns.append(Column(f"{task} acc", lambda row, t=task: _accuracy(row, t, "acc"), "accuracy ± standard error", optional=True))  # type: ignore[misc]
-        columns.append(Column(f"{task} acc_norm", lambda row, t=task: _accuracy(row, t, "acc_norm"), "length-normalised", optional=True))  # type: ignore[misc]
-        columns.append(Column(f"{task} flipped", lambda row, t=task: _number(words.percent, row.task(t, "flipped")), "answers that differ", optional=True))  # type: ignore[misc]
+        columns.append(
+            Column(
+                f"{task} acc", lambda row, t=task: _accuracy(row, t, "acc"), "accuracy ± standard error", optional=True
+            )
+        )  # type: ignore[misc]
+        columns.append(
+            Column(
+                f"{task} acc_norm",
+                lambda row, t=task: _accuracy(row, t, "acc_norm"),
+                "length-normalised",
+                optional=True,
+            )
+        )  # type: ignore[misc]
+        columns.append(
+            Column(
+                f"{task} flipped",
+                lambda row, t=task: _number(words.percent, row.task(t, "flipped")),
+                "answers that differ",
+                optional=True,
+            )
+        )  # type: ignore[misc]
     return columns
 
 
@@ -108,7 +166,10 @@ def _accuracy(row: Row, task: str, metric: str) -> Cell | None:
     if value is None:
         return None
     n = row.task(task, "n")
-    return Cell(f"{value:.3f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.3f}" if error is not None else ""), f"n = {n:.0f}" if n is not None else "")
+    return Cell(
+        f"{value:.3f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.3f}" if error is not None else ""),
+        f"n = {n:.0f}" if n is not None else "",
+    )
 
 
 def _perplexity(row: Row) -> Cell | None:
@@ -130,7 +191,11 @@ def _text(value: Any, exact: str = "") -> Cell | None:
 
 def _number(say: Callable[[float | None], str | None], value: float | None) -> Cell | None:
     said = say(value)
-    return None if said is None or value is None else Cell(said, f"{value:,.0f}" if value == int(value) and value > 999 else f"{value!r}")
+    return (
+        None
+        if said is None or value is None
+        else Cell(said, f"{value:,.0f}" if value == int(value) and value > 999 else f"{value!r}")
+    )
 
 
 def named(groups: Sequence[Group]) -> dict[str, Group]:
@@ -144,10 +209,21 @@ def warnings(groups: Sequence[Group]) -> dict[str, Any] | None:
     if len(groups) < 2:
         return None
     models, protocols = {g.model for g in groups}, {g.protocol for g in groups}
-    differ = [what for what, mixed in (("models", len(models) > 1), ("perplexity protocols", len(protocols - {None}) > 1)) if mixed]
+    differ = [
+        what
+        for what, mixed in (("models", len(models) > 1), ("perplexity protocols", len(protocols - {None}) > 1))
+        if mixed
+    ]
     known = [dict(g.protocol) for g in groups if g.protocol is not None]
-    telling = [name for name in PROTOCOL if name in ("spec", "seqlen", "sha256") or any(other[name] != known[0][name] for other in known)]
-    members = [f"{letter}: {g.model}, {_protocol(g.protocol, telling)} ({words.plural(len(g.rows), 'row')})" for letter, g in named(groups).items()]
+    telling = [
+        name
+        for name in PROTOCOL
+        if name in ("spec", "seqlen", "sha256") or any(other[name] != known[0][name] for other in known)
+    ]
+    members = [
+        f"{letter}: {g.model}, {_protocol(g.protocol, telling)} ({words.plural(len(g.rows), 'row')})"
+        for letter, g in named(groups).items()
+    ]
     return {"differ": " and ".join(differ), "groups": members}
 
 
@@ -170,14 +246,26 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
     pruned = [row for row in rows if not row.dense]
     unmeasured, diverged = [row for row in pruned if row.protocol is None], [row for row in rows if row.diverged]
     if unmeasured:
-        folders = ", ".join(_folder(row) or "unnamed" for row in unmeasured[:3]) + (", …" if len(unmeasured) > 3 else "")
-        said.append(f"{words.plural(len(unmeasured), 'checkpoint')} without a perplexity ({folders}): run 'secateur eval DIR'.")
+        folders = ", ".join(_folder(row) or "unnamed" for row in unmeasured[:3]) + (
+            ", …" if len(unmeasured) > 3 else ""
+        )
+        said.append(
+            f"{words.plural(len(unmeasured), 'checkpoint')} without a perplexity ({folders}): run 'secateur eval DIR'."
+        )
     if diverged:
-        said.append(f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, left out of plots and laws.")
+        said.append(
+            f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, left out of plots and laws."
+        )
     if groups[0].dense is None:
-        said.append(f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'.")
+        said.append(
+            f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'."
+        )
     for task in task_names(groups[0].rows):
-        items = {(row.task(task, "n"), row.part("tasks")[task].get("sha256")) for row in groups[0].rows if row.accuracy(task) is not None}
+        items = {
+            (row.task(task, "n"), row.part("tasks")[task].get("sha256"))
+            for row in groups[0].rows
+            if row.accuracy(task) is not None
+        }
         if len(items) > 1:
             said.append(f"{task} was not measured on the same items in every run: accuracies may differ by that alone.")
     return [*said, f"Records of other commands are not shown: {others}."] if others else said
@@ -186,7 +274,11 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
 def protocols(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each protocol in use, field by field."""
     letters = {id(g): letter for letter, g in named(groups).items()}
-    return [(letters.get(id(g), ""), [(name, _said(value)) for name, value in g.protocol]) for g in groups if g.protocol is not None]
+    return [
+        (letters.get(id(g), ""), [(name, _said(value)) for name, value in g.protocol])
+        for g in groups
+        if g.protocol is not None
+    ]
 
 
 def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -194,7 +286,9 @@ def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     used: dict[str, int] = {}
     for row in rows:
         if found := row.part("calibration"):
-            spec, samples, seqlen, sha256 = (found.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256"))
+            spec, samples, seqlen, sha256 = (
+                found.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256")
+            )
             text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens, SHA-256 {sha256}"
             used[text] = used.get(text, 0) + 1
     return [(text, words.plural(users, "run")) for text, users in used.items()]
@@ -214,11 +308,21 @@ def settings(rows: Sequence[Row]) -> Table:
         Column("Folder", lambda row: _text(_folder(row)), text=True),
         Column("Model", lambda row: _text(row.model), text=True),
         Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
-        Column("Weights updated", lambda row: _updated(row), "whether weights that stay were changed to make up for those that went", text=True, optional=True),
+        Column(
+            "Weights updated",
+            lambda row: _updated(row),
+            "whether weights that stay were changed to make up for those that went",
+            text=True,
+            optional=True,
+        ),
         Column("Seed", lambda row: _text(row.get("seed"))),
         Column("Pruned on", lambda row: _where(row.pruning), "device, dtype", text=True, optional=True),
         Column("Measured on", lambda row: _where(row.measuring), "device, dtype", text=True, optional=True),
-        Column("Measuring time", lambda row: _number(words.duration, as_number(row.measuring.get("seconds"))), optional=True),
+        Column(
+            "Measuring time",
+            lambda row: _number(words.duration, as_number(row.measuring.get("seconds"))),
+            optional=True,
+        ),
     ]
     return table(columns, rows)
 

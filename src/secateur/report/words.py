@@ -97,7 +97,9 @@ def finding(found: Comparison | None, dense: Row | None) -> str:
     if found is None:
         return "No perplexities to compare yet: run 'secateur eval DIR' on the pruned folders and report again."
     best, rest = found.entries[0], found.entries[1:]
-    times = f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
+    times = (
+        f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
+    )
     if not rest:
         return f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; nothing else was measured at that level to compare it with."
     nearest = "; ".join(f"{entry.label} has {_value(entry)}" for entry in rest)

@@ -22,7 +22,17 @@ HELD_OUT_ONE_IN = 10
 # and tables of numbers that are no text (the character maps).
 _SKIPPED_FOLDERS = frozenset(
     (
-        *("__pycache__", "__phello__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo"),
+        *(
+            "__pycache__",
+            "__phello__",
+            "site-packages",
+            "dist-packages",
+            "test",
+            "tests",
+            "idlelib",
+            "tkinter",
+            "turtledemo",
+        ),
         *("ensurepip", "venv", "distutils", "lib2to3", "encodings", "pydoc_data", "msilib"),
     )
 )

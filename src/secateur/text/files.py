@@ -45,11 +45,17 @@ def file_hash(spec: str) -> str | None:
 def token_ids(path: Path) -> Tensor:
     """Token ids [samples, seqlen], int64, of a `.npy` or `.safetensors` file."""
     try:
-        ids = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else next(iter(load_file(path).values()))
+        ids = (
+            torch.from_numpy(np.load(path, allow_pickle=False))
+            if path.suffix == ".npy"
+            else next(iter(load_file(path).values()))
+        )
     except Exception as error:
         raise SecateurError(f"{path}: cannot be read as token ids ({error})") from error
     if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape or ids.shape[1] < 2:
-        raise SecateurError(f"{path}: token ids are an int array [samples, seqlen], this is {ids.dtype} {list(ids.shape)}")
+        raise SecateurError(
+            f"{path}: token ids are an int array [samples, seqlen], this is {ids.dtype} {list(ids.shape)}"
+        )
     return ids.to(torch.int64)
 
 
@@ -61,7 +67,9 @@ def rows_of(path: Path, field: str) -> Sequence[str]:
     if suffix == ".parquet":
         table = read_parquet(path)
         if field not in table.column_names:
-            raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
+            raise SecateurError(
+                f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field"
+            )
         return [_string(value, field, path) for value in table.column(field).to_pylist()]
     return ["".join(_lines(path))]
 
@@ -89,7 +97,9 @@ def read_objects(path: Path) -> Iterator[Any]:
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file with their ends, unpacked where it is compressed; never all of it in memory twice."""
     if path.suffix in _OTHER_ARCHIVES:
-        raise SecateurError(f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}")
+        raise SecateurError(
+            f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}"
+        )
     place = 0
     try:
         with _COMPRESSED.get(path.suffix, Path.open)(path, mode="rb") as file:  # type: ignore[call-arg]  # all of them have a mode
@@ -97,9 +107,13 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8")
                 place += len(line)
     except UnicodeDecodeError as error:
-        raise SecateurError(f"{path}: not UTF-8 text (byte {place + error.start}); convert it, or give token ids as .npy") from None
+        raise SecateurError(
+            f"{path}: not UTF-8 text (byte {place + error.start}); convert it, or give token ids as .npy"
+        ) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise SecateurError(f"{path}: cannot be unpacked ({error}): it is cut short, or not what its suffix says; download it again") from None
+        raise SecateurError(
+            f"{path}: cannot be unpacked ({error}): it is cut short, or not what its suffix says; download it again"
+        ) from None
 
 
 def _row_text(row: Any, field: str, path: Path) -> str:
@@ -119,7 +133,12 @@ def in_alpaca_form(rows: Any) -> bool:
 
 def _is_instruction(row: Any) -> bool:
     """Whether a row has an instruction and its answer, and text where it has anything."""
-    return isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str) and isinstance(row.get("input") or "", str)
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("instruction"), str)
+        and isinstance(row.get("output"), str)
+        and isinstance(row.get("input") or "", str)
+    )
 
 
 def read_parquet(path: Path) -> Any:
@@ -142,5 +161,7 @@ def _json(text: str, where: str) -> Any:
 def _string(value: Any, field: str, path: Path) -> str:
     """A missing text is an empty row."""
     if value is not None and not isinstance(value, str):
-        raise SecateurError(f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; name the field of the text with --text-field")
+        raise SecateurError(
+            f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; name the field of the text with --text-field"
+        )
     return value or ""

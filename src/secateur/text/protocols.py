@@ -48,7 +48,14 @@ class Protocol:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("builtin", "secateur: held-out files of the standard library", "builtin", bos="each", lines=False, windows=128),
+        Protocol(
+            "builtin",
+            "secateur: held-out files of the standard library",
+            "builtin",
+            bos="each",
+            lines=False,
+            windows=128,
+        ),
         Protocol("wikitext2", "WikiText-2 at min(2048, the model's maximum)", "wikitext2"),
         Protocol("slicegpt", "SliceGPT (arXiv:2401.15024): WikiText-2 at 2048", "wikitext2", 2048),
         Protocol("sparsegpt", "SparseGPT (arXiv:2301.00774): WikiText-2 at 2048", "wikitext2", 2048),
@@ -64,7 +71,16 @@ PROTOCOLS = {
             tokens=256 * 2048,
         ),
         Protocol("llm-pruner", "LLM-Pruner (arXiv:2305.11627): WikiText-2 at 128", "wikitext2", 128),
-        Protocol("c4", "C4 as SparseGPT and Wanda: 1100 validation documents, 256 windows of 2048", "c4", 2048, join=" ", lines=False, rows=1100, windows=256),
+        Protocol(
+            "c4",
+            "C4 as SparseGPT and Wanda: 1100 validation documents, 256 windows of 2048",
+            "c4",
+            2048,
+            join=" ",
+            lines=False,
+            rows=1100,
+            windows=256,
+        ),
         Protocol("text", "a file as it is, at min(2048, the model's maximum)", "", lines=False),
     )
 }
@@ -92,11 +108,15 @@ def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
     default = min(2048, longest) if protocol.seqlen is None else protocol.seqlen or longest
     length = default if asked is None else asked
     if not 1 < length <= longest:
-        raise UsageError(f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; give --seqlen")
+        raise UsageError(
+            f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; give --seqlen"
+        )
     return length
 
 
-def evaluation_windows(protocol: Protocol, seqlen: int, tokenizer: PreTrainedTokenizerBase | None, text_field: str = "text") -> list[Tensor]:
+def evaluation_windows(
+    protocol: Protocol, seqlen: int, tokenizer: PreTrainedTokenizerBase | None, text_field: str = "text"
+) -> list[Tensor]:
     """The windows, int64 [T] each; all have the same length except a kept tail. Token ids need no tokenizer.
 
     Raises:
@@ -111,7 +131,9 @@ def evaluation_windows(protocol: Protocol, seqlen: int, tokenizer: PreTrainedTok
     if windows and len(windows[-1]) < seqlen and (protocol.tail == "drop" or len(windows[-1]) < 2):
         windows.pop()
     if not windows:
-        raise SecateurError(f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, or a smaller --seqlen")
+        raise SecateurError(
+            f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, or a smaller --seqlen"
+        )
     return windows[: protocol.windows]
 
 

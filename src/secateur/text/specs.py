@@ -18,7 +18,18 @@ from torch import Tensor
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.hub import hub
 from secateur.text.builtin import documents
-from secateur.text.files import ID_FILES, JSON_FILES, alpaca_prompt, file_hash, in_alpaca_form, read_objects, read_parquet, rows_of, suffix_of, token_ids
+from secateur.text.files import (
+    ID_FILES,
+    JSON_FILES,
+    alpaca_prompt,
+    file_hash,
+    in_alpaca_form,
+    read_objects,
+    read_parquet,
+    rows_of,
+    suffix_of,
+    token_ids,
+)
 
 Role = Literal["calibration", "evaluation"]
 
@@ -37,7 +48,10 @@ class HubText:
 
 HUB_TEXTS = {
     "wikitext2": HubText(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", {"calibration": "train", "evaluation": "test"}
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        {"calibration": "train", "evaluation": "test"},
     ),
     "c4": HubText(
         "allenai/c4",
@@ -47,7 +61,11 @@ HUB_TEXTS = {
         {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
     "alpaca": HubText(
-        "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt
+        "tatsu-lab/alpaca",
+        None,
+        "dce01c9b08f87459cf36a430d809084718273017",
+        {"calibration": "train", "evaluation": "train"},
+        render=alpaca_prompt,
     ),
 }
 NAMED = ("builtin", *HUB_TEXTS)
@@ -145,11 +163,17 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
         return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
     path = Path(spec).expanduser()
     if suffix_of(path) not in (*JSON_FILES, ".parquet") or name in NAMED:
-        raise UsageError(f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'")
+        raise UsageError(
+            f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'"
+        )
     check_spec(spec)
     rows: Any = read_parquet(path).to_pylist() if suffix_of(path) == ".parquet" else list(read_objects(path))
     if not in_alpaca_form(rows):
-        has = f", its first row has {', '.join(rows[0])}" if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
+        has = (
+            f", its first row has {', '.join(rows[0])}"
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+            else ""
+        )
         raise SecateurError(f"{path}: rows need the fields 'instruction' and 'output' (and perhaps 'input'){has}")
     return rows  # type: ignore[no-any-return]
 
@@ -183,10 +207,16 @@ def _hub_data(name: str, role: Role, revision: str | None) -> Any:
     files = {part: source.files[role]} if source.files else None
     with hub() as answers:
         try:
-            return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
+            return datasets.load_dataset(
+                source.path, source.config, data_files=files, split=part, revision=revision or source.revision
+            )
         except Exception as error:
             why = error if answers else "it does not answer"
-            use, option = ("to calibrate on", "--calibration") if role == "calibration" else ("to measure perplexity on", "--text")
+            use, option = (
+                ("to calibrate on", "--calibration")
+                if role == "calibration"
+                else ("to measure perplexity on", "--text")
+            )
             raise SecateurError(
                 f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, or give a local file: {option} FILE"
             ) from error

@@ -19,12 +19,16 @@ _READ_AHEAD = 4
 IGNORE = -100  # a label that is not to be predicted, as in transformers
 
 
-def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> Tensor:
+def calibration_windows(
+    text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int
+) -> Tensor:
     """The windows of `labelled_windows`."""
     return labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)[0]
 
 
-def labelled_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def labelled_windows(
+    text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int
+) -> tuple[Tensor, Tensor | None]:
     """Windows of calibration text, int64 [S, T], and of questions with answers what is to be predicted: the same, with `IGNORE` in the questions.
 
     The rows are shuffled and tokenised one after the other (each with what the tokenizer adds at its start) until there is enough; the
@@ -54,13 +58,17 @@ def labelled_windows(text: Text, tokenize: Callable[[str], list[int]], *, sample
             f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; lower --samples or --seqlen, or give more text"
         )
     drawn = torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))
-    windows, labelled = (torch.tensor(tokens[: there * seqlen], dtype=torch.int64).view(-1, seqlen) for tokens in (stream, labels))
+    windows, labelled = (
+        torch.tensor(tokens[: there * seqlen], dtype=torch.int64).view(-1, seqlen) for tokens in (stream, labels)
+    )
     return windows[drawn], labelled[drawn] if text.questions else None
 
 
 def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
     """With how many tokens both begin; one that joins the end of a question to its answer is the answer's."""
-    return next((n for n, (one, other) in enumerate(zip(ids, begin, strict=False)) if one != other), min(len(ids), len(begin)))
+    return next(
+        (n for n, (one, other) in enumerate(zip(ids, begin, strict=False)) if one != other), min(len(ids), len(begin))
+    )
 
 
 def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str, tokens: int | None = None) -> None:
@@ -77,7 +85,9 @@ def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str, tokens:
         SecateurError: a window is longer, or an id outside the vocabulary.
     """
     if windows.shape[-1] > longest:
-        raise SecateurError(f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter")
+        raise SecateurError(
+            f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter"
+        )
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocabulary:
         raise outside_vocabulary(low if low < 0 else high, vocabulary, spec, tokens)
@@ -86,7 +96,9 @@ def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str, tokens:
 def outside_vocabulary(token: int, vocabulary: int, spec: str, tokens: int | None) -> SecateurError:
     """The error for a token id that the embedding has no row for; arguments as for `check_ids`."""
     if tokens is None:
-        return SecateurError(f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer")
+        return SecateurError(
+            f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer"
+        )
     return SecateurError(
         f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to {vocabulary - 1}; the tokenizer has {tokens} "
         f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), then save_pretrained), or use the tokenizer it was "
