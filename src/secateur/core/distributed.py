@@ -32,7 +32,8 @@ def processes() -> Iterator[None]:
         here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > devices:
             raise SecateurError(
-                f"torchrun started {here} processes on a machine of {devices} accelerators; use --nproc-per-node {devices}"
+                f"torchrun started {here} processes on a machine of {devices} accelerators; "
+                f"use --nproc-per-node {devices}"
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -96,5 +97,6 @@ def check_same(tensors: Iterable[Tensor], what: str) -> None:
     hashes = gather(torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8))
     if odd := [number for number, one in enumerate(hashes) if not torch.equal(one, hashes[0])]:
         raise SecateurError(
-            f"{what} differs between processes 0 and {odd[0]}: their machines or versions do not compute alike; use equal ones"
+            f"{what} differs between processes 0 and {odd[0]}: their machines or versions do not compute alike; "
+            "use equal ones"
         )

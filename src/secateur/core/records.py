@@ -142,7 +142,10 @@ def _wrong_field(record: Record) -> str | None:
     for name, allowed in _TYPES.items():
         value = record.get(name)
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not dict)):
-            return f"'{name}' is {_named(value)}, and {'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
+            return (
+                f"'{name}' is {_named(value)}, and "
+                f"{'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
+            )
     for name in _SCALARS:
         for key, value in (record.get(name) or {}).items():
             if isinstance(value, dict | list):

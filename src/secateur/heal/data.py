@@ -57,7 +57,8 @@ def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int
             break
     if len(rows) < samples:
         raise SecateurError(
-            f"{spec}: has {len(rows)} instructions whose answers begin within {seqlen} tokens, but {samples} are asked for; lower --samples, or raise --seqlen"
+            f"{spec}: has {len(rows)} instructions whose answers begin within {seqlen} tokens, "
+            f"but {samples} are asked for; lower --samples, or raise --seqlen"
         )
     longest = max(len(ids) for ids, _ in rows)
     ids_ST = torch.tensor(

@@ -219,12 +219,14 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     plan = read_plan_json(checkpoint.folder)
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
         raise UsageError(
-            f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; give the folder that it wrote"
+            f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; "
+            "give the folder that it wrote"
         )
     targets = find_targets(checkpoint.view(), request.targets)
     if request.rank > (widest := checkpoint.config.hidden_size):
         raise UsageError(
-            f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, the width of the model"
+            f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, "
+            "the width of the model"
         )
     bundled = plan["model"] == BUNDLED
     spec = (
@@ -280,7 +282,8 @@ def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) ->
         if Path(place).expanduser().is_file() and known in (None, file_hash(place)):
             return place
     raise UsageError(
-        f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, or another text"
+        f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, "
+        "or another text"
     )
 
 
@@ -298,7 +301,8 @@ def _finished(
     found = records.last(records_file, "heal", out)
     if found is None:
         raise SecateurError(
-            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', or start again with --overwrite"
+            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', "
+            "or start again with --overwrite"
         )
     say(f"{out}: already there")
     if difference := differing(found["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
@@ -335,7 +339,8 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     )
     trainable = adapters.trainable
     say(
-        f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {perplexity_words(exp(before))}"
+        f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; "
+        f"perplexity before {perplexity_words(exp(before))}"
     )
     seen = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
     done = {
@@ -358,7 +363,8 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     if after.loss > before:
         worse = f"perplexity {perplexity_words(after.ppl)}, before {perplexity_words(exp(before))}"
         say(
-            f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is measured"
+            f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is "
+            "measured"
         )
     return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
 

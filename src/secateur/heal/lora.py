@@ -85,7 +85,10 @@ def find_targets(view: ModelView, names: Sequence[str]) -> list[str]:
 
 def _known(family: Family) -> str:
     own = sorted({path.rpartition(".")[2] for path in family.matrices.values()})
-    return f"known: {', '.join([*(n for n in CANONICAL if n in family.matrices), 'attention', 'mlp', 'all', *own])}, or a glob"
+    return (
+        f"known: {', '.join([*(n for n in CANONICAL if n in family.matrices), 'attention', 'mlp', 'all', *own])}, "
+        "or a glob"
+    )
 
 
 def need_peft() -> None:

@@ -77,7 +77,8 @@ def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False
         # the parameter-free law can be judged on a single point; best of one is no choice
         if count < 3 or not ranked:
             raise SecateurError(
-                f"--law best compares held-out errors, which takes three pruned points or more (there are {count}): name a law, or measure more"
+                f"--law best compares held-out errors, which takes three pruned points or more (there are {count}): "
+                "name a law, or measure more"
             )
         name = ranked[0].law.name
     else:
@@ -101,4 +102,7 @@ def _too_few(law: Law, points: Points) -> str:
     )
     lost = [warning for warning in points.warnings if warning.endswith("left out")]
     why = f" ({len(lost)} more left out, the first: {lost[0]})" if lost else ""
-    return f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): measure more sparsities with 'secateur sweep'{fewer}"
+    return (
+        f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): "
+        f"measure more sparsities with 'secateur sweep'{fewer}"
+    )

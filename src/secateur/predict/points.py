@@ -95,7 +95,8 @@ def read_points(
     """
     if not paths:
         raise UsageError(
-            "no points: give a records.jsonl that 'secateur sweep' wrote, or a CSV with columns sparsity,ppl or sparsity,acc"
+            "no points: give a records.jsonl that 'secateur sweep' wrote, or a CSV with columns sparsity,ppl or "
+            "sparsity,acc"
         )
     if chance is not None and not 0 <= chance < 1:
         raise UsageError(
@@ -154,7 +155,8 @@ def make_points(
 def _check_ppl(point: Point) -> None:
     if not (math.isfinite(point.value) and point.value > 1):
         raise SecateurError(
-            f"{point.place}: perplexity {point.value:g} is not a finite number above 1, so its logarithm cannot be fitted; measure it anew"
+            f"{point.place}: perplexity {point.value:g} is not a finite number above 1, "
+            "so its logarithm cannot be fitted; measure it anew"
         )
 
 
@@ -174,7 +176,8 @@ def _distinct(found: list[Point], said: list[str]) -> list[Point]:
             continue
         if other.value != point.value:
             raise SecateurError(
-                f"two values at sparsity {point.s:g}: {other.value:g} ({other.place}) and {point.value:g} ({point.place}); "
+                f"two values at sparsity {point.s:g}: {other.value:g} ({other.place}) and {point.value:g} "
+                f"({point.place}); "
                 "keep one, or give their mean in a CSV"
             )
         said.append(f"sparsity {point.s:g} with value {point.value:g} occurs more than once and is counted once")
@@ -195,7 +198,8 @@ def _above_chance(dense: Point, found: list[Point], chance: float | None, metric
         elif chance is not None and point.value - (point.stderr or 0.0) <= chance:
             margin = f" within its standard error {point.stderr:.3g}" if point.stderr and point.value > chance else ""
             said.append(
-                f"accuracy {point.value:g} at sparsity {point.s:g} is at chance ({chance:g}){margin} and is left out: it falls no further there"
+                f"accuracy {point.value:g} at sparsity {point.s:g} is at chance ({chance:g}){margin} and is left out: "
+                "it falls no further there"
             )
         else:
             kept.append(point)
@@ -211,7 +215,8 @@ def _say_non_monotone(points: list[Point], metric: str, said: list[str]) -> None
     better = [f"{b.s:g} ({b.value:g}) than at {a.s:g} ({a.value:g})" for a, b in pairwise(points) if worse(a, b)]
     if better:
         said.append(
-            f"not monotone: {'perplexity' if metric == 'ppl' else metric} is better at sparsity {'; at '.join(better)}; every law here says the contrary"
+            f"not monotone: {'perplexity' if metric == 'ppl' else metric} is better at sparsity "
+            f"{'; at '.join(better)}; every law here says the contrary"
         )
 
 
@@ -228,7 +233,8 @@ def _holds_records(path: Path) -> bool:
         return True
     if not path.is_file():
         raise UsageError(
-            f"no file '{path}': give a records.jsonl, the folder that holds it, or a CSV with columns sparsity,ppl or sparsity,acc"
+            f"no file '{path}': give a records.jsonl, the folder that holds it, "
+            "or a CSV with columns sparsity,ppl or sparsity,acc"
         )
     try:
         first = next((line for line in path.read_text("utf-8-sig").splitlines() if line.strip()), "")
@@ -279,7 +285,8 @@ def _column(path: Path, columns: list[str], metric: str | None) -> tuple[str, st
     column = metric if metric in columns or metric == "ppl" else "acc"
     if column not in columns:
         raise UsageError(
-            f"'{path}' has no column {column} (its columns: {', '.join(columns)}); name the column, or choose with --metric"
+            f"'{path}' has no column {column} (its columns: {', '.join(columns)}); name the column, "
+            "or choose with --metric"
         )
     return metric, column
 
@@ -310,7 +317,8 @@ def _from_records(
     if not measured:
         commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in found})) or "none"
         raise SecateurError(
-            f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or 'secateur sweep'"
+            f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', "
+            "or 'secateur sweep'"
         )
     dense = [record for record in measured.values() if _is_dense(record)]
     pruned = [
@@ -325,7 +333,8 @@ def _from_records(
         healed = []
     if where and not pruned:
         choices = "; ".join(
-            f"{name}: {', '.join(sorted({_said(_field(r, name)) for r in measured.values() if not _is_dense(r)})) or 'none'}"
+            f"{name}: "
+            f"{', '.join(sorted({_said(_field(r, name)) for r in measured.values() if not _is_dense(r)})) or 'none'}"
             for name in where
         )
         raise UsageError(
@@ -381,7 +390,8 @@ def _reader(found: list[Record], metric: str | None) -> tuple[str, Callable[[Rec
     name, _, variant = metric.partition(":")
     if metric != "ppl" and (name not in tasks or variant not in ("", "acc", "acc_norm")):
         raise UsageError(
-            f"--metric {metric} was not measured (allowed: {', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})"
+            f"--metric {metric} was not measured (allowed: "
+            f"{', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})"
         )
 
     def read(record: Record) -> Point | None:

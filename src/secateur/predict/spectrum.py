@@ -146,7 +146,8 @@ def _moment(view: ModelView, run: Callable[[Callable[[Tensor], None]], None]) ->
     run(moment.update)
     if not moment.finite():
         raise NotFiniteError(
-            f"{view.name}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32"
+            f"{view.name}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, "
+            "or try --dtype float32"
         )
     return moment.sum_II / moment.tokens
 
@@ -164,7 +165,8 @@ def fit_constant(costs: Costs, points: Points) -> float:
     constant = float(cost_N @ gain_N / (cost_N @ cost_N))
     if not constant > 0:
         raise SecateurError(
-            "the measured points have no higher perplexity than the dense model, so there is nothing to scale by; measure a larger sparsity"
+            "the measured points have no higher perplexity than the dense model, so there is nothing to scale by; "
+            "measure a larger sparsity"
         )
     return constant
 
@@ -252,7 +254,8 @@ def _check_same(points: Points, prepared: Prepared) -> None:
         there = points.about.get(name)
         if there is not None and there != here:
             raise SecateurError(
-                f"the points are of {name} '{there}', --spectrum predicts {name} '{here}': give points of the same, or keep them with --where"
+                f"the points are of {name} '{there}', --spectrum predicts {name} '{here}': give points of the same, "
+                "or keep them with --where"
             )
 
 

@@ -67,7 +67,10 @@ def _title(layers: Sequence[Layers]) -> str:
     low, high = _range(worst, part)
     if len(layers) == 1:
         return f"Removed by block: from {low:.0%} to {high:.0%} of {part}"
-    return f"Removed by block: {len(layers)} runs with unequal blocks; the widest range is {low:.0%} to {high:.0%} of {part}"
+    return (
+        f"Removed by block: {len(layers)} runs with unequal blocks; the widest range is {low:.0%} to {high:.0%} of "
+        f"{part}"
+    )
 
 
 def _range(plan: Layers, part: str) -> tuple[float, float]:
@@ -81,7 +84,8 @@ def _caption(layers: Sequence[Layers]) -> str:
         said.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
     if any(plan.kept for plan in layers):
         said.append(
-            "Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads (groups), and of the features of the"
+            "Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads "
+            "(groups), and of the features of the"
         )
         said.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
     return " ".join(said)

@@ -106,7 +106,10 @@ def _title(flow: Flow) -> str:
         if few == most
         else f"{few:,} to {most:,} of {flow.hidden:,}"
     )
-    return f"{name}: the residual width d = {width} touches {parameters:.1%} of the parameters and {flops:.1%} of the FLOPs"
+    return (
+        f"{name}: the residual width d = {width} touches {parameters:.1%} of the parameters and {flops:.1%} of the "
+        "FLOPs"
+    )
 
 
 def _kinds(flow: Flow, counts: Callable[..., tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -51,7 +51,8 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
     _in_y(left, found)
     _in_units(right, found)
     caption = (
-        "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement, dotted outside the fitted range. "
+        "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement, "
+        "dotted outside the fitted range. "
         "Right: the same points in real units with every "
         "law that could be fitted, the one that predicts held-out points best first in the legend."
     )
@@ -86,7 +87,10 @@ def _heading(found: Prediction, title: str) -> str:
         )
     if chosen.heldout is not None and not found.beaten:
         return f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, and no other clearly less"
-    return f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, '{best.law.name}' by {_percent(best)}"
+    return (
+        f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, "
+        f"'{best.law.name}' by {_percent(best)}"
+    )
 
 
 def _percent(one: Judged) -> str:
@@ -101,7 +105,10 @@ def _alt(found: Prediction, title: str) -> str:
     )
     held = "; ".join(f"{one.law.name} {one.heldout:.3g}" for one in found.judged if one.heldout is not None)
     what = "Perplexity" if found.points.kind == "ppl" else f"Accuracy on {found.points.metric}"
-    return f"{title}. {what}: dense {found.points.dense:.4g}; {points}. Held-out errors in its logarithm: {held or 'unknown'}."
+    return (
+        f"{title}. {what}: dense {found.points.dense:.4g}; {points}. Held-out errors in its logarithm: "
+        f"{held or 'unknown'}."
+    )
 
 
 def _grid(found: Prediction, most: float = 0.99) -> Array:
@@ -282,7 +289,10 @@ def compression(curves: Sequence[Series]) -> Picture | None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     legend(axes, figure)
-    caption = "Below zero the checkpoint is larger than the dense one. Parameters that a method adds (adapters) are counted; zeroed weights are not removed."
+    caption = (
+        "Below zero the checkpoint is larger than the dense one. Parameters that a method adds (adapters) are "
+        "counted; zeroed weights are not removed."
+    )
     return Picture(
         "compression", png(figure), "Pruning ratio against measured sparsity: " + "; ".join(readings), caption
     )

@@ -114,10 +114,14 @@ def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) 
         ncols=min(4, len(runs)),
     )
     alt = f"{title}: " + "; ".join(
-        f"{label}: loss {run.learning['loss'][0]:.2f} to {_smooth(run.learning['loss'])[-1]:.2f}, budget term {run.learning['budget'][-1]:.4f} at the end"
+        f"{label}: loss {run.learning['loss'][0]:.2f} to {_smooth(run.learning['loss'])[-1]:.2f}, "
+        f"budget term {run.learning['budget'][-1]:.4f} at the end"
         for run, label in zip(runs, labels, strict=True)
     )
-    caption = "Losses are of drawn gates on calibration windows: thin as seen, thick their running mean over a tenth of the run. The budget term is without lambda."
+    caption = (
+        "Losses are of drawn gates on calibration windows: thin as seen, thick their running mean over a tenth of the "
+        "run. The budget term is without lambda."
+    )
     return Picture(name, png(figure), alt, caption)
 
 

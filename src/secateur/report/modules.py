@@ -202,8 +202,10 @@ def _per_sparsity(study: Study) -> list[str]:
     ranked = _ranked(tables[level])
     firsts = sum(_ranked(tables[s])[0] == ranked[0] for s in levels)
     return [
-        f"Per sparsity, {ranked[0]} is the most sensitive projection and {ranked[-1]} the least: at {level:.0%} of each, perplexity is "
-        f"{_listed(tables[level], ranked)} the dense model's {words.perplexity(study.dense)}. {ranked[0]} comes first at {firsts} of {len(levels)} sparsities."
+        f"Per sparsity, {ranked[0]} is the most sensitive projection and {ranked[-1]} the least: "
+        f"at {level:.0%} of each, perplexity is "
+        f"{_listed(tables[level], ranked)} the dense model's {words.perplexity(study.dense)}. "
+        f"{ranked[0]} comes first at {firsts} of {len(levels)} sparsities."
     ]
 
 
@@ -225,7 +227,8 @@ def _per_weight(study: Study) -> list[str]:
             )
             lead = "Per weight," if not said else "With more weights removed,"
             said.append(
-                f"{lead} {who}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} the dense model's."
+                f"{lead} {who}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} the "
+                "dense model's."
             )
     return said
 
@@ -248,7 +251,8 @@ def _steep(study: Study) -> list[str]:
     if shares:
         order = _ranked(shares)
         said.append(
-            f"Of the loss that removing a kind whole adds, the last tenth of its weights adds {', '.join(f'{max(0.0, shares[k]):.0%} ({k})' for k in order)}; "
+            "Of the loss that removing a kind whole adds, the last tenth of its weights adds "
+            f"{', '.join(f'{max(0.0, shares[k]):.0%} ({k})' for k in order)}; "
             "a straight line would say 10%."
         )
     return said
@@ -264,7 +268,8 @@ def _groups(study: Study) -> list[str]:
         level = max([s for s in levels if s <= 0.7] or levels)
         values = {NAMES[k]: math.log(_ppl(study, k, level) / study.dense) for k in kinds}
         said.append(
-            f"At one rate, pruning MLP alone costs more than attention alone at {len(worse)} of {len(levels)} sparsities; at {level:.0%}: "
+            f"At one rate, pruning MLP alone costs more than attention alone at {len(worse)} of {len(levels)} "
+            f"sparsities; at {level:.0%}: "
             f"{_listed(values, _ranked(values))}."
         )
     count = min(max(p.weights for p in study.curves[kind]) for kind in kinds)

@@ -65,7 +65,10 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
     legend(axes, figure)
     alt = "Perplexity against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.ppl, words.perplexity))
-    caption = "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, or widths)"
+    caption = (
+        "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, "
+        "or widths)"
+    )
     return Picture(
         "perplexity", png(figure), alt, f"{caption}; the table has the pruning ratio, which is what files shrink by."
     )

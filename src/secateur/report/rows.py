@@ -139,7 +139,8 @@ def collect(records: Sequence[Record]) -> list[Row]:
     if not last["prune"] and not last["eval"]:
         found = ", ".join(sorted({str(record.get("command") or "unnamed") for record in records}))
         raise SecateurError(
-            f"nothing to report: of {len(records)} records none is of prune or eval (found: {found}); run 'secateur eval DIR' first"
+            f"nothing to report: of {len(records)} records none is of prune or eval (found: {found}); "
+            "run 'secateur eval DIR' first"
         )
     return sorted(_merge(last["prune"], last["eval"]), key=_order)
 

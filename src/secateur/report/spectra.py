@@ -63,7 +63,8 @@ def _picture(plan: Plan, label: str) -> Picture:
     discarded = np.array([[values[int((1 - s) * len(values)) :].sum() for s in _SLICED] for _, values in places])
     figure.suptitle(
         plain(
-            f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean square"
+            f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean "
+            "square"
         ),
         fontsize=11,
         x=0.01,

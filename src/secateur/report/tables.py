@@ -254,11 +254,13 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
         )
     if diverged:
         said.append(
-            f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, left out of plots and laws."
+            f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, "
+            "left out of plots and laws."
         )
     if groups[0].dense is None:
         said.append(
-            f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'."
+            "The dense model was not measured under this protocol, so nothing is compared with it: "
+            f"run 'secateur eval {groups[0].model}'."
         )
     for task in task_names(groups[0].rows):
         items = {

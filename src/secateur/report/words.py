@@ -101,9 +101,15 @@ def finding(found: Comparison | None, dense: Row | None) -> str:
         f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
     )
     if not rest:
-        return f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; nothing else was measured at that level to compare it with."
+        return (
+            f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; "
+            "nothing else was measured at that level to compare it with."
+        )
     nearest = "; ".join(f"{entry.label} has {_value(entry)}" for entry in rest)
-    return f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: {_value(best)}{times}; {nearest}."
+    return (
+        f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: "
+        f"{_value(best)}{times}; {nearest}."
+    )
 
 
 def _value(entry: Entry) -> str:

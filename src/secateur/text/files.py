@@ -162,6 +162,7 @@ def _string(value: Any, field: str, path: Path) -> str:
     """A missing text is an empty row."""
     if value is not None and not isinstance(value, str):
         raise SecateurError(
-            f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; name the field of the text with --text-field"
+            f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; "
+            "name the field of the text with --text-field"
         )
     return value or ""

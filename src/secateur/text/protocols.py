@@ -109,7 +109,8 @@ def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
     length = default if asked is None else asked
     if not 1 < length <= longest:
         raise UsageError(
-            f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; give --seqlen"
+            f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; "
+            "give --seqlen"
         )
     return length
 
@@ -132,7 +133,8 @@ def evaluation_windows(
         windows.pop()
     if not windows:
         raise SecateurError(
-            f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, or a smaller --seqlen"
+            f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, "
+            "or a smaller --seqlen"
         )
     return windows[: protocol.windows]
 

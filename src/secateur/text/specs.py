@@ -164,7 +164,8 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
     path = Path(spec).expanduser()
     if suffix_of(path) not in (*JSON_FILES, ".parquet") or name in NAMED:
         raise UsageError(
-            f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'"
+            f"'{spec}' holds no instructions with answers: give alpaca, or a .json, "
+            ".jsonl or .parquet file with 'instruction' and 'output'"
         )
     check_spec(spec)
     rows: Any = read_parquet(path).to_pylist() if suffix_of(path) == ".parquet" else list(read_objects(path))
@@ -218,5 +219,6 @@ def _hub_data(name: str, role: Role, revision: str | None) -> Any:
                 else ("to measure perplexity on", "--text")
             )
             raise SecateurError(
-                f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, or give a local file: {option} FILE"
+                f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, "
+                f"or give a local file: {option} FILE"
             ) from error

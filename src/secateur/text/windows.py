@@ -55,7 +55,8 @@ def labelled_windows(
     there = len(stream) // seqlen
     if there < samples:
         raise SecateurError(
-            f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; lower --samples or --seqlen, or give more text"
+            f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; "
+            "lower --samples or --seqlen, or give more text"
         )
     drawn = torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))
     windows, labelled = (
@@ -97,11 +98,14 @@ def outside_vocabulary(token: int, vocabulary: int, spec: str, tokens: int | Non
     """The error for a token id that the embedding has no row for; arguments as for `check_ids`."""
     if tokens is None:
         return SecateurError(
-            f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer"
+            f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); "
+            "tokenise with its own tokenizer"
         )
     return SecateurError(
-        f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to {vocabulary - 1}; the tokenizer has {tokens} "
-        f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), then save_pretrained), or use the tokenizer it was "
+        f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to "
+        f"{vocabulary - 1}; the tokenizer has {tokens} "
+        f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), "
+        "then save_pretrained), or use the tokenizer it was "
         "trained with"
     )
 
