@@ -1,4 +1,4 @@
-"""Files of text, of rows, and of token ids: what is read from them, compressed or not."""
+"""Read files of text, of rows, and of token ids, compressed or not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from secateur.core.errors import SecateurError
 
 
 def alpaca_prompt(row: dict[str, Any]) -> str:
-    """An instruction and its answer in the form of the Alpaca project."""
-    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-    return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+    """The text of an instruction with its answer, in the form of the Alpaca project."""
+    context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}{context}\n\n### Response:\n{row['output']}"
 
 
 ID_FILES = (".npy", ".safetensors")
@@ -34,7 +34,7 @@ _OTHER_ARCHIVES = (".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
 
 
 def file_hash(spec: str) -> str | None:
-    """SHA-256 of the file that a SPEC names; None where it names none."""
+    """SHA-256 of the file that a SPEC names; None if it names no file."""
     file = Path(spec).expanduser()
     if not file.is_file():
         return None
@@ -43,7 +43,7 @@ def file_hash(spec: str) -> str | None:
 
 
 def token_ids(path: Path) -> Tensor:
-    """Token ids [samples, seqlen], int64, of a `.npy` or `.safetensors` file."""
+    """Read token ids [samples, seqlen], int64, from a `.npy` or `.safetensors` file."""
     try:
         ids = (
             torch.from_numpy(np.load(path, allow_pickle=False))
@@ -60,7 +60,7 @@ def token_ids(path: Path) -> Tensor:
 
 
 def rows_of(path: Path, field: str) -> Sequence[str]:
-    """The texts of a file: its rows, or all of it as one."""
+    """The texts of a file: one per row, or the whole file as one text."""
     suffix = suffix_of(path)
     if suffix in JSON_FILES:
         return [_row_text(row, field, path) for row in read_objects(path)]
@@ -75,19 +75,19 @@ def rows_of(path: Path, field: str) -> Sequence[str]:
 
 
 def suffix_of(path: Path) -> str:
-    """That of the text in a file, whether it is compressed or not: `.json` of `c4-train.00000-of-01024.json.gz`."""
+    """The suffix of a file without that of its compression: `.json` for `c4-train.00000-of-01024.json.gz`."""
     return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def read_objects(path: Path) -> Iterator[Any]:
-    """The rows of a file of JSON: one a line (C4's shards are so, and end in `.json`), or all in one list, on as many lines as they like."""
+    """Yield the rows of a JSON file: one object per line (as in C4's `.json` shards), or one list of objects."""
     lines = enumerate(_lines(path), 1)
     first = next(((n, line) for n, line in lines if line.strip()), None)
     if first is None:
         return
     if first[1].lstrip("\ufeff \t\r").startswith("["):
-        found = _json("".join([first[1], *(line for _, line in lines)]), str(path))
-        yield from found
+        rows = _json("".join([first[1], *(line for _, line in lines)]), str(path))
+        yield from rows
         return
     for number, line in itertools.chain([first], lines):
         if line.strip():
@@ -95,7 +95,7 @@ def read_objects(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends, unpacked where it is compressed; never all of it in memory twice."""
+    """Yield the lines of a text file with their line breaks, decompressed, one at a time to save memory."""
     if path.suffix in _OTHER_ARCHIVES:
         raise SecateurError(
             f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}"
@@ -117,7 +117,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _row_text(row: Any, field: str, path: Path) -> str:
-    """The text of a row: of its field, or of an instruction with its answer."""
+    """The text of a row: the value of its field, or an instruction with its answer."""
     if isinstance(row, dict) and field not in row and _is_instruction(row):
         return alpaca_prompt(row)
     if not isinstance(row, dict) or field not in row:
@@ -132,7 +132,7 @@ def in_alpaca_form(rows: Any) -> bool:
 
 
 def _is_instruction(row: Any) -> bool:
-    """Whether a row has an instruction and its answer, and text where it has anything."""
+    """Whether a row has the texts `instruction` and `output`, and no `input` that is not text."""
     return (
         isinstance(row, dict)
         and isinstance(row.get("instruction"), str)
@@ -142,7 +142,7 @@ def _is_instruction(row: Any) -> bool:
 
 
 def read_parquet(path: Path) -> Any:
-    """A parquet file as a table of pyarrow."""
+    """Read a parquet file as a pyarrow table."""
     import pyarrow.parquet as parquet
 
     try:
@@ -159,7 +159,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _string(value: Any, field: str, path: Path) -> str:
-    """A missing text is an empty row."""
+    """The value as text; a missing one is an empty row."""
     if value is not None and not isinstance(value, str):
         raise SecateurError(
             f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; "

@@ -1,9 +1,14 @@
-"""Text, and its way into windows of token ids. One vocabulary of names (SPEC) serves calibration and evaluation.
+"""Texts by name: calibration and evaluation use the same names (SPEC).
 
-A SPEC is `builtin`, `wikitext2`, `c4`, `alpaca` (hub data sets, resolved by role: the train part to calibrate, the test part to evaluate), or a
-path: `.jsonl` or `.json` (one object a line, or a list of them; text, or instructions in Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids
-[samples, seqlen], used as given), and anything else as plain text. Text may be compressed: `.gz`, `.bz2`, `.xz` behind the suffix.
-To calibrate there is also `task:NAME+NAME`, the questions of tasks with their right answers, which `evaluate/tasks.py` reads.
+A SPEC is one of
+- `builtin`, or a data set of the hub: `wikitext2`, `c4`, `alpaca`. Calibration takes the train part, evaluation the
+  test part.
+- the path of a `.jsonl` or `.json` file (one object per line, or a list; text, or instructions in Alpaca form), or of a
+  `.parquet` file.
+- the path of a `.npy` or `.safetensors` file: token ids [samples, seqlen], used as given.
+- any other path: plain text. Text files may be compressed: `.gz`, `.bz2`, `.xz` after the suffix.
+- `task:NAME+NAME`, for calibration alone: the questions of tasks with their right answers. `evaluate/tasks.py` reads
+  them.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ Role = Literal["calibration", "evaluation"]
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set of the hub: where it is and which part serves which role."""
+    """A data set of the hub: its path, its pinned revision, and the part for each role."""
 
     path: str
     config: str | None
@@ -73,7 +78,7 @@ TASK = "task:"
 
 
 class HubRows(Sequence[str]):
-    """The rows of a data set as texts, read when asked for: a shard of C4 alone is most of a gigabyte."""
+    """The rows of a data set as texts, each read only on access: a single shard of C4 is most of a gigabyte."""
 
     def __init__(self, data: Any, render: Callable[[dict[str, Any]], str]) -> None:
         self._data, self._render = data, render
@@ -89,7 +94,14 @@ class HubRows(Sequence[str]):
 
 @dataclass(frozen=True)
 class Text:
-    """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]. Of a task, `questions` are how the rows begin."""
+    """The text of a SPEC.
+
+    Attributes:
+        spec: the SPEC.
+        rows: the rows of a data set; a plain file is one row.
+        ids: token ids [S, T] instead of rows.
+        questions: for tasks, the beginning of each row; the answer follows it.
+    """
 
     spec: str
     rows: Sequence[str] = ()
@@ -103,7 +115,7 @@ def holds_ids(spec: str) -> bool:
 
 
 def check_spec(spec: str) -> None:
-    """Raises UsageError where a SPEC to calibrate with is neither a name, nor a file, nor tasks."""
+    """Raise UsageError if a SPEC for calibration is neither a name, nor a file, nor tasks."""
     if spec.startswith(TASK):
         task_names(spec)
     elif spec.partition("@")[0] not in NAMED and not Path(spec).expanduser().is_file():
@@ -111,10 +123,10 @@ def check_spec(spec: str) -> None:
 
 
 def task_names(spec: str) -> list[str]:
-    """Of `task:NAME+NAME`; of any other SPEC none.
+    """The task names in `task:NAME+NAME`; empty for any other SPEC.
 
     Raises:
-        UsageError: a SPEC of tasks without a name.
+        UsageError: the SPEC is `task:` without a name.
     """
     names = [name for name in spec.removeprefix(TASK).split("+") if name] if spec.startswith(TASK) else []
     if spec.startswith(TASK) and not names:
@@ -126,8 +138,8 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     """Read a SPEC.
 
     Args:
-        spec: see the module's docstring; a hub name may carry a revision, `wikitext2@REVISION`, instead of the commit it stands for.
-        role: which part of a named data set.
+        spec: see the module's docstring. A hub name may have its own revision: `wikitext2@REVISION`.
+        role: decides the part of a named data set.
         text_field: the field of `.jsonl` and `.parquet` rows that holds the text.
 
     Raises:
@@ -152,10 +164,10 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
 
 
 def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
-    """Rows with `instruction`, `output` and perhaps `input`, of `alpaca` or a `.json`, `.jsonl` or `.parquet` file.
+    """Read rows with `instruction`, `output` and perhaps `input` from `alpaca`, or a JSON or parquet file.
 
     Raises:
-        UsageError: the SPEC is neither.
+        UsageError: the SPEC is neither of these.
         SecateurError: a row lacks one of the fields.
     """
     name, _, revision = spec.partition("@")
@@ -180,19 +192,20 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
 
 
 def same_text(spec: str, other: str, file_sha256: str | None = None) -> bool:
-    """Whether a SPEC to calibrate with and one to evaluate on stand for the same text.
+    """Whether a calibration SPEC and an evaluation SPEC stand for the same text.
 
     Args:
-        spec: to calibrate with; of a plan, the name of a file without its folder, and then `file_sha256` is the hash of that file.
-        other: to evaluate on.
+        spec: the calibration SPEC. From a plan it is a file name without its folder; `file_sha256` is then its hash.
+        other: the evaluation SPEC.
+        file_sha256: the hash of the calibration file, from the plan.
     """
     name, other_name = spec.partition("@")[0], other.partition("@")[0]
     if name in HUB_TEXTS and name == other_name:
         return HUB_TEXTS[name].split["calibration"] == HUB_TEXTS[name].split["evaluation"]
-    one, two = Path(spec).expanduser(), Path(other).expanduser()
+    file, other_file = Path(spec).expanduser(), Path(other).expanduser()
     if file_sha256 is not None:
-        return one.name == two.name and file_hash(other) == file_sha256
-    return one.is_file() and one.resolve() == two.resolve()
+        return file.name == other_file.name and file_hash(other) == file_sha256
+    return file.is_file() and file.resolve() == other_file.resolve()
 
 
 def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
@@ -200,7 +213,7 @@ def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
 
 
 def _hub_data(name: str, role: Role, revision: str | None) -> Any:
-    """The rows of a data set, by number."""
+    """The rows of a data set of the hub, by number."""
     source = HUB_TEXTS[name]
     import datasets
 
