@@ -1,6 +1,7 @@
-"""From a pruned checkpoint to a healed one: low-rank adapters are trained on it and merged, or kept apart.
+"""Heal a pruned checkpoint: train low-rank adapters on it, and merge them or keep them apart.
 
-SliceGPT's published tables have LoRA of rank 32, alpha 10 (arXiv:2401.15024, section 4); LLM-Pruner's of rank 8, alpha 16 (arXiv:2305.11627).
+The published tables of SliceGPT use LoRA of rank 32, alpha 10 (arXiv:2401.15024, section 4); those of LLM-Pruner use
+rank 8, alpha 16 (arXiv:2305.11627).
 """
 
 from __future__ import annotations
@@ -49,28 +50,28 @@ from secateur.text.protocols import Protocol, evaluation_windows, find_protocol,
 from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
 from secateur.text.windows import calibration_facts, check_ids
 
-_TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
+_TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the loss before training
 
 
 @dataclass(frozen=True)
 class HealRequest:
-    """What the user asks of `heal`; the defaults of the command line are these.
+    """A request to `heal`; the command line has the same defaults.
 
     Attributes:
         model: the folder of a checkpoint that secateur wrote.
-        calibration: a text SPEC, or instruction data; None takes the text it was pruned with.
-        steps: of the optimiser.
-        batch: windows (or instructions) a step.
-        lr, schedule: the learning rate at its highest, and `cosine` or `constant` after the first twentieth.
-        weight_decay: of AdamW.
-        rank, alpha: of the adapters.
-        targets: which matrices get one: names as in `--modules`.
-        completion_only: of instruction data, learn the answers alone.
+        calibration: a text SPEC, or instruction data; None takes the text that the model was pruned with.
+        steps: the number of steps of the optimiser.
+        batch: windows (or instructions) per step.
+        lr, schedule: the highest learning rate, and `cosine` or `constant` after the first twentieth of the steps.
+        weight_decay: the weight decay of AdamW.
+        rank, alpha: rank and scale of the adapters.
+        targets: the matrices that get an adapter, by names as in `--modules`.
+        completion_only: learn only the answers of instruction data.
         keep_adapter: write the adapter, in peft's form, instead of merging it.
-        samples, seqlen: windows and their length; seqlen None is min(1024, the model's maximum).
+        samples, seqlen: the number of windows and their length; seqlen None is min(1024, the model's maximum).
         save_every: steps between two saves.
-        checkpointing: keep one activation a block and compute the others again: a third more time, much less memory.
-        text, protocol, limit: what perplexity is measured on before and after; see `EvalRequest`.
+        checkpointing: keep one activation per block and recompute the others: a third more time, much less memory.
+        text, protocol, limit: the text of the perplexity before and after; see `EvalRequest`.
     """
 
     model: str
@@ -114,7 +115,7 @@ class _Prepared:
     examples: Examples
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, but for the learning rate, which may change where an interrupted run goes on."""
+        """The settings that decide the result, without the learning rate, which may change when a run is resumed."""
         request = self.request
         names = (
             "steps",
@@ -142,17 +143,21 @@ class _Prepared:
 def heal(
     request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
 ) -> records.Record:
-    """Train adapters on a pruned checkpoint and write the result to `out`; returns the record, which is also appended to `records_file`.
+    """Train adapters on a pruned checkpoint and write the result to `out`.
 
     Args:
-        request: what to do.
+        request: the request.
         out: the folder to write: a checkpoint of the same shapes, or an adapter in peft's form.
-        resume: go on with an interrupted run, or one that diverged (then with a smaller learning rate).
-        overwrite: replace what is in `out`.
-        records_file: None is `records.jsonl` in the parent of `out`.
+        resume: continue an interrupted run, or a diverged one (with a smaller learning rate).
+        overwrite: replace the content of `out`.
+        records_file: the file that the record is appended to; None is `records.jsonl` in the parent of `out`.
+
+    Returns:
+        The record.
 
     Raises:
-        UsageError, SecateurError: nothing that looks like a result is left behind.
+        UsageError, SecateurError: the request is wrong, or the run failed; `out` then holds nothing that looks
+            finished.
     """
     started = time.perf_counter()
     out = out.absolute()
@@ -165,9 +170,10 @@ def heal(
     settings = prepared.settings()
     if (
         finished
-        and (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None
+        and (record_before := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite))
+        is not None
     ):
-        return found
+        return record_before
     weights = {file for file, _ in prepared.checkpoint.index.values()}
     journal = {"heal": settings, "source": identity(prepared.checkpoint)}
     writer = CheckpointWriter(
@@ -256,6 +262,7 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
             checkpoint, spec, samples=request.samples, seqlen=seqlen, seed=request.seed, text_field=request.text_field
         )
         examples = Examples(ids_ST, ids_ST)
+    # The ids must fit the vocabulary and the positions of this model, whatever tokenizer made them.
     for where, several in ((spec, [examples.ids_ST]), (protocol.spec, held_out)):
         tokens = None if holds_ids(where) else len(checkpoint.tokenizer())
         for ids in several:
@@ -266,10 +273,12 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
 
 
 def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) -> str | None:
-    """The text that a checkpoint was pruned with; None where it needed none. The plan has the name of a file alone, the record where it lay.
+    """The text that a checkpoint was pruned with; None if pruning needed none.
+
+    The plan holds the name of a file alone; the record holds its path.
 
     Raises:
-        UsageError: the file is not to be found, or holds something else by now.
+        UsageError: the file is missing, or its content has changed.
     """
     calibration = plan["calibration"] or {}
     spec = calibration.get("spec")
@@ -290,28 +299,30 @@ def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) ->
 def _finished(
     prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
 ) -> records.Record | None:
-    """The record of a run that was complete already; None to measure, or to start, again."""
-    made = read_plan_json(out)
-    assert made is not None
+    """The record of a run that is already complete; None if it must run again."""
+    written_plan = read_plan_json(out)
+    assert written_plan is not None
     pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
     if not same_run(
-        out, differing_from_plan(made.get("heal") or {}, settings) or differing_from_plan(made, pruned), overwrite
+        out,
+        differing_from_plan(written_plan.get("heal") or {}, settings) or differing_from_plan(written_plan, pruned),
+        overwrite,
     ):
         return None
-    found = records.last(records_file, "heal", out)
-    if found is None:
+    record = records.last(records_file, "heal", out)
+    if record is None:
         raise SecateurError(
             f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', "
             "or start again with --overwrite"
         )
     say(f"{out}: already there")
-    if difference := differing(found["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
+    if difference := differing(record["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
         say(f"warning: the perplexity in its record {difference}; 'secateur eval {out}' measures it again")
-    return found
+    return record
 
 
 def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
-    """The work. Returns what the record says of it."""
+    """Train, write the result, and measure perplexity before and after; returns the facts for the record."""
     request, checkpoint = prepared.request, prepared.checkpoint
     model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
     protocol = protocol_facts(prepared.protocol, prepared.held_out)
@@ -342,14 +353,14 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
         f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; "
         f"perplexity before {perplexity_words(exp(before))}"
     )
-    seen = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
+    readings = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
     done = {
         **settings,
         "lr": request.lr,
         "trainable": sum(p.numel() for p in trainable),
-        "losses": [look["loss"] for look in _thinned(seen)],
+        "losses": [reading["loss"] for reading in _thinned(readings)],
     }
-    rates = sorted({look["lr"] for look in seen}, reverse=True)
+    rates = sorted({reading["lr"] for reading in readings}, reverse=True)
     heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
     if request.keep_adapter:
         after = perplexity(model, prepared.held_out)
@@ -373,14 +384,14 @@ def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:
     return load_model(open_checkpoint(str(out)), device=prepared.device, dtype=prepared.dtype)
 
 
-def _thinned(seen: list[dict[str, float]], most: int = 50) -> list[dict[str, float]]:
-    """Some of the looks, the last one among them."""
-    every = -(-len(seen) // most)
-    return seen[::-1][::every][::-1]
+def _thinned(readings: list[dict[str, float]], most: int = 50) -> list[dict[str, float]]:
+    """At most `most` of the readings, evenly spaced, with the last one."""
+    step = -(-len(readings) // most)
+    return readings[::-1][::step][::-1]
 
 
 def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
-    """Every tensor, with its update where it has one, a block at a time. Returns how many weights are not zero."""
+    """Write every tensor, with its update if it has one, block by block; returns the number of nonzero weights."""
     view = prepared.checkpoint.view()
     nonzero = 0
     for part, names in track(list(_parts(view).items()), "heal: merging"):
@@ -400,7 +411,7 @@ def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWri
 
 
 def _parts(view: ModelView) -> dict[str, list[str]]:
-    """Part of the checkpoint -> its tensors; the parts and their order are those of `prune`."""
+    """Part of the checkpoint -> names of its tensors; the same parts, in the same order, as in `prune`."""
     names, prefixes = view.source.names(), [view.block_prefix(index) for index in range(view.blocks)]
     blocks = {
         f"block-{index:05}": [name for name in names if name.startswith(prefix)]
@@ -423,7 +434,7 @@ def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter
 
 
 def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
-    """The plan and the card: what the pruning said, and the healing."""
+    """The texts of the plan and the card: the facts of the pruning, and those of the healing."""
     plan = {**prepared.plan, **facts}
     content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
     return {
@@ -433,7 +444,7 @@ def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> d
 
 
 def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
-    """peft's own form: `PeftModel.from_pretrained(model, OUT)` puts it on the checkpoint it was trained for."""
+    """Write the adapter in peft's own form; `PeftModel.from_pretrained(model, OUT)` adds it to its checkpoint."""
     adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
     with writer.disk():
         adapters.peft.save_pretrained(writer.partial, safe_serialization=True)

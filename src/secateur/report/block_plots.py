@@ -1,4 +1,4 @@
-"""The plot of what each run removed in each block: heat maps for masked matrices, widths for removed units."""
+"""The plot of the removed share of each block: heat maps for masked matrices, widths for removed units."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NUMBERED = 12  # blocks up to which the panels have room for numbers
 
 
 def block_removal(layers: Sequence[Layers], labels: Sequence[str]) -> Picture | None:
-    """One panel a run, at most six; None where there is nothing to draw.
+    """One panel per run, at most six; None without plans.
 
     Args:
-        layers: the plans, the most telling first.
-        labels: what to call them.
+        layers: the plans, the most unequal first.
+        labels: the names of the runs, in the same order.
     """
     layers = layers[:MAXIMUM]
     if not layers:
@@ -79,20 +79,20 @@ def _range(plan: Layers, part: str) -> tuple[float, float]:
 
 
 def _caption(layers: Sequence[Layers]) -> str:
-    said = []
+    sentences = []
     if any(not plan.kept for plan in layers):
-        said.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
+        sentences.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
     if any(plan.kept for plan in layers):
-        said.append(
+        sentences.append(
             "Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads "
             "(groups), and of the features of the"
         )
-        said.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
-    return " ".join(said)
+        sentences.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
+    return " ".join(sentences)
 
 
 def _scale(layers: Sequence[Layers]) -> Normalize:
-    """One scale for all heat maps, over what occurs in them."""
+    """One scale for all heat maps, over the values in them."""
     values = [
         v for plan in layers if not plan.kept for part in plan.parts for v in plan.removed[part] if v is not None
     ] or [0.0, 1.0]
@@ -162,7 +162,7 @@ def _widths(axes: Axes, plan: Layers) -> None:
 
 
 def _number_widths(axes: Axes, plan: Layers) -> None:
-    """Write each width at its point: the highest of a block above it, the others below, so that they keep clear of one another."""
+    """Write each width at its point: the highest of a block above it, the others below, so that they do not overlap."""
     for x in range(plan.blocks):
         points = [
             (plan.kept[part][x][0] / plan.kept[part][x][1], plan.kept[part][x][0], colour)

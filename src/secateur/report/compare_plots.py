@@ -1,4 +1,4 @@
-"""The plots of a comparison: perplexity where parameters are removed, and where weights are zeroed, before and after recovery."""
+"""The plots of a comparison: perplexity after removing parameters or zeroing weights, before and after recovery."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from secateur.report import words
 from secateur.report.plots import COLOURS, DENSE, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
 from secateur.report.rows import Row
 
-_FAR = 10  # times the lowest perplexity: a model that far gone is of no use
-_FEW = 3  # levels of sparsity: more are curves, which the report has anyway
+_FAR = 10  # times the lowest perplexity: such a model is of no use
+_FEW = 3  # levels of sparsity: more of them are curves, which the report has anyway
 _COLOURS = (*COLOURS, "#000000", "#8C6D31", "#7F7F7F")  # a comparison has more curves than other plots
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A result: where it stands, after which method, and whether after recovery."""
+    """A result: its method, its level (a number and a text), its perplexity, and whether it is after recovery."""
 
     name: str
     at: float
@@ -32,7 +32,10 @@ class _Point:
 
 
 def pictures(rows: Sequence[Row]) -> list[Picture]:
-    """The plots of rows of one model under one protocol: of what removes parameters, and of what zeroes weights, where two methods do."""
+    """The plots of rows of one model under one protocol.
+
+    One plot is for results with fewer parameters, one for zeroed weights; each needs two methods.
+    """
     dense = next((row.ppl for row in rows if row.dense), None)
     removed, zeroed = [], []
     for row in rows:
@@ -46,7 +49,7 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
                 _Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed)
             )
     methods = dict.fromkeys(_method(name) for name in [*_best_first(removed), *_best_first(zeroed)])
-    colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has one in both plots
+    colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has the same colour in both plots
     drawn = []
     if len({point.name for point in removed}) > 1:
         drawn.append(_curves(removed, dense, colours))
@@ -152,7 +155,7 @@ def _finish(axes: Axes, dense: float | None, label: str) -> None:
 
 
 def _best_first(points: Sequence[_Point]) -> list[str]:
-    """The names, the one with the lowest perplexity first, by its mean over what it was measured at."""
+    """The names, ordered by mean perplexity over their results; the lowest comes first."""
     return sorted(
         {point.name for point in points},
         key=lambda name: (fmean(point.ppl for point in points if point.name == name), name),
@@ -164,9 +167,9 @@ def _method(name: str) -> str:
 
 
 def _readings(points: Sequence[_Point]) -> str:
-    said: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for point in sorted(points, key=lambda point: (point.name, point.healed, point.at)):
-        said.setdefault(point.name + " + LoRA" * point.healed, []).append(
+        by_name.setdefault(point.name + " + LoRA" * point.healed, []).append(
             f"{words.perplexity(point.ppl)} at {point.where}"
         )
-    return "; ".join(f"{name}: {', '.join(readings)}" for name, readings in said.items())
+    return "; ".join(f"{name}: {', '.join(readings)}" for name, readings in by_name.items())

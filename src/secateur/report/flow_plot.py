@@ -1,4 +1,7 @@
-"""The figure of `inspect --flow`: where parameters and FLOPs are, what of them the residual width touches, and what a narrower one leaves."""
+"""The figure of `inspect --flow`: where the parameters and FLOPs of a model are.
+
+It also shows the part that depends on the residual width, and what is left at a smaller width.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ _ATTENTION = "scores, values"
 
 
 def write_flow(flow: Flow, out: Path) -> None:
-    """Draw the figure to `out`.
+    """Draw the figure to the file `out`.
 
     Raises:
-        UsageError: the name does not end in `.png`, or is that of a folder.
-        SecateurError: it cannot be written.
+        UsageError: the name does not end in `.png`, or is a folder.
+        SecateurError: the file cannot be written.
     """
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UsageError(f"--plot '{out}': a PNG file is drawn; give a name that ends in .png, and is no folder")
@@ -38,9 +41,12 @@ def write_flow(flow: Flow, out: Path) -> None:
 
 
 def flow_picture(flow: Flow) -> Picture:
-    """Parameters (above) and FLOPs per token (below): by kind of map on the left, against s on the right, but for a model sliced already."""
-    parameters = _kinds(flow, lambda found: (found.touched_parameters(), found.parameters()))
-    flops = _kinds(flow, lambda found: (found.flops() if found.touched else 0, found.flops()))
+    """Draw parameters (above) and FLOPs per token (below).
+
+    The left panels are by kind of map. The right ones are against s; a model that is already sliced has none.
+    """
+    parameters = _kinds(flow, lambda map_: (map_.touched_parameters(), map_.parameters()))
+    flops = _kinds(flow, lambda map_: (map_.flops() if map_.touched else 0, map_.flops()))
     flops[_ATTENTION] = (0, flow.attention_flops())
     figure = Figure(figsize=(10, 7.6), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_title(flow), 105)), fontsize=12, x=0.01, ha="left", color="#111111")
@@ -50,11 +56,7 @@ def flow_picture(flow: Flow) -> Picture:
         bars,
         parameters,
         "parameters"
-        + (
-            ", the head's are the embedding's"
-            if any(found.tied and found.name == "head" for found in flow.maps)
-            else ""
-        ),
+        + (", the head's are the embedding's" if any(map_.tied and map_.name == "head" for map_ in flow.maps) else ""),
     )
     figure.legend(
         *bars.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9, frameon=False
@@ -69,7 +71,7 @@ def flow_picture(flow: Flow) -> Picture:
 
 
 def _by_sparsity(flow: Flow, curve: Axes, flop_curve: Axes) -> None:
-    """What is left where d is narrowed."""
+    """Draw the parameters and FLOPs that are left against s."""
     points = [flow.at(sparsity) for sparsity in SPARSITIES]
     whole, attention = flow.parameters(), flow.attention_flops()
     sliced = [point.parameters + point.adapter_parameters + point.untied_parameters for point in points]
@@ -92,7 +94,7 @@ def _by_sparsity(flow: Flow, curve: Axes, flop_curve: Axes) -> None:
 
 
 def _title(flow: Flow) -> str:
-    """What the figure shows; FLOPs at the context that the panels name."""
+    """The title of the figure, with its main numbers."""
     parameters, flops = (
         flow.touched_parameters() / flow.parameters(),
         flow.touched_flops() / (flow.flops() + flow.attention_flops()),
@@ -113,14 +115,17 @@ def _title(flow: Flow) -> str:
 
 
 def _kinds(flow: Flow, counts: Callable[..., tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """(touched by d, all) of each kind of map over all blocks, in the order of the flow; norms together, and kinds without any left out."""
-    found: dict[str, tuple[int, int]] = {}
-    for one in flow.maps:
-        name = "norms" if one.kind == "scale" else one.name
-        touched, total = counts(one)
-        before = found.get(name, (0, 0))
-        found[name] = (before[0] + touched, before[1] + total)
-    return {name: both for name, both in found.items() if both[1]}
+    """Kind of map -> (count that d touches, total count), summed over all blocks, in the order of the flow.
+
+    All norms are one kind. Kinds with a total of 0 are left out.
+    """
+    kinds: dict[str, tuple[int, int]] = {}
+    for map_ in flow.maps:
+        name = "norms" if map_.kind == "scale" else map_.name
+        touched, total = counts(map_)
+        sums = kinds.get(name, (0, 0))
+        kinds[name] = (sums[0] + touched, sums[1] + total)
+    return {name: pair for name, pair in kinds.items() if pair[1]}
 
 
 def _bars(axes: Axes, kinds: Mapping[str, tuple[int, int]], title: str) -> None:

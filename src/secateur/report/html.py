@@ -41,15 +41,15 @@ from secateur.report.spectra import spectra
 
 @dataclass(frozen=True)
 class Findings:
-    """What the records say, before it is put into words.
+    """The content of the report, before it is put into words.
 
     Attributes:
-        rows: every checkpoint.
-        groups: the rows by what may be compared; plots and the headline are about the first.
-        layers: what was removed block by block, of the runs whose folder is still there.
+        rows: one row per checkpoint.
+        groups: rows that can be compared with one another; plots and the headline show the first group.
+        layers: the removed shares block by block, for runs whose folder still exists.
         laws: fits to the curves of the first group.
-        learned: the runs of the first group whose selections were learned.
-        comparison: the methods of the first group side by side; None of one alone.
+        learned: the runs of the first group with learned selections.
+        comparison: the methods of the first group side by side; None for a single method.
     """
 
     rows: list[Row]
@@ -117,15 +117,15 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
 
 
 def _curves(findings: Findings) -> list[Picture]:
-    """Perplexity and each task against sparsity, of the rows that may be compared."""
+    """The plots of perplexity and of each task against sparsity, for the first group."""
     main = findings.main
     curves, dense = series(main.rows), main.dense
     drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.ppl, lambda row: None, lowest=True))]
     for task in task_names(main.rows):
-        found = compare(
+        compared = compare(
             curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False
         )  # type: ignore[misc]
-        drawn.append(plots.accuracy(task, curves, dense, found))
+        drawn.append(plots.accuracy(task, curves, dense, compared))
     drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]
 
@@ -149,7 +149,7 @@ def _name(row: Row) -> str:
 
 
 def _others(records: Sequence[Record]) -> str:
-    """Commands whose records the page does not show."""
+    """The commands whose records the page does not show."""
     commands = sorted({str(record.get("command") or "unnamed") for record in records} - {"prune", "eval", "study"})
     return ", ".join(commands)
 
@@ -160,12 +160,12 @@ def _render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
-    found = compare(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    compared = compare(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
     uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
     return template.render(
         title=title,
         measured=_measured(findings),
-        finding=modules.verdict(studies[0])[0] if studies and found is None else words.finding(found, main.dense),
+        finding=modules.verdict(studies[0])[0] if studies and compared is None else words.finding(compared, main.dense),
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
@@ -196,19 +196,19 @@ def _render(
 
 
 def _learned(findings: Findings) -> dict[str, Any] | None:
-    """The tables of what was learned, and those of the paper."""
+    """The tables of the learned runs, and those of the paper; None without such runs."""
     runs = findings.learned
     if not runs:
         return None
     return {
         "tables": [
-            (name, found)
-            for name, found in (
+            (name, table)
+            for name, table in (
                 ("Perplexity by variant", learned.table(runs)),
                 ("The weight of the budget term", learned.strength_table(runs)),
                 ("What learning took", learned.cost_table(runs)),
             )
-            if found is not None
+            if table is not None
         ],
         "printed": learned.printed(runs),
     }

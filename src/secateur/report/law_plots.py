@@ -1,5 +1,8 @@
-"""Plots of the laws: figures 3a and 3b of arXiv:2503.04377 (points, fitted line, the paper's parameter-free line, interval), the same in real
-units beside the rivals, and figure 10 of DISP-LLM (expected against actual compression)."""
+"""Plots of the laws.
+
+They are figures 3a and 3b of arXiv:2503.04377 (points, fitted line, the paper's parameter-free line, interval), the
+same in real units beside the rivals, and figure 10 of DISP-LLM (expected against actual compression).
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,28 @@ from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, legend, 
 from secateur.report.series import Series
 
 _INK, _LAW, _CLAIM = "#111111", COLOURS[0], COLOURS[1]
-# The rivals' looks; the law of the first panel keeps its colour in the second.
+# Colour and dash of each law; the law of the first panel keeps its colour in the second.
 _RIVALS = {
-    "ratio": (_LAW, "-"), "theory": (_CLAIM, "--"), "log-linear": (COLOURS[2], "-."), "power": (COLOURS[3], ":"), "exponential": (COLOURS[4], "--"),
-    "phase": (COLOURS[5], "-"), "log-ratio": (_LAW, "-"), "proportional": (_CLAIM, "--"), "linear": (COLOURS[2], "-."),
-}  # fmt: skip
-_ROOM = 3  # where the largest perplexity is so many times the smallest, the axis is logarithmic
+    "ratio": (_LAW, "-"),
+    "theory": (_CLAIM, "--"),
+    "log-linear": (COLOURS[2], "-."),
+    "power": (COLOURS[3], ":"),
+    "exponential": (COLOURS[4], "--"),
+    "phase": (COLOURS[5], "-"),
+    "log-ratio": (_LAW, "-"),
+    "proportional": (_CLAIM, "--"),
+    "linear": (COLOURS[2], "-."),
+}
+_ROOM = 3  # the axis is logarithmic if the largest perplexity is more than this many times the smallest
 
 
 def laws(found: Prediction, name: str, title: str) -> Picture:
-    """The chosen law in its y, and all laws in real units.
+    """Draw the chosen law in its y, and all laws in real units.
 
     Args:
         found: the law, its points and its rivals.
-        name: of the file, without `.png`.
-        title: what was pruned how.
+        name: the name of the file, without `.png`.
+        title: the model and the method.
     """
     figure = Figure(figsize=(10, 4.4), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_heading(found, title), 110)), fontsize=11, x=0.01, ha="left", color=_INK)
@@ -60,10 +70,10 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
 
 
 def write(found: Prediction, path: Path) -> None:
-    """Draw to a file.
+    """Draw the laws to a file.
 
     Raises:
-        SecateurError: it cannot be written.
+        SecateurError: the file cannot be written.
     """
     about = found.points.about
     title = " ".join(str(about[key]) for key in ("model", "method") if about.get(key))
@@ -93,26 +103,28 @@ def _heading(found: Prediction, title: str) -> str:
     )
 
 
-def _percent(one: Judged) -> str:
-    if one.heldout is None:
+def _percent(judged: Judged) -> str:
+    if judged.heldout is None:
         return "an unknown amount"
-    return f"{np.expm1(one.heldout):.1%}" if one.heldout < 3 else "more than a factor of 20"
+    return f"{np.expm1(judged.heldout):.1%}" if judged.heldout < 3 else "more than a factor of 20"
 
 
 def _alt(found: Prediction, title: str) -> str:
     points = ", ".join(
         f"{v:.4g} at {words.percent(s)}" for s, v in zip(found.points.s, found.points.values, strict=True)
     )
-    held = "; ".join(f"{one.law.name} {one.heldout:.3g}" for one in found.judged if one.heldout is not None)
-    what = "Perplexity" if found.points.kind == "ppl" else f"Accuracy on {found.points.metric}"
+    errors = "; ".join(
+        f"{judged.law.name} {judged.heldout:.3g}" for judged in found.judged if judged.heldout is not None
+    )
+    metric = "Perplexity" if found.points.kind == "ppl" else f"Accuracy on {found.points.metric}"
     return (
-        f"{title}. {what}: dense {found.points.dense:.4g}; {points}. Held-out errors in its logarithm: "
-        f"{held or 'unknown'}."
+        f"{title}. {metric}: dense {found.points.dense:.4g}; {points}. Held-out errors in its logarithm: "
+        f"{errors or 'unknown'}."
     )
 
 
 def _grid(found: Prediction, most: float = 0.99) -> Array:
-    """From the dense model to a little beyond the last point."""
+    """Sparsities from 0 to a little beyond the last point, for the curves."""
     last = float(found.points.s.max()) if len(found.points.s) else 0.5
     return np.linspace(0.0, min(most, last * 1.12), 300)
 
@@ -171,19 +183,21 @@ def _draw_points(axes: Axes, s: Array, y: Array) -> None:
 
 def _in_units(axes: Axes, found: Prediction) -> None:
     points, s = found.points, _grid(found)
-    for one in found.judged:
-        if one.fit is None:
+    for judged in found.judged:
+        if judged.fit is None:
             continue
-        colour, dash = _RIVALS[one.law.name]
+        colour, dash = _RIVALS[judged.law.name]
         error = (
             ""
-            if one.heldout is None
-            else f", held out {one.heldout:.3f}"
-            if np.isfinite(one.heldout)
+            if judged.heldout is None
+            else f", held out {judged.heldout:.3f}"
+            if np.isfinite(judged.heldout)
             else ", leaves its domain"
         )
-        width = 2.2 if one.law.name == found.chosen.law.name else 1.4
-        axes.plot(s, one.fit.predict(s), color=colour, linestyle=dash, linewidth=width, label=f"{one.law.name}{error}")
+        width = 2.2 if judged.law.name == found.chosen.law.name else 1.4
+        axes.plot(
+            s, judged.fit.predict(s), color=colour, linestyle=dash, linewidth=width, label=f"{judged.law.name}{error}"
+        )
     _draw_points(axes, points.s, points.values)
     axes.axhline(points.dense, color="#333333", linestyle="--", linewidth=1.0)
     axes.annotate(
@@ -218,8 +232,11 @@ def _in_units(axes: Axes, found: Prediction) -> None:
 
 
 def compression(curves: Sequence[Series]) -> Picture | None:
-    """Measured pruning ratio against sparsity, as figure 10 of DISP-LLM; None below two runs that removed
-    parameters (zeroed weights stay in the file)."""
+    """Draw the measured pruning ratio against sparsity, as figure 10 of DISP-LLM.
+
+    Returns:
+        None if fewer than two runs removed parameters (zeroed weights stay in the file).
+    """
     removing = [
         curve
         for curve in curves

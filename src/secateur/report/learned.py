@@ -32,7 +32,8 @@ class Run:
 
     Attributes:
         row: the run.
-        varied: the options that are not the defaults and differ among the runs, in words; without the weight of the budget term.
+        varied: the options that are not the defaults and differ among the runs, in words; without the weight of the
+            budget term.
         strength: that weight, lambda.
         sparsity: what was asked for.
         seed: of the run.

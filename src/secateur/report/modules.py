@@ -1,6 +1,7 @@
 """What a study of modules says: its cells as curves, and a verdict in words with its evidence.
 
-Perplexities are compared by their logarithm, which is the loss. Between measured points it is interpolated linearly, and never beyond them.
+Perplexities are compared by their logarithm, which is the loss. Between measured points it is interpolated linearly,
+and never beyond them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plots of a report, as PNG bytes that are the same for the same rows.
 
-Figures are made without pyplot, which keeps global state. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color), chosen to be
-told apart with any colour vision; shape of marker and dash of line say the same again for print.
+Figures are made without pyplot, which keeps global state. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color),
+chosen to be told apart with any colour vision; shape of marker and dash of line say the same again for print.
 """
 
 from __future__ import annotations

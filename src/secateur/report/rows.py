@@ -1,7 +1,7 @@
 """From records to rows: one row a checkpoint, with the record that pruned it and the one that measured it.
 
-Perplexities are comparable only under one protocol on one model, so rows are also sorted into groups of (model, protocol); what a report
-plots and concludes is about its largest group alone.
+Perplexities are comparable only under one protocol on one model, so rows are also sorted into groups of (model,
+protocol); what a report plots and concludes is about its largest group alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from secateur.core.records import Record, to_json
 
 PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
 
-# What both records of a folder say about its pruning. Where they disagree, the folder was pruned anew after it was measured.
+# What both records of a folder say about its pruning. Where they disagree, the folder was pruned anew after it was
+# measured.
 _IDENTITY = ("method", "sparsity", "sparsity_measured", "pattern", "modules", "options", "seed")
 
 Protocol = tuple[tuple[str, Any], ...]
