@@ -1,7 +1,7 @@
-"""The paper-style table: methods side by side at one ratio, with the published numbers of the same method where the model is one of a paper's.
+"""The paper-style table: methods side by side at one ratio, with published numbers of the same method and model.
 
-A published number stands beside a run whose ratio is within three points of its own; it was measured under the paper's
-protocol, not under the run's.
+A published number stands beside a run if their ratios are within three percentage points. It was measured under the
+protocol of the paper, not under that of the run.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """The notes below the table: unequal ratios that stand together, and the sources of published numbers."""
     if any(asked_elsewhere(row) is not None for row in rows):
         yield (
-            "A ratio with 'asked' beside it is more than a point away from it: whole units go, and this was the nearest "
-            "step. Do not compare that row."
+            "A ratio with 'asked' beside it is more than a point away from it: whole units go, and this was the "
+            "nearest step. Do not compare that row."
         )
     levels: dict[float, list[Row]] = {}
     for row in rows:
@@ -253,7 +253,7 @@ def _tables() -> list[PublishedTable]:
 
 
 def _letters(text: str) -> str:
-    """A name in lower case, with letters, digits and points alone: `LLaMA-2 7B` begins `Llama-2-7b-hf`; 1.3B is not 13B."""
+    """The lower-case letters, digits and points of a name: `LLaMA-2 7B` begins `Llama-2-7b-hf`; 1.3B is not 13B."""
     return re.sub(r"[^a-z0-9.]", "", text.lower())
 
 

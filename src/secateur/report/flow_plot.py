@@ -45,8 +45,8 @@ def flow_picture(flow: Flow) -> Picture:
 
     The left panels are by kind of map. The right ones are against s; a model that is already sliced has none.
     """
-    parameters = _kinds(flow, lambda map_: (map_.touched_parameters(), map_.parameters()))
-    flops = _kinds(flow, lambda map_: (map_.flops() if map_.touched else 0, map_.flops()))
+    parameters = _kinds(flow, lambda entry: (entry.touched_parameters(), entry.parameters()))
+    flops = _kinds(flow, lambda entry: (entry.flops() if entry.touched else 0, entry.flops()))
     flops[_ATTENTION] = (0, flow.attention_flops())
     figure = Figure(figsize=(10, 7.6), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_title(flow), 105)), fontsize=12, x=0.01, ha="left", color="#111111")
@@ -56,7 +56,11 @@ def flow_picture(flow: Flow) -> Picture:
         bars,
         parameters,
         "parameters"
-        + (", the head's are the embedding's" if any(map_.tied and map_.name == "head" for map_ in flow.maps) else ""),
+        + (
+            ", the head's are the embedding's"
+            if any(entry.tied and entry.name == "head" for entry in flow.maps)
+            else ""
+        ),
     )
     figure.legend(
         *bars.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9, frameon=False
@@ -120,9 +124,9 @@ def _kinds(flow: Flow, counts: Callable[..., tuple[int, int]]) -> dict[str, tupl
     All norms are one kind. Kinds with a total of 0 are left out.
     """
     kinds: dict[str, tuple[int, int]] = {}
-    for map_ in flow.maps:
-        name = "norms" if map_.kind == "scale" else map_.name
-        touched, total = counts(map_)
+    for entry in flow.maps:
+        name = "norms" if entry.kind == "scale" else entry.name
+        touched, total = counts(entry)
         sums = kinds.get(name, (0, 0))
         kinds[name] = (sums[0] + touched, sums[1] + total)
     return {name: pair for name, pair in kinds.items() if pair[1]}

@@ -1,4 +1,7 @@
-"""The figures of DISP-LLM (arXiv:2410.11988) from records and checkpoints: how learning went, what each block keeps, what the settings do."""
+"""The figures of DISP-LLM (arXiv:2410.11988), from records and checkpoints.
+
+They show the course of learning, the features that each block keeps, and the effect of the settings.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ _SELECTIONS = {
 
 
 def pictures(runs: Sequence[Run], group: Group) -> list[Picture]:
-    """All that the runs have something for."""
+    """Draw all figures that the runs have data for."""
     drawn = [
         _measured_ratio(group),
         _by_ratio(runs),
@@ -51,7 +54,7 @@ def pictures(runs: Sequence[Run], group: Group) -> list[Picture]:
 
 
 def _by_ratio(runs: Sequence[Run]) -> Picture | None:
-    """Figures 5e, 5f and 11: one curve a sparsity, of the variant with most of them."""
+    """Draw figures 5e, 5f and 11: one curve per sparsity, for the variant with the most sparsities."""
     variants: dict[str, dict[float, Run]] = {}
     for run in at_default_strength(runs):
         variants.setdefault(run.varied, {}).setdefault(run.sparsity, run)
@@ -68,7 +71,7 @@ def _by_ratio(runs: Sequence[Run]) -> Picture | None:
 
 
 def _by_variant(runs: Sequence[Run]) -> Picture | None:
-    """Figures 5a and 5b: one curve a variant, at the highest sparsity that has most of them."""
+    """Draw figures 5a and 5b: one curve per variant, at the sparsity with the most variants."""
     at: dict[float, dict[str, Run]] = {}
     for run in at_default_strength(runs):
         at.setdefault(run.sparsity, {}).setdefault(run.varied, run)
@@ -82,7 +85,7 @@ def _by_variant(runs: Sequence[Run]) -> Picture | None:
 
 
 def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) -> Picture:
-    """The loss of the language model and the budget term against the step, one curve a run."""
+    """Draw the loss of the language model and the budget term against the step, one curve per run."""
     figure = Figure(figsize=(9, 3.8), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(title, 90)), fontsize=11, x=0.01, ha="left", color=_INK)
     left, right = figure.subplots(1, 2)
@@ -126,7 +129,7 @@ def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) 
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean over the last tenth of the run up to each point."""
+    """The running mean: at each point, the mean over the tenth of the run before it."""
     width = max(1, len(values) // 10)
     sums = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
     ends = np.arange(1, len(values) + 1)
@@ -136,7 +139,7 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
-    """Figures 5c and 5d, table 10: perplexity against the ratio, a line a variant, bars over seeds."""
+    """Draw figures 5c and 5d, and table 10: perplexity against the ratio, one line per variant, bars over seeds."""
     lines = {name: at for name, at in perplexities(runs).items() if len(at) > 1}
     if not lines or len(perplexities(runs)) < 2:
         return None
@@ -185,16 +188,16 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
 
 
 def _strengths(runs: Sequence[Run]) -> Picture | None:
-    """Table 12: perplexity against lambda."""
-    found = by_strength(runs) if runs else None
-    if found is None:
+    """Draw table 12: perplexity against lambda."""
+    sweep = by_strength(runs) if runs else None
+    if sweep is None:
         return None
-    sparsity, tried = found
+    sparsity, runs_there = sweep
     figure = Figure(figsize=(6, 3.6), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
     for chosen, look, label in (
-        ([r for r in tried if not r.missed], ("o", "-"), "budget reached"),
-        ([r for r in tried if r.missed], ("X", "none"), "budget not reached while learning (NC)"),
+        ([r for r in runs_there if not r.missed], ("o", "-"), "budget reached"),
+        ([r for r in runs_there if r.missed], ("X", "none"), "budget not reached while learning (NC)"),
     ):
         if chosen:
             axes.plot(
@@ -206,7 +209,7 @@ def _strengths(runs: Sequence[Run]) -> Picture | None:
                 label=label,
             )
     _dress(axes, "lambda, the weight of the budget term", "perplexity (lower is better)")
-    best = min(tried, key=lambda r: r.row.ppl or 0.0)
+    best = min(runs_there, key=lambda r: r.row.ppl or 0.0)
     axes.set_title(
         f"At {sparsity:.0%} removed, lambda {best.strength:g} is best: {words.perplexity(best.row.ppl)}",
         fontsize=11,
@@ -214,7 +217,7 @@ def _strengths(runs: Sequence[Run]) -> Picture | None:
         color=_INK,
     )
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
-    alt = "Perplexity by lambda: " + ", ".join(f"{words.perplexity(r.row.ppl)} at {r.strength:g}" for r in tried)
+    alt = "Perplexity by lambda: " + ", ".join(f"{words.perplexity(r.row.ppl)} at {r.strength:g}" for r in runs_there)
     return Picture(
         "learning-lambda",
         png(figure),
@@ -224,7 +227,7 @@ def _strengths(runs: Sequence[Run]) -> Picture | None:
 
 
 def _selections(runs: Sequence[Run]) -> Picture | None:
-    """Figures 4, 8 and 12 of the run closest to half of the parameters."""
+    """Draw figures 4, 8 and 12, for the run closest to half of the parameters."""
     for run in sorted(
         at_default_strength(runs), key=lambda run: (run.varied != FULL, abs(run.sparsity - 0.5), run.seed)
     ):
@@ -250,11 +253,11 @@ def _plan(row: Row) -> Plan | None:
             else None
         )
     except Exception:
-        return None  # a damaged plan costs its picture, not the report
+        return None  # a damaged plan loses its picture; the report goes on
 
 
 def selections(plan: Plan, label: str) -> Picture:
-    """Which features of the residual each block reads and writes, and how often each feature is used."""
+    """Draw which features of the residual each block reads and writes, and how often each feature is used."""
     width = plan.blocks[0].of["attention_out"]
     kept = {name: np.zeros((len(plan.blocks), width)) for name in _SELECTIONS if name in plan.blocks[0].keep}
     for number, block in enumerate(plan.blocks):
@@ -282,19 +285,18 @@ def selections(plan: Plan, label: str) -> Picture:
     )
     _dress(last, "feature of the residual stream", "kept")
     unused = int((rate == 0).sum())
-    said = "every feature is used somewhere" if not unused else f"{unused} of {width} features are used nowhere"
-    figure.suptitle(plain(f"{label}: {said}"), fontsize=11, x=0.01, ha="left", color=_INK)
-    alt = f"Kept by each selection: {', '.join(f'{_SELECTIONS[n]} {m.mean():.0%}' for n, m in kept.items())}; {said}"
+    usage = "every feature is used somewhere" if not unused else f"{unused} of {width} features are used nowhere"
+    figure.suptitle(plain(f"{label}: {usage}"), fontsize=11, x=0.01, ha="left", color=_INK)
+    alt = f"Kept by each selection: {', '.join(f'{_SELECTIONS[n]} {m.mean():.0%}' for n, m in kept.items())}; {usage}"
     return Picture(
         "selections", png(figure), alt, "Coloured: the block keeps the feature. Features in the order of the model."
     )
 
 
 def _measured_ratio(group: Group) -> Picture | None:
-    """Tables 13 and 14, and table 1 beside other methods: perplexity and accuracy against what the files really lost."""
-    longest: dict[
-        str, Series
-    ] = {}  # of variants of one method the one with most points; the figure of the variants has the others
+    """Draw tables 13 and 14, and table 1 with other methods: perplexity and accuracy against the measured ratio."""
+    # Among the variants of a method, take the one with the most points; the figure of the variants has the others.
+    longest: dict[str, Series] = {}
     for curve in series(group.rows):
         points = sum((row.number("pruning_ratio") or 0) > 0 and row.ppl is not None for row in curve.rows)
         name = base(curve.rows[0])
@@ -309,7 +311,7 @@ def _measured_ratio(group: Group) -> Picture | None:
     readings = []
     for number, (name, value) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        seen = []
+        values = []
         for curve, (colour, dash), marker in zip(removing, _STYLES, MARKERS * 2, strict=False):
             at: dict[float, list[float]] = {}
             for row in curve.rows:
@@ -327,7 +329,7 @@ def _measured_ratio(group: Group) -> Picture | None:
                 linewidth=1.6,
                 label=plain(curve.label),
             )
-            seen += means
+            values += means
             readings.append(
                 f"{name} of {curve.label}: "
                 + ", ".join(f"{y:.4g} at {x:.1%}" for x, y in zip(sorted(at), means, strict=True))
@@ -335,8 +337,8 @@ def _measured_ratio(group: Group) -> Picture | None:
         dense = None if group.dense is None else value(group.dense)
         if dense is not None:
             axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.0, label="dense")
-        if name == "perplexity" and seen:
-            logarithmic(axes, max(seen) / min(seen))
+        if name == "perplexity" and values:
+            logarithmic(axes, max(values) / min(values))
         _dress(
             axes,
             "pruning ratio, measured",
@@ -358,19 +360,19 @@ def _measured_ratio(group: Group) -> Picture | None:
 
 
 def _repetition(group: Group) -> Picture | None:
-    """Table 16 as a curve: how much greedy continuations repeat themselves."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """Draw table 16 as a curve: how much greedy continuations repeat themselves."""
+    by_method: dict[str, list[tuple[float, float]]] = {}
     dense = None
     for row in group.rows:
         repeats, ratio = row.part("shift").get("repetition"), row.number("pruning_ratio")
         if isinstance(repeats, float) and ratio and not row.dense:
-            found.setdefault(str(row.get("method")), []).append((ratio, repeats))
+            by_method.setdefault(str(row.get("method")), []).append((ratio, repeats))
             dense = row.part("shift").get("repetition_dense", dense)
-    if sum(len(points) for points in found.values()) < 2:
+    if sum(len(points) for points in by_method.values()) < 2:
         return None
     figure = Figure(figsize=(7, 3.8), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    for (method, points), colour, marker in zip(found.items(), COLOURS * 2, MARKERS * 2, strict=False):
+    for (method, points), colour, marker in zip(by_method.items(), COLOURS * 2, MARKERS * 2, strict=False):
         axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, linewidth=1.4, label=plain(method))
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.2, label=f"dense, {dense:.0%}")
@@ -380,7 +382,8 @@ def _repetition(group: Group) -> Picture | None:
     axes.set_title("Repetition in greedy continuations", fontsize=11, loc="left", color=_INK)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
     alt = "; ".join(
-        f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points)) for method, points in found.items()
+        f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points))
+        for method, points in by_method.items()
     )
     return Picture(
         "repetition",
@@ -391,23 +394,26 @@ def _repetition(group: Group) -> Picture | None:
 
 
 def throughput(records: Sequence[Record]) -> Picture | None:
-    """Figure 5g and table 11: how many times as fast as the dense model, from records of `bench` with a dense model beside; None where there is none."""
-    found: dict[tuple[str, str, int], dict[float, float]] = {}
+    """Draw figure 5g and table 11: the speed as a multiple of the dense model's.
+
+    Returns:
+        None without a record of `bench` that also measured the dense model.
+    """
+    curves: dict[tuple[str, str, int], dict[float, float]] = {}
     for record in records:
         ratio = as_number(record.get("pruning_ratio"))
         if record.get("command") != "bench" or not ratio:
             continue
-        for one in record.get("speedup") or []:
+        for entry in record.get("speedup") or []:
             for phase in ("decode", "prefill"):
-                found.setdefault((str(record.get("method")), phase, one["batch"]), {})[ratio] = one[
-                    phase
-                ]  # a later record replaces an earlier one
-    if not found:
+                # a later record replaces an earlier one
+                curves.setdefault((str(record.get("method")), phase, entry["batch"]), {})[ratio] = entry[phase]
+    if not curves:
         return None
     figure = Figure(figsize=(7, 4.0), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    lines = list(dict.fromkeys((method, batch) for method, _, batch in found))
-    for (method, phase, batch), at in found.items():
+    lines = list(dict.fromkeys((method, batch) for method, _, batch in curves))
+    for (method, phase, batch), at in curves.items():
         number = lines.index((method, batch))
         look = {"linestyle": "-"} if phase == "decode" else {"linestyle": ":", "markerfacecolor": "none"}
         label = plain(f"{method}, {phase}, batch {batch}")
@@ -420,7 +426,7 @@ def throughput(records: Sequence[Record]) -> Picture | None:
             **look,
         )  # type: ignore[arg-type]
     axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0, label="dense")
-    ratios = np.linspace(0.0, max(r for at in found.values() for r in at), 50)
+    ratios = np.linspace(0.0, max(r for at in curves.values() for r in at), 50)
     axes.plot(
         ratios,
         1 / (1 - ratios),
@@ -431,7 +437,7 @@ def throughput(records: Sequence[Record]) -> Picture | None:
     )
     _dress(axes, "pruning ratio, measured", "times as fast as the dense model")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    best, at = max(found.items(), key=lambda item: max(item[1].values()))
+    best, at = max(curves.items(), key=lambda item: max(item[1].values()))
     axes.set_title(
         plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"),
         fontsize=11,
@@ -441,7 +447,7 @@ def throughput(records: Sequence[Record]) -> Picture | None:
     legend(axes, figure)
     alt = "; ".join(
         f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items())
-        for (method, phase, batch), at in found.items()
+        for (method, phase, batch), at in curves.items()
     )
     return Picture(
         "throughput",

@@ -1,4 +1,4 @@
-"""The figures of the report on module-specific pruning (its 4.1 to 4.4), and the grid of attention rate x MLP rate."""
+"""The figures 4.1 to 4.4 of the report on module-specific pruning, and the grid of attention rate x MLP rate."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _DENSE = "#333333"
 _MORE = ("#000000", "#999999", "#8C564B", "#7F3C8D")
 _LOG_ABOVE = 3
 _LEAST_ADDED = 1e-3  # nats a token
-_WORST = 4.0  # times the dense perplexity is as bad as anything
+_WORST = 4.0  # times the dense perplexity: the darkest shade
 _SHADES = LinearSegmentedColormap.from_list("worse", [(1.0, 1.0, 1.0), (0.25, 0.45, 0.75)])
 
 
 def pictures(study: Study) -> list[Picture]:
-    """Those that there are cells for."""
+    """Draw the figures that the study has cells for."""
     drawn = []
     if study.projections:
         drawn += [_by_sparsity(study), _by_weights(study)]
@@ -112,7 +112,10 @@ def _curves(axes: Axes, study: Study, kinds: Sequence[str], axis: Callable[[Poin
 
 
 def _added(axes: Axes, study: Study, kinds: Sequence[str], axis: Callable[[Point], float]) -> None:
-    """The same by what they add to the loss, where small damage, which users choose among, can be told apart; what adds next to nothing is not drawn."""
+    """Draw the added loss on a logarithmic axis, where small damage can be told apart.
+
+    Points that add next to nothing are left out.
+    """
     highest = 1.0
     for number, kind in enumerate(kinds):
         added = [(axis(p), math.log(p.ppl / study.dense)) for p in study.curves[kind] if p.ppl is not None]
@@ -122,10 +125,10 @@ def _added(axes: Axes, study: Study, kinds: Sequence[str], axis: Callable[[Point
     axes.set_yscale("log")
     axes.set_ylim(0.8 * _LEAST_ADDED, 1.4 * highest)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for share, said in ((1.01, "+1%"), (1.1, "+10%"), (2.0, "twice")):
+    for share, label in ((1.01, "+1%"), (1.1, "+10%"), (2.0, "twice")):
         axes.axhline(math.log(share), color=_DENSE, linestyle=":", linewidth=1)
         axes.annotate(
-            said, (1.01, math.log(share)), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=_DENSE
+            label, (1.01, math.log(share)), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=_DENSE
         )
     axes.set_xlim(left=0)
     axes.set_ylabel("loss added, ln(perplexity / dense), log scale")
@@ -134,7 +137,7 @@ def _added(axes: Axes, study: Study, kinds: Sequence[str], axis: Callable[[Point
 
 
 def _look(number: int) -> dict[str, Any]:
-    """Of one curve."""
+    """The colour, marker and line of a curve, by its number."""
     colours = (*COLOURS, *_MORE)
     style = ("-", "--")[number // 7 % 2]
     return {
@@ -201,7 +204,7 @@ def _task_bars(study: Study) -> Picture | None:
             error_kw={"linewidth": 1},
         )
     for n, task in enumerate(bars):
-        for value, line, what in ((_accuracy(study, task), "-", "dense"), (CHANCE.get(task), ":", "chance")):
+        for value, line, name in ((_accuracy(study, task), "-", "dense"), (CHANCE.get(task), ":", "chance")):
             if value is not None:
                 axes.plot(
                     [n - 0.45, n + 0.45],
@@ -209,7 +212,7 @@ def _task_bars(study: Study) -> Picture | None:
                     color=_DENSE,
                     linestyle=line,
                     linewidth=1.4,
-                    label=what if not n else None,
+                    label=name if not n else None,
                 )
     axes.set_xticks(range(len(bars)), [plain(task) for task in bars])
     axes.set_ylabel("accuracy, with one standard error")
@@ -226,8 +229,8 @@ def _task_bars(study: Study) -> Picture | None:
 
 
 def _accuracy(study: Study, task: str) -> float | None:
-    found = study.dense_tasks.get(task) or {}
-    value = found.get("acc")
+    measured = study.dense_tasks.get(task) or {}
+    value = measured.get("acc")
     return float(value) if isinstance(value, int | float) else None
 
 
@@ -280,5 +283,5 @@ def _grid(study: Study) -> Picture:
 
 
 def _shade(times: float) -> tuple[float, float, float, float]:
-    """That of the colour bar."""
+    """The shade of the colour bar for a multiple of the dense perplexity."""
     return _SHADES(min(1.0, max(0.0, math.log(times, _WORST))))

@@ -33,10 +33,10 @@ class Picture:
     """A plot.
 
     Attributes:
-        name: of its file, without `.png`.
-        png: its bytes.
-        alt: what it shows, for who cannot see it.
-        caption: what to keep in mind when reading it.
+        name: the name of its file, without `.png`.
+        png: the bytes of the file.
+        alt: its content in words, for readers who cannot see it.
+        caption: a caution for the reader.
     """
 
     name: str
@@ -49,7 +49,7 @@ _LOG_ABOVE = 3  # where the largest perplexity is so many times the smallest, sm
 
 
 def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
-    """Perplexity against sparsity; None where no pruned row has both. `found` is the comparison that the title states."""
+    """Draw perplexity against sparsity; None if no pruned row has both. The title states the comparison `found`."""
     if not _drawable(curves, lambda row: row.ppl):
         return None
     figure, axes = _axes(words.perplexity_title(found, dense))
@@ -75,7 +75,7 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
 
 
 def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
-    """Accuracy of a task against sparsity, with standard errors; None where no pruned row has both."""
+    """Draw the accuracy of a task against sparsity, with standard errors; None if no pruned row has both."""
     if not _drawable(curves, lambda row: row.accuracy(task)):
         return None
     reference = dense.accuracy(task) if dense is not None else None
@@ -140,21 +140,21 @@ def _draw_curves(
             axes.errorbar(
                 xs, ys, yerr=[e or 0.0 for _, _, e in points], fmt="none", ecolor=colour, elinewidth=1.0, capsize=3
             )
-        # Points without a line are hollow, so that several at one sparsity can be seen through one another.
+        # Points without a line are hollow, so that several points at one sparsity stay visible.
         look: dict[str, Any] = (
             {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8}
             if line == "none"
             else {"markersize": 6}
         )
         axes.plot(xs, ys, color=colour, marker=marker, linestyle="none", **look)
-        # The legend shows line and marker as one, which the calls above drew apart.
+        # The legend shows line and marker together; the calls above drew them separately.
         axes.plot([], [], color=colour, marker=marker, linestyle=line, linewidth=1.8, label=plain(curve.label), **look)
         drawn += ys
     return min(drawn), max(drawn)
 
 
 def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """One point a sparsity: runs that differ in their seed alone share one."""
+    """The points of the line, one per sparsity: the mean over runs that differ only in their seed."""
     at: dict[float, list[float]] = {}
     for x, y in points:
         at.setdefault(round(x, 3), []).append(y)
@@ -162,7 +162,7 @@ def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
 
 
 def logarithmic(axes: Axes, span: float) -> None:
-    """A logarithmic axis of values with plain numbers at ticks that suit a largest value of `span` times the smallest."""
+    """Make the y axis logarithmic, with plain numbers, and ticks for a largest value of `span` times the smallest."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(
         LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if span < 10 else (1.0, 2.0, 5.0) if span < 1000 else (1.0,))
@@ -171,11 +171,11 @@ def logarithmic(axes: Axes, span: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-_LINE = 0.19  # inches a line of a legend takes
+_LINE = 0.19  # inches per line of a legend
 
 
 def legend(axes: Axes, figure: Figure) -> None:
-    """Inside a plot of few curves; beside one of many, where it hides no point, in a figure that is wide and high enough for it."""
+    """Draw the legend inside a plot with few curves, else beside it in an enlarged figure, so that it hides no point."""
     entries = len(axes.get_legend_handles_labels()[1])
     if entries <= 6:
         axes.legend(fontsize=9, framealpha=0.9, edgecolor=GRID)
@@ -197,14 +197,13 @@ def _readings(
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it is: a dollar sign would start a formula."""
+    """Escape text for matplotlib, where a dollar sign would start a formula."""
     return text.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:
     """The bytes of a figure, the same for the same drawing."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=DPI, metadata={"Software": None}
-    )  # the default names the version of matplotlib
+    # By default the file names the version of matplotlib.
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The plot of the spectra of the residual stream: how much of it each direction holds, place by place, and what slicing gives up."""
+"""The plot of the spectra of the residual stream at each place, and of the share that slicing discards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SLICED = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def spectra(rows: Sequence[Row]) -> Picture | None:
-    """The picture of the run that slices least, whose spectra are the closest to the dense model's; None where no run has any."""
-    found = [(row, plan) for row in rows if (plan := _plan(row)) is not None]
-    if not found:
+    """Draw the spectra of the run that slices least, the closest to the dense model; None if no run has spectra."""
+    plans = [(row, plan) for row in rows if (plan := _plan(row)) is not None]
+    if not plans:
         return None
-    row, plan = min(found, key=lambda pair: pair[0].sparsity or 0.0)
+    row, plan = min(plans, key=lambda pair: pair[0].sparsity or 0.0)
     return _picture(plan, f"{row.get('method')} at {words.percent(row.sparsity)}")
 
 
@@ -39,21 +39,21 @@ def _plan(row: Row) -> Plan | None:
             plan is not None and plan.rotates and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
         )
     except Exception:
-        return None  # a damaged plan costs its picture, not the report
+        return None  # a damaged plan loses its picture; the report goes on
     return plan if same else None
 
 
 def spectra_of(plan: Plan) -> list[tuple[str, np.ndarray]]:
-    """Name and spectrum of every place in the order of the network, each spectrum as shares of its sum."""
-    found = []
+    """The name and spectrum of every place, in the order of the network; each spectrum has a sum of 1."""
+    spectra_by_place = []
     for block in plan.blocks:
         for name, place in block.places.items():
             if place.spectrum_D is not None and (name != "enter" or block.index == 0):
                 values = place.spectrum_D.numpy()
-                found.append(
+                spectra_by_place.append(
                     ("embeddings" if name == "enter" else f"block {block.index}, {name}", values / values.sum())
                 )
-    return found
+    return spectra_by_place
 
 
 def _picture(plan: Plan, label: str) -> Picture:
