@@ -120,7 +120,7 @@ def _outside(chosen: Fit, answers: Sequence[Record], points: Points) -> list[str
         if not math.isfinite(value):
             lines.append(
                 f"law '{chosen.law.name}' has no perplexity at sparsity {s:g}: there ln PPL0 / ln PPL would be 0 or "
-                "less (or PPL beyond all numbers)"
+                "less (or PPL too large for a float)"
             )
         elif kind == "acc" and value > 1:
             lines.append(f"law '{chosen.law.name}' gives an accuracy of {value:g} at sparsity {s:g}, which is above 1")

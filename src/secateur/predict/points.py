@@ -214,7 +214,7 @@ def _above_chance(
             kept.append(point)
     if chance is None:
         warnings.append(
-            f"what guessing scores on {metric} is unknown, so points at chance cannot be told: give --chance"
+            f"what guessing scores on {metric} is unknown, so points at chance cannot be recognised: give --chance"
         )
     return kept
 
@@ -228,7 +228,7 @@ def _note_non_monotone(points: list[Point], metric: str, warnings: list[str]) ->
     if better:
         warnings.append(
             f"not monotone: {'perplexity' if metric == 'ppl' else metric} is better at sparsity "
-            f"{'; at '.join(better)}; every law here says the contrary"
+            f"{'; at '.join(better)}; every law here says the opposite"
         )
 
 
@@ -412,7 +412,7 @@ def _pruned_points(
         if point is None:
             skipped.append(f"{_place(record)}: {name} was not measured, or is not finite; left out")
         elif math.isinf(point.value):
-            skipped.append(f"{_place(record)}: the perplexity is infinite, which no law can say; left out")
+            skipped.append(f"{_place(record)}: the perplexity is infinite, which no law can give; left out")
         elif point.s == 0:
             skipped.append(f"{_place(record)}: nothing was removed; left out")
         else:
@@ -495,10 +495,11 @@ def _protocol_fields() -> _Fields:
 
 def _task_fields(task: str) -> _Fields:
     """Fields that identify the items of a task: runs may use only the first ones, or another version."""
-    return {
-        f"{task}'s items ({what})": lambda record, what=what: ((record.get("tasks") or {}).get(task) or {}).get(what)
-        for what in ("n", "sha256")
-    }  # type: ignore[misc]
+
+    def reader(name: str) -> Callable[[Record], Any]:
+        return lambda record: ((record.get("tasks") or {}).get(task) or {}).get(name)
+
+    return {f"{task}'s items ({name})": reader(name) for name in ("n", "sha256")}
 
 
 def _same(found: list[Record], fields: _Fields, step: str) -> None:

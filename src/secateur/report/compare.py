@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -66,9 +67,13 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
             "lower is better",
         ),
         *(
-            Column(task, lambda row, t=task: _accuracy(row, t), "per cent; length-normalised where the task has it")
+            Column(
+                task,
+                partial(_accuracy, task=task),
+                "per cent; length-normalised where the task has it",
+            )
             for task in tasks
-        ),  # type: ignore[misc]
+        ),
         Column("Mean", lambda row: _mean(row, tasks), "of the tasks", optional=True),
         Column(
             "Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"

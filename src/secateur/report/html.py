@@ -123,8 +123,11 @@ def _curves(findings: Findings) -> list[Picture]:
     drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.ppl, lambda row: None, lowest=True))]
     for task in task_names(main.rows):
         compared = compare(
-            curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False
-        )  # type: ignore[misc]
+            curves,
+            lambda row, t=task: row.accuracy(t),  # type: ignore[misc]
+            lambda row, t=task: row.task(t, "stderr"),  # type: ignore[misc]
+            lowest=False,
+        )
         drawn.append(plots.accuracy(task, curves, dense, compared))
     drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]

@@ -423,8 +423,8 @@ def throughput(records: Sequence[Record]) -> Picture | None:
             color=COLOURS[number % len(COLOURS)],
             marker=MARKERS[number % len(MARKERS)],
             label=label,
-            **look,
-        )  # type: ignore[arg-type]
+            **look,  # type: ignore[arg-type]
+        )
     axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0, label="dense")
     ratios = np.linspace(0.0, max(r for at in curves.values() for r in at), 50)
     axes.plot(

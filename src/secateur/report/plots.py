@@ -175,7 +175,7 @@ _LINE = 0.19  # inches per line of a legend
 
 
 def legend(axes: Axes, figure: Figure) -> None:
-    """Draw the legend inside a plot with few curves, else beside it in an enlarged figure, so that it hides no point."""
+    """Draw the legend inside a plot with few curves, else beside it in an enlarged figure, where it hides no point."""
     entries = len(axes.get_legend_handles_labels()[1])
     if entries <= 6:
         axes.legend(fontsize=9, framealpha=0.9, edgecolor=GRID)

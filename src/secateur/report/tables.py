@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from secateur.core.names import shown
@@ -137,27 +138,16 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
 def _task_columns(rows: Sequence[Row]) -> list[Column]:
     columns = []
     for task in task_names(rows):
-        columns.append(
-            Column(
-                f"{task} acc", lambda row, t=task: _accuracy(row, t, "acc"), "accuracy ± standard error", optional=True
-            )
-        )  # type: ignore[misc]
-        columns.append(
-            Column(
-                f"{task} acc_norm",
-                lambda row, t=task: _accuracy(row, t, "acc_norm"),
-                "length-normalised",
-                optional=True,
-            )
-        )  # type: ignore[misc]
-        columns.append(
-            Column(
-                f"{task} flipped",
-                lambda row, t=task: _number(words.percent, row.task(t, "flipped")),
-                "answers that differ",
-                optional=True,
-            )
-        )  # type: ignore[misc]
+
+        def flipped(row: Row, task: str = task) -> Cell | None:
+            return _number(words.percent, row.task(task, "flipped"))
+
+        accuracy, normed = partial(_accuracy, task=task, metric="acc"), partial(_accuracy, task=task, metric="acc_norm")
+        columns += [
+            Column(f"{task} acc", accuracy, "accuracy ± standard error", optional=True),
+            Column(f"{task} acc_norm", normed, "length-normalised", optional=True),
+            Column(f"{task} flipped", flipped, "answers that differ", optional=True),
+        ]
     return columns
 
 

@@ -152,7 +152,7 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     if name in HUB_TEXTS:
         return Text(spec, _from_hub(name, role, revision or None))
     if spec.startswith(TASK):
-        raise UsageError(f"text '{spec}': tasks are for calibration; ask them with --tasks")
+        raise UsageError(f"text '{spec}': tasks are for calibration; to measure on tasks, use --tasks")
     check_spec(spec)
     path = Path(spec).expanduser()
     if holds_ids(spec):
