@@ -37,8 +37,8 @@ def peak_rss_bytes() -> int:
     """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
-    if found := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
-        return int(found[0]) * 1024
+    if peaks := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
+        return int(peaks[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -155,9 +155,9 @@ def _wrong_field(record: Record) -> str | None:
         for key, value in (record.get(name) or {}).items():
             if isinstance(value, dict | list):
                 return f"'{name}.{key}' is {_named(value)}, and text or a number is expected"
-    for task, found in (record.get("tasks") or {}).items():
-        if not isinstance(found, dict):
-            return f"'tasks.{task}' is {_named(found)}, and an object is expected"
+    for task, scores in (record.get("tasks") or {}).items():
+        if not isinstance(scores, dict):
+            return f"'tasks.{task}' is {_named(scores)}, and an object is expected"
     return None
 
 

@@ -200,7 +200,7 @@ def _above_chance(
             + ("" if dense.value == 0 else f", not above chance ({chance:g})")
             + ": there is nothing to lose, so no law can be fitted; choose another task"
         )
-    kept = []
+    usable = []
     for point in points:
         if point.value == 0:
             warnings.append(f"accuracy 0 at sparsity {point.s:g} has no logarithm and is left out")
@@ -211,12 +211,12 @@ def _above_chance(
                 "it falls no further there"
             )
         else:
-            kept.append(point)
+            usable.append(point)
     if chance is None:
         warnings.append(
             f"what guessing scores on {metric} is unknown, so points at chance cannot be recognised: give --chance"
         )
-    return kept
+    return usable
 
 
 def _note_non_monotone(points: list[Point], metric: str, warnings: list[str]) -> None:

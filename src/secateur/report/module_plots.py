@@ -192,7 +192,10 @@ def _task_bars(study: Study) -> Picture | None:
     width = 0.8 / len(kinds)
     for number, kind in enumerate(kinds):
         xs = [n + (number - (len(kinds) - 1) / 2) * width for n in range(len(bars))]
-        heights, errors = [found[kind][0] for found in bars.values()], [found[kind][1] for found in bars.values()]
+        heights, errors = (
+            [by_kind[kind][0] for by_kind in bars.values()],
+            [by_kind[kind][1] for by_kind in bars.values()],
+        )
         axes.bar(
             xs,
             heights,
@@ -218,12 +221,12 @@ def _task_bars(study: Study) -> Picture | None:
     axes.set_ylabel("accuracy, with one standard error")
     axes.set_title(f"Accuracy with {where} (figure 4.4)", fontsize=11, loc="left")
     axes.set_xlim(-0.7, len(bars) - 0.3)
-    axes.set_ylim(0, min(1.0, 1.35 * max(acc + err for found in bars.values() for acc, err in found.values())))
+    axes.set_ylim(0, min(1.0, 1.35 * max(acc + err for by_kind in bars.values() for acc, err in by_kind.values())))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID, ncols=3, loc="upper center")
     alt = "; ".join(
-        f"{task}: " + ", ".join(f"{NAMES[k]} {acc:.3f}" for k, (acc, _) in found.items())
-        for task, found in bars.items()
+        f"{task}: " + ", ".join(f"{NAMES[k]} {acc:.3f}" for k, (acc, _) in by_kind.items())
+        for task, by_kind in bars.items()
     )
     return Picture("modules-tasks", png(figure), f"Accuracy with {where}: {alt}", f"{study.about}.")
 

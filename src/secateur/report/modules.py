@@ -335,8 +335,8 @@ def _tasks(study: Study) -> list[str]:
         return []
     parts = [
         f"{task}: "
-        + ", ".join(f"{NAMES[k]} {acc:.3f} \N{PLUS-MINUS SIGN} {err:.3f}" for k, (acc, err) in found.items())
-        for task, found in bars.items()
+        + ", ".join(f"{NAMES[k]} {acc:.3f} \N{PLUS-MINUS SIGN} {err:.3f}" for k, (acc, err) in by_kind.items())
+        for task, by_kind in bars.items()
     ]
     return [f"Accuracy, {where}: {'; '.join(parts)}."]
 
