@@ -75,7 +75,7 @@ def test_laws_leave_it_out_and_say_so(tmp_path: Path) -> None:
         records.append(tmp_path / "records.jsonl", record(s, loss))
     points = read_points([tmp_path])
     assert points.s.tolist() == [0.2, 0.4, 0.6]
-    assert points.warnings == ("/runs/0.9: the perplexity is infinite, which no law can say; left out",)
+    assert points.warnings == ("/runs/0.9: the perplexity is infinite, which no law can give; left out",)
     few = tmp_path / "few"
     for s, loss in ((0.0, 2.0), (0.2, 2.1), (0.9, 800.0)):
         records.append(few / "records.jsonl", record(s, loss))

@@ -220,7 +220,7 @@ def test_unreachable_and_far_targets(sweep: Path) -> None:
 
 def test_points_that_are_not_monotone(tmp_path: Path) -> None:
     said = ask(write_csv(tmp_path, csv_of({0.0: DENSE, 0.1: 6.0, 0.2: 5.9, 0.3: 8.0})))["warnings"]
-    assert "not monotone: perplexity is better at sparsity 0.2 (5.9) than at 0.1 (6); every law here says the contrary" in said
+    assert "not monotone: perplexity is better at sparsity 0.2 (5.9) than at 0.1 (6); every law here says the opposite" in said
 
 
 def test_the_dense_model_in_the_fit(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_of_questions_with_answers_the_answers_are_to_be_predicted() -> None:
 def test_tasks_are_text_to_calibrate_with_alone() -> None:
     assert task_names("task:a+b") == ["a", "b"]
     assert not task_names("wikitext2")
-    with pytest.raises(UsageError, match="ask them with --tasks"):
+    with pytest.raises(UsageError, match="to measure on tasks, use --tasks"):
         read_text("task:cloze", "evaluation")
 
 

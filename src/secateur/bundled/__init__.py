@@ -1,1 +1,1 @@
-"""What ships with the package: a small model and the way to the built-in text."""
+"""The small model that ships with the package."""

@@ -153,13 +153,13 @@ class Backward:
         for rows in self._stream.slices():
             hidden_ND = self._stream.hidden(rows, width).flatten(0, 1)
             target_N = self._target_ST[rows].flatten().to(self._stream.device)
-            chunks = [
+            parts = [
                 _head_gradient(norm, head, *part)
                 for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)
             ]
-            total += sum(loss for loss, _ in found)
+            total += sum(loss for loss, _ in parts)
             self.gradient_STD[rows, :, :width] = (
-                torch.cat([gradient for _, gradient in found]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
+                torch.cat([gradient for _, gradient in parts]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
             )
         for module in (norm, projection):
             module.to("meta")

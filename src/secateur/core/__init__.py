@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, records, progress, devices, timing."""
+"""The base of all other packages: errors, records, progress, devices, timing."""

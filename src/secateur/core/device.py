@@ -1,4 +1,4 @@
-"""Where and in which dtype to compute."""
+"""The device and the dtype of the computation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` takes an accelerator where there is one.
+    """The torch device for a name; `auto` takes an accelerator if there is one, else the CPU.
 
     Raises:
-        UsageError: not a device's name.
+        UsageError: the name is not that of a device.
         SecateurError: the machine has no such device.
     """
     if name == "auto":
@@ -28,8 +28,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype on an accelerator, and at least float32 on a CPU: products of 16-bit floats are slow on
-    most CPUs, and the same masks then come out on all of them."""
+    """The torch dtype for a name.
+
+    `auto` is the checkpoint's own dtype on an accelerator, and at least float32 on a CPU: products of 16-bit floats are
+    slow on most CPUs, and float32 gives the same masks on all of them.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
     if name == "auto":
         return torch.float32 if device.type == "cpu" and stored in (torch.bfloat16, torch.float16) else stored
     if name not in _DTYPES:

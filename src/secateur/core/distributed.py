@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them, that do one piece of work together. Without it there is one, and nothing here does anything."""
+"""Several processes, started by torchrun, that share one piece of work; without torchrun nothing here has an effect."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """The processes of torchrun know one another inside; also a decorator. Each has an accelerator of its own, where there are any.
+    """Connect the processes of torchrun while the context lasts; also a decorator. Each uses its own accelerator.
 
     Raises:
-        SecateurError: more processes than accelerators.
+        SecateurError: the machine has fewer accelerators than processes.
     """
     if not launched() or dist.is_initialized():
         yield
@@ -31,7 +31,10 @@ def processes() -> Iterator[None]:
     if torch.cuda.is_available():
         here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if here > devices:
-            raise SecateurError(f"torchrun started {here} processes on a machine of {devices} accelerators; use --nproc-per-node {devices}")
+            raise SecateurError(
+                f"torchrun started {here} processes on a machine of {devices} accelerators; "
+                f"use --nproc-per-node {devices}"
+            )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -41,7 +44,7 @@ def processes() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -51,43 +54,53 @@ def rank() -> int:
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """Do something in the first process alone; its result, or its failure, is that of all."""
+    """Do something in the first process alone; all processes return its result, or raise its error."""
     if size() == 1:
         return work()
-    told: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     failure: Exception | None = None
     if rank() == 0:
         try:
-            told[0] = work()
-        except Exception as error:  # the others must hear of any
-            failure, told[1] = error, error if isinstance(error, SecateurError) else SecateurError(f"the first process failed: {error}")
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise failure or told[1]
-    result: T = told[0]
+            result_and_error[0] = work()
+        except Exception as error:  # any failure must reach the other processes
+            failure, result_and_error[1] = (
+                error,
+                error if isinstance(error, SecateurError) else SecateurError(f"the first process failed: {error}"),
+            )
+    dist.broadcast_object_list(result_and_error)
+    if result_and_error[1] is not None:
+        raise failure or result_and_error[1]
+    result: T = result_and_error[0]
     return result
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """The tensors of all processes, in their order; of one shape."""
+    """The tensors of all processes, in the order of their ranks; they must have one shape."""
     if size() == 1:
         return [tensor]
-    found = [torch.empty_like(tensor) for _ in range(size())]
-    dist.all_gather(found, tensor.contiguous())
-    return found
+    gathered = [torch.empty_like(tensor) for _ in range(size())]
+    dist.all_gather(gathered, tensor.contiguous())
+    return gathered
 
 
 def check_same(tensors: Iterable[Tensor], what: str) -> None:
-    """Hold that tensors have the same bytes in all processes, by their hash.
+    """Check, by a hash, that tensors have the same bytes in all processes.
+
+    Args:
+        tensors: the tensors.
+        what: their name in the error message.
 
     Raises:
-        SecateurError: they do not; `what` they are and the processes are named.
+        SecateurError: the bytes differ; the message names the processes.
     """
     if size() == 1:
         return
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for tensor in tensors:
-        seen.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    hashes = gather(torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8))
-    if odd := [number for number, one in enumerate(hashes) if not torch.equal(one, hashes[0])]:
-        raise SecateurError(f"{what} differs between processes 0 and {odd[0]}: their machines or versions do not compute alike; use equal ones")
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    hashes = gather(torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
+    if odd := [number for number, other in enumerate(hashes) if not torch.equal(other, hashes[0])]:
+        raise SecateurError(
+            f"{what} differs between processes 0 and {odd[0]}: their machines or versions do not compute alike; "
+            "use equal ones"
+        )

@@ -1,4 +1,4 @@
-"""The two kinds of failure a user meets, and the words they are told in.
+"""The errors that users meet.
 
 A message names the thing, the value met, the values allowed and the next step, on one line.
 """
@@ -14,7 +14,7 @@ class SecateurError(Exception):
     """The work could not be done: bad data, a broken model, no memory. Exit status 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(re.sub(r"\s*\n\s*", " ", message))  # what a library says may be on several lines
+        super().__init__(re.sub(r"\s*\n\s*", " ", message))  # messages of libraries may have several lines
 
 
 class UsageError(SecateurError, ValueError):
@@ -22,7 +22,7 @@ class UsageError(SecateurError, ValueError):
 
 
 class HopelessError(SecateurError):
-    """The data cannot give a result: going on from where the run stopped would end the same way, so nothing of it is kept."""
+    """The data cannot give a result. Resuming the run would fail the same way, so its progress is not kept."""
 
 
 class NotFiniteError(HopelessError):
@@ -30,7 +30,7 @@ class NotFiniteError(HopelessError):
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
-    """The error for a name that is not one of `allowed`, with the nearest ones offered."""
+    """The error for a name that is not one of `allowed`; it offers the most similar names."""
     allowed = sorted(allowed)
     near = difflib.get_close_matches(name, allowed, n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""

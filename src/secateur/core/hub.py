@@ -1,16 +1,19 @@
-"""Whether the hub answers. Its libraries try again for half a minute where it does not, and fail at once, or take what they have kept, where they are told."""
+"""Check once whether the hub answers.
+
+If it does not, its libraries retry for half a minute. In offline mode they fail at once, or use their cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ANSWER_WITHIN = 5.0  # seconds; without a network it takes none of them
+ANSWER_WITHIN = 5.0  # seconds; without a network the check fails at once
 
 
 @contextmanager
 def hub() -> Iterator[bool]:
-    """While this lasts, the libraries of the hub are offline if it does not answer; gives whether it does."""
+    """Yield whether the hub answers; if not, its libraries are in offline mode while the context lasts."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -29,6 +32,6 @@ def _answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=ANSWER_WITHIN)
-    except Exception:  # whatever its client raises: no name, no route, no time, or offline by the environment
+    except Exception:  # any error of the client: no name, no route, a timeout, or offline by the environment
         return False
     return True

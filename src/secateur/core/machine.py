@@ -1,4 +1,4 @@
-"""How fast this machine is, measured: what a speed is to be held against."""
+"""Measure how fast this machine is, as a reference for other measured speeds."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ from torch import Tensor
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for an accelerator to be done; a CPU always is."""
+    """Wait until an accelerator has finished; on a CPU there is nothing to wait for."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 class Machine:
-    """The best rates seen so far. Others may be using the machine: look again whenever something is timed, and hold that against the best.
+    """The best rates measured so far.
+
+    Other programs may use the machine: call `look` again at each timing, and compare with the best rates.
 
     Args:
-        device, dtype: of the products.
-        bytes_read: of the matrix that is read, larger than the caches.
-        size: of the square matrices that are multiplied.
-        clock: gives seconds; on one thread of a busy CPU `time.process_time` counts what this process does alone.
+        device, dtype: device and dtype of the products.
+        bytes_read: size in bytes of the matrix that is read, larger than the caches.
+        size: width of the square matrices that are multiplied.
+        clock: returns seconds; on one thread of a busy CPU use `time.process_time`, which counts this process alone.
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, *, bytes_read: int = 1 << 28, size: int = 1536, clock: Callable[[], float] = time.perf_counter
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        bytes_read: int = 1 << 28,
+        size: int = 1536,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.flops_per_second = self.bytes_per_second = 0.0
         self.clock = clock
@@ -38,7 +46,10 @@ class Machine:
 
     @torch.inference_mode()
     def look(self, seconds: float = 0.1) -> None:
-        """Multiply matrices for so long, and read one, by its product with a vector: what a token of a batch of one does with all weights."""
+        """Measure the rate of multiplication, and the rate of reading, for `seconds` each.
+
+        Reading is measured by a product of a matrix with a vector: one token reads all weights this way.
+        """
         product = _best(lambda: self._square_NN @ self._square_NN, self._device, seconds, self.clock)
         self.flops_per_second = max(self.flops_per_second, 2 * len(self._square_NN) ** 3 / product)
         read = _best(lambda: self._matrix_NI @ self._vector_I, self._device, seconds, self.clock)
@@ -47,13 +58,15 @@ class Machine:
 
 @torch.inference_mode()
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 512, seconds: float = 0.1) -> float:
-    """Floating-point operations a second of products of square matrices."""
+    """Floating-point operations per second in products of square matrices."""
     a_NN = torch.ones(size, size, device=device, dtype=dtype)
     return 2 * size**3 / _best(lambda: a_NN @ a_NN, device, seconds)
 
 
-def _best(work: Callable[[], Tensor], device: torch.device, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The shortest time of one call, of as many as fit."""
+def _best(
+    work: Callable[[], Tensor], device: torch.device, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """The shortest time of one call, in seconds, among the calls that fit into `seconds`."""
     work()
     best, started = float("inf"), clock()
     while clock() - started < seconds:

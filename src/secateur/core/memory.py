@@ -1,4 +1,4 @@
-"""Memory that was freed, given back to the system."""
+"""Give freed memory back to the system, and measure peak memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 def give_back() -> None:
-    """Let go of what the allocator keeps for later; without it the peak of a streamed run is a third higher. Only glibc can do it."""
+    """Return the memory that the allocator keeps for later use; only glibc can do it.
+
+    Without it the peak of a streamed run is a third higher.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -18,8 +21,11 @@ def give_back() -> None:
 
 
 class PeakMemory:
-    """The most memory that is in use at a time from here on, above what is in use now: of an accelerator what torch allocates there, of a CPU what of the
-    process is resident, which only Linux tells."""
+    """The peak of memory use from now on, above the present use.
+
+    On an accelerator it counts the memory that torch allocates. On a CPU it counts the resident set of the process,
+    which only Linux reports.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,14 +38,14 @@ class PeakMemory:
             self._before = torch.accelerator.memory_allocated(device)
 
     def peak(self) -> int | None:
-        """Bytes; None where the system does not tell."""
+        """The peak in bytes; None if the system does not report it."""
         if self.device.type != "cpu":
             return torch.accelerator.max_memory_allocated(self.device) - self._before
         return _status_bytes("VmHWM") - self._before if self._resettable else None
 
 
 def _reset_peak_rss() -> bool:
-    """Let the peak of the resident set begin anew."""
+    """Reset the peak of the resident set; returns whether that worked."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -48,7 +54,7 @@ def _reset_peak_rss() -> bool:
 
 
 def _status_bytes(key: str) -> int:
-    """An entry of /proc/self/status; 0 where there is none."""
+    """An entry of /proc/self/status in bytes; 0 if it is missing."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)

@@ -1,4 +1,4 @@
-"""Processes of our own that work for this one."""
+"""Worker processes of this process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from multiprocessing import parent_process
 
 
 def end_with_parent() -> None:
-    """To be called in a process that `multiprocessing` started: it ends when its parent does, however that ends.
+    """End this worker process when its parent ends; call it in a process that `multiprocessing` started.
 
-    Otherwise one whose parent was killed goes on, beside the run that resumes, and then waits for ever.
+    Otherwise, after the parent is killed, the worker runs on beside the resumed run, and then waits for ever.
     """
     threading.Thread(target=_wait, daemon=True).start()
 

@@ -13,8 +13,13 @@ T = TypeVar("T")
 _LINE_EVERY_SECONDS = 10.0
 
 
-def track(items: Iterable[T], description: str, total: int | None = None, status: Callable[[], str] = str) -> Iterator[T]:
-    """Yield the items and show how many are done, the time left, and what `status` says; `total` defaults to `len(items)` where it has one."""
+def track(
+    items: Iterable[T], description: str, total: int | None = None, status: Callable[[], str] = str
+) -> Iterator[T]:
+    """Yield the items and show progress: items done, time left, and the text of `status`.
+
+    `total` defaults to `len(items)`, if the items have a length.
+    """
     if total is None and isinstance(items, Sized):
         total = len(items)
     if not speaks():
@@ -26,7 +31,7 @@ def track(items: Iterable[T], description: str, total: int | None = None, status
 
 
 def say(line: str) -> None:
-    """One line for the user, on stderr (stdout is for results)."""
+    """Print one line for the user on stderr (stdout is for results)."""
     if speaks():
         print(line, file=sys.stderr, flush=True)
 
@@ -37,33 +42,48 @@ def launched() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this process tells the user anything: of several, the first alone does."""
+    """Whether this process prints messages: among several processes only the first does."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 def _bar(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(description, total=total)
         for item in items:
             yield item
-            del item  # it may be a block of a large model: nothing here may keep it while the next one is made
+            del item  # it may be a block of a large model: free it before the next one is made
             progress.update(task, advance=1, description=" ".join(filter(None, (description, status()))))
 
 
 def _lines(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
-    started = spoken = time.monotonic()
+    started = last_line = time.monotonic()
     done = 0
     for item in items:
         yield item
         del item
         done += 1  # noqa: SIM113  # enumerate would hold the item in its tuple
         now = time.monotonic()
-        if now - spoken > _LINE_EVERY_SECONDS:
-            spoken = now
+        if now - last_line > _LINE_EVERY_SECONDS:
+            last_line = now
             left = f", about {(now - started) / done * (total - done):.0f} s left" if total else ""
-            said = ", ".join(filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status())))
-            say(f"{description}: {said}")
+            parts = ", ".join(
+                filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status()))
+            )
+            say(f"{description}: {parts}")

@@ -26,22 +26,25 @@ def version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a result may depend on."""
+    """The versions of Python and of the libraries that a result may depend on."""
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far, in bytes. Linux counts the parent's into `ru_maxrss` of a child, so it is read elsewhere there."""
+    """The largest resident set of this process so far, in bytes.
+
+    On Linux `ru_maxrss` of a child includes its parent's, so /proc is read there instead.
+    """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.is_file() else []
-    if found := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
-        return int(found[0]) * 1024
+    if peaks := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
+        return int(peaks[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def to_json(record: Record) -> str:
-    """One line of strict JSON: numbers that are not finite become null, since JSON has no word for them."""
+    """One line of strict JSON: numbers that are not finite become null, since JSON cannot hold them."""
     return json.dumps(_finite(record), allow_nan=False, default=str)
 
 
@@ -56,11 +59,13 @@ def _finite(value: Any) -> Any:
 
 
 def append(path: Path, record: Record) -> None:
-    """Append one line, whole: the file is locked while it is written and flushed before it is released."""
+    """Append one whole line; the file is locked for the write, and flushed before the lock is released."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        whole, torn = _split_torn(path.read_bytes())  # a line that a kill cut short must not swallow this one
+        whole, torn = _split_torn(
+            path.read_bytes()
+        )  # an incomplete last line of a killed process must not merge with this one
         if torn:
             file.truncate(len(whole))
         file.write(("" if whole.endswith(b"\n") or not whole else "\n") + to_json(record) + "\n")
@@ -68,19 +73,19 @@ def append(path: Path, record: Record) -> None:
 
 
 def _split_torn(content: bytes) -> tuple[bytes, bytes]:
-    """The content without a last line that has neither its newline nor its end, and that line."""
+    """The content without an incomplete last line, and that line."""
     start = content.rfind(b"\n") + 1
     tail = content[start:]
     try:
         json.loads(tail or b"{}")
     except ValueError:
-        if tail.startswith(b"{"):  # ours
+        if tail.startswith(b"{"):  # the start of a record of ours
             return content[:start], tail
     return content, b""
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """All records of the files, and of the `records.jsonl` of folders, in order, without a last line that a kill cut short.
+    """Read all records of files, and of `records.jsonl` in folders, in order; an incomplete last line is skipped.
 
     Raises:
         SecateurError: a path is missing, or a line is not a JSON object (the file and the line are named).
@@ -100,38 +105,59 @@ def _text(file: Path) -> str:
     try:
         return _split_torn(file.read_bytes())[0].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SecateurError(f"{file}: not UTF-8 text (byte {error.start}); records are JSON lines: remove or repair that line") from None
+        raise SecateurError(
+            f"{file}: not UTF-8 text (byte {error.start}); records are JSON lines: remove or repair that line"
+        ) from None
 
 
 def last(file: Path, command: str, out: Path) -> Record | None:
-    """The last record of a command that wrote `out`; None where there is none."""
-    found = [r for r in read([file]) if r.get("command") == command and r.get("out") == str(out)] if file.is_file() else []
-    return found[-1] if found else None
+    """The last record of a command that wrote `out`; None without one."""
+    matching = (
+        [r for r in read([file]) if r.get("command") == command and r.get("out") == str(out)] if file.is_file() else []
+    )
+    return matching[-1] if matching else None
 
 
-# What other commands rely on. A field may be missing, or null; `_SCALARS` are objects of text and numbers alone.
+# The types that other commands rely on. A field may be missing or null; `_SCALARS` hold text and numbers alone.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("command", "model", "method", "modules", "pattern", "device", "dtype", "out", "version"), str),
-    **dict.fromkeys(("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", "heal", "versions", "weights"), dict),
-    **dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks", "params_removed", "ppl", "loss", "seconds"), (int, float)),
+    **dict.fromkeys(
+        ("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", "heal", "versions", "weights"), dict
+    ),
+    **dict.fromkeys(
+        (
+            "sparsity",
+            "sparsity_measured",
+            "pruning_ratio",
+            "pruning_ratio_blocks",
+            "params_removed",
+            "ppl",
+            "loss",
+            "seconds",
+        ),
+        (int, float),
+    ),
     **dict.fromkeys(("params_before", "params_after", "nonzero_after", "peak_rss_bytes", "seed"), (int, float)),
 }
 _SCALARS = ("options", "calibration", "ppl_protocol")
 
 
 def _wrong_field(record: Record) -> str | None:
-    """The first field that does not hold what it should, in words."""
+    """The first field of a wrong type, described in words; None without one."""
     for name, allowed in _TYPES.items():
         value = record.get(name)
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not dict)):
-            return f"'{name}' is {_named(value)}, and {'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
+            return (
+                f"'{name}' is {_named(value)}, and "
+                f"{'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
+            )
     for name in _SCALARS:
         for key, value in (record.get(name) or {}).items():
             if isinstance(value, dict | list):
                 return f"'{name}.{key}' is {_named(value)}, and text or a number is expected"
-    for task, found in (record.get("tasks") or {}).items():
-        if not isinstance(found, dict):
-            return f"'tasks.{task}' is {_named(found)}, and an object is expected"
+    for task, scores in (record.get("tasks") or {}).items():
+        if not isinstance(scores, dict):
+            return f"'tasks.{task}' is {_named(scores)}, and an object is expected"
     return None
 
 
@@ -149,5 +175,5 @@ def _parse(line: str, file: Path, number: int) -> Record:
     if (wrong := _wrong_field(record)) is not None:
         raise SecateurError(f"{file}, line {number}: {wrong}; remove or repair that line")
     if "ppl" in record and record["ppl"] is None and isinstance(record.get("loss"), int | float):
-        record["ppl"] = math.inf  # which JSON has no word for
+        record["ppl"] = math.inf  # JSON cannot hold infinity
     return record

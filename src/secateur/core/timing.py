@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""How long each part of a run took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Seconds by name. A span inside another counts for itself alone."""
+    """Seconds by name. The time of a nested span is not counted in the outer span."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -17,7 +17,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Measure what happens inside, under a name."""
+        """Add the time of the context to a name."""
         started = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -28,5 +28,5 @@ class Stopwatch:
             self._inner[-1] += spent
 
     def rounded(self) -> dict[str, float]:
-        """The seconds, to the millisecond."""
+        """The seconds by name, rounded to milliseconds."""
         return {name: round(value, 3) for name, value in self.seconds.items()}

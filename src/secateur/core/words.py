@@ -1,4 +1,4 @@
-"""Numbers in words, and numbers that a float cannot hold."""
+"""Numbers as text, and powers that overflow a float."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def exp(value: float) -> float:
-    """e to a power; infinity above 709.78, where a float ends."""
+    """e to the power `value`; infinity if a float cannot hold it (above 709.78)."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -14,7 +14,7 @@ def exp(value: float) -> float:
 
 
 def perplexity_words(ppl: float | None) -> str:
-    """A perplexity in few digits: two decimals as long as they mean something. None is one that a record could not hold."""
+    """A perplexity in few digits, two decimals below 1000; None stands for infinity, which a record cannot hold."""
     if ppl is None or math.isinf(ppl):
         return "infinite"
     return f"{ppl:,.2f}" if ppl < 1000 else f"{ppl:,.0f}" if ppl < 1e7 else f"{ppl:.2e}"

@@ -287,7 +287,7 @@ class _Shapes:
             reads, writes = _letters(name, COLUMNS[name]), _letters(name, ROWS[name])
             out = Axis(writes, size)
             part = (start, start + size) if len(names) > 1 else None
-            found.append(
+            maps.append(
                 Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part)
             )
             start += size

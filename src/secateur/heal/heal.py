@@ -1,6 +1,7 @@
-"""From a pruned checkpoint to a healed one: low-rank adapters are trained on it and merged, or kept apart.
+"""Heal a pruned checkpoint: train low-rank adapters on it, and merge them or keep them apart.
 
-SliceGPT's published tables have LoRA of rank 32, alpha 10 (arXiv:2401.15024, section 4); LLM-Pruner's of rank 8, alpha 16 (arXiv:2305.11627).
+The published tables of SliceGPT use LoRA of rank 32, alpha 10 (arXiv:2401.15024, section 4); those of LLM-Pruner use
+rank 8, alpha 16 (arXiv:2305.11627).
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from secateur.heal.tune import SCHEDULES, Tuning, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import stock_problem
-from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, CheckpointWriter, differing, differing_from_plan, is_finished, plan_file, same_run
+from secateur.models.save import (
+    OWN_FOLDER,
+    PLAN_PATH,
+    PLAN_TENSORS,
+    CheckpointWriter,
+    differing,
+    differing_from_plan,
+    is_finished,
+    plan_file,
+    same_run,
+)
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
@@ -39,7 +50,7 @@ from secateur.text.protocols import Protocol, evaluation_windows, find_protocol,
 from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
 from secateur.text.windows import calibration_facts, check_ids
 
-_TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the perplexity before
+_TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the loss before training
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,20 @@ class _Prepared:
     examples: Examples
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, but for the learning rate, which may change where an interrupted run goes on."""
+        """The settings that decide the result, without the learning rate, which may change when a run is resumed."""
         request = self.request
-        names = ("steps", "batch", "schedule", "weight_decay", "rank", "alpha", "completion_only", "keep_adapter", "save_every", "seed")
+        names = (
+            "steps",
+            "batch",
+            "schedule",
+            "weight_decay",
+            "rank",
+            "alpha",
+            "completion_only",
+            "keep_adapter",
+            "save_every",
+            "seed",
+        )
         return {
             **{name: getattr(request, name) for name in names},
             "targets": ",".join(request.targets),
@@ -72,18 +94,24 @@ class _Prepared:
         }
 
 
-def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
-    """Train adapters on a pruned checkpoint and write the result to `out`; returns the record, which is also appended to `records_file`.
+def heal(
+    request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+) -> records.Record:
+    """Train adapters on a pruned checkpoint and write the result to `out`.
 
     Args:
-        request: what to do.
+        request: the request.
         out: the folder to write: a checkpoint of the same shapes, or an adapter in peft's form.
-        resume: go on with an interrupted run, or one that diverged (then with a smaller learning rate).
-        overwrite: replace what is in `out`.
-        records_file: None is `records.jsonl` in the parent of `out`.
+        resume: continue an interrupted run, or a diverged one (with a smaller learning rate).
+        overwrite: replace the content of `out`.
+        records_file: the file that the record is appended to; None is `records.jsonl` in the parent of `out`.
+
+    Returns:
+        The record.
 
     Raises:
-        UsageError, SecateurError: nothing that looks like a result is left behind.
+        UsageError, SecateurError: the request is wrong, or the run failed; `out` then holds nothing that looks
+            finished.
     """
     started = time.perf_counter()
     out = out.absolute()
@@ -94,11 +122,17 @@ def heal(request: HealRequest, out: Path, *, resume: bool = False, overwrite: bo
     prepared = _prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
-    if finished and (found := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite)) is not None:
-        return found
+    if (
+        finished
+        and (record_before := _finished(prepared, out, {**settings, "lr": request.lr}, records_file, overwrite))
+        is not None
+    ):
+        return record_before
     weights = {file for file, _ in prepared.checkpoint.index.values()}
     journal = {"heal": settings, "source": identity(prepared.checkpoint)}
-    writer = CheckpointWriter(out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights))
+    writer = CheckpointWriter(
+        out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights)
+    )
     try:
         facts = _run(prepared, settings, writer)
     except SecateurError:
@@ -144,12 +178,22 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     checkpoint = open_checkpoint(request.model)
     plan = read_plan_json(checkpoint.folder)
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
-        raise UsageError(f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; give the folder that it wrote")
+        raise UsageError(
+            f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; "
+            "give the folder that it wrote"
+        )
     targets = find_targets(checkpoint.view(), request.targets)
     if request.rank > (widest := checkpoint.config.hidden_size):
-        raise UsageError(f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, the width of the model")
+        raise UsageError(
+            f"--rank {request.rank}: adapters would be larger than the matrices they change; give at most {widest}, "
+            "the width of the model"
+        )
     bundled = plan["model"] == BUNDLED
-    spec = request.calibration or _same_calibration(plan, Path(request.model), records_file) or ("builtin" if bundled else None)
+    spec = (
+        request.calibration
+        or _same_calibration(plan, Path(request.model), records_file)
+        or ("builtin" if bundled else None)
+    )
     if spec is None:
         raise UsageError("--calibration SPEC is missing: the text to heal on (the pruning itself needed none)")
     if request.include_path is not None and not spec.startswith(TASK):
@@ -161,15 +205,20 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
         raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     tokenizer = None if holds_ids(protocol.spec) else checkpoint.tokenizer()
-    held_out = evaluation_windows(protocol, window_length(protocol, None, longest), tokenizer, request.text_field)[: request.limit]
+    held_out = evaluation_windows(protocol, window_length(protocol, None, longest), tokenizer, request.text_field)[
+        : request.limit
+    ]
     if same_text(spec, protocol.spec):
         say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
     if request.completion_only:
-        examples = answers_alone(spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed)
+        examples = answers_alone(
+            spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed
+        )
     else:
         much = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed}
         ids_ST = windows_of(checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
         examples = Examples(ids_ST, ids_ST)
+    # The ids must fit the vocabulary and the positions of this model, whatever tokenizer made them.
     for where, several in ((spec, [examples.ids_ST]), (protocol.spec, held_out)):
         tokens = None if holds_ids(where) else len(checkpoint.tokenizer())
         for ids in several:
@@ -180,10 +229,12 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
 
 
 def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) -> str | None:
-    """The text that a checkpoint was pruned with; None where it needed none. The plan has the name of a file alone, the record where it lay.
+    """The text that a checkpoint was pruned with; None if pruning needed none.
+
+    The plan holds the name of a file alone; the record holds its path.
 
     Raises:
-        UsageError: the file is not to be found, or holds something else by now.
+        UsageError: the file is missing, or its content has changed.
     """
     calibration = plan["calibration"] or {}
     spec = calibration.get("spec")
@@ -195,44 +246,77 @@ def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) ->
     for place in (spec, str((pruned.get("calibration") or {}).get("spec"))):
         if Path(place).expanduser().is_file() and known in (None, file_hash(place)):
             return place
-    raise UsageError(f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, or another text")
+    raise UsageError(
+        f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, "
+        "or another text"
+    )
 
 
-def _finished(prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
-    """The record of a run that was complete already; None to measure, or to start, again."""
-    made = read_plan_json(out)
-    assert made is not None
+def _finished(
+    prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
+) -> records.Record | None:
+    """The record of a run that is already complete; None if it must run again."""
+    written_plan = read_plan_json(out)
+    assert written_plan is not None
     pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
-    if not same_run(out, differing_from_plan(made.get("heal") or {}, settings) or differing_from_plan(made, pruned), overwrite):
+    if not same_run(
+        out,
+        differing_from_plan(written_plan.get("heal") or {}, settings) or differing_from_plan(written_plan, pruned),
+        overwrite,
+    ):
         return None
-    found = records.last(records_file, "heal", out)
-    if found is None:
+    record = records.last(records_file, "heal", out)
+    if record is None:
         raise SecateurError(
-            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', or start again with --overwrite"
+            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', "
+            "or start again with --overwrite"
         )
     say(f"{out}: already there")
-    if difference := differing(found["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
+    if difference := differing(record["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
         say(f"warning: the perplexity in its record {difference}; 'secateur eval {out}' measures it again")
-    return found
+    return record
 
 
 def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
-    """The work. Returns what the record says of it."""
+    """Train, write the result, and measure perplexity before and after; returns the facts for the record."""
     request, checkpoint = prepared.request, prepared.checkpoint
     model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
     protocol = protocol_facts(prepared.protocol, prepared.held_out)
     if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
         writer.write(_BEFORE, {}, {"loss": perplexity(model, prepared.held_out).loss, "protocol": protocol})
     before = writer.read_note(_BEFORE)["loss"]
-    adapters = add_adapters(model, prepared.targets, rank=request.rank, alpha=request.alpha, seed=request.seed, masked=not request.keep_adapter)
+    adapters = add_adapters(
+        model,
+        prepared.targets,
+        rank=request.rank,
+        alpha=request.alpha,
+        seed=request.seed,
+        masked=not request.keep_adapter,
+    )
     if request.checkpointing:
         recompute(model.get_submodule(checkpoint.view().family.blocks).children())
-    how = Tuning(request.steps, request.batch, request.lr, request.schedule, request.weight_decay, request.save_every, request.seed)
+    how = Tuning(
+        request.steps,
+        request.batch,
+        request.lr,
+        request.schedule,
+        request.weight_decay,
+        request.save_every,
+        request.seed,
+    )
     trainable = adapters.trainable
-    say(f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; perplexity before {perplexity_words(exp(before))}")
-    seen = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
-    done = {**settings, "lr": request.lr, "trainable": sum(p.numel() for p in trainable), "losses": [look["loss"] for look in _thinned(seen)]}
-    rates = sorted({look["lr"] for look in seen}, reverse=True)
+    say(
+        f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; "
+        f"perplexity before {perplexity_words(exp(before))}"
+    )
+    readings = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
+    done = {
+        **settings,
+        "lr": request.lr,
+        "trainable": sum(p.numel() for p in trainable),
+        "losses": [reading["loss"] for reading in _thinned(readings)],
+    }
+    rates = sorted({reading["lr"] for reading in readings}, reverse=True)
     heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
     if request.keep_adapter:
         after = perplexity(model, prepared.held_out)
@@ -245,7 +329,10 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
         after = perplexity(_reload(prepared, writer.out), prepared.held_out)
     if after.loss > before:
         worse = f"perplexity {perplexity_words(after.ppl)}, before {perplexity_words(exp(before))}"
-        say(f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is measured")
+        say(
+            f"warning: healing made it worse: {worse}; use a smaller --lr, or a --calibration nearer to what is "
+            "measured"
+        )
     return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
 
 
@@ -253,30 +340,39 @@ def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:
     return load_model(open_checkpoint(str(out)), device=prepared.device, dtype=prepared.dtype)
 
 
-def _thinned(seen: list[dict[str, float]], most: int = 50) -> list[dict[str, float]]:
-    """Some of the looks, the last one among them."""
-    every = -(-len(seen) // most)
-    return seen[::-1][::every][::-1]
+def _thinned(readings: list[dict[str, float]], most: int = 50) -> list[dict[str, float]]:
+    """At most `most` of the readings, evenly spaced, with the last one."""
+    step = -(-len(readings) // most)
+    return readings[::-1][::step][::-1]
 
 
 def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
-    """Every tensor, with its update where it has one, a block at a time. Returns how many weights are not zero."""
+    """Write every tensor, with its update if it has one, block by block; returns the number of nonzero weights."""
     view = prepared.checkpoint.view()
     nonzero = 0
     for part, names in track(list(_parts(view).items()), "heal: merging"):
         tensors = {}
         for name in names:
             tensor, path = view.source.read(name), name.removesuffix(".weight")
-            tensors[name] = merged(tensor, adapters.delta(path).to(tensor.device)) if path in adapters.layers and name.endswith(".weight") else tensor
-        nonzero += sum(int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name))
+            tensors[name] = (
+                merged(tensor, adapters.delta(path).to(tensor.device))
+                if path in adapters.layers and name.endswith(".weight")
+                else tensor
+            )
+        nonzero += sum(
+            int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name)
+        )
         writer.write(part, tensors)
     return nonzero
 
 
 def _parts(view: ModelView) -> dict[str, list[str]]:
-    """Part of the checkpoint -> its tensors; the parts and their order are those of `prune`."""
+    """Part of the checkpoint -> names of its tensors; the same parts, in the same order, as in `prune`."""
     names, prefixes = view.source.names(), [view.block_prefix(index) for index in range(view.blocks)]
-    blocks = {f"block-{index:05}": [name for name in names if name.startswith(prefix)] for index, prefix in enumerate(prefixes)}
+    blocks = {
+        f"block-{index:05}": [name for name in names if name.startswith(prefix)]
+        for index, prefix in enumerate(prefixes)
+    }
     return {f"outer-{name}": [name] for name in view.outer_names()} | blocks
 
 
@@ -294,7 +390,7 @@ def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter
 
 
 def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
-    """The plan and the card: what the pruning said, and the healing."""
+    """The texts of the plan and the card: the facts of the pruning, and those of the healing."""
     plan = {**prepared.plan, **facts}
     content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
     return {
@@ -304,7 +400,7 @@ def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> d
 
 
 def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
-    """peft's own form: `PeftModel.from_pretrained(model, OUT)` puts it on the checkpoint it was trained for."""
+    """Write the adapter in peft's own form; `PeftModel.from_pretrained(model, OUT)` adds it to its checkpoint."""
     adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
     with writer.disk():
         adapters.peft.save_pretrained(writer.partial, safe_serialization=True)

@@ -2,10 +2,11 @@
 
     W + M * (alpha / r) B A        M is 0 where W is 0, and 1 elsewhere
 
-What was pruned stays pruned: a weight that is zero, in whatever pattern, gets no update. The forward uses the masked update while it learns, so that what is
-merged is what was trained. That costs, for each such matrix and forward, a product O x R x I and O x I floats of 32 bits with their mask, which are kept for
-the backward pass (of one block with `recompute`); a matrix without a zero, as of most structural results, has peft's own forward, B (A x). An adapter that is
-kept apart is peft's own, without the mask, since others load it so.
+Pruned weights stay pruned: a weight that is zero gets no update, in any pattern. Training uses the masked update too,
+so the merged model is the trained model. For each such matrix, a forward pass costs a product O x R x I, and O x I
+floats of 32 bits with their mask, which are kept for the backward pass (for one block at a time with `recompute`). A
+matrix without zeros, as in most structural results, uses peft's own forward, B (A x). An adapter that is kept apart has
+no mask, since other programs load it without one.
 
 Shape letters: O outputs, I inputs, R rank, B T tokens.
 """
@@ -29,7 +30,7 @@ from secateur.models.family import CANONICAL, Family
 from secateur.models.view import ModelView
 from secateur.plan.rates import matching
 
-_ADAPTER = "default"  # peft's name for the only one
+_ADAPTER = "default"  # peft's name for a single adapter
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Adapters:
 
     Attributes:
         peft: peft's wrapper; the model inside has its linear modules replaced.
-        layers: path of a linear module in the model -> its layer.
+        layers: path of a linear module in the model -> peft's layer.
     """
 
     peft: Any
@@ -47,60 +48,74 @@ class Adapters:
     @property
     def trainable(self) -> nn.ParameterList:
         """A and B of every layer."""
-        return nn.ParameterList([layer[_ADAPTER].weight for path in self.layers for layer in (self.layers[path].lora_A, self.layers[path].lora_B)])
+        return nn.ParameterList(
+            [
+                layer[_ADAPTER].weight
+                for path in self.layers
+                for layer in (self.layers[path].lora_A, self.layers[path].lora_B)
+            ]
+        )
 
     def delta(self, path: str) -> Tensor:
-        """(alpha / r) B A of a module [O, I], float32."""
+        """The update (alpha / r) B A of a module, [O, I], float32."""
         return _delta(self.layers[path]).detach()
 
 
 def find_targets(view: ModelView, names: Sequence[str]) -> list[str]:
-    """The paths of the linear modules that get adapters.
+    """Find the linear modules that get adapters, and return their paths.
 
     Args:
         view: the model.
-        names: as in `--modules`: canonical names, `attention`, `mlp`, `all`, the family's own names, or globs. A module that several matrices are fused in
-            is taken whole.
+        names: as in `--modules`: canonical names, `attention`, `mlp`, `all`, the family's own names, or globs. A module
+            with several fused matrices is taken whole.
 
     Raises:
         UsageError: a name matches nothing.
     """
-    family, found = view.family, set()
+    family, targets = view.family, set()
     for name in names:
-        here = {(index, family.matrices[m]) for index in range(view.blocks) for m in matching(family, index, name)}
-        if not here:
+        matched = {(index, family.matrices[m]) for index in range(view.blocks) for m in matching(family, index, name)}
+        if not matched:
             raise UsageError(f"--targets: '{name}' matches no linear module of family {family.name} ({_known(family)})")
-        found |= here
+        targets |= matched
     order = list(dict.fromkeys(family.matrices.values()))
-    return [f"{family.blocks}.{index}.{path}" for index, path in sorted(found, key=lambda at: (at[0], order.index(at[1])))]
+    return [
+        f"{family.blocks}.{index}.{path}"
+        for index, path in sorted(targets, key=lambda target: (target[0], order.index(target[1])))
+    ]
 
 
 def _known(family: Family) -> str:
     own = sorted({path.rpartition(".")[2] for path in family.matrices.values()})
-    return f"known: {', '.join([*(n for n in CANONICAL if n in family.matrices), 'attention', 'mlp', 'all', *own])}, or a glob"
+    return (
+        f"known: {', '.join([*(n for n in CANONICAL if n in family.matrices), 'attention', 'mlp', 'all', *own])}, "
+        "or a glob"
+    )
 
 
 def need_peft() -> None:
-    """Raises SecateurError where peft is not installed."""
+    """Raise SecateurError if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError:
         raise SecateurError("heal needs peft, which is not installed: pip install 'secateur[heal]'") from None
 
 
-def add_adapters(model: PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, masked: bool) -> Adapters:
-    """Put adapters on a model, in place; all else is frozen.
+def add_adapters(
+    model: PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, masked: bool
+) -> Adapters:
+    """Put adapters on a model, in place; all its own weights are frozen.
 
     Args:
         model: the model, on its device.
         targets: paths of linear modules.
-        rank, alpha: r, and the scale's numerator.
-        seed: of A; B begins at zero, so that the function is the model's own.
-        masked: keep zeros zero.
+        rank, alpha: the rank r, and the numerator of the scale alpha / r.
+        seed: the seed of A; B starts at zero, so the function is the model's own at first.
+        masked: keep zero weights at zero.
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none", task_type="CAUSAL_LM")  # type: ignore[arg-type]  # a fraction serves as well
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), bias="none", task_type="CAUSAL_LM")  # type: ignore[arg-type]  # alpha may be a fraction
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
         torch.manual_seed(seed)
@@ -113,7 +128,7 @@ def add_adapters(model: PreTrainedModel, targets: Sequence[str], *, rank: int, a
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
-    """Keep one activation a block, and compute the others again in the backward pass."""
+    """Keep one activation per block, and recompute the others in the backward pass."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 

@@ -1,1 +1,1 @@
-"""What more pruning would cost: laws fitted to measured points, compared by what they say of points held out."""
+"""What more pruning would cost: laws fitted to measured points, and compared on held-out points."""

@@ -1,4 +1,4 @@
-"""From points to an answer: the fitted law, its rivals, predictions with their intervals, a target, and what to be wary of."""
+"""From points to an answer: the fitted law, its rivals, predictions with intervals, the target, and warnings."""
 
 from __future__ import annotations
 
@@ -20,27 +20,32 @@ _NO_POINTS_AT = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def predict(
-    points: Points, law: str | None = None, *, at: Sequence[float] = (), target: float | None = None, dense_in_fit: bool = False
+    points: Points,
+    law: str | None = None,
+    *,
+    at: Sequence[float] = (),
+    target: float | None = None,
+    dense_in_fit: bool = False,
 ) -> tuple[Prediction, Record]:
-    """Answer what a sparsity costs and what a wanted value allows.
+    """Predict the value at each sparsity, and the largest sparsity that keeps a target.
 
     Args:
-        points, law, dense_in_fit: as for `choose`.
-        at: sparsities in [0, 1); none takes the measured ones.
+        points, law, dense_in_fit: see `choose`.
+        at: sparsities in [0, 1); empty takes the measured ones.
         target: the perplexity not to exceed, or the accuracy not to fall below.
 
     Returns:
         The prediction, and the record that `secateur predict --json` prints.
     """
     _check_target(points, target)
-    found = choose(points, law, dense_in_fit=dense_in_fit)
+    prediction = choose(points, law, dense_in_fit=dense_in_fit)
     for s in at:
         if not 0 <= s < 1:
             raise UsageError(f"--at {s:g} is outside [0, 1)")
-    asked = list(at) or (list(points.s) or list(_NO_POINTS_AT)) * (target is None)
-    answers = [_at(found.chosen, s) for s in asked]
-    aim = None if target is None else _aim(found.chosen, target)
-    chosen, constants = found.chosen, found.chosen.named()
+    sparsities = list(at) or (list(points.s) or list(_NO_POINTS_AT)) * (target is None)
+    answers = [_at(prediction.chosen, s) for s in sparsities]
+    target_answer = None if target is None else _aim(prediction.chosen, target)
+    chosen, constants = prediction.chosen, prediction.chosen.named()
     record: Record = {
         "command": "predict",
         "version": version(),
@@ -58,22 +63,24 @@ def predict(
         "level": LEVEL,
         "rmse": chosen.rmse,
         "rmse_ln": chosen.rmse_ln,
-        "heldout_rmse": found.verdict.heldout,
+        "heldout_rmse": prediction.verdict.heldout,
         "points": len(points.s),
         "dense": points.dense,
-        "dense_in_fit": found.dense_in_fit,
+        "dense_in_fit": prediction.dense_in_fit,
         "chance": points.chance,
         "fitted_range": chosen.range,
-        "measured": [{"sparsity": float(s), points.kind: float(v)} for s, v in zip(points.s, points.values, strict=True)],
+        "measured": [
+            {"sparsity": float(s), points.kind: float(v)} for s, v in zip(points.s, points.values, strict=True)
+        ],
         "predictions": answers,
-        "target": aim,
-        "best": found.winner.law.name if found.winner and len(points.s) >= 3 else None,
-        "rivals": [_rival(one) for one in found.judged],
-        "interpolation_rmse": found.interpolation,
-        "published": _published(points, asked),
-        "warnings": warnings(found, answers, aim),
+        "target": target_answer,
+        "best": prediction.winner.law.name if prediction.winner and len(points.s) >= 3 else None,
+        "rivals": [_rival(judged) for judged in prediction.judged],
+        "interpolation_rmse": prediction.interpolation,
+        "published": _published(points, sparsities),
+        "warnings": warnings(prediction, answers, target_answer),
     }
-    return found, record
+    return prediction, record
 
 
 def _check_target(points: Points, target: float | None) -> None:
@@ -85,55 +92,55 @@ def _check_target(points: Points, target: float | None) -> None:
         raise UsageError(f"--target-acc {target:g}: an accuracy in (0, 1] is needed")
 
 
-def _at(found: Fit, s: float) -> Record:
-    at = np.array([s])
-    ends = found.interval(at)
+def _at(fit: Fit, s: float) -> Record:
+    at_s = np.array([s])
+    ends = fit.interval(at_s)
     return {
         "sparsity": float(s),
-        found.law.kind: float(found.predict(at)[0]),
+        fit.law.kind: float(fit.predict(at_s)[0]),
         "low": None if ends is None else float(ends[0][0]),
         "high": None if ends is None else float(ends[1][0]),
-        "extrapolated": found.extrapolates(s),
+        "extrapolated": fit.extrapolates(s),
     }
 
 
-def _aim(found: Fit, target: float) -> Record:
-    """The largest sparsity that keeps the target; `cautious` keeps it at the worse end of the interval too."""
-    s = found.inverse(target)
-    worse = "high" if found.law.kind == "ppl" else "low"
+def _aim(fit: Fit, target: float) -> Record:
+    """The largest sparsity that keeps the target; at `cautious` the worse end of the interval keeps it too."""
+    s = fit.inverse(target)
+    worse = "high" if fit.law.kind == "ppl" else "low"
     return {
-        found.law.kind: float(target),
+        fit.law.kind: float(target),
         "sparsity": s,
-        "cautious": found.inverse(target, worse),
-        "extrapolated": None if s is None else found.extrapolates(s),
+        "cautious": fit.inverse(target, worse),
+        "extrapolated": None if s is None else fit.extrapolates(s),
     }
 
 
-def _rival(one: Judged) -> Record:
-    found = one.fit
-    constants = None if found is None else found.named()
+def _rival(judged: Judged) -> Record:
+    fit = judged.fit
+    constants = None if fit is None else fit.named()
     return {
-        "law": one.law.name,
-        "formula": one.law.formula,
-        "source": one.law.source,
-        "fitted": found is not None,
+        "law": judged.law.name,
+        "formula": judged.law.formula,
+        "source": judged.law.source,
+        "fitted": fit is not None,
         "a": constants and constants["a"],
         "b": constants and constants["b"],
         "constants": constants,
-        "fitted_constants": len(one.law.free),
-        "rmse": found.rmse if found else None,
-        "rmse_ln": found.rmse_ln if found else None,
-        "heldout_rmse": one.heldout,
-        "heldout_points": len(one.errors),
-        "heldout_outside_domain": one.strayed,
-        "last_error": one.last,
+        "fitted_constants": len(judged.law.free),
+        "rmse": fit.rmse if fit else None,
+        "rmse_ln": fit.rmse_ln if fit else None,
+        "heldout_rmse": judged.heldout,
+        "heldout_points": len(judged.errors),
+        "heldout_outside_domain": judged.strayed,
+        "last_error": judged.last,
     }
 
 
-def _published(points: Points, asked: Sequence[float]) -> list[Record]:
-    """The paper's constants, and what they would say here."""
+def _published(points: Points, sparsities: Sequence[float]) -> list[Record]:
+    """The paper's fits, and their predictions for this dense model."""
     rows = [row for row in TABLE_3 if row.kind == points.kind]
-    at = np.array(asked, dtype=np.float64)
+    at = np.array(sparsities, dtype=np.float64)
     return [
         {
             "model": row.model,
@@ -143,7 +150,10 @@ def _published(points: Points, asked: Sequence[float]) -> list[Record]:
             "b": row.b,
             "rmse": row.rmse,
             "source": SOURCE,
-            "predictions": [{"sparsity": float(s), points.kind: float(v)} for s, v in zip(at, row.at(points.dense).predict(at), strict=True)],
+            "predictions": [
+                {"sparsity": float(s), points.kind: float(v)}
+                for s, v in zip(at, row.at(points.dense).predict(at), strict=True)
+            ],
         }
         for row in rows
     ]

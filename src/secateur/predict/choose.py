@@ -1,4 +1,4 @@
-"""Every law fitted and judged, and one of them chosen to answer."""
+"""Fit and judge every law, and choose one for the predictions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NOISE = 0.002  # below it, held-out errors are those of the measurement
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A law chosen for some points, with everything it was compared with.
+    """The law chosen for some points, and the laws it was compared with.
 
     Attributes:
-        points: what was measured.
+        points: the measured points.
         judged: every law for this metric, the least held-out error first.
-        chosen: the fit that answers.
-        interpolation: held-out error of no law at all.
+        chosen: the fit that makes the predictions.
+        interpolation: held-out error of plain interpolation between points, without a law.
         dense_in_fit: whether the dense model counts as a point of the fit.
     """
 
@@ -36,12 +36,12 @@ class Prediction:
 
     @property
     def verdict(self) -> Judged:
-        """How the chosen law did on held-out points."""
-        return next(one for one in self.judged if one.law.name == self.chosen.law.name)
+        """The held-out errors of the chosen law."""
+        return next(judged for judged in self.judged if judged.law.name == self.chosen.law.name)
 
     @property
     def winner(self) -> Judged | None:
-        """The law with the least held-out error; None where nothing could be held out."""
+        """The law with the least held-out error; None if no point could be held out."""
         return self.judged[0] if self.judged[0].heldout is not None and math.isfinite(self.judged[0].heldout) else None
 
     @property
@@ -54,43 +54,58 @@ class Prediction:
 
 
 def choose(points: Points, law: str | None = None, *, dense_in_fit: bool = False) -> Prediction:
-    """Fit every law, judge each on held-out points, and take the one asked for.
+    """Fit every law, judge each on held-out points, and choose one.
 
     Args:
-        points: at least as many as the law has constants; with none, the parameter-free law is all there is.
-        law: its name, or "best" for the least held-out error; None is the paper's fitted law (for no point at all, its parameter-free one).
-        dense_in_fit: count the dense model as a point. By default it is not one: y = 1 (or 0) at s = 0 holds by definition, whatever was
-            measured, so it would only pull the line towards what the law claims.
+        points: at least as many as the law has constants; without points, only the parameter-free law is possible.
+        law: its name, or "best" for the law with the least held-out error. None takes the paper's fitted law (without
+            points, its parameter-free law).
+        dense_in_fit: count the dense model as a point. It is not one by default: y = 1 (or 0) at s = 0 holds by
+            definition, so this point would only pull the line towards the law's claim.
 
     Raises:
-        UsageError: an unknown law.
-        SecateurError: fewer points than constants.
+        UsageError: the law is unknown.
+        SecateurError: the points are fewer than the constants.
     """
     kind, count = points.kind, len(points.s)
     if law not in (None, "best"):
-        find_law(law or "", kind)  # a wrong name is told before anything else
+        find_law(law or "", kind)  # check the name first
     judged = tuple(judge(kind, points.s, points.values, points.dense, dense_in_fit=dense_in_fit))
     if law == "best":
-        ranked = [one for one in judged if one.heldout is not None and math.isfinite(one.heldout) and one.fit is not None]
-        # the parameter-free law can be judged on a single point; best of one is no choice
+        ranked = [
+            rival
+            for rival in judged
+            if rival.heldout is not None and math.isfinite(rival.heldout) and rival.fit is not None
+        ]
+        # the parameter-free law can be judged on a single point: then there is only one law to choose from
         if count < 3 or not ranked:
             raise SecateurError(
-                f"--law best compares held-out errors, which takes three pruned points or more (there are {count}): name a law, or measure more"
+                f"--law best compares held-out errors, which takes three pruned points or more (there are {count}): "
+                "name a law, or measure more"
             )
         name = ranked[0].law.name
     else:
         name = law or ("theory" if kind == "ppl" and count == 0 else DEFAULT[kind])
-    wanted = find_law(name, kind)
-    found = fit_points(wanted, points.s, points.values, points.dense, dense_in_fit=dense_in_fit)
-    if found is None:
-        raise SecateurError(_too_few(wanted, points))
-    return Prediction(points, judged, found, interpolation_error(points.s, points.values, points.dense), dense_in_fit)
+    chosen_law = find_law(name, kind)
+    fit = fit_points(chosen_law, points.s, points.values, points.dense, dense_in_fit=dense_in_fit)
+    if fit is None:
+        raise SecateurError(_too_few(chosen_law, points))
+    return Prediction(points, judged, fit, interpolation_error(points.s, points.values, points.dense), dense_in_fit)
 
 
 def _too_few(law: Law, points: Points) -> str:
     count = len(points.s)
     have = "one pruned point" if count == 1 else f"{count} pruned points" if count else "no pruned point"
-    fewer = ", or --law theory, which needs none" if points.kind == "ppl" else ", or --law proportional, which has one constant" if count == 1 else ""
+    fewer = (
+        ", or --law theory, which needs none"
+        if points.kind == "ppl"
+        else ", or --law proportional, which has one constant"
+        if count == 1
+        else ""
+    )
     lost = [warning for warning in points.warnings if warning.endswith("left out")]
     why = f" ({len(lost)} more left out, the first: {lost[0]})" if lost else ""
-    return f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): measure more sparsities with 'secateur sweep'{fewer}"
+    return (
+        f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): "
+        f"measure more sparsities with 'secateur sweep'{fewer}"
+    )

@@ -1,7 +1,8 @@
-"""A law with its constants: predictions, their intervals, and the way back from a wanted value to a sparsity.
+"""A law with its constants: predictions, their intervals, and the sparsity at which a target value is reached.
 
-Intervals are those of least squares, at 95%: exact for the linear laws where errors in y are normal, and by the tangent at the
-fitted constants (the delta method) for the others. With as many points as constants nothing is left to judge the errors by, and there are none.
+Intervals are 95% intervals of least squares. They are exact for linear laws with normal errors in y; the other laws use
+the tangent at the fitted constants (the delta method). With only as many points as constants the errors cannot be
+estimated, and the result has no intervals.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Fit:
 
     @property
     def spare(self) -> int:
-        """Points beyond those that the constants use up."""
+        """The number of points minus the number of fitted constants (degrees of freedom)."""
         return len(self.s) - len(self.law.free)
 
     @property
@@ -57,12 +58,14 @@ class Fit:
 
     @property
     def rmse_ln(self) -> float | None:
-        """The same in the logarithm of the value, where laws with different y can be compared."""
-        return math.sqrt(float(np.square(log_errors(self.values, self.predict(self.s))).mean())) if len(self.s) else None
+        """Root of the mean squared error in ln(value), the same unit for all laws; None without points."""
+        return (
+            math.sqrt(float(np.square(log_errors(self.values, self.predict(self.s))).mean())) if len(self.s) else None
+        )
 
     @cached_property
     def sigma(self) -> float | None:
-        """Standard deviation of one measurement, in y; None where no point is spare."""
+        """Standard deviation of one measurement, in y; None without spare points."""
         return math.sqrt(float(np.square(self.residuals).sum()) / self.spare) if self.spare > 0 else None
 
     @cached_property
@@ -72,39 +75,45 @@ class Fit:
         return np.asarray(np.linalg.pinv(gradient.T @ gradient)) if gradient.shape[1] else np.zeros((0, 0))
 
     def constant_intervals(self) -> dict[str, tuple[float, float] | None]:
-        """For each free constant its 95% interval; None where no point is spare."""
+        """The 95% interval of each free constant; None without spare points."""
         if self.sigma is None:
             return dict.fromkeys(self.law.free)
         half = student_quantile(self.spare) * self.sigma * np.sqrt(np.diag(self._spread))
         given = dict(zip(self.law.constants, self.constants, strict=True))
-        return {name: (float(given[name] - h), float(given[name] + h)) for name, h in zip(self.law.free, half, strict=True)}
+        return {
+            name: (float(given[name] - h), float(given[name] + h)) for name, h in zip(self.law.free, half, strict=True)
+        }
 
     def predict(self, s: Array) -> Array:
-        """Perplexity or accuracy at s; infinity where the law has no perplexity."""
+        """Perplexity or accuracy at s; infinity if the law has no perplexity there."""
         return self.law.scale.back(self.law.mean(self.constants, s), self.dense)
 
     def interval(self, s: Array) -> tuple[Array, Array] | None:
-        """Where a new measurement at s falls with 95% probability, if the law holds; None where no point is spare."""
+        """The range of a new measurement at s with 95% probability, if the law holds; None without spare points."""
         if self.sigma is None:
             return None
         gradient = self.law.gradient(self.constants, s)
-        half = student_quantile(self.spare) * self.sigma * np.sqrt(1 + np.einsum("nk,kl,nl->n", gradient, self._spread, gradient))
+        half = (
+            student_quantile(self.spare)
+            * self.sigma
+            * np.sqrt(1 + np.einsum("nk,kl,nl->n", gradient, self._spread, gradient))
+        )
         mean = self.law.mean(self.constants, s)
         ends = np.stack([self.law.scale.back(mean - half, self.dense), self.law.scale.back(mean + half, self.dense)])
         return ends.min(0), ends.max(0)
 
     def inverse(self, wanted: float, bound: str = "mean") -> float | None:
-        """The largest sparsity that keeps the wanted value.
+        """The largest sparsity that keeps the target.
 
         Args:
             wanted: the perplexity not to exceed, or the accuracy not to fall below.
-            bound: "mean", the law's own line, or an end of the interval ("low", "high"), which is None where there is no interval.
+            bound: "mean", the law's own line, or an end of the interval ("low", "high").
 
         Returns:
-            A sparsity in [0, 1); None where no sparsity keeps it.
+            A sparsity in [0, 1); None if no sparsity keeps the target, or if the interval does not exist.
         """
 
-        def kept(s: Array) -> Array:
+        def keeps(s: Array) -> Array:
             ends = self.interval(s) if bound != "mean" else None
             value = self.predict(s) if ends is None else ends[bound == "high"]
             return np.asarray(value <= wanted if self.law.kind == "ppl" else value >= wanted)
@@ -112,27 +121,27 @@ class Fit:
         if bound != "mean" and self.sigma is None:
             return None
         grid = np.linspace(0.0, _END, 4001)
-        good = np.flatnonzero(kept(grid))
-        if not len(good):
+        keeping = np.flatnonzero(keeps(grid))
+        if not len(keeping):
             return None
-        last = int(good[-1])
+        last = int(keeping[-1])
         if last == len(grid) - 1:
             return _END
         low, high = grid[last], grid[last + 1]
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if kept(np.array([middle]))[0] else (low, middle)
+            low, high = (middle, high) if keeps(np.array([middle]))[0] else (low, middle)
         return float(low)
 
     @property
     def range(self) -> tuple[float, float] | None:
-        """The sparsities between which this law interpolates; None without points."""
+        """The smallest and largest sparsity of the fit, between which the law interpolates; None without points."""
         if not len(self.s):
             return None
         return (0.0 if self.law.pinned else float(self.s.min())), float(self.s.max())
 
     def extrapolates(self, s: float) -> bool:
-        """Whether s lies outside of what the constants rest on."""
+        """Whether s lies outside the fitted range."""
         return self.range is None or not self.range[0] <= s <= self.range[1]
 
     def named(self) -> dict[str, float]:
@@ -141,7 +150,7 @@ class Fit:
 
 
 def fit(law: Law, s: Array, values: Array, dense: float) -> Fit | None:
-    """Least squares in the law's y; None where there are fewer distinct sparsities than constants."""
+    """Fit by least squares in the law's y; None if there are fewer distinct sparsities than constants."""
     if len(np.unique(s)) < len(law.free):
         return None
     return Fit(law, law.solve(s, law.scale.to(values, dense)), dense, s, values)
@@ -153,7 +162,7 @@ def given(law: Law, constants: tuple[float, ...], dense: float) -> Fit:
 
 
 def log_errors(values: Array, predicted: Array) -> Array:
-    """ln predicted - ln measured; infinite where the law has left its domain."""
+    """ln predicted - ln measured; infinite outside the domain of the law."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(predicted) - np.log(values))
 
@@ -164,7 +173,7 @@ def student_quantile(degrees: int, level: float = LEVEL) -> float:
 
     From the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun, solved by bisection; numpy has no quantiles.
     """
-    low, high = 0.0, math.pi / 2  # of theta = atan(t / sqrt(degrees)), in which all of the axis is finite
+    low, high = 0.0, math.pi / 2  # theta = atan(t / sqrt(degrees)) maps the whole axis to a finite interval
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if _central_probability(middle, degrees) < level else (low, middle)

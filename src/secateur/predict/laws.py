@@ -1,11 +1,14 @@
 """The laws: perplexity or accuracy as a function of sparsity s, each one small frozen object.
 
-The paper's are equations 2 and 3 of "How can representation dimension dominate structurally pruned LLMs?" (arXiv:2503.04377):
-ln PPL0 / ln PPL = 1 - s, fitted as y = a s + b, and ln(acc / acc0) = a s + b. As printed, equation 3 (proportional to 1 - s) cannot hold
-at s = 0, where ln(acc / acc0) = 0; the form with b = 0 is what it has to mean, and its table 3 has a free slope and b near 0. The others
-are rivals on the same points. `phase` follows the study "Phase transitions in large language model compression" (npj Artificial
-Intelligence, 2026; repository whucs21Mzy/Model-Phase-Transitions): a power law up to a transition point, an exponential beyond. The power
-law there is in PPL; here it is in ln PPL, which is the same to first order and leaves two of the four constants linear.
+The paper's laws are equations 2 and 3 of "How can representation dimension dominate structurally pruned LLMs?"
+(arXiv:2503.04377): ln PPL0 / ln PPL = 1 - s, fitted as y = a s + b, and ln(acc / acc0) = a s + b. Equation 3 as printed
+(proportional to 1 - s) cannot hold at s = 0, where ln(acc / acc0) = 0. It must mean the form with b = 0; table 3 of the
+paper has a free slope and b near 0.
+
+The other laws are rivals on the same points. `phase` follows the study "Phase transitions in large language model
+compression" (npj Artificial Intelligence, 2026; repository whucs21Mzy/Model-Phase-Transitions): a power law up to a
+transition point, an exponential beyond. The study has the power law in PPL. Here it is in ln PPL, which is the same to
+first order and makes two of the four constants linear.
 
 Legend of shapes: N points, K fitted constants, G trials of constants. s, y and values are float64 arrays [N].
 """
@@ -27,12 +30,12 @@ Kind = Literal["ppl", "acc"]
 
 @dataclass(frozen=True)
 class Scale:
-    """The y in which a law is fitted, from a value and the dense model's.
+    """The quantity y in which a law is fitted, computed from a value and the dense model's value.
 
     Attributes:
         formula: y in words.
         to: (values, dense value) to y.
-        back: (y, dense value) to values; infinity, or an accuracy of 0, where y has left what any value gives.
+        back: (y, dense value) to values; infinity, or an accuracy of 0, if no value gives this y.
     """
 
     formula: str
@@ -52,15 +55,17 @@ def _exp(y: Array) -> Array:
 
 RATIO = Scale("ln PPL0 / ln PPL", lambda v, v0: np.log(v0) / np.log(v), _ratio_back)
 LOG = Scale("ln PPL - ln PPL0", lambda v, v0: np.log(v / v0), lambda y, v0: v0 * _exp(y))
-LOG_RATIO = Scale("ln(ln PPL0 / ln PPL)", lambda v, v0: np.log(np.log(v0) / np.log(v)), lambda y, v0: _exp(np.log(v0) * _exp(-y)))
+LOG_RATIO = Scale(
+    "ln(ln PPL0 / ln PPL)", lambda v, v0: np.log(np.log(v0) / np.log(v)), lambda y, v0: _exp(np.log(v0) * _exp(-y))
+)
 LOG_ACC = Scale("ln(acc / acc0)", lambda v, v0: np.log(v / v0), lambda y, v0: v0 * _exp(y))
 SHARE = Scale("acc / acc0", lambda v, v0: v / v0, lambda y, v0: np.maximum(0.0, v0 * y))
 
 
 class Law(Protocol):
-    """A form with some constants, of which `free` are fitted.
+    """A formula with constants, of which `free` are fitted.
 
-    `pinned`: whether it passes through the dense model whatever the constants, so that s = 0 lies inside its fitted range.
+    `pinned`: whether the law passes through the dense model for all constants; then s = 0 lies inside its fitted range.
     """
 
     @property
@@ -83,7 +88,7 @@ class Law(Protocol):
     def pinned(self) -> bool: ...  # noqa: D102
 
     def solve(self, s: Array, y: Array) -> Array:
-        """The constants with the least sum of squared errors in y; at least as many points as `free`."""
+        """The constants with the least squared error in y; needs at least as many points as `free` constants."""
         ...
 
     def mean(self, constants: Array, s: Array) -> Array:
@@ -97,11 +102,11 @@ class Law(Protocol):
 
 @dataclass(frozen=True)
 class LinearLaw:
-    """y = a x(s) + b, by least squares; a constant that is given is not fitted.
+    """y = a x(s) + b, by least squares; a constant with a given value is not fitted.
 
     Attributes:
         regressor: x, a function of s.
-        a, b: None where fitted.
+        a, b: None if fitted.
     """
 
     name: str
@@ -118,7 +123,7 @@ class LinearLaw:
 
     @property
     def free(self) -> tuple[str, ...]:
-        """The constants that are not given."""
+        """The constants without a given value."""
         return tuple(name for name in self.constants if getattr(self, name) is None)
 
     @property
@@ -127,21 +132,21 @@ class LinearLaw:
         return self.b is not None
 
     def solve(self, s: Array, y: Array) -> Array:
-        """(a, b)."""
-        found = np.array([self.a or 0.0, self.b or 0.0])
+        """Return (a, b)."""
+        constants = np.array([self.a or 0.0, self.b or 0.0])
         if not self.free:
-            return found
-        rest = y - self.mean(found, s)  # the free constants are 0 in `found`
-        fitted, *_ = np.linalg.lstsq(self.gradient(found, s), rest, rcond=None)
-        found[[self.constants.index(name) for name in self.free]] = fitted
-        return found
+            return constants
+        rest = y - self.mean(constants, s)  # the free constants are still 0
+        fitted, *_ = np.linalg.lstsq(self.gradient(constants, s), rest, rcond=None)
+        constants[[self.constants.index(name) for name in self.free]] = fitted
+        return constants
 
     def mean(self, constants: Array, s: Array) -> Array:
         """y at s."""
         return np.asarray(constants[0] * self.regressor(s) + constants[1])
 
     def gradient(self, constants: Array, s: Array) -> Array:
-        """[N, K]: the columns of the free constants."""
+        """Derivatives of y by the free constants, [N, K]."""
         columns = {"a": self.regressor(s), "b": np.ones_like(s)}
         return np.stack([columns[name] for name in self.free], axis=1) if self.free else np.zeros((len(s), 0))
 
@@ -151,7 +156,10 @@ _POWER_AT_MOST, _GROWTH_AT_MOST = 16.0, 60.0
 
 @dataclass(frozen=True)
 class ExponentialLaw:
-    """y = a (exp(b s) - 1) / b: slope a at s = 0, growing (b > 0) or fading with s. Linear in a, so only b is searched."""
+    """y = a (exp(b s) - 1) / b: slope a at s = 0, which grows (b > 0) or fades with s.
+
+    The law is linear in a, so only b is searched.
+    """
 
     name: str = "exponential"
     kind: Kind = "ppl"
@@ -164,7 +172,7 @@ class ExponentialLaw:
     pinned = True
 
     def solve(self, s: Array, y: Array) -> Array:
-        """(a, b), with b in [-60, 60]."""
+        """Return (a, b), with b in [-60, 60]."""
 
         def trial(trials_G1: Array) -> tuple[Array, Array]:
             x_GN = _growth(trials_G1, s)
@@ -180,7 +188,7 @@ class ExponentialLaw:
         return np.asarray(a * _growth(np.array([[b]]), s)[0])
 
     def gradient(self, constants: Array, s: Array) -> Array:
-        """[N, 2]."""
+        """Derivatives of y by a and b, [N, 2]."""
         a, b = constants
         x = _growth(np.array([[b]]), s)[0]
         # near b = 0 the derivative of x by b is s^2 / 2, which the quotient below cannot give
@@ -189,17 +197,17 @@ class ExponentialLaw:
 
 
 def _growth(b_G1: Array, s: Array) -> Array:
-    """(exp(b s) - 1) / b, s where b is 0; [G, N]."""
+    """(exp(b s) - 1) / b, or s if b is 0; [G, N]."""
     safe_G1 = np.where(np.abs(b_G1) < 1e-12, 1e-12, b_G1)
     return np.asarray(np.expm1(safe_G1 * s) / safe_G1)
 
 
 @dataclass(frozen=True)
 class PhaseLaw:
-    """y = a s^b up to t, and from there on y = a t^b + c (s - t): a power law, then PPL grows exponentially; continuous at t.
+    """y = a s^b up to t, y = a t^b + c (s - t) beyond: a power law, then exponential growth of PPL; continuous at t.
 
-    a and c are linear and held at 0 or more (pruning more does not help); b and the transition t are searched, t between the second and
-    the last but one sparsity, so that both sides rest on points.
+    a and c are linear and at least 0 (more pruning does not help). b and the transition t are searched. t lies between
+    the second and the last but one sparsity, so that points lie on both sides.
     """
 
     name: str = "phase"
@@ -213,7 +221,7 @@ class PhaseLaw:
     pinned = True
 
     def solve(self, s: Array, y: Array) -> Array:
-        """(a, b, c, t), with b in [0.25, 16]."""
+        """Return (a, b, c, t), with b in [0.25, 16]."""
         ordered = np.unique(s[s > 0])
         low, high = (ordered[1], ordered[-2]) if len(ordered) > 3 else (ordered[0], ordered[-1])
 
@@ -230,7 +238,7 @@ class PhaseLaw:
         return np.asarray(a * np.minimum(s, t) ** b + c * np.maximum(0.0, s - t))
 
     def gradient(self, constants: Array, s: Array) -> Array:
-        """[N, 4]."""
+        """Derivatives of y by a, b, c and t, [N, 4]."""
         a, b, c, t = constants
         low = np.minimum(s, t)
         by_b = a * low**b * np.log(np.where(low > 0, low, 1.0))
@@ -239,7 +247,7 @@ class PhaseLaw:
 
 
 def _two_columns(u_GN: Array, v_GN: Array, y: Array) -> tuple[Array, Array]:
-    """Least squares y = a u + c v with a, c >= 0 for each trial; errors [G] and (a, c) [G, 2]."""
+    """Solve least squares y = a u + c v with a, c >= 0 for each trial; return errors [G] and (a, c) [G, 2]."""
     uu, vv, uv, uy, vy = (u_GN**2).sum(1), (v_GN**2).sum(1), (u_GN * v_GN).sum(1), u_GN @ y, v_GN @ y
     tiny = np.finfo(np.float64).tiny
     determinant = uu * vv - uv**2
@@ -256,58 +264,107 @@ def _two_columns(u_GN: Array, v_GN: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _search(trial: Callable[[Array], tuple[Array, Array]], axes: list[Array]) -> tuple[Array, Array]:
-    """Minimise over a grid, then over ever smaller grids around the best; returns the searched constants and the linear ones.
+    """Minimise over a grid, then over smaller and smaller grids around the best point.
 
-    A grid, since the errors have several minima where the transition point moves past a measured sparsity.
+    A grid is needed because the errors have several minima: one each time the transition passes a measured sparsity.
+
+    Returns:
+        The searched constants, and the linear ones.
     """
     low, high = np.array([axis[0] for axis in axes]), np.array([axis[-1] for axis in axes])
     points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
     steps = np.stack(np.meshgrid(*[np.linspace(-1, 1, 5)] * len(axes), indexing="ij"), -1).reshape(-1, len(axes))
     errors, linear = trial(points)
     n = int(errors.argmin())
-    best, found, least = points[n], linear[n], errors[n]
+    best, best_linear, least = points[n], linear[n], errors[n]
     width = np.array([np.diff(axis).max() for axis in axes])
     for _ in range(60):
         points = np.clip(best + steps * width, low, high)
         errors, linear = trial(points)
         n = int(errors.argmin())
         if errors[n] < least:
-            best, found, least = points[n], linear[n], errors[n]
+            best, best_linear, least = points[n], linear[n], errors[n]
         else:
             width = width / 2
-    return best, found
+    return best, best_linear
 
 
 _PAPER = "arXiv:2503.04377"
 _RATIO_DOMAIN = "a s + b > 0; beyond it the law has no perplexity"
 
 LAWS: tuple[Law, ...] = (
-    LinearLaw("ratio", "ppl", "ln PPL0 / ln PPL = a s + b", _RATIO_DOMAIN, f"{_PAPER}, equation 2, fitted as in its table 3", RATIO),
-    LinearLaw("theory", "ppl", "ln PPL0 / ln PPL = 1 - s", "0 <= s < 1", f"{_PAPER}, equation 2, no fitted constant", RATIO, a=-1.0, b=1.0),
-    LinearLaw("log-linear", "ppl", "ln PPL - ln PPL0 = a s + b", "0 <= s < 1", "a rival form: PPL grows exponentially with s", LOG),
-    LinearLaw("power", "ppl", "ln PPL0 / ln PPL = exp(b) (1 - s)^a", "0 <= s < 1", "a rival form: equation 2 to a power", LOG_RATIO, lambda s: np.log1p(-s)),
+    LinearLaw(
+        "ratio",
+        "ppl",
+        "ln PPL0 / ln PPL = a s + b",
+        _RATIO_DOMAIN,
+        f"{_PAPER}, equation 2, fitted as in its table 3",
+        RATIO,
+    ),
+    LinearLaw(
+        "theory",
+        "ppl",
+        "ln PPL0 / ln PPL = 1 - s",
+        "0 <= s < 1",
+        f"{_PAPER}, equation 2, no fitted constant",
+        RATIO,
+        a=-1.0,
+        b=1.0,
+    ),
+    LinearLaw(
+        "log-linear",
+        "ppl",
+        "ln PPL - ln PPL0 = a s + b",
+        "0 <= s < 1",
+        "a rival form: PPL grows exponentially with s",
+        LOG,
+    ),
+    LinearLaw(
+        "power",
+        "ppl",
+        "ln PPL0 / ln PPL = exp(b) (1 - s)^a",
+        "0 <= s < 1",
+        "a rival form: equation 2 to a power",
+        LOG_RATIO,
+        lambda s: np.log1p(-s),
+    ),
     ExponentialLaw(),
     PhaseLaw(),
-    LinearLaw("log-ratio", "acc", "ln(acc / acc0) = a s + b", "0 <= s < 1; knows no chance level", f"{_PAPER}, equation 3, fitted as in its table 3", LOG_ACC),
-    LinearLaw("proportional", "acc", "ln(acc / acc0) = a s", "0 <= s < 1; knows no chance level", f"{_PAPER}, equation 3 with b = 0", LOG_ACC, b=0.0),
+    LinearLaw(
+        "log-ratio",
+        "acc",
+        "ln(acc / acc0) = a s + b",
+        "0 <= s < 1; knows no chance level",
+        f"{_PAPER}, equation 3, fitted as in its table 3",
+        LOG_ACC,
+    ),
+    LinearLaw(
+        "proportional",
+        "acc",
+        "ln(acc / acc0) = a s",
+        "0 <= s < 1; knows no chance level",
+        f"{_PAPER}, equation 3 with b = 0",
+        LOG_ACC,
+        b=0.0,
+    ),
     LinearLaw("linear", "acc", "acc / acc0 = a s + b", "a s + b > 0; knows no chance level", "a rival form", SHARE),
-)  # fmt: skip
+)
 
 DEFAULT: dict[Kind, str] = {"ppl": "ratio", "acc": "log-ratio"}
 
 
 def laws_of(kind: Kind) -> list[Law]:
-    """The laws for perplexity, or for accuracy."""
+    """The laws for perplexity ("ppl") or for accuracy ("acc")."""
     return [law for law in LAWS if law.kind == kind]
 
 
 def find_law(name: str, kind: Kind) -> Law:
-    """The law of that name.
+    """The law with this name.
 
     Raises:
-        UsageError: there is none for this kind of value.
+        UsageError: no law for this kind of value has this name.
     """
-    found = {law.name: law for law in laws_of(kind)}
-    if name not in found:
-        raise unknown(f"law for {'perplexity' if kind == 'ppl' else 'accuracy'}", name, [*found, "best"])
-    return found[name]
+    laws = {law.name: law for law in laws_of(kind)}
+    if name not in laws:
+        raise unknown(f"law for {'perplexity' if kind == 'ppl' else 'accuracy'}", name, [*laws, "best"])
+    return laws[name]

@@ -1,6 +1,7 @@
-"""Measured points from records of a sweep or from a CSV, checked to belong together: one model, one method, one protocol.
+"""Measured points from the records of a sweep, or from a CSV.
 
-Fits are on the measured sparsity (`sparsity_measured`), not the one asked for.
+The points must belong together: one model, one method, one protocol. Fits use the measured sparsity
+(`sparsity_measured`), not the requested one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from secateur.core.records import Record
 from secateur.evaluate.cloze import CHANCE as CLOZE_CHANCE
 from secateur.predict.laws import Array, Kind
 
-# What guessing scores, where that is known: each item of the bundled cloze task has four choices. Records of lm-eval's tasks say it themselves.
+# Accuracy of guessing, by task (the bundled cloze task has four choices); records of lm-eval's tasks hold their own.
 CHANCE = {"cloze": CLOZE_CHANCE}
 
 _PROTOCOL = ("spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
@@ -37,8 +38,8 @@ class Point:
     Attributes:
         s: measured sparsity, in [0, 1).
         value: perplexity or accuracy.
-        stderr: of an accuracy, where it was measured.
-        place: where it comes from, for messages.
+        stderr: standard error of an accuracy, if it was measured.
+        place: the file and line, or the folder, that it comes from, for messages.
     """
 
     s: float
@@ -55,9 +56,9 @@ class Points:
         metric: "ppl" or the name of a task.
         dense: the value of the dense model.
         s, values: pruned points, float64 [N].
-        chance: what guessing scores on the task; None where unknown, and for perplexity.
+        chance: the accuracy of guessing; None if unknown, and for perplexity.
         about: model, method and so on, for titles; empty for a CSV.
-        warnings: what was left out, and what looks odd.
+        warnings: points that were left out, and values that look odd.
     """
 
     metric: str
@@ -70,120 +71,164 @@ class Points:
 
     @property
     def kind(self) -> Kind:
-        """What is measured: "ppl" or "acc"."""
+        """The kind of value: "ppl" or "acc"."""
         return "ppl" if self.metric == "ppl" else "acc"
 
 
-def read_points(paths: Sequence[Path], metric: str | None = None, *, chance: float | None = None, where: dict[str, str] | None = None) -> Points:
-    """Points from records files (or folders that hold one), or from one CSV.
+def read_points(
+    paths: Sequence[Path],
+    metric: str | None = None,
+    *,
+    chance: float | None = None,
+    where: dict[str, str] | None = None,
+) -> Points:
+    """Read points from records files (or folders that hold one), or from one CSV.
 
     Args:
         paths: the files.
-        metric: "ppl", the name of a task (its `acc`), or "TASK:acc_norm"; None takes perplexity where there is one, else accuracy.
-        chance: what guessing scores on the task; None takes it from `CHANCE`, or from the records.
-        where: keep the records whose field has this value: {"method": "wanda", "options.scope": "row"}.
+        metric: "ppl", the name of a task (its `acc`), or "TASK:acc_norm"; None takes perplexity if it was measured,
+            else accuracy.
+        chance: the accuracy of guessing; None takes it from `CHANCE`, or from the records.
+        where: keep the records with these field values, such as {"method": "wanda", "options.scope": "row"}.
 
     Raises:
-        UsageError: a file that is neither, or a metric that was not measured (those that were are named).
-        SecateurError: points that do not belong together, or that no law can be fitted to.
+        UsageError: a file is neither records nor a CSV, or the metric was not measured.
+        SecateurError: the points do not belong together, or no law can be fitted to them.
     """
     if not paths:
-        raise UsageError("no points: give a records.jsonl that 'secateur sweep' wrote, or a CSV with columns sparsity,ppl or sparsity,acc")
+        raise UsageError(
+            "no points: give a records.jsonl that 'secateur sweep' wrote, or a CSV with columns sparsity,ppl or "
+            "sparsity,acc"
+        )
     if chance is not None and not 0 <= chance < 1:
-        raise UsageError(f"--chance {chance:g} is outside [0, 1): give the accuracy of guessing, as 0.25 for four choices")
-    tables = [path for path in paths if not _holds_records(path)]
-    if tables and len(paths) > 1:
-        raise UsageError(f"'{tables[0]}' is a CSV and was given with other files: give one CSV, or records files only")
-    if tables and where:
-        raise UsageError(f"--where chooses among records, and '{tables[0]}' is a CSV: remove the rows that are not wanted")
+        raise UsageError(
+            f"--chance {chance:g} is outside [0, 1): give the accuracy of guessing, as 0.25 for four choices"
+        )
+    csv_files = [path for path in paths if not _holds_records(path)]
+    if csv_files and len(paths) > 1:
+        raise UsageError(
+            f"'{csv_files[0]}' is a CSV and was given with other files: give one CSV, or records files only"
+        )
+    if csv_files and where:
+        raise UsageError(
+            f"--where chooses among records, and '{csv_files[0]}' is a CSV: remove the rows that are not wanted"
+        )
     recorded = None
-    if tables:
-        name, dense, found, notes = _from_csv(tables[0], metric)
+    if csv_files:
+        name, dense, points, notes = _from_csv(csv_files[0], metric)
         about: dict[str, Any] = {}
     else:
-        name, dense, found, about, notes = _from_records(records.read(paths), metric, where or {})
+        name, dense, points, about, notes = _from_records(records.read(paths), metric, where or {})
         recorded = about.pop("chance", None)
     if chance is None:
         chance = CHANCE.get(name.partition(":")[0], recorded)
-    return make_points(name, dense, found, chance=chance, about=about, notes=notes)
+    return make_points(name, dense, points, chance=chance, about=about, notes=notes)
 
 
 def make_points(
-    metric: str, dense: Point, found: Iterable[Point], *, chance: float | None = None, about: dict[str, Any] | None = None, notes: Sequence[str] = ()
+    metric: str,
+    dense: Point,
+    found: Iterable[Point],
+    *,
+    chance: float | None = None,
+    about: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Points:
-    """Check the points of one metric and leave out what no law can say anything of.
+    """Check the points of one metric, and leave out those that no law can be fitted to.
 
     Raises:
-        SecateurError: a value that the metric cannot have, a sparsity outside [0, 1), or two different values at one sparsity.
+        SecateurError: a value is impossible, a sparsity is outside [0, 1), or one sparsity has two values.
     """
-    said = list(notes)
+    warnings = list(notes)
     check = _check_ppl if metric == "ppl" else _check_acc
     for point in (dense, *(found := list(found))):
         if not 0 <= point.s < 1:
-            raise SecateurError(f"{point.place}: sparsity {point.s:g} is outside [0, 1): give the fraction removed, not a percentage")
+            raise SecateurError(
+                f"{point.place}: sparsity {point.s:g} is outside [0, 1): give the fraction removed, not a percentage"
+            )
         check(point)
-    distinct = _distinct(found, said)
+    distinct = _distinct(found, warnings)
     if metric != "ppl":
-        distinct = _above_chance(dense, distinct, chance, metric, said)
+        distinct = _above_chance(dense, distinct, chance, metric, warnings)
     distinct.sort(key=lambda point: point.s)
-    _say_non_monotone([dense, *distinct], metric, said)
+    _note_non_monotone([dense, *distinct], metric, warnings)
     s, values = (np.array([getattr(point, name) for point in distinct], dtype=np.float64) for name in ("s", "value"))
-    return Points(metric, dense.value, s, values, chance if metric != "ppl" else None, about or {}, tuple(said))
+    return Points(metric, dense.value, s, values, chance if metric != "ppl" else None, about or {}, tuple(warnings))
 
 
 def _check_ppl(point: Point) -> None:
     if not (math.isfinite(point.value) and point.value > 1):
-        raise SecateurError(f"{point.place}: perplexity {point.value:g} is not a finite number above 1, so its logarithm cannot be fitted; measure it anew")
+        raise SecateurError(
+            f"{point.place}: perplexity {point.value:g} is not a finite number above 1, "
+            "so its logarithm cannot be fitted; measure it anew"
+        )
 
 
 def _check_acc(point: Point) -> None:
     if not 0 <= point.value <= 1:
-        raise SecateurError(f"{point.place}: accuracy {point.value:g} is outside [0, 1]: give a fraction, not a percentage")
+        raise SecateurError(
+            f"{point.place}: accuracy {point.value:g} is outside [0, 1]: give a fraction, not a percentage"
+        )
 
 
-def _distinct(found: list[Point], said: list[str]) -> list[Point]:
-    """Equal points once; two values at one sparsity are refused, since a point held out would have its twin in the fit."""
-    at: dict[float, Point] = {}
-    for point in found:
-        other = at.setdefault(point.s, point)
-        if other is point:
+def _distinct(points: list[Point], warnings: list[str]) -> list[Point]:
+    """Count equal points once.
+
+    Two different values at one sparsity are refused: a held-out point would have its twin in the fit.
+    """
+    by_sparsity: dict[float, Point] = {}
+    for point in points:
+        first = by_sparsity.setdefault(point.s, point)
+        if first is point:
             continue
-        if other.value != point.value:
+        if first.value != point.value:
             raise SecateurError(
-                f"two values at sparsity {point.s:g}: {other.value:g} ({other.place}) and {point.value:g} ({point.place}); "
-                "keep one, or give their mean in a CSV"
+                f"two values at sparsity {point.s:g}: {first.value:g} ({first.place}) and {point.value:g} "
+                f"({point.place}); keep one, or give their mean in a CSV"
             )
-        said.append(f"sparsity {point.s:g} with value {point.value:g} occurs more than once and is counted once")
-    return list(at.values())
+        warnings.append(f"sparsity {point.s:g} with value {point.value:g} occurs more than once and is counted once")
+    return list(by_sparsity.values())
 
 
-def _above_chance(dense: Point, found: list[Point], chance: float | None, metric: str, said: list[str]) -> list[Point]:
-    """Drop accuracies of 0 and those within one standard error of chance: guessing has no logarithm worth fitting."""
+def _above_chance(
+    dense: Point, points: list[Point], chance: float | None, metric: str, warnings: list[str]
+) -> list[Point]:
+    """Leave out accuracies of 0, and those within one standard error of chance, where accuracy no longer falls."""
     if dense.value == 0 or (chance is not None and dense.value - (dense.stderr or 0.0) <= chance):
         raise SecateurError(
-            f"the dense model's accuracy on {metric} is {dense.value:g}" + ("" if dense.value == 0 else f", not above chance ({chance:g})")
+            f"the dense model's accuracy on {metric} is {dense.value:g}"
+            + ("" if dense.value == 0 else f", not above chance ({chance:g})")
             + ": there is nothing to lose, so no law can be fitted; choose another task"
-        )  # fmt: skip
-    kept = []
-    for point in found:
+        )
+    usable = []
+    for point in points:
         if point.value == 0:
-            said.append(f"accuracy 0 at sparsity {point.s:g} has no logarithm and is left out")
+            warnings.append(f"accuracy 0 at sparsity {point.s:g} has no logarithm and is left out")
         elif chance is not None and point.value - (point.stderr or 0.0) <= chance:
             margin = f" within its standard error {point.stderr:.3g}" if point.stderr and point.value > chance else ""
-            said.append(f"accuracy {point.value:g} at sparsity {point.s:g} is at chance ({chance:g}){margin} and is left out: it falls no further there")
+            warnings.append(
+                f"accuracy {point.value:g} at sparsity {point.s:g} is at chance ({chance:g}){margin} and is left out: "
+                "it falls no further there"
+            )
         else:
-            kept.append(point)
+            usable.append(point)
     if chance is None:
-        said.append(f"what guessing scores on {metric} is unknown, so points at chance cannot be told: give --chance")
-    return kept
+        warnings.append(
+            f"what guessing scores on {metric} is unknown, so points at chance cannot be recognised: give --chance"
+        )
+    return usable
 
 
-def _say_non_monotone(points: list[Point], metric: str, said: list[str]) -> None:
-    worse: Callable[[Point, Point], bool] = (lambda a, b: b.value < a.value) if metric == "ppl" else (lambda a, b: b.value > a.value)
+def _note_non_monotone(points: list[Point], metric: str, warnings: list[str]) -> None:
+    """Add a warning if the metric improves from one sparsity to the next."""
+    worse: Callable[[Point, Point], bool] = (
+        (lambda a, b: b.value < a.value) if metric == "ppl" else (lambda a, b: b.value > a.value)
+    )
     better = [f"{b.s:g} ({b.value:g}) than at {a.s:g} ({a.value:g})" for a, b in pairwise(points) if worse(a, b)]
     if better:
-        said.append(
-            f"not monotone: {'perplexity' if metric == 'ppl' else metric} is better at sparsity {'; at '.join(better)}; every law here says the contrary"
+        warnings.append(
+            f"not monotone: {'perplexity' if metric == 'ppl' else metric} is better at sparsity "
+            f"{'; at '.join(better)}; every law here says the opposite"
         )
 
 
@@ -191,24 +236,31 @@ def _say_non_monotone(points: list[Point], metric: str, said: list[str]) -> None
 
 
 def _holds_records(path: Path) -> bool:
-    """Whether the file is JSON lines; a folder is taken to hold them.
+    """Whether the path holds records: a folder, or a file of JSON lines.
 
     Raises:
-        UsageError: it is neither JSON lines nor a table with a sparsity column.
+        UsageError: the file is missing, or neither JSON lines nor a table with a sparsity column.
     """
     if path.is_dir():
         return True
     if not path.is_file():
-        raise UsageError(f"no file '{path}': give a records.jsonl, the folder that holds it, or a CSV with columns sparsity,ppl or sparsity,acc")
+        raise UsageError(
+            f"no file '{path}': give a records.jsonl, the folder that holds it, "
+            "or a CSV with columns sparsity,ppl or sparsity,acc"
+        )
     try:
         first = next((line for line in path.read_text("utf-8-sig").splitlines() if line.strip()), "")
     except (UnicodeDecodeError, OSError) as error:
-        raise UsageError(f"'{path}' cannot be read as text ({error.__class__.__name__}): records (JSON lines) or a CSV are expected") from None
+        raise UsageError(
+            f"'{path}' cannot be read as text ({error.__class__.__name__}): records (JSON lines) or a CSV are expected"
+        ) from None
     if first.lstrip().startswith("{"):
         return True
     if "sparsity" not in [name.strip() for name in next(csv.reader([first]), [])]:
         start = f"starts with '{first.strip()[:40]}'" if first else "is empty"
-        raise UsageError(f"'{path}' is neither records (JSON lines) nor a CSV whose first line names a column sparsity: it {start}")
+        raise UsageError(
+            f"'{path}' is neither records (JSON lines) nor a CSV whose first line names a column sparsity: it {start}"
+        )
     return False
 
 
@@ -217,26 +269,37 @@ def _from_csv(path: Path, metric: str | None) -> tuple[str, Point, list[Point], 
     columns = [name.strip() for name in reader.fieldnames or []]
     reader.fieldnames = columns
     name, column = _column(path, columns, metric)
-    rows = [(reader.line_num, row) for row in reader if any((value or "").strip() for value in row.values() if isinstance(value, str))]
+    rows = [
+        (reader.line_num, row)
+        for row in reader
+        if any((value or "").strip() for value in row.values() if isinstance(value, str))
+    ]
     points = []
     for line, row in rows:
         place = f"{path}, line {line}"
         stderr = _number(row["stderr"], place, "stderr") if (row.get("stderr") or "").strip() else None
-        points.append(Point(_number(row["sparsity"], place, "sparsity"), _number(row[column], place, column), stderr, place))
-    said: list[str] = []
-    dense = _distinct([point for point in points if point.s == 0], said)
+        points.append(
+            Point(_number(row["sparsity"], place, "sparsity"), _number(row[column], place, column), stderr, place)
+        )
+    warnings: list[str] = []
+    dense = _distinct([point for point in points if point.s == 0], warnings)
     if not dense:
-        raise SecateurError(f"'{path}' has no row with sparsity 0: add the dense model's {column}, which every law starts from")
-    return name, dense[0], [point for point in points if point.s != 0], said
+        raise SecateurError(
+            f"'{path}' has no row with sparsity 0: add the dense model's {column}, which every law starts from"
+        )
+    return name, dense[0], [point for point in points if point.s != 0], warnings
 
 
 def _column(path: Path, columns: list[str], metric: str | None) -> tuple[str, str]:
-    """The metric and the column that holds it; a task's name may head the column itself."""
+    """The metric, and its column: the column has the name of the metric, or of the task, or is `acc`."""
     if metric is None:
         metric = "ppl" if "ppl" in columns else "acc"
     column = metric if metric in columns or metric == "ppl" else "acc"
     if column not in columns:
-        raise UsageError(f"'{path}' has no column {column} (its columns: {', '.join(columns)}); name the column, or choose with --metric")
+        raise UsageError(
+            f"'{path}' has no column {column} (its columns: {', '.join(columns)}); name the column, "
+            "or choose with --metric"
+        )
     return metric, column
 
 
@@ -253,69 +316,125 @@ def _number(text: str | None, place: str, column: str) -> float:
 # Records
 
 
-def _from_records(found: list[Record], metric: str | None, where: dict[str, str]) -> tuple[str, Point, list[Point], dict[str, Any], list[str]]:
-    measured: dict[str, Record] = {}
-    found, where = named(found), {name: shown(value) if name == "model" else value for name, value in where.items()}
-    for index, record in enumerate(found):
-        if record.get("command") == "eval":  # a later evaluation of a folder replaces an earlier one
-            # the dense model may have been measured in several ways, of which the pruned ones may want any
-            how = records.to_json(record.get("ppl_protocol") or {}) if _is_dense(record) else ""
-            measured[str(record.get("out") or index) + how] = record
-    if not measured:
-        commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in found})) or "none"
-        raise SecateurError(f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or 'secateur sweep'")
-    dense = [record for record in measured.values() if _is_dense(record)]
-    pruned = [record for record in measured.values() if not _is_dense(record) and all(_said(_field(record, k)) == v for k, v in where.items())]
-    healed = [record for record in pruned if record.get("heal")]
-    if len(healed) < len(pruned):  # recovery is no part of a law of pruning
-        pruned = [record for record in pruned if not record.get("heal")]
-    else:
-        healed = []
+def _from_records(
+    found: list[Record], metric: str | None, where: dict[str, str]
+) -> tuple[str, Point, list[Point], dict[str, Any], list[str]]:
+    """The metric, the dense point, the pruned points, facts about the runs, and warnings."""
+    where = {name: shown(value) if name == "model" else value for name, value in where.items()}
+    measured = _evaluations(named(found))
+    dense = [record for record in measured if _is_dense(record)]
+    all_pruned = [record for record in measured if not _is_dense(record)]
+    pruned = [record for record in all_pruned if all(_as_text(_field(record, k)) == v for k, v in where.items())]
+    pruned, healed = _without_healed(pruned)
     if where and not pruned:
-        choices = "; ".join(f"{name}: {', '.join(sorted({_said(_field(r, name)) for r in measured.values() if not _is_dense(r)})) or 'none'}" for name in where)
-        raise UsageError(f"no pruned record has {', '.join(f'{k}={v}' for k, v in where.items())} (there are {choices})")
+        raise _no_match(where, all_pruned)
     name, read = _reader([*dense, *pruned], metric)
     _same(pruned, {**_EVERY, **_PRUNED}, "--where NAME=VALUE keeps one of them")
-    if pruned:
-        dense = [record for record in dense if _model(record) == _model(pruned[0])] or dense
     measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
     if pruned:
-        dense = [record for record in dense if all(look(record) == look(pruned[0]) for look in measured_by.values())] or dense
+        dense = _dense_of(pruned[0], dense, measured_by)
     _same([*dense, *pruned], {**_EVERY, **measured_by}, "give the records of one model, measured in one way")
     with_value = [record for record in dense if read(record) is not None]
     if not with_value:
         model = _model(pruned[0]) if pruned else "the model"
-        raise SecateurError(f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol")
-    points, said = [], [f"{_place(record)}: was healed; left out" for record in healed]
-    for record in pruned:
-        point = read(record)
-        if point is None:
-            said.append(f"{_place(record)}: {name} was not measured, or is not finite; left out")
-        elif math.isinf(point.value):
-            said.append(f"{_place(record)}: the perplexity is infinite, which no law can say; left out")
-        elif point.s == 0:
-            said.append(f"{_place(record)}: nothing was removed; left out")
-        else:
-            points.append(point)
-    about = {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")} if pruned else {"model": dense[0].get("model")}
+        raise SecateurError(
+            f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol"
+        )
+    points, skipped = _pruned_points(pruned, name, read)
+    warnings = [*(f"{_place(record)}: was healed; left out" for record in healed), *skipped]
+    about = (
+        {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")}
+        if pruned
+        else {"model": dense[0].get("model")}
+    )
     base = read(with_value[-1])
     assert base is not None
     about["chance"] = (with_value[-1].get("tasks") or {}).get(name.partition(":")[0], {}).get("chance")
-    return name, base, points, about, said
+    return name, base, points, about, warnings
+
+
+def _evaluations(found: list[Record]) -> list[Record]:
+    """The `eval` records; a later evaluation of a folder replaces an earlier one.
+
+    The dense model is kept once per protocol, since it may have been measured under several.
+
+    Raises:
+        SecateurError: no record is of `eval`.
+    """
+    measured: dict[str, Record] = {}
+    for index, record in enumerate(found):
+        if record.get("command") == "eval":
+            protocol = records.to_json(record.get("ppl_protocol") or {}) if _is_dense(record) else ""
+            measured[str(record.get("out") or index) + protocol] = record
+    if not measured:
+        commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in found})) or "none"
+        raise SecateurError(
+            f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or "
+            "'secateur sweep'"
+        )
+    return list(measured.values())
+
+
+def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The records without healed ones, and the healed ones; if all are healed, they stay, and none is left out.
+
+    A law of pruning must not mix in recovery.
+    """
+    healed = [record for record in pruned if record.get("heal")]
+    if len(healed) == len(pruned):
+        return pruned, []
+    return [record for record in pruned if not record.get("heal")], healed
+
+
+def _no_match(where: dict[str, str], pruned: list[Record]) -> UsageError:
+    """The error for `--where` without a matching record; it names the values that occur."""
+    choices = "; ".join(
+        f"{name}: {', '.join(sorted({_as_text(_field(record, name)) for record in pruned})) or 'none'}"
+        for name in where
+    )
+    return UsageError(f"no pruned record has {', '.join(f'{k}={v}' for k, v in where.items())} (there are {choices})")
+
+
+def _dense_of(pruned: Record, dense: list[Record], measured_by: _Fields) -> list[Record]:
+    """The dense records of the same model and then of the same measurement; a step without a match keeps all."""
+    dense = [record for record in dense if _model(record) == _model(pruned)] or dense
+    return [record for record in dense if all(read(record) == read(pruned) for read in measured_by.values())] or dense
+
+
+def _pruned_points(
+    pruned: list[Record], name: str, read: Callable[[Record], Point | None]
+) -> tuple[list[Point], list[str]]:
+    """The points that a law can be fitted to, and a line for each record that is left out."""
+    points: list[Point] = []
+    skipped: list[str] = []
+    for record in pruned:
+        point = read(record)
+        if point is None:
+            skipped.append(f"{_place(record)}: {name} was not measured, or is not finite; left out")
+        elif math.isinf(point.value):
+            skipped.append(f"{_place(record)}: the perplexity is infinite, which no law can give; left out")
+        elif point.s == 0:
+            skipped.append(f"{_place(record)}: nothing was removed; left out")
+        else:
+            points.append(point)
+    return points, skipped
 
 
 def _is_dense(record: Record) -> bool:
     return record.get("method") is None and not record.get("sparsity")
 
 
-def _reader(found: list[Record], metric: str | None) -> tuple[str, Callable[[Record], Point | None]]:
-    """The metric, and what takes it from a record."""
-    tasks = sorted({task for record in found for task in record.get("tasks") or {}})
+def _reader(records_read: list[Record], metric: str | None) -> tuple[str, Callable[[Record], Point | None]]:
+    """The metric, and a function that reads its point from a record."""
+    tasks = sorted({task for record in records_read for task in record.get("tasks") or {}})
     if metric is None:
-        metric = "ppl" if not tasks or any("ppl" in record for record in found) else tasks[0]
+        metric = "ppl" if not tasks or any("ppl" in record for record in records_read) else tasks[0]
     name, _, variant = metric.partition(":")
     if metric != "ppl" and (name not in tasks or variant not in ("", "acc", "acc_norm")):
-        raise UsageError(f"--metric {metric} was not measured (allowed: {', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})")
+        raise UsageError(
+            f"--metric {metric} was not measured (allowed: "
+            f"{', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})"
+        )
 
     def read(record: Record) -> Point | None:
         task = (record.get("tasks") or {}).get(name) or {}
@@ -323,7 +442,12 @@ def _reader(found: list[Record], metric: str | None) -> tuple[str, Callable[[Rec
         s = record.get("sparsity_measured", record.get("sparsity"))
         if value is None or (s is None and not _is_dense(record)):
             return None
-        return Point(float(s or 0.0), float(value), task.get("stderr_norm" if variant == "acc_norm" else "stderr"), _place(record))
+        return Point(
+            float(s or 0.0),
+            float(value),
+            task.get("stderr_norm" if variant == "acc_norm" else "stderr"),
+            _place(record),
+        )
 
     return metric, read
 
@@ -343,20 +467,26 @@ def _field(record: Record, name: str) -> Any:
     return value
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-# What must agree, by the name that a message uses.
+# Fields that must agree, by their name in messages.
 _Fields = dict[str, Callable[[Record], Any]]
-_EVERY: _Fields = {"model": _model, "model_revision": lambda record: record.get("model_revision"), "dtype": lambda record: record.get("dtype")}
+_EVERY: _Fields = {
+    "model": _model,
+    "model_revision": lambda record: record.get("model_revision"),
+    "dtype": lambda record: record.get("dtype"),
+}
 
 
 def _fields(names: Iterable[str]) -> _Fields:
     return {name: lambda record, name=name: _field(record, name) for name in names}  # type: ignore[misc]
 
 
-_PRUNED = _fields(("method", "pattern", "modules", "options", "seed", *(f"calibration.{name}" for name in _CALIBRATION)))
+_PRUNED = _fields(
+    ("method", "pattern", "modules", "options", "seed", *(f"calibration.{name}" for name in _CALIBRATION))
+)
 
 
 def _protocol_fields() -> _Fields:
@@ -364,13 +494,17 @@ def _protocol_fields() -> _Fields:
 
 
 def _task_fields(task: str) -> _Fields:
-    """A task may be measured on its first items, or on another version of them."""
-    return {f"{task}'s items ({what})": lambda record, what=what: ((record.get("tasks") or {}).get(task) or {}).get(what) for what in ("n", "sha256")}  # type: ignore[misc]
+    """Fields that identify the items of a task: runs may use only the first ones, or another version."""
+
+    def reader(name: str) -> Callable[[Record], Any]:
+        return lambda record: ((record.get("tasks") or {}).get(task) or {}).get(name)
+
+    return {f"{task}'s items ({name})": reader(name) for name in ("n", "sha256")}
 
 
 def _same(found: list[Record], fields: _Fields, step: str) -> None:
     for name, read in fields.items():
-        values = sorted({_said(read(record)) for record in found})
+        values = sorted({_as_text(read(record)) for record in found})
         if len(values) > 1:
             shown = ", ".join(value[:60] for value in values[:4]) + (", ..." if len(values) > 4 else "")
             raise SecateurError(f"the records differ in {name}: {shown}; one law is for one of them: {step}")

@@ -15,7 +15,7 @@ class Published:
     """One row of the table.
 
     Attributes:
-        model, dataset: what was pruned with SliceGPT, and measured on.
+        model, dataset: the model that was pruned with SliceGPT, and the data set it was measured on.
         kind: "ppl" (y = ln PPL0 / ln PPL) or "acc" (y = ln(acc / acc0)).
         a, b, rmse: y = a s + b, and the error of that fit in y.
     """

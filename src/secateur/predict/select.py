@@ -1,4 +1,4 @@
-"""Which law says most of points it has not seen: leave-one-out, in the logarithm of the value so that all laws compare in one unit."""
+"""Which law predicts held-out points best: leave-one-out, in the logarithm of the value, one unit for all laws."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from secateur.predict.laws import Array, Kind, Law, laws_of
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A law, its fit to all points, and how it did on points held out.
+    """A law, its fit to all points, and its errors on held-out points.
 
     Attributes:
         law: the form.
-        fit: None where there are fewer points than constants.
-        errors: ln predicted - ln measured of each point, by the fit to the others; infinite where that fit has no value there. Empty
-            where the others are fewer than the constants.
-        last: the error at the largest sparsity, predicted from the smaller ones: what a step of extrapolation costs.
+        fit: None if there are fewer points than constants.
+        errors: ln predicted - ln measured of each point, predicted by the fit to the others; infinite if that fit has
+            no value there. Empty if the others are fewer than the constants.
+        last: the error at the largest sparsity, predicted from the smaller ones (the error of an extrapolation).
     """
 
     law: Law
@@ -30,45 +30,51 @@ class Judged:
 
     @property
     def heldout(self) -> float | None:
-        """Root of the mean squared held-out error; infinity where the law has no value for some point, None where nothing was held out."""
+        """Root of the mean squared held-out error; infinity if a point has no predicted value, None without errors."""
         return math.sqrt(math.fsum(error * error for error in self.errors) / len(self.errors)) if self.errors else None
 
     @property
     def strayed(self) -> int:
-        """How many held-out points the law has no value for."""
+        """The number of held-out points at which the law has no value."""
         return sum(math.isinf(error) for error in self.errors)
 
 
 def leave_one_out(law: Law, s: Array, values: Array, dense: float, *, dense_in_fit: bool = False) -> tuple[float, ...]:
-    """The error of each point predicted from the others; empty where those are too few. The dense model is never held out."""
+    """The error of each point, predicted from the others; empty if those are too few.
+
+    The dense model is never held out.
+    """
     errors = []
     for n in range(len(s)):
-        found = fit_points(law, np.delete(s, n), np.delete(values, n), dense, dense_in_fit=dense_in_fit)
-        if found is None:
+        fitted = fit_points(law, np.delete(s, n), np.delete(values, n), dense, dense_in_fit=dense_in_fit)
+        if fitted is None:
             return ()
-        errors.append(float(log_errors(values[n : n + 1], found.predict(s[n : n + 1]))[0]))
+        errors.append(float(log_errors(values[n : n + 1], fitted.predict(s[n : n + 1]))[0]))
     return tuple(errors)
 
 
 def fit_points(law: Law, s: Array, values: Array, dense: float, *, dense_in_fit: bool = False) -> Fit | None:
-    """Fit, with the dense model as one more point where that is asked for and the law does not pass through it anyway."""
+    """Fit the law; `dense_in_fit` adds the dense model as a point, unless the law passes through it anyway."""
     if dense_in_fit and not law.pinned:
         s, values = np.append(0.0, s), np.append(dense, values)
     return fit(law, s, values, dense)
 
 
 def judge(kind: Kind, s: Array, values: Array, dense: float, *, dense_in_fit: bool = False) -> list[Judged]:
-    """Every law for this kind of value, the one with the least held-out error first."""
-    found = []
+    """Judge every law for this kind of value; the law with the least held-out error comes first."""
+    judged = []
     for law in laws_of(kind):
         errors = leave_one_out(law, s, values, dense, dense_in_fit=dense_in_fit)
         last = errors[int(s.argmax())] if errors else None
-        found.append(Judged(law, fit_points(law, s, values, dense, dense_in_fit=dense_in_fit), errors, last))
-    return sorted(found, key=lambda one: math.inf if one.heldout is None else one.heldout)
+        judged.append(Judged(law, fit_points(law, s, values, dense, dense_in_fit=dense_in_fit), errors, last))
+    return sorted(judged, key=lambda entry: math.inf if entry.heldout is None else entry.heldout)
 
 
 def interpolation_error(s: Array, values: Array, dense: float) -> float | None:
-    """Held-out error of no law at all: straight lines in the logarithm between neighbours, the last one prolonged. None below three points."""
+    """Held-out error without a law, by linear interpolation of the logarithm; None below three points.
+
+    The last point is extrapolated from the two before it.
+    """
     if len(s) < 3:
         return None
     order = np.argsort(s)

@@ -1,1 +1,1 @@
-"""Records turned into one HTML page and its plots."""
+"""The report: one HTML page with its plots, made from records."""

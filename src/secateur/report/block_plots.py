@@ -1,4 +1,4 @@
-"""The plot of what each run removed in each block: heat maps for masked matrices, widths for removed units."""
+"""The plot of the removed share of each block: heat maps for masked matrices, widths for removed units."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ _NUMBERED = 12  # blocks up to which the panels have room for numbers
 
 
 def block_removal(layers: Sequence[Layers], labels: Sequence[str]) -> Picture | None:
-    """One panel a run, at most six; None where there is nothing to draw.
+    """One panel per run, at most six; None without plans.
 
     Args:
-        layers: the plans, the most telling first.
-        labels: what to call them.
+        layers: the plans, the most unequal first.
+        labels: the names of the runs, in the same order.
     """
     layers = layers[:MAXIMUM]
     if not layers:
         return None
     columns = 1 if len(layers) == 1 else 2
     rows = math.ceil(len(layers) / columns)
-    figure = Figure(figsize=(8, min(5.4, 0.9 + 1.9 * rows) if columns == 2 else 3.4), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(8, min(5.4, 0.9 + 1.9 * rows) if columns == 2 else 3.4),
+        dpi=DPI,
+        layout="constrained",
+        facecolor="white",
+    )
     figure.suptitle(plain(textwrap.fill(_title(layers), 86)), fontsize=11, x=0.01, ha="left", color="#111111")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     scale = _scale(layers)
@@ -43,10 +48,17 @@ def block_removal(layers: Sequence[Layers], labels: Sequence[str]) -> Picture | 
         axes.set_visible(False)
     drawn = [(image, axes) for image, axes in zip(images, panels, strict=False) if image is not None]
     if drawn:
-        bar = figure.colorbar(drawn[0][0], ax=list(panels), format=PercentFormatter(1.0, decimals=0), shrink=0.9, pad=0.02)
+        bar = figure.colorbar(
+            drawn[0][0], ax=list(panels), format=PercentFormatter(1.0, decimals=0), shrink=0.9, pad=0.02
+        )
         bar.set_label("removed", fontsize=8)
         bar.ax.tick_params(labelsize=8)
-    return Picture("blocks", png(figure), "; ".join(_reading(plan, label) for plan, label in zip(layers, labels, strict=False)), _caption(layers))
+    return Picture(
+        "blocks",
+        png(figure),
+        "; ".join(_reading(plan, label) for plan, label in zip(layers, labels, strict=False)),
+        _caption(layers),
+    )
 
 
 def _title(layers: Sequence[Layers]) -> str:
@@ -55,7 +67,10 @@ def _title(layers: Sequence[Layers]) -> str:
     low, high = _range(worst, part)
     if len(layers) == 1:
         return f"Removed by block: from {low:.0%} to {high:.0%} of {part}"
-    return f"Removed by block: {len(layers)} runs with unequal blocks; the widest range is {low:.0%} to {high:.0%} of {part}"
+    return (
+        f"Removed by block: {len(layers)} runs with unequal blocks; the widest range is {low:.0%} to {high:.0%} of "
+        f"{part}"
+    )
 
 
 def _range(plan: Layers, part: str) -> tuple[float, float]:
@@ -64,18 +79,23 @@ def _range(plan: Layers, part: str) -> tuple[float, float]:
 
 
 def _caption(layers: Sequence[Layers]) -> str:
-    said = []
+    sentences = []
     if any(not plan.kept for plan in layers):
-        said.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
+        sentences.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
     if any(plan.kept for plan in layers):
-        said.append("Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads (groups), and of the features of the")
-        said.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
-    return " ".join(said)
+        sentences.append(
+            "Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads "
+            "(groups), and of the features of the"
+        )
+        sentences.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
+    return " ".join(sentences)
 
 
 def _scale(layers: Sequence[Layers]) -> Normalize:
-    """One scale for all heat maps, over what occurs in them."""
-    values = [v for plan in layers if not plan.kept for part in plan.parts for v in plan.removed[part] if v is not None] or [0.0, 1.0]
+    """One scale for all heat maps, over the values in them."""
+    values = [
+        v for plan in layers if not plan.kept for part in plan.parts for v in plan.removed[part] if v is not None
+    ] or [0.0, 1.0]
     return Normalize(math.floor(min(values) * 20) / 20, math.ceil(max(values) * 20) / 20)
 
 
@@ -100,7 +120,15 @@ def _heat_map(axes: Axes, plan: Layers, scale: Normalize) -> AxesImage:
             for x, value in enumerate(row):
                 if not math.isnan(value):
                     dark = scale(value) > 0.55
-                    axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if dark else "#111111")
+                    axes.text(
+                        x,
+                        y,
+                        f"{100 * value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=6.5,
+                        color="white" if dark else "#111111",
+                    )
     return image
 
 
@@ -108,7 +136,14 @@ def _widths(axes: Axes, plan: Layers) -> None:
     few = len(plan.parts) <= 2
     for part, colour, marker in zip(plan.parts, COLOURS, MARKERS, strict=False):
         shares, most = [kept / of for kept, of in plan.kept[part]], max(of for _, of in plan.kept[part])
-        axes.plot(shares, color=colour, marker=marker, markersize=4, linewidth=1.4, label=f"{plain(part)}, of {most:,}" if few else plain(part))
+        axes.plot(
+            shares,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1.4,
+            label=f"{plain(part)}, of {most:,}" if few else plain(part),
+        )
     if few and plan.blocks <= _NUMBERED:
         _number_widths(axes, plan)
     axes.set_ylim(0, 1.18 if few else 1.6)
@@ -117,19 +152,33 @@ def _widths(axes: Axes, plan: Layers) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7 if few else 6.5, frameon=False, loc="lower left" if few else "upper left", ncols=min(3, len(plan.parts)), columnspacing=1.0)
+    axes.legend(
+        fontsize=7 if few else 6.5,
+        frameon=False,
+        loc="lower left" if few else "upper left",
+        ncols=min(3, len(plan.parts)),
+        columnspacing=1.0,
+    )
 
 
 def _number_widths(axes: Axes, plan: Layers) -> None:
-    """Write each width at its point: the highest of a block above it, the others below, so that they keep clear of one another."""
+    """Write each width at its point: the highest of a block above it, the others below, so that they do not overlap."""
     for x in range(plan.blocks):
-        points = [(plan.kept[part][x][0] / plan.kept[part][x][1], plan.kept[part][x][0], colour) for part, colour in zip(plan.parts, COLOURS, strict=False)]
+        points = [
+            (plan.kept[part][x][0] / plan.kept[part][x][1], plan.kept[part][x][0], colour)
+            for part, colour in zip(plan.parts, COLOURS, strict=False)
+        ]
         highest = max(points, key=lambda point: point[0])
         for share, kept, colour in points:
             offset = (0, 5) if (share, kept, colour) == highest else (0, -11)
-            axes.annotate(f"{kept}", (x, share), offset, textcoords="offset points", ha="center", fontsize=7, color=colour)
+            axes.annotate(
+                f"{kept}", (x, share), offset, textcoords="offset points", ha="center", fontsize=7, color=colour
+            )
 
 
 def _reading(plan: Layers, label: str) -> str:
-    ranges = (f"{part} {words.percent(_range(plan, part)[0])} to {words.percent(_range(plan, part)[1])}" for part in plan.parts)
+    ranges = (
+        f"{part} {words.percent(_range(plan, part)[0])} to {words.percent(_range(plan, part)[1])}"
+        for part in plan.parts
+    )
     return f"{label}, removed by block: {', '.join(ranges)}"

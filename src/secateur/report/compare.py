@@ -1,6 +1,7 @@
-"""The paper-style table: methods side by side at one ratio, with the published numbers of the same method where the model is one of a paper's.
+"""The paper-style table: methods side by side at one ratio, with published numbers of the same method and model.
 
-A published number stands beside a run whose ratio is within three points of its own; it was measured under the paper's protocol, not under the run's.
+A published number stands beside a run if their ratios are within three percentage points. It was measured under the
+protocol of the paper, not under that of the run.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -24,21 +26,21 @@ _SPREAD = 0.01
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table, and what must be said of it."""
+    """The table, and the notes below it."""
 
     table: Table
     notes: tuple[str, ...]
 
 
 def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | None:
-    """The table of rows that may be compared.
+    """Compare the rows in a table.
 
     Args:
-        rows: of one model under one protocol.
-        records: all of them: those of `heal` say what healing took, those of `bench` how fast results are.
+        rows: the rows of one model under one protocol.
+        records: all records: those of `heal` have the cost of healing, those of `bench` the speed of results.
 
     Returns:
-        None where fewer than two methods were measured.
+        The table with its notes; None if fewer than two methods were measured.
     """
     measured = _once(sorted((row for row in rows if row.dense or row.measuring), key=_order))
     if len({_method(row) for row in measured if not row.dense}) < 2:
@@ -47,17 +49,50 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
     tasks = task_names(measured)
     columns = [
         Column("Method", lambda row: Cell("dense" if row.dense else _method(row)), text=True),
-        Column("W update", lambda row: None if row.dense else Cell("yes" if _updated(row) else "no"), "weights that stay were changed", text=True),
-        Column("Removed", _removed, "measured: of all parameters; what was asked for beside it, where that is more than a point away"),
+        Column(
+            "W update",
+            lambda row: None if row.dense else Cell("yes" if _updated(row) else "no"),
+            "weights that stay were changed",
+            text=True,
+        ),
+        Column(
+            "Removed",
+            _removed,
+            "measured: of all parameters; what was asked for beside it, where that is more than a point away",
+        ),
         Column("Zeroed", _zeroed, "measured: of all parameters", optional=True),
-        Column("PPL", lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl), "lower is better"),
-        *(Column(task, lambda row, t=task: _accuracy(row, t), "per cent; length-normalised where the task has it") for task in tasks),  # type: ignore[misc]
+        Column(
+            "PPL",
+            lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl),
+            "lower is better",
+        ),
+        *(
+            Column(
+                task,
+                partial(_accuracy, task=task),
+                "per cent; length-normalised where the task has it",
+            )
+            for task in tasks
+        ),
         Column("Mean", lambda row: _mean(row, tasks), "of the tasks", optional=True),
-        Column("Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"),
+        Column(
+            "Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"
+        ),
         Column("Peak memory", lambda row: _cell(words.size(cost[row][1]), cost[row][1]), "resident set of the process"),
         Column("Parameters", lambda row: _cell(words.count(row.number("params_after")), row.number("params_after"))),
-        Column("Tokens/s", lambda row: _speed(row, records), "generated, at the largest batch; times the dense model's in turns with it", optional=True),
-        Column("Published", _published, "the same method on this model, under the paper's protocol", optional=True, text=True),
+        Column(
+            "Tokens/s",
+            lambda row: _speed(row, records),
+            "generated, at the largest batch; times the dense model's in turns with it",
+            optional=True,
+        ),
+        Column(
+            "Published",
+            _published,
+            "the same method on this model, under the paper's protocol",
+            optional=True,
+            text=True,
+        ),
     ]
     return Comparison(table(columns, measured), tuple(_notes(measured)))
 
@@ -65,21 +100,25 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
 def markdown(found: Comparison) -> str:
     """The table for a README, and the notes below it."""
     heads = [head for head, _, _ in found.table.heads]
-    lines = [heads, ["---" if text else "---:" for _, _, text in found.table.heads], *([cell.text for cell in row] for row in found.table.rows)]
+    lines = [
+        heads,
+        ["---" if text else "---:" for _, _, text in found.table.heads],
+        *([cell.text for cell in row] for row in found.table.rows),
+    ]
     body = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
     return body + "\n" + "".join(f"\n- {note}" for note in found.notes) + ("\n" if found.notes else "")
 
 
 def asked_elsewhere(row: Row) -> float | None:
-    """The pruning ratio that was asked for, where the measured one is more than a point away from it."""
-    asked, removed = row.number("params_removed"), row.number("pruning_ratio")
-    return asked if asked is not None and removed is not None and abs(asked - removed) > _SPREAD else None
+    """The requested pruning ratio, if the measured one is more than a percentage point away from it; else None."""
+    requested, removed = row.number("params_removed"), row.number("pruning_ratio")
+    return requested if requested is not None and removed is not None and abs(requested - removed) > _SPREAD else None
 
 
 def _removed(row: Row) -> Cell | None:
-    removed, asked = row.number("pruning_ratio"), asked_elsewhere(row)
+    removed, requested = row.number("pruning_ratio"), asked_elsewhere(row)
     text = words.percent(removed)
-    return _cell(f"{text} (asked {asked:.0%})" if text and asked is not None else text, removed)
+    return _cell(f"{text} (asked {requested:.0%})" if text and requested is not None else text, removed)
 
 
 def _order(row: Row) -> tuple[bool, bool, float, str]:
@@ -89,8 +128,13 @@ def _order(row: Row) -> tuple[bool, bool, float, str]:
 
 
 def _once(rows: Sequence[Row]) -> list[Row]:
-    """Of one method, two ratios may lead to the same result: whole blocks go, say."""
-    return list({(_method(row), row.number("pruning_ratio"), row.number("nonzero_after"), row.ppl): row for row in reversed(rows)}.values())[::-1]
+    """The rows without repeated results: two requested ratios may remove the same whole blocks."""
+    return list(
+        {
+            (_method(row), row.number("pruning_ratio"), row.number("nonzero_after"), row.ppl): row
+            for row in reversed(rows)
+        }.values()
+    )[::-1]
 
 
 def _method(row: Row) -> str:
@@ -131,13 +175,16 @@ def _mean(row: Row, tasks: Sequence[str]) -> Cell | None:
 
 
 def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | None]:
-    """Seconds, and the largest resident set; those of the pruning that a healing started from are counted too."""
+    """Seconds, and the largest resident set in bytes; a healed result includes the pruning before it."""
     taken = [row.pruning]
     if row.get("heal"):
         healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
         sources = {record.get("healed") for record in healing}
         taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
-    seconds, peaks = ([v for record in taken if (v := value(record)) is not None] for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes"))))
+    seconds, peaks = (
+        [v for record in taken if (v := value(record)) is not None]
+        for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes")))
+    )
     return (sum(seconds) if seconds else None), (max(peaks) if peaks else None)
 
 
@@ -155,9 +202,12 @@ def _cell(text: str | None, exact: float | None) -> Cell | None:
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    """What the reader must know: where ratios that stand together are not quite the same, and where published numbers come from."""
+    """The notes below the table: unequal ratios that stand together, and the sources of published numbers."""
     if any(asked_elsewhere(row) is not None for row in rows):
-        yield "A ratio with 'asked' beside it is more than a point away from it: whole units go, and this was the nearest step. Do not compare that row."
+        yield (
+            "A ratio with 'asked' beside it is more than a point away from it: whole units go, and this was the "
+            "nearest step. Do not compare that row."
+        )
     levels: dict[float, list[Row]] = {}
     for row in rows:
         if asked_elsewhere(row) is None and (ratio := row.number("pruning_ratio")):
@@ -169,43 +219,56 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             spread = f"between {least:.1%} ({first}) and {most:.1%} ({last})"
             yield f"About {level:.0%}: the measured ratios lie {spread}; whole units go, so not every ratio can be had."
     sources = dict.fromkeys(source for row in rows for _, source in _beside(row))
-    yield from (f"Published: {source.source}; {source.protocol}.{f' {source.note}.' if source.note else ''}" for source in sources)
+    yield from (
+        f"Published: {source.source}; {source.protocol}.{f' {source.note}.' if source.note else ''}"
+        for source in sources
+    )
 
 
 # Published numbers
 
 
 def _published(row: Row) -> Cell | None:
-    found = [text for text, _ in _beside(row)]
-    return Cell("; ".join(dict.fromkeys(found))) if found else None
+    values = [text for text, _ in _beside(row)]
+    return Cell("; ".join(dict.fromkeys(values))) if values else None
 
 
 def _beside(row: Row) -> list[tuple[str, PublishedTable]]:
-    """Numbers of the same model, method and ratio, and the tables they stand in."""
+    """Published numbers of the same model, method and ratio, each with its table."""
     method = "dense" if row.dense else _letters(str(row.get("method")).partition(" + ")[0])
-    found = []
+    values = []
     for printed in _tables():
         for line in printed.rows:
             entry = dict(zip(printed.columns, line, strict=True))
-            if not _same_method(str(entry.get("method", "")), method, healed=bool(row.get("heal"))) or not _same_ratio(entry, row):
+            if not _same_method(str(entry.get("method", "")), method, healed=bool(row.get("heal"))) or not _same_ratio(
+                entry, row
+            ):
                 continue
-            found += [(text, printed) for text in _values(entry, row.model)]
-    return found
+            values += [(text, printed) for text in _values(entry, row.model)]
+    return values
 
 
 def _tables() -> list[PublishedTable]:
-    names = sorted(file.name.removesuffix(".json") for file in files("secateur.report").joinpath("published").iterdir() if file.name.endswith(".json"))
-    return [found for name in names for found in published(name).values() if "method" in found.columns]
+    names = sorted(
+        file.name.removesuffix(".json")
+        for file in files("secateur.report").joinpath("published").iterdir()
+        if file.name.endswith(".json")
+    )
+    return [table for name in names for table in published(name).values() if "method" in table.columns]
 
 
 def _letters(text: str) -> str:
-    """Lower case, letters, digits and points: `LLaMA-2 7B` is the beginning of `Llama-2-7b-hf`, and 1.3B is not 13B."""
+    """The lower-case letters, digits and points of a name: `LLaMA-2 7B` begins `Llama-2-7b-hf`; 1.3B is not 13B."""
     return re.sub(r"[^a-z0-9.]", "", text.lower())
 
 
-def _same_method(said: str, method: str, *, healed: bool) -> bool:
-    name, _, variant = said.partition(",")
-    return _letters(name).startswith(method) and bool(method) and (("tuned" in variant or "LoRA" in said) == healed)
+def _same_method(published_name: str, method: str, *, healed: bool) -> bool:
+    name, _, variant = published_name.partition(",")
+    return (
+        _letters(name).startswith(method)
+        and bool(method)
+        and (("tuned" in variant or "LoRA" in published_name) == healed)
+    )
 
 
 def _same_ratio(entry: dict[str, Any], row: Row) -> bool:
@@ -218,10 +281,17 @@ def _same_ratio(entry: dict[str, Any], row: Row) -> bool:
 
 
 def _values(entry: dict[str, Any], model: str) -> list[str]:
-    """What a line says of the model: its mean accuracy where lines are of models, its perplexity where columns are."""
+    """The values for a model in a line of a table.
+
+    They are mean accuracies if each line is of one model, or perplexities if each column is of one model.
+    """
     name = _letters(model.rpartition("/")[2])
     at = "" if entry.get("removed") in (None, 0) else f" at {entry['removed']:.0%}"
     if "model" in entry:
-        return [f"mean {entry['mean']:g}{at}"] if name.startswith(_letters(str(entry["model"]))) and as_number(entry.get("mean")) is not None else []
+        return (
+            [f"mean {entry['mean']:g}{at}"]
+            if name.startswith(_letters(str(entry["model"]))) and as_number(entry.get("mean")) is not None
+            else []
+        )
     models = [column for column in entry if any(c.isdigit() for c in column) and name.startswith(_letters(column))]
     return [f"PPL {entry[column]:g}{at}" for column in models if as_number(entry[column]) is not None]

@@ -1,4 +1,4 @@
-"""The plots of a comparison: perplexity where parameters are removed, and where weights are zeroed, before and after recovery."""
+"""The plots of a comparison: perplexity after removing parameters or zeroing weights, before and after recovery."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from secateur.report import words
 from secateur.report.plots import COLOURS, DENSE, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
 from secateur.report.rows import Row
 
-_FAR = 10  # times the lowest perplexity: a model that far gone is of no use
-_FEW = 3  # levels of sparsity: more are curves, which the report has anyway
+_FAR = 10  # times the lowest perplexity: such a model is of no use
+_FEW = 3  # levels of sparsity: more of them are curves, which the report has anyway
 _COLOURS = (*COLOURS, "#000000", "#8C6D31", "#7F7F7F")  # a comparison has more curves than other plots
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A result: where it stands, after which method, and whether after recovery."""
+    """A result: its method, its level (a number and a text), its perplexity, and whether it is after recovery."""
 
     name: str
     at: float
@@ -32,7 +32,10 @@ class _Point:
 
 
 def pictures(rows: Sequence[Row]) -> list[Picture]:
-    """The plots of rows of one model under one protocol: of what removes parameters, and of what zeroes weights, where two methods do."""
+    """The plots of rows of one model under one protocol.
+
+    One plot is for results with fewer parameters, one for zeroed weights; each needs two methods.
+    """
     dense = next((row.ppl for row in rows if row.dense), None)
     removed, zeroed = [], []
     for row in rows:
@@ -42,9 +45,11 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
         if ratio := row.number("pruning_ratio"):
             removed.append(_Point(" ".join(filter(None, (method, pattern))), ratio, f"{ratio:.0%}", row.ppl, healed))
         elif pattern and row.sparsity:
-            zeroed.append(_Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed))
+            zeroed.append(
+                _Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed)
+            )
     methods = dict.fromkeys(_method(name) for name in [*_best_first(removed), *_best_first(zeroed)])
-    colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has one in both plots
+    colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has the same colour in both plots
     drawn = []
     if len({point.name for point in removed}) > 1:
         drawn.append(_curves(removed, dense, colours))
@@ -60,10 +65,21 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
             own = sorted((point.at, point.ppl) for point in points if point.name == name and point.healed == healed)
             colour = colours[_method(name)]
             line, fill, label = ("--", "white", None) if healed else ("-", colour, plain(name))
-            axes.plot([x for x, _ in own], [y for _, y in own], line, color=colour, marker=marker, markersize=5, markerfacecolor=fill, label=label)
+            axes.plot(
+                [x for x, _ in own],
+                [y for _, y in own],
+                line,
+                color=colour,
+                marker=marker,
+                markersize=5,
+                markerfacecolor=fill,
+                label=label,
+            )
     axes.set_xlabel("share of all parameters removed, measured")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    caption = "Results of one model under one protocol, at the share of all parameters that the written checkpoint lacks."
+    caption = (
+        "Results of one model under one protocol, at the share of all parameters that the written checkpoint lacks."
+    )
     if any(point.healed for point in points):
         axes.plot([], [], "--", color="#777777", marker="o", markerfacecolor="white", label="after recovery (LoRA)")
         caption += " Dashed and hollow: after recovery with low-rank adapters."
@@ -75,21 +91,42 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
     if wide := high > 3 * low:
         logarithmic(axes, min(high / low, _FAR))
     _finish(axes, dense, "perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
-    return Picture("compare-removed", png(figure), f"Perplexity against the share of parameters removed: {_readings(points)}", caption)
+    return Picture(
+        "compare-removed",
+        png(figure),
+        f"Perplexity against the share of parameters removed: {_readings(points)}",
+        caption,
+    )
 
 
 def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, str]) -> Picture:
     figure, axes = _figure("What zeroing weights costs", height=4.2)
-    groups = list(dict.fromkeys(point.where for point in sorted(points, key=lambda point: (point.at, point.where[0].isdigit(), point.where))))
+    groups = list(
+        dict.fromkeys(
+            point.where for point in sorted(points, key=lambda point: (point.at, point.where[0].isdigit(), point.where))
+        )
+    )
     names = _best_first(points)
     wide = 0.8 / len(names)
     for point in sorted(points, key=lambda point: (point.healed, names.index(point.name))):
         nth = names.index(point.name)
         x = groups.index(point.where) - 0.4 + wide * (nth + 0.5)
         if point.healed:
-            axes.plot([x - wide * 0.4, x + wide * 0.4], [point.ppl, point.ppl], color="white", linewidth=2, linestyle=(0, (2, 1)))
+            axes.plot(
+                [x - wide * 0.4, x + wide * 0.4],
+                [point.ppl, point.ppl],
+                color="white",
+                linewidth=2,
+                linestyle=(0, (2, 1)),
+            )
         else:
-            axes.bar(x, point.ppl, wide * 0.92, color=colours[point.name], label=None if groups.index(point.where) else plain(point.name))
+            axes.bar(
+                x,
+                point.ppl,
+                wide * 0.92,
+                color=colours[point.name],
+                label=None if groups.index(point.where) else plain(point.name),
+            )
             axes.annotate(words.perplexity(point.ppl) or "", (x, point.ppl), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(groups)), [plain(group) for group in groups])
     axes.grid(visible=False, axis="x")
@@ -118,8 +155,11 @@ def _finish(axes: Axes, dense: float | None, label: str) -> None:
 
 
 def _best_first(points: Sequence[_Point]) -> list[str]:
-    """The names, the one with the lowest perplexity first, by its mean over what it was measured at."""
-    return sorted({point.name for point in points}, key=lambda name: (fmean(point.ppl for point in points if point.name == name), name))
+    """The names, ordered by mean perplexity over their results; the lowest comes first."""
+    return sorted(
+        {point.name for point in points},
+        key=lambda name: (fmean(point.ppl for point in points if point.name == name), name),
+    )
 
 
 def _method(name: str) -> str:
@@ -127,7 +167,9 @@ def _method(name: str) -> str:
 
 
 def _readings(points: Sequence[_Point]) -> str:
-    said: dict[str, list[str]] = {}
+    by_name: dict[str, list[str]] = {}
     for point in sorted(points, key=lambda point: (point.name, point.healed, point.at)):
-        said.setdefault(point.name + " + LoRA" * point.healed, []).append(f"{words.perplexity(point.ppl)} at {point.where}")
-    return "; ".join(f"{name}: {', '.join(readings)}" for name, readings in said.items())
+        by_name.setdefault(point.name + " + LoRA" * point.healed, []).append(
+            f"{words.perplexity(point.ppl)} at {point.where}"
+        )
+    return "; ".join(f"{name}: {', '.join(readings)}" for name, readings in by_name.items())

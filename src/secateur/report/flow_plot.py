@@ -1,4 +1,7 @@
-"""The figure of `inspect --flow`: where parameters and FLOPs are, what of them the residual width touches, and what a narrower one leaves."""
+"""The figure of `inspect --flow`: where the parameters and FLOPs of a model are.
+
+It also shows the part that depends on the residual width, and what is left at a smaller width.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ _ATTENTION = "scores, values"
 
 
 def write_flow(flow: Flow, out: Path) -> None:
-    """Draw the figure to `out`.
+    """Draw the figure to the file `out`.
 
     Raises:
-        UsageError: the name does not end in `.png`, or is that of a folder.
-        SecateurError: it cannot be written.
+        UsageError: the name does not end in `.png`, or is a folder.
+        SecateurError: the file cannot be written.
     """
     if out.suffix.lower() != ".png" or out.is_dir():
         raise UsageError(f"--plot '{out}': a PNG file is drawn; give a name that ends in .png, and is no folder")
@@ -32,68 +35,131 @@ def write_flow(flow: Flow, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(flow_picture(flow).png)
     except OSError as error:
-        raise SecateurError(f"cannot write the plot to '{out}' ({error.strerror}): give a path in a folder that you can write to") from None
+        raise SecateurError(
+            f"cannot write the plot to '{out}' ({error.strerror}): give a path in a folder that you can write to"
+        ) from None
 
 
 def flow_picture(flow: Flow) -> Picture:
-    """Parameters (above) and FLOPs per token (below): by kind of map on the left, against s on the right, but for a model sliced already."""
-    parameters = _kinds(flow, lambda found: (found.touched_parameters(), found.parameters()))
-    flops = _kinds(flow, lambda found: (found.flops() if found.touched else 0, found.flops()))
+    """Draw parameters (above) and FLOPs per token (below).
+
+    The left panels are by kind of map. The right ones are against s; a model that is already sliced has none.
+    """
+    parameters = _kinds(flow, lambda entry: (entry.touched_parameters(), entry.parameters()))
+    flops = _kinds(flow, lambda entry: (entry.flops() if entry.touched else 0, entry.flops()))
     flops[_ATTENTION] = (0, flow.attention_flops())
     figure = Figure(figsize=(10, 7.6), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_title(flow), 105)), fontsize=12, x=0.01, ha="left", color="#111111")
     panels = figure.subplots(2, 1 if flow.sliced else 2, squeeze=False, width_ratios=None if flow.sliced else (1.15, 1))
     bars, flop_bars = panels[:, 0]
-    _bars(bars, parameters, "parameters" + (", the head's are the embedding's" if any(found.tied and found.name == "head" for found in flow.maps) else ""))
-    figure.legend(*bars.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9, frameon=False)  # below, where it hides no bar
+    _bars(
+        bars,
+        parameters,
+        "parameters"
+        + (
+            ", the head's are the embedding's"
+            if any(entry.tied and entry.name == "head" for entry in flow.maps)
+            else ""
+        ),
+    )
+    figure.legend(
+        *bars.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9, frameon=False
+    )  # below, where it hides no bar
     _bars(flop_bars, flops, f"FLOPs per token, attention at {flow.context:,} positions")
     if not flow.sliced:
         _by_sparsity(flow, panels[0, 1], panels[1, 1])
     readings = "; ".join(f"{name} {words.count(total)}" for name, (_, total) in parameters.items())
-    return Picture("flow", png(figure), f"Parameters by kind of map: {readings}", "Blue is what scales with the residual width d.")
+    return Picture(
+        "flow", png(figure), f"Parameters by kind of map: {readings}", "Blue is what scales with the residual width d."
+    )
 
 
 def _by_sparsity(flow: Flow, curve: Axes, flop_curve: Axes) -> None:
-    """What is left where d is narrowed."""
+    """Draw the parameters and FLOPs that are left against s."""
     points = [flow.at(sparsity) for sparsity in SPARSITIES]
     whole, attention = flow.parameters(), flow.attention_flops()
     sliced = [point.parameters + point.adapter_parameters + point.untied_parameters for point in points]
     added = "with SliceGPT's adapters" + (", untied head" if any(point.untied_parameters for point in points) else "")
-    _curves(curve, "parameters left", {"(1 - s)d alone": [p.parameters / whole for p in points], added: [count / whole for count in sliced]})
+    _curves(
+        curve,
+        "parameters left",
+        {"(1 - s)d alone": [p.parameters / whole for p in points], added: [count / whole for count in sliced]},
+    )
     whole = flow.flops() + attention
-    plain_flops, sliced_flops = [p.flops + attention for p in points], [p.flops + p.adapter_flops + attention for p in points]
-    kinds = {"(1 - s)d alone": [f / whole for f in plain_flops], "with SliceGPT's adapters": [f / whole for f in sliced_flops]}
+    plain_flops, sliced_flops = (
+        [p.flops + attention for p in points],
+        [p.flops + p.adapter_flops + attention for p in points],
+    )
+    kinds = {
+        "(1 - s)d alone": [f / whole for f in plain_flops],
+        "with SliceGPT's adapters": [f / whole for f in sliced_flops],
+    }
     _curves(flop_curve, "FLOPs per token left, attention's products included", kinds)
 
 
 def _title(flow: Flow) -> str:
-    """What the figure shows; FLOPs at the context that the panels name."""
-    parameters, flops = flow.touched_parameters() / flow.parameters(), flow.touched_flops() / (flow.flops() + flow.attention_flops())
+    """The title of the figure, with its main numbers."""
+    parameters, flops = (
+        flow.touched_parameters() / flow.parameters(),
+        flow.touched_flops() / (flow.flops() + flow.attention_flops()),
+    )
     name = Path(flow.name).name or flow.name
     few, most = min(flow.widths[:-1]), max(flow.widths[:-1])  # the last one is whole unless the head is sliced
-    width = f"{flow.width:,}" if not flow.sliced else f"{most:,} of {flow.hidden:,}" if few == most else f"{few:,} to {most:,} of {flow.hidden:,}"
-    return f"{name}: the residual width d = {width} touches {parameters:.1%} of the parameters and {flops:.1%} of the FLOPs"
+    width = (
+        f"{flow.width:,}"
+        if not flow.sliced
+        else f"{most:,} of {flow.hidden:,}"
+        if few == most
+        else f"{few:,} to {most:,} of {flow.hidden:,}"
+    )
+    return (
+        f"{name}: the residual width d = {width} touches {parameters:.1%} of the parameters and {flops:.1%} of the "
+        "FLOPs"
+    )
 
 
 def _kinds(flow: Flow, counts: Callable[..., tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """(touched by d, all) of each kind of map over all blocks, in the order of the flow; norms together, and kinds without any left out."""
-    found: dict[str, tuple[int, int]] = {}
-    for one in flow.maps:
-        name = "norms" if one.kind == "scale" else one.name
-        touched, total = counts(one)
-        before = found.get(name, (0, 0))
-        found[name] = (before[0] + touched, before[1] + total)
-    return {name: both for name, both in found.items() if both[1]}
+    """Kind of map -> (count that d touches, total count), summed over all blocks, in the order of the flow.
+
+    All norms are one kind. Kinds with a total of 0 are left out.
+    """
+    kinds: dict[str, tuple[int, int]] = {}
+    for entry in flow.maps:
+        name = "norms" if entry.kind == "scale" else entry.name
+        touched, total = counts(entry)
+        sums = kinds.get(name, (0, 0))
+        kinds[name] = (sums[0] + touched, sums[1] + total)
+    return {name: pair for name, pair in kinds.items() if pair[1]}
 
 
 def _bars(axes: Axes, kinds: Mapping[str, tuple[int, int]], title: str) -> None:
     whole = sum(total for _, total in kinds.values())
     names, places = list(kinds), range(len(kinds))
-    axes.barh(places, [touched for touched, _ in kinds.values()], color=_TOUCHED, label="multiplied by 1 - s where d becomes (1 - s)d")
+    axes.barh(
+        places,
+        [touched for touched, _ in kinds.values()],
+        color=_TOUCHED,
+        label="multiplied by 1 - s where d becomes (1 - s)d",
+    )
     rest = [total - touched for touched, total in kinds.values()]
-    axes.barh(places, rest, left=[touched for touched, _ in kinds.values()], color=_REST, hatch="///", edgecolor="white", label="as before")
+    axes.barh(
+        places,
+        rest,
+        left=[touched for touched, _ in kinds.values()],
+        color=_REST,
+        hatch="///",
+        edgecolor="white",
+        label="as before",
+    )
     for place, (_, total) in zip(places, kinds.values(), strict=True):
-        axes.annotate(f"{words.count(total)}, {total / whole:.1%}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(
+            f"{words.count(total)}, {total / whole:.1%}",
+            (total, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
     axes.set_yticks(places, labels=[plain(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.28 * max(total for _, total in kinds.values()))  # room for the numbers
@@ -103,7 +169,9 @@ def _bars(axes: Axes, kinds: Mapping[str, tuple[int, int]], title: str) -> None:
 
 
 def _curves(axes: Axes, title: str, curves: Mapping[str, list[float]]) -> None:
-    for (label, shares), colour, marker, dash in zip(curves.items(), (_TOUCHED, _SLICED), "os", ("-", "--"), strict=True):
+    for (label, shares), colour, marker, dash in zip(
+        curves.items(), (_TOUCHED, _SLICED), "os", ("-", "--"), strict=True
+    ):
         axes.plot(
             SPARSITIES,
             shares,

@@ -18,7 +18,19 @@ from secateur.core.errors import SecateurError
 from secateur.core.names import named
 from secateur.core.records import Record
 from secateur.predict.published import TABLE_3
-from secateur.report import block_plots, compare_plots, law_plots, laws, learned, learned_plots, module_plots, modules, plots, tables, words
+from secateur.report import (
+    block_plots,
+    compare_plots,
+    law_plots,
+    laws,
+    learned,
+    learned_plots,
+    module_plots,
+    modules,
+    plots,
+    tables,
+    words,
+)
 from secateur.report.compare import Comparison, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
@@ -29,15 +41,15 @@ from secateur.report.spectra import spectra
 
 @dataclass(frozen=True)
 class Findings:
-    """What the records say, before it is put into words.
+    """The content of the report, before it is put into words.
 
     Attributes:
-        rows: every checkpoint.
-        groups: the rows by what may be compared; plots and the headline are about the first.
-        layers: what was removed block by block, of the runs whose folder is still there.
+        rows: one row per checkpoint.
+        groups: rows that can be compared with one another; plots and the headline show the first group.
+        layers: the removed shares block by block, for runs whose folder still exists.
         laws: fits to the curves of the first group.
-        learned: the runs of the first group whose selections were learned.
-        comparison: the methods of the first group side by side; None of one alone.
+        learned: the runs of the first group with learned selections.
+        comparison: the methods of the first group side by side; None for a single method.
     """
 
     rows: list[Row]
@@ -68,7 +80,14 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     rows = collect([{**r, "command": "eval"} for r in records if modules.is_dense(r)] if alone and studies else records)
     groups = group(rows)
     main = groups[0].rows
-    findings = Findings(rows, groups, read_layers(rows), laws.fit_curves(groups[0], series(main)), learned.learned(main), comparison(main, records))
+    findings = Findings(
+        rows,
+        groups,
+        read_layers(rows),
+        laws.fit_curves(groups[0], series(main)),
+        learned.learned(main),
+        comparison(main, records),
+    )
     drawn = {
         "curves": _curves(findings),
         "comparison": compare_plots.pictures(main) if findings.comparison else [],
@@ -91,24 +110,34 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
     except OSError as error:
-        raise SecateurError(f"cannot write the report to '{out}' ({error.strerror}): give a path in a folder that you can write to") from None
+        raise SecateurError(
+            f"cannot write the report to '{out}' ({error.strerror}): give a path in a folder that you can write to"
+        ) from None
     return list(contents)
 
 
 def _curves(findings: Findings) -> list[Picture]:
-    """Perplexity and each task against sparsity, of the rows that may be compared."""
+    """The plots of perplexity and of each task against sparsity, for the first group."""
     main = findings.main
     curves, dense = series(main.rows), main.dense
     drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.ppl, lambda row: None, lowest=True))]
     for task in task_names(main.rows):
-        found = compare(curves, lambda row, t=task: row.accuracy(t), lambda row, t=task: row.task(t, "stderr"), lowest=False)  # type: ignore[misc]
-        drawn.append(plots.accuracy(task, curves, dense, found))
+        compared = compare(
+            curves,
+            lambda row, t=task: row.accuracy(t),  # type: ignore[misc]
+            lambda row, t=task: row.task(t, "stderr"),  # type: ignore[misc]
+            lowest=False,
+        )
+        drawn.append(plots.accuracy(task, curves, dense, compared))
     drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]
 
 
 def _laws(findings: Findings) -> list[Picture]:
-    return [law_plots.laws(law.found, f"law-{number}", laws.title(law)) for number, law in enumerate(findings.laws[: laws.MAXIMUM], start=1)]
+    return [
+        law_plots.laws(law.found, f"law-{number}", laws.title(law))
+        for number, law in enumerate(findings.laws[: laws.MAXIMUM], start=1)
+    ]
 
 
 def _blocks(findings: Findings) -> list[Picture]:
@@ -123,26 +152,37 @@ def _name(row: Row) -> str:
 
 
 def _others(records: Sequence[Record]) -> str:
-    """Commands whose records the page does not show."""
+    """The commands whose records the page does not show."""
     commands = sorted({str(record.get("command") or "unnamed") for record in records} - {"prune", "eval", "study"})
     return ", ".join(commands)
 
 
-def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str, studies: list[modules.Study]) -> str:
+def _render(
+    findings: Findings, drawn: dict[str, list[Picture]], title: str, *, others: str, studies: list[modules.Study]
+) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
-    found = compare(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    compared = compare(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
     uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
     return template.render(
         title=title,
         measured=_measured(findings),
-        finding=modules.verdict(studies[0])[0] if studies and found is None else words.finding(found, main.dense),
+        finding=modules.verdict(studies[0])[0] if studies and compared is None else words.finding(compared, main.dense),
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
-        studies=[{"about": s.about, "calibration": s.calibration, "dense": s.dense, "rows": modules.rows(s), "verdict": modules.verdict(s)} for s in studies],
+        studies=[
+            {
+                "about": s.about,
+                "calibration": s.calibration,
+                "dense": s.dense,
+                "rows": modules.rows(s),
+                "verdict": modules.verdict(s),
+            }
+            for s in studies
+        ],
         laws={"table": laws.table(findings.laws), "verdicts": laws.verdicts(findings.laws)} if findings.laws else None,
         undrawn_laws=max(0, len(findings.laws) - laws.MAXIMUM),
         published=[row for row in TABLE_3 if row.kind == "ppl"],
@@ -159,19 +199,19 @@ def _render(findings: Findings, drawn: dict[str, list[Picture]], title: str, *, 
 
 
 def _learned(findings: Findings) -> dict[str, Any] | None:
-    """The tables of what was learned, and those of the paper."""
+    """The tables of the learned runs, and those of the paper; None without such runs."""
     runs = findings.learned
     if not runs:
         return None
     return {
         "tables": [
-            (name, found)
-            for name, found in (
+            (name, table)
+            for name, table in (
                 ("Perplexity by variant", learned.table(runs)),
                 ("The weight of the budget term", learned.strength_table(runs)),
                 ("What learning took", learned.cost_table(runs)),
             )
-            if found is not None
+            if table is not None
         ],
         "printed": learned.printed(runs),
     }

@@ -1,5 +1,8 @@
-"""Plots of the laws: figures 3a and 3b of arXiv:2503.04377 (points, fitted line, the paper's parameter-free line, interval), the same in real
-units beside the rivals, and figure 10 of DISP-LLM (expected against actual compression)."""
+"""Plots of the laws.
+
+They are figures 3a and 3b of arXiv:2503.04377 (points, fitted line, the paper's parameter-free line, interval), the
+same in real units beside the rivals, and figure 10 of DISP-LLM (expected against actual compression).
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,28 @@ from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, legend, 
 from secateur.report.series import Series
 
 _INK, _LAW, _CLAIM = "#111111", COLOURS[0], COLOURS[1]
-# The rivals' looks; the law of the first panel keeps its colour in the second.
+# Colour and dash of each law; the law of the first panel keeps its colour in the second.
 _RIVALS = {
-    "ratio": (_LAW, "-"), "theory": (_CLAIM, "--"), "log-linear": (COLOURS[2], "-."), "power": (COLOURS[3], ":"), "exponential": (COLOURS[4], "--"),
-    "phase": (COLOURS[5], "-"), "log-ratio": (_LAW, "-"), "proportional": (_CLAIM, "--"), "linear": (COLOURS[2], "-."),
-}  # fmt: skip
-_ROOM = 3  # where the largest perplexity is so many times the smallest, the axis is logarithmic
+    "ratio": (_LAW, "-"),
+    "theory": (_CLAIM, "--"),
+    "log-linear": (COLOURS[2], "-."),
+    "power": (COLOURS[3], ":"),
+    "exponential": (COLOURS[4], "--"),
+    "phase": (COLOURS[5], "-"),
+    "log-ratio": (_LAW, "-"),
+    "proportional": (_CLAIM, "--"),
+    "linear": (COLOURS[2], "-."),
+}
+_ROOM = 3  # the axis is logarithmic if the largest perplexity is more than this many times the smallest
 
 
 def laws(found: Prediction, name: str, title: str) -> Picture:
-    """The chosen law in its y, and all laws in real units.
+    """Draw the chosen law in its y, and all laws in real units.
 
     Args:
         found: the law, its points and its rivals.
-        name: of the file, without `.png`.
-        title: what was pruned how.
+        name: the name of the file, without `.png`.
+        title: the model and the method.
     """
     figure = Figure(figsize=(10, 4.4), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_heading(found, title), 110)), fontsize=11, x=0.01, ha="left", color=_INK)
@@ -51,7 +61,8 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
     _in_y(left, found)
     _in_units(right, found)
     caption = (
-        "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement, dotted outside the fitted range. "
+        "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement, "
+        "dotted outside the fitted range. "
         "Right: the same points in real units with every "
         "law that could be fitted, the one that predicts held-out points best first in the legend."
     )
@@ -59,10 +70,10 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
 
 
 def write(found: Prediction, path: Path) -> None:
-    """Draw to a file.
+    """Draw the laws to a file.
 
     Raises:
-        SecateurError: it cannot be written.
+        SecateurError: the file cannot be written.
     """
     about = found.points.about
     title = " ".join(str(about[key]) for key in ("model", "method") if about.get(key))
@@ -70,7 +81,9 @@ def write(found: Prediction, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(laws(found, path.stem, title).png)
     except OSError as error:
-        raise SecateurError(f"cannot write the plot to '{path}' ({error.strerror}): give a path in a folder that you can write to") from None
+        raise SecateurError(
+            f"cannot write the plot to '{path}' ({error.strerror}): give a path in a folder that you can write to"
+        ) from None
 
 
 def _heading(found: Prediction, title: str) -> str:
@@ -79,27 +92,39 @@ def _heading(found: Prediction, title: str) -> str:
     if best is None or best.heldout is None or len(found.points.s) < 3:
         return f"{lead}law '{chosen.law.name}' on {words.plural(len(found.points.s), 'pruned point')}"
     if best.law.name == chosen.law.name:
-        return f"{lead}law '{chosen.law.name}' predicts held-out points best of {len(found.judged)}, to {_percent(best)}"
+        return (
+            f"{lead}law '{chosen.law.name}' predicts held-out points best of {len(found.judged)}, to {_percent(best)}"
+        )
     if chosen.heldout is not None and not found.beaten:
         return f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, and no other clearly less"
-    return f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, '{best.law.name}' by {_percent(best)}"
+    return (
+        f"{lead}law '{chosen.law.name}' misses held-out points by {_percent(chosen)}, "
+        f"'{best.law.name}' by {_percent(best)}"
+    )
 
 
-def _percent(one: Judged) -> str:
-    if one.heldout is None:
+def _percent(judged: Judged) -> str:
+    if judged.heldout is None:
         return "an unknown amount"
-    return f"{np.expm1(one.heldout):.1%}" if one.heldout < 3 else "more than a factor of 20"
+    return f"{np.expm1(judged.heldout):.1%}" if judged.heldout < 3 else "more than a factor of 20"
 
 
 def _alt(found: Prediction, title: str) -> str:
-    points = ", ".join(f"{v:.4g} at {words.percent(s)}" for s, v in zip(found.points.s, found.points.values, strict=True))
-    held = "; ".join(f"{one.law.name} {one.heldout:.3g}" for one in found.judged if one.heldout is not None)
-    what = "Perplexity" if found.points.kind == "ppl" else f"Accuracy on {found.points.metric}"
-    return f"{title}. {what}: dense {found.points.dense:.4g}; {points}. Held-out errors in its logarithm: {held or 'unknown'}."
+    points = ", ".join(
+        f"{v:.4g} at {words.percent(s)}" for s, v in zip(found.points.s, found.points.values, strict=True)
+    )
+    errors = "; ".join(
+        f"{judged.law.name} {judged.heldout:.3g}" for judged in found.judged if judged.heldout is not None
+    )
+    metric = "Perplexity" if found.points.kind == "ppl" else f"Accuracy on {found.points.metric}"
+    return (
+        f"{title}. {metric}: dense {found.points.dense:.4g}; {points}. Held-out errors in its logarithm: "
+        f"{errors or 'unknown'}."
+    )
 
 
 def _grid(found: Prediction, most: float = 0.99) -> Array:
-    """From the dense model to a little beyond the last point."""
+    """Sparsities from 0 to a little beyond the last point, for the curves."""
     last = float(found.points.s.max()) if len(found.points.s) else 0.5
     return np.linspace(0.0, min(most, last * 1.12), 300)
 
@@ -121,8 +146,19 @@ def _in_y(axes: Axes, found: Prediction) -> None:
     _draw_points(axes, points.s, scale.to(points.values, points.dense))
     at_zero = float(scale.to(np.array([points.dense]), points.dense)[0])
     if np.isfinite(at_zero):
-        axes.plot([0], [at_zero], color="#333333", marker="o", markerfacecolor="none", markersize=7, linestyle="none", label="dense, by definition")
-    axes.set_ylabel(f"y = {scale.formula.replace('acc', points.metric) if points.kind == 'acc' else scale.formula}", fontsize=9)
+        axes.plot(
+            [0],
+            [at_zero],
+            color="#333333",
+            marker="o",
+            markerfacecolor="none",
+            markersize=7,
+            linestyle="none",
+            label="dense, by definition",
+        )
+    axes.set_ylabel(
+        f"y = {scale.formula.replace('acc', points.metric) if points.kind == 'acc' else scale.formula}", fontsize=9
+    )
     ys = [*scale.to(points.values, points.dense), *(mean[np.isfinite(mean)]), at_zero]
     room = 0.15 * (max(ys) - min(ys) or 1.0)
     axes.set_ylim(min(ys) - room, max(ys) + room)
@@ -131,7 +167,12 @@ def _in_y(axes: Axes, found: Prediction) -> None:
 
 def _equation(fit: Fit) -> str:
     a, b = fit.constants[:2]
-    if fit.law.scale.formula == fit.law.formula.partition(" = ")[0] and fit.law.name in ("ratio", "log-linear", "log-ratio", "linear"):
+    if fit.law.scale.formula == fit.law.formula.partition(" = ")[0] and fit.law.name in (
+        "ratio",
+        "log-linear",
+        "log-ratio",
+        "linear",
+    ):
         return f"fitted: y = {a:.3f} s {'+' if b >= 0 else '-'} {abs(b):.3f}"
     return f"{fit.law.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in fit.named().items())
 
@@ -142,17 +183,31 @@ def _draw_points(axes: Axes, s: Array, y: Array) -> None:
 
 def _in_units(axes: Axes, found: Prediction) -> None:
     points, s = found.points, _grid(found)
-    for one in found.judged:
-        if one.fit is None:
+    for judged in found.judged:
+        if judged.fit is None:
             continue
-        colour, dash = _RIVALS[one.law.name]
-        error = "" if one.heldout is None else f", held out {one.heldout:.3f}" if np.isfinite(one.heldout) else ", leaves its domain"
-        width = 2.2 if one.law.name == found.chosen.law.name else 1.4
-        axes.plot(s, one.fit.predict(s), color=colour, linestyle=dash, linewidth=width, label=f"{one.law.name}{error}")
+        colour, dash = _RIVALS[judged.law.name]
+        error = (
+            ""
+            if judged.heldout is None
+            else f", held out {judged.heldout:.3f}"
+            if np.isfinite(judged.heldout)
+            else ", leaves its domain"
+        )
+        width = 2.2 if judged.law.name == found.chosen.law.name else 1.4
+        axes.plot(
+            s, judged.fit.predict(s), color=colour, linestyle=dash, linewidth=width, label=f"{judged.law.name}{error}"
+        )
     _draw_points(axes, points.s, points.values)
     axes.axhline(points.dense, color="#333333", linestyle="--", linewidth=1.0)
     axes.annotate(
-        f"dense {points.dense:.4g}", (1.0, points.dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8, ha="right"
+        f"dense {points.dense:.4g}",
+        (1.0, points.dense),
+        (-2, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=8,
+        ha="right",
     )
     values = [*points.values, points.dense]
     low, high = min(values), max(values)
@@ -164,18 +219,29 @@ def _in_units(axes: Axes, found: Prediction) -> None:
             axes.set_ylim(low * np.exp(-0.12 * span), high * np.exp(0.25 * span))
         else:
             axes.set_ylim(low - 0.2 * (high - low or 1), high + 0.4 * (high - low or 1))
-        axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)", fontsize=9)
+        axes.set_ylabel(
+            "perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)", fontsize=9
+        )
     else:
         if points.chance is not None:
-            axes.axhline(points.chance, color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {points.chance:g}")
+            axes.axhline(
+                points.chance, color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {points.chance:g}"
+            )
         axes.set_ylabel(f"accuracy on {plain(points.metric)} (higher is better)", fontsize=9)
     axes.legend(fontsize=7.5, framealpha=0.9, edgecolor=GRID, title="errors in the logarithm", title_fontsize=7.5)
 
 
 def compression(curves: Sequence[Series]) -> Picture | None:
-    """Measured pruning ratio against sparsity, as figure 10 of DISP-LLM; None below two runs that removed
-    parameters (zeroed weights stay in the file)."""
-    removing = [curve for curve in curves if any((row.number("pruning_ratio") or 0) != 0 and row.sparsity is not None for row in curve.rows)]
+    """Draw the measured pruning ratio against sparsity, as figure 10 of DISP-LLM.
+
+    Returns:
+        None if fewer than two runs removed parameters (zeroed weights stay in the file).
+    """
+    removing = [
+        curve
+        for curve in curves
+        if any((row.number("pruning_ratio") or 0) != 0 and row.sparsity is not None for row in curve.rows)
+    ]
     if sum(len(curve.rows) for curve in removing) < 2:
         return None
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained", facecolor="white")
@@ -185,18 +251,52 @@ def compression(curves: Sequence[Series]) -> Picture | None:
         at = [(row.sparsity, row.number("pruning_ratio"), row.number("pruning_ratio_blocks")) for row in curve.rows]
         known = sorted((s, whole, blocks) for s, whole, blocks in at if s is not None and whole is not None)
         xs = [s for s, _, _ in known]
-        axes.plot(xs, [whole for _, whole, _ in known], color=colour, marker=marker, linewidth=1.8, markersize=6, label=f"{plain(curve.label)}: all parameters")
+        axes.plot(
+            xs,
+            [whole for _, whole, _ in known],
+            color=colour,
+            marker=marker,
+            linewidth=1.8,
+            markersize=6,
+            label=f"{plain(curve.label)}: all parameters",
+        )
         if all(blocks is not None for *_, blocks in known):
             blocks_of = [blocks or 0.0 for *_, blocks in known]
-            axes.plot(xs, blocks_of, color=colour, marker=marker, markerfacecolor="none", linestyle=":", label=f"{plain(curve.label)}: matrices of the blocks")
-        readings.append(f"{curve.label}: " + ", ".join(f"{words.percent(whole)} at {words.percent(s)}" for s, whole, _ in known))
+            axes.plot(
+                xs,
+                blocks_of,
+                color=colour,
+                marker=marker,
+                markerfacecolor="none",
+                linestyle=":",
+                label=f"{plain(curve.label)}: matrices of the blocks",
+            )
+        readings.append(
+            f"{curve.label}: " + ", ".join(f"{words.percent(whole)} at {words.percent(s)}" for s, whole, _ in known)
+        )
         gaps += [(abs(whole - s), s, whole, curve.label) for s, whole, _ in known]
     reach = np.linspace(0.0, min(1.0, 1.08 * max(s for _, s, _, _ in gaps)), 200)
-    axes.plot(reach, reach, color="#333333", linestyle="--", linewidth=1.2, label="expected where one side of each matrix narrows, s")
-    axes.plot(reach, 2 * reach - reach**2, color="#888888", linestyle="-.", linewidth=1.2, label="expected where both sides do, 2s - s²")
+    axes.plot(
+        reach,
+        reach,
+        color="#333333",
+        linestyle="--",
+        linewidth=1.2,
+        label="expected where one side of each matrix narrows, s",
+    )
+    axes.plot(
+        reach,
+        2 * reach - reach**2,
+        color="#888888",
+        linestyle="-.",
+        linewidth=1.2,
+        label="expected where both sides do, 2s - s²",
+    )
     axes.axhline(0.0, color=_INK, linewidth=0.8)
     _, s, whole, label = max(gaps)
-    title = f"Actual compression: {label} at {words.percent(s)} sparsity removes {words.percent(whole)} of all parameters"
+    title = (
+        f"Actual compression: {label} at {words.percent(s)} sparsity removes {words.percent(whole)} of all parameters"
+    )
     axes.set_title(plain(textwrap.fill(title, 76)), fontsize=11, loc="left", color=_INK)
     axes.set_xlabel("sparsity, measured (expected compression)")
     axes.set_ylabel("pruning ratio, measured")
@@ -206,5 +306,10 @@ def compression(curves: Sequence[Series]) -> Picture | None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     legend(axes, figure)
-    caption = "Below zero the checkpoint is larger than the dense one. Parameters that a method adds (adapters) are counted; zeroed weights are not removed."
-    return Picture("compression", png(figure), "Pruning ratio against measured sparsity: " + "; ".join(readings), caption)
+    caption = (
+        "Below zero the checkpoint is larger than the dense one. Parameters that a method adds (adapters) are "
+        "counted; zeroed weights are not removed."
+    )
+    return Picture(
+        "compression", png(figure), "Pruning ratio against measured sparsity: " + "; ".join(readings), caption
+    )

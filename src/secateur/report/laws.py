@@ -1,6 +1,7 @@
 """The laws section of a report: one fit for each curve with enough sparsities, whatever the method.
 
-The paper fits SliceGPT alone; whether its law holds for other methods is open, so every curve is tried and judged on points held out.
+The paper fits SliceGPT alone; whether its law holds for other methods is open, so every curve is tried and judged on
+points held out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Law:
     """The fit to one curve.
 
     Attributes:
-        label: the curve's.
+        label: the label of the curve.
         found: the paper's fitted law and its rivals.
     """
 
@@ -38,11 +39,11 @@ class Law:
 
 
 def fit_curves(group: Group, curves: Sequence[Series]) -> list[Law]:
-    """The perplexity laws of the curves with three sparsities or more; none where the dense model was not measured."""
+    """Fit perplexity laws to the curves with three or more sparsities; empty if the dense model was not measured."""
     dense = group.dense
     if dense is None or dense.ppl is None:
         return []
-    found = []
+    laws = []
     for curve in curves:
         at: dict[float, list[float]] = {}
         for row in curve.rows:
@@ -50,16 +51,20 @@ def fit_curves(group: Group, curves: Sequence[Series]) -> list[Law]:
                 at.setdefault(round(row.sparsity, 6), []).append(row.ppl)
         if len(at) < FEWEST:
             continue
-        points = [Point(s, math.exp(fmean(math.log(value) for value in several))) for s, several in at.items() if min(several) > 0]  # seeds share a point
+        points = [
+            Point(s, math.exp(fmean(math.log(value) for value in several)))
+            for s, several in at.items()
+            if min(several) > 0
+        ]  # seeds share a point
         try:
-            found.append(Law(curve.label, choose(make_points("ppl", Point(0.0, dense.ppl), points))))
+            laws.append(Law(curve.label, choose(make_points("ppl", Point(0.0, dense.ppl), points))))
         except SecateurError:  # a perplexity that has no logarithm to fit: the table of runs shows it
             continue
-    return found
+    return laws
 
 
 def table(laws: Sequence[Law]) -> Table:
-    """One line a curve: the paper's fit, how it does on held-out points, and which law does best."""
+    """The table with one line per curve: the paper's fit, its held-out error, and the best law."""
     heads = (
         ("Runs", "", True),
         ("Points", "pruned points; the dense model is not one", False),
@@ -74,18 +79,18 @@ def table(laws: Sequence[Law]) -> Table:
 
 
 def _cells(law: Law) -> tuple[Cell, ...]:
-    found = law.found
-    held = {one.law.name: one.heldout for one in found.judged}
-    best = found.winner
+    prediction = law.found
+    errors = {judged.law.name: judged.heldout for judged in prediction.judged}
+    best = prediction.winner
     winner = Cell("none", "") if best is None else Cell(f"{best.law.name}, {_percent(best.heldout)}", best.law.formula)
     return (
         Cell(law.label),
-        Cell(str(len(found.points.s))),
-        _constant(found.chosen, "a"),
-        _constant(found.chosen, "b"),
-        Cell(f"{found.chosen.rmse:.3f}"),
-        Cell(_percent(held["ratio"])),
-        Cell(_percent(held["theory"])),
+        Cell(str(len(prediction.points.s))),
+        _constant(prediction.chosen, "a"),
+        _constant(prediction.chosen, "b"),
+        Cell(f"{prediction.chosen.rmse:.3f}"),
+        Cell(_percent(errors["ratio"])),
+        Cell(_percent(errors["theory"])),
         winner,
     )
 
@@ -103,10 +108,10 @@ def _percent(error: float | None) -> str:
 
 
 def verdicts(laws: Sequence[Law]) -> list[str]:
-    """What speaks against the paper's law, curve by curve."""
-    return [f"{law.label}: {'; '.join(said)}." for law in laws if (said := doubts(law.found))]
+    """The reasons against the paper's law, one line per curve."""
+    return [f"{law.label}: {'; '.join(reasons)}." for law in laws if (reasons := doubts(law.found))]
 
 
 def title(law: Law) -> str:
-    """The curve, for its plot."""
+    """The title of the plot of a curve."""
     return f"{law.label}, {words.plural(len(law.found.points.s), 'point')}"

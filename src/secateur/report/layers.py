@@ -1,4 +1,4 @@
-"""What each run removed, block by block, read from the plan of its folder."""
+"""The removed share of each block, read from the plan in the folder of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.plan.plan import read_plan_json
 from secateur.report.rows import Row
 
 _ORDER = (*CANONICAL, "groups", "heads", "ffn")
-_UNIFORM = 0.01  # of a part: N:M and whole rows round the removed fraction a little from block to block
+_UNIFORM = 0.01  # of a part: with N:M and whole rows the removed fraction varies a little from block to block
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Layers:
 
     Attributes:
         row: the run.
-        parts: matrices, and spaces (`groups`, `ffn`) of which whole units were removed.
-        removed: part -> the removed fraction in each block; None where the plan leaves the part of that block alone.
+        parts: the masked matrices, and the spaces (`groups`, `ffn`) that lost whole units.
+        removed: part -> the removed fraction in each block; None if the plan does not change that part of the block.
         kept: space -> (kept, of) in each block, for plans that remove units and mask nothing; else empty.
     """
 
@@ -35,12 +35,12 @@ class Layers:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the model has."""
+        """The number of blocks of the model."""
         return len(self.removed[self.parts[0]])
 
     @property
     def spread(self) -> float:
-        """By how much the removed fraction of a part differs from block to block, at most."""
+        """The largest difference of the removed fraction of a part between blocks."""
         ranges = ([value or 0.0 for value in values] for values in self.removed.values())
         return max(max(values) - min(values) for values in ranges)
 
@@ -52,14 +52,17 @@ class Layers:
     def sentence(self) -> str:
         """The plan of a uniform run in words."""
         means = [(part, f"{sum(v or 0.0 for v in self.removed[part]) / self.blocks:.1%}") for part in self.parts]
-        said = [f"{share} of {', '.join(part for part, _ in same)}" for share, same in groupby(means, key=lambda item: item[1])]
-        return f"the same in all {self.blocks} blocks: " + "; ".join(said)
+        shares = [
+            f"{share} of {', '.join(part for part, _ in same)}"
+            for share, same in groupby(means, key=lambda item: item[1])
+        ]
+        return f"the same in all {self.blocks} blocks: " + "; ".join(shares)
 
 
 def read_layers(rows: Sequence[Row]) -> list[Layers]:
-    """The plans of the rows whose folder still has one, the most unequal first."""
-    found = [layers for row in rows if not row.dense and (layers := _read(row)) is not None]
-    return sorted(found, key=lambda layers: -layers.spread)
+    """Read the plans of the rows whose folder still has one; the most unequal comes first."""
+    plans = [layers for row in rows if not row.dense and (layers := _read(row)) is not None]
+    return sorted(plans, key=lambda layers: -layers.spread)
 
 
 def _read(row: Row) -> Layers | None:
@@ -67,12 +70,16 @@ def _read(row: Row) -> Layers | None:
         plan = read_plan_json(Path(str(row.get("out") or "")))
         return _layers(row, plan) if plan is not None and _same_run(row, plan) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SecateurError):
-        return None  # a damaged plan costs its picture, not the report
+        return None  # a damaged plan loses its picture; the report goes on
 
 
 def _same_run(row: Row, plan: Mapping[str, Any]) -> bool:
-    """Whether the folder still holds what the row is about: it may have been pruned anew since."""
-    return all(plan.get(name) == row.get(name) for name in ("method", "sparsity_measured", "pattern") if row.get(name) is not None and name in plan)
+    """Whether the folder still holds the result of the row; it may have been pruned again since."""
+    return all(
+        plan.get(name) == row.get(name)
+        for name in ("method", "sparsity_measured", "pattern")
+        if row.get(name) is not None and name in plan
+    )
 
 
 def _layers(row: Row, plan: Mapping[str, Any]) -> Layers | None:
@@ -80,7 +87,10 @@ def _layers(row: Row, plan: Mapping[str, Any]) -> Layers | None:
     removed: dict[str, list[float | None]] = {}
     kept: dict[str, list[tuple[int, int]]] = {}
     for index, block in enumerate(blocks):
-        shares = {name: mask["removed"] / (mask["shape"][0] * mask["shape"][1]) for name, mask in block.get("masks", {}).items()}
+        shares = {
+            name: mask["removed"] / (mask["shape"][0] * mask["shape"][1])
+            for name, mask in block.get("masks", {}).items()
+        }
         shares |= {space: 1 - units["kept"] / units["of"] for space, units in block.get("keep", {}).items()}
         for name, share in shares.items():
             removed.setdefault(name, [None] * len(blocks))[index] = share

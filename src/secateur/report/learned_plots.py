@@ -1,4 +1,7 @@
-"""The figures of DISP-LLM (arXiv:2410.11988) from records and checkpoints: how learning went, what each block keeps, what the settings do."""
+"""The figures of DISP-LLM (arXiv:2410.11988), from records and checkpoints.
+
+They show the course of learning, the features that each block keeps, and the effect of the settings.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +40,21 @@ _SELECTIONS = {
 
 
 def pictures(runs: Sequence[Run], group: Group) -> list[Picture]:
-    """All that the runs have something for."""
-    drawn = [_measured_ratio(group), _by_ratio(runs), _by_variant(runs), _variants(runs, group.dense), _strengths(runs), _selections(runs), _repetition(group)]
+    """Draw all figures that the runs have data for."""
+    drawn = [
+        _measured_ratio(group),
+        _by_ratio(runs),
+        _by_variant(runs),
+        _variants(runs, group.dense),
+        _strengths(runs),
+        _selections(runs),
+        _repetition(group),
+    ]
     return [picture for picture in drawn if picture is not None]
 
 
 def _by_ratio(runs: Sequence[Run]) -> Picture | None:
-    """Figures 5e, 5f and 11: one curve a sparsity, of the variant with most of them."""
+    """Draw figures 5e, 5f and 11: one curve per sparsity, for the variant with the most sparsities."""
     variants: dict[str, dict[float, Run]] = {}
     for run in at_default_strength(runs):
         variants.setdefault(run.varied, {}).setdefault(run.sparsity, run)
@@ -51,11 +62,16 @@ def _by_ratio(runs: Sequence[Run]) -> Picture | None:
     chosen = [several[s] for s in sorted(several)][:_MOST]
     if len(chosen) < 2:
         return None
-    return dynamics(chosen, [f"{run.sparsity:.0%} removed" for run in chosen], "learning-ratios", f"Learning at {len(chosen)} ratios ({name})")
+    return dynamics(
+        chosen,
+        [f"{run.sparsity:.0%} removed" for run in chosen],
+        "learning-ratios",
+        f"Learning at {len(chosen)} ratios ({name})",
+    )
 
 
 def _by_variant(runs: Sequence[Run]) -> Picture | None:
-    """Figures 5a and 5b: one curve a variant, at the highest sparsity that has most of them."""
+    """Draw figures 5a and 5b: one curve per variant, at the sparsity with the most variants."""
     at: dict[float, dict[str, Run]] = {}
     for run in at_default_strength(runs):
         at.setdefault(run.sparsity, {}).setdefault(run.varied, run)
@@ -63,11 +79,13 @@ def _by_variant(runs: Sequence[Run]) -> Picture | None:
     chosen = list(several.values())[:_MOST]
     if len(chosen) < 2:
         return None
-    return dynamics(chosen, [run.varied for run in chosen], "learning-variants", f"Learning to remove {sparsity:.0%}, by variant")
+    return dynamics(
+        chosen, [run.varied for run in chosen], "learning-variants", f"Learning to remove {sparsity:.0%}, by variant"
+    )
 
 
 def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) -> Picture:
-    """The loss of the language model and the budget term against the step, one curve a run."""
+    """Draw the loss of the language model and the budget term against the step, one curve per run."""
     figure = Figure(figsize=(9, 3.8), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(title, 90)), fontsize=11, x=0.01, ha="left", color=_INK)
     left, right = figure.subplots(1, 2)
@@ -81,20 +99,37 @@ def dynamics(runs: Sequence[Run], labels: Sequence[str], name: str, title: str) 
     _dress(right, "step", "budget term |log(T(s) / target)|")
     right.set_yscale("log")
     right.axhline(0.01, color="#888888", linewidth=1.0, linestyle=":")
-    right.annotate("1% off", (1.0, 0.01), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7, ha="right", color="#666666")
-    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=min(4, len(runs)))
+    right.annotate(
+        "1% off",
+        (1.0, 0.01),
+        (-2, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=7,
+        ha="right",
+        color="#666666",
+    )
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        fontsize=8,
+        frameon=False,
+        loc="outside lower center",
+        ncols=min(4, len(runs)),
+    )
     alt = f"{title}: " + "; ".join(
-        f"{label}: loss {run.learning['loss'][0]:.2f} to {_smooth(run.learning['loss'])[-1]:.2f}, budget term {run.learning['budget'][-1]:.4f} at the end"
+        f"{label}: loss {run.learning['loss'][0]:.2f} to {_smooth(run.learning['loss'])[-1]:.2f}, "
+        f"budget term {run.learning['budget'][-1]:.4f} at the end"
         for run, label in zip(runs, labels, strict=True)
     )
     caption = (
-        "Losses are of drawn gates on calibration windows: thin as seen, thick their running mean over a tenth of the run. The budget term is without lambda."
+        "Losses are of drawn gates on calibration windows: thin as seen, thick their running mean over a tenth of the "
+        "run. The budget term is without lambda."
     )
     return Picture(name, png(figure), alt, caption)
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """The mean over the last tenth of the run up to each point."""
+    """The running mean: at each point, the mean over the tenth of the run before it."""
     width = max(1, len(values) // 10)
     sums = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
     ends = np.arange(1, len(values) + 1)
@@ -104,7 +139,7 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
-    """Figures 5c and 5d, table 10: perplexity against the ratio, a line a variant, bars over seeds."""
+    """Draw figures 5c and 5d, and table 10: perplexity against the ratio, one line per variant, bars over seeds."""
     lines = {name: at for name, at in perplexities(runs).items() if len(at) > 1}
     if not lines or len(perplexities(runs)) < 2:
         return None
@@ -114,9 +149,21 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
     for (name, at), (colour, dash), marker in zip(lines.items(), _STYLES, MARKERS * 2, strict=False):
         xs = sorted(at)
         errors = [stdev(at[x]) if len(at[x]) > 1 else 0.0 for x in xs]
-        axes.errorbar(xs, [fmean(at[x]) for x in xs], yerr=errors, color=colour, linestyle=dash, marker=marker, markersize=5, capsize=3, label=plain(name))
+        axes.errorbar(
+            xs,
+            [fmean(at[x]) for x in xs],
+            yerr=errors,
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=5,
+            capsize=3,
+            label=plain(name),
+        )
     if dense is not None and dense.ppl is not None:
-        axes.axhline(dense.ppl, color=_INK, linestyle="--", linewidth=1.0, label=f"dense, {words.perplexity(dense.ppl)}")
+        axes.axhline(
+            dense.ppl, color=_INK, linestyle="--", linewidth=1.0, label=f"dense, {words.perplexity(dense.ppl)}"
+        )
         values.append(dense.ppl)
     logarithmic(axes, max(values) / min(values))
     _dress(axes, "parameters removed, asked", "perplexity, log scale (lower is better)")
@@ -125,38 +172,71 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
     highest = max(s for at in lines.values() for s in at)
     there = {name: fmean(at[highest]) for name, at in lines.items() if highest in at}
     best = min(there, key=lambda name: there[name])
-    axes.set_title(plain(f"Variants: at {highest:.0%} removed, '{best}' is best with {words.perplexity(there[best])}"), fontsize=11, loc="left", color=_INK)
-    alt = "; ".join(f"{name}: " + ", ".join(f"{words.perplexity(fmean(at[s]))} at {s:.0%}" for s in sorted(at)) for name, at in lines.items())
-    return Picture("learning-perplexity", png(figure), alt, "Bars are one standard deviation over seeds, where there are several.")
+    axes.set_title(
+        plain(f"Variants: at {highest:.0%} removed, '{best}' is best with {words.perplexity(there[best])}"),
+        fontsize=11,
+        loc="left",
+        color=_INK,
+    )
+    alt = "; ".join(
+        f"{name}: " + ", ".join(f"{words.perplexity(fmean(at[s]))} at {s:.0%}" for s in sorted(at))
+        for name, at in lines.items()
+    )
+    return Picture(
+        "learning-perplexity", png(figure), alt, "Bars are one standard deviation over seeds, where there are several."
+    )
 
 
 def _strengths(runs: Sequence[Run]) -> Picture | None:
-    """Table 12: perplexity against lambda."""
-    found = by_strength(runs) if runs else None
-    if found is None:
+    """Draw table 12: perplexity against lambda."""
+    sweep = by_strength(runs) if runs else None
+    if sweep is None:
         return None
-    sparsity, tried = found
+    sparsity, runs_there = sweep
     figure = Figure(figsize=(6, 3.6), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
     for chosen, look, label in (
-        ([r for r in tried if not r.missed], ("o", "-"), "budget reached"),
-        ([r for r in tried if r.missed], ("X", "none"), "budget not reached while learning (NC)"),
+        ([r for r in runs_there if not r.missed], ("o", "-"), "budget reached"),
+        ([r for r in runs_there if r.missed], ("X", "none"), "budget not reached while learning (NC)"),
     ):
         if chosen:
-            axes.plot([r.strength for r in chosen], [r.row.ppl or 0.0 for r in chosen], color=COLOURS[0], marker=look[0], linestyle=look[1], label=label)
+            axes.plot(
+                [r.strength for r in chosen],
+                [r.row.ppl or 0.0 for r in chosen],
+                color=COLOURS[0],
+                marker=look[0],
+                linestyle=look[1],
+                label=label,
+            )
     _dress(axes, "lambda, the weight of the budget term", "perplexity (lower is better)")
-    best = min(tried, key=lambda r: r.row.ppl or 0.0)
-    axes.set_title(f"At {sparsity:.0%} removed, lambda {best.strength:g} is best: {words.perplexity(best.row.ppl)}", fontsize=11, loc="left", color=_INK)
+    best = min(runs_there, key=lambda r: r.row.ppl or 0.0)
+    axes.set_title(
+        f"At {sparsity:.0%} removed, lambda {best.strength:g} is best: {words.perplexity(best.row.ppl)}",
+        fontsize=11,
+        loc="left",
+        color=_INK,
+    )
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
-    alt = "Perplexity by lambda: " + ", ".join(f"{words.perplexity(r.row.ppl)} at {r.strength:g}" for r in tried)
-    return Picture("learning-lambda", png(figure), alt, "The cut meets the budget in any case; NC: what was learned did not, by more than 5%.")
+    alt = "Perplexity by lambda: " + ", ".join(f"{words.perplexity(r.row.ppl)} at {r.strength:g}" for r in runs_there)
+    return Picture(
+        "learning-lambda",
+        png(figure),
+        alt,
+        "The cut meets the budget in any case; NC: what was learned did not, by more than 5%.",
+    )
 
 
 def _selections(runs: Sequence[Run]) -> Picture | None:
-    """Figures 4, 8 and 12 of the run closest to half of the parameters."""
-    for run in sorted(at_default_strength(runs), key=lambda run: (run.varied != FULL, abs(run.sparsity - 0.5), run.seed)):
+    """Draw figures 4, 8 and 12, for the run closest to half of the parameters."""
+    for run in sorted(
+        at_default_strength(runs), key=lambda run: (run.varied != FULL, abs(run.sparsity - 0.5), run.seed)
+    ):
         if (plan := _plan(run.row)) is not None:
-            return selections(plan, f"{run.row.get('method')} at {words.percent(run.row.sparsity)}" + ("" if run.varied == FULL else f", {run.varied}"))
+            return selections(
+                plan,
+                f"{run.row.get('method')} at {words.percent(run.row.sparsity)}"
+                + ("" if run.varied == FULL else f", {run.varied}"),
+            )
     return None
 
 
@@ -165,13 +245,19 @@ def _plan(row: Row) -> Plan | None:
     try:
         plan = read_plan(folder) if plan_file(folder, PLAN_TENSORS) else None
         same = plan is not None and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
-        return plan if same and plan is not None and all(block.select and set(_SELECTIONS) & set(block.keep) for block in plan.blocks) else None
+        return (
+            plan
+            if same
+            and plan is not None
+            and all(block.select and set(_SELECTIONS) & set(block.keep) for block in plan.blocks)
+            else None
+        )
     except Exception:
-        return None  # a damaged plan costs its picture, not the report
+        return None  # a damaged plan loses its picture; the report goes on
 
 
 def selections(plan: Plan, label: str) -> Picture:
-    """Which features of the residual each block reads and writes, and how often each feature is used."""
+    """Draw which features of the residual each block reads and writes, and how often each feature is used."""
     width = plan.blocks[0].of["attention_out"]
     kept = {name: np.zeros((len(plan.blocks), width)) for name in _SELECTIONS if name in plan.blocks[0].keep}
     for number, block in enumerate(plan.blocks):
@@ -180,7 +266,9 @@ def selections(plan: Plan, label: str) -> Picture:
     figure = Figure(figsize=(9, 1.4 + 1.2 * len(kept)), dpi=DPI, layout="constrained", facecolor="white")
     *axes, last = figure.subplots(len(kept) + 1, 1, sharex=True, height_ratios=[1] * len(kept) + [1.2])
     for panel, (name, matrix) in zip(axes, kept.items(), strict=True):
-        panel.imshow(matrix, aspect="auto", cmap=ListedColormap(["#f0f0f0", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
+        panel.imshow(
+            matrix, aspect="auto", cmap=ListedColormap(["#f0f0f0", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest"
+        )
         panel.set_ylabel("block", fontsize=8)
         panel.set_title(f"{_SELECTIONS[name]}: {matrix.mean():.0%} kept", fontsize=9, loc="left")
         panel.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
@@ -190,18 +278,25 @@ def selections(plan: Plan, label: str) -> Picture:
     last.axhline(rate.mean(), color=_INK, linestyle="--", linewidth=1.0)
     last.set_ylim(0, 1.02)
     last.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    last.set_title(f"share of all selections that keep the feature: {rate.min():.0%} to {rate.max():.0%}, mean {rate.mean():.0%}", fontsize=9, loc="left")
+    last.set_title(
+        f"share of all selections that keep the feature: {rate.min():.0%} to {rate.max():.0%}, mean {rate.mean():.0%}",
+        fontsize=9,
+        loc="left",
+    )
     _dress(last, "feature of the residual stream", "kept")
     unused = int((rate == 0).sum())
-    said = "every feature is used somewhere" if not unused else f"{unused} of {width} features are used nowhere"
-    figure.suptitle(plain(f"{label}: {said}"), fontsize=11, x=0.01, ha="left", color=_INK)
-    alt = f"Kept by each selection: {', '.join(f'{_SELECTIONS[n]} {m.mean():.0%}' for n, m in kept.items())}; {said}"
-    return Picture("selections", png(figure), alt, "Coloured: the block keeps the feature. Features in the order of the model.")
+    usage = "every feature is used somewhere" if not unused else f"{unused} of {width} features are used nowhere"
+    figure.suptitle(plain(f"{label}: {usage}"), fontsize=11, x=0.01, ha="left", color=_INK)
+    alt = f"Kept by each selection: {', '.join(f'{_SELECTIONS[n]} {m.mean():.0%}' for n, m in kept.items())}; {usage}"
+    return Picture(
+        "selections", png(figure), alt, "Coloured: the block keeps the feature. Features in the order of the model."
+    )
 
 
 def _measured_ratio(group: Group) -> Picture | None:
-    """Tables 13 and 14, and table 1 beside other methods: perplexity and accuracy against what the files really lost."""
-    longest: dict[str, Series] = {}  # of variants of one method the one with most points; the figure of the variants has the others
+    """Draw tables 13 and 14, and table 1 with other methods: perplexity and accuracy against the measured ratio."""
+    # Among the variants of a method, take the one with the most points; the figure of the variants has the others.
+    longest: dict[str, Series] = {}
     for curve in series(group.rows):
         points = sum((row.number("pruning_ratio") or 0) > 0 and row.ppl is not None for row in curve.rows)
         name = base(curve.rows[0])
@@ -216,7 +311,7 @@ def _measured_ratio(group: Group) -> Picture | None:
     readings = []
     for number, (name, value) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        seen = []
+        values = []
         for curve, (colour, dash), marker in zip(removing, _STYLES, MARKERS * 2, strict=False):
             at: dict[float, list[float]] = {}
             for row in curve.rows:
@@ -224,35 +319,60 @@ def _measured_ratio(group: Group) -> Picture | None:
                 if ratio and y is not None:
                     at.setdefault(round(ratio, 3), []).append(y)
             means = [fmean(at[ratio]) for ratio in sorted(at)]
-            axes.plot(sorted(at), means, color=colour, linestyle=dash, marker=marker, markersize=5, linewidth=1.6, label=plain(curve.label))
-            seen += means
-            readings.append(f"{name} of {curve.label}: " + ", ".join(f"{y:.4g} at {x:.1%}" for x, y in zip(sorted(at), means, strict=True)))
+            axes.plot(
+                sorted(at),
+                means,
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                markersize=5,
+                linewidth=1.6,
+                label=plain(curve.label),
+            )
+            values += means
+            readings.append(
+                f"{name} of {curve.label}: "
+                + ", ".join(f"{y:.4g} at {x:.1%}" for x, y in zip(sorted(at), means, strict=True))
+            )
         dense = None if group.dense is None else value(group.dense)
         if dense is not None:
             axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.0, label="dense")
-        if name == "perplexity" and seen:
-            logarithmic(axes, max(seen) / min(seen))
-        _dress(axes, "pruning ratio, measured", "perplexity, log scale (lower is better)" if name == "perplexity" else f"accuracy on {plain(name)}")
+        if name == "perplexity" and values:
+            logarithmic(axes, max(values) / min(values))
+        _dress(
+            axes,
+            "pruning ratio, measured",
+            "perplexity, log scale (lower is better)" if name == "perplexity" else f"accuracy on {plain(name)}",
+        )
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.suptitle("What the same share of all parameters costs, method by method", fontsize=11, x=0.01, ha="left", color=_INK)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3)
-    return Picture("ratios", png(figure), "; ".join(readings), "The ratio is that of the written file, adapters counted; seeds share a point.")
+    figure.suptitle(
+        "What the same share of all parameters costs, method by method", fontsize=11, x=0.01, ha="left", color=_INK
+    )
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3
+    )
+    return Picture(
+        "ratios",
+        png(figure),
+        "; ".join(readings),
+        "The ratio is that of the written file, adapters counted; seeds share a point.",
+    )
 
 
 def _repetition(group: Group) -> Picture | None:
-    """Table 16 as a curve: how much greedy continuations repeat themselves."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    """Draw table 16 as a curve: how much greedy continuations repeat themselves."""
+    by_method: dict[str, list[tuple[float, float]]] = {}
     dense = None
     for row in group.rows:
         repeats, ratio = row.part("shift").get("repetition"), row.number("pruning_ratio")
         if isinstance(repeats, float) and ratio and not row.dense:
-            found.setdefault(str(row.get("method")), []).append((ratio, repeats))
+            by_method.setdefault(str(row.get("method")), []).append((ratio, repeats))
             dense = row.part("shift").get("repetition_dense", dense)
-    if sum(len(points) for points in found.values()) < 2:
+    if sum(len(points) for points in by_method.values()) < 2:
         return None
     figure = Figure(figsize=(7, 3.8), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    for (method, points), colour, marker in zip(found.items(), COLOURS * 2, MARKERS * 2, strict=False):
+    for (method, points), colour, marker in zip(by_method.items(), COLOURS * 2, MARKERS * 2, strict=False):
         axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, linewidth=1.4, label=plain(method))
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.2, label=f"dense, {dense:.0%}")
@@ -261,42 +381,73 @@ def _repetition(group: Group) -> Picture | None:
         axis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("Repetition in greedy continuations", fontsize=11, loc="left", color=_INK)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
-    alt = "; ".join(f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points)) for method, points in found.items())
+    alt = "; ".join(
+        f"{method}: " + ", ".join(f"{y:.0%} at {x:.0%}" for x, y in sorted(points))
+        for method, points in by_method.items()
+    )
     return Picture(
-        "repetition", png(figure), f"Share of repeated 4-grams: {alt}", "The share of 4-grams that occurred before in the same continuation; few prompts."
+        "repetition",
+        png(figure),
+        f"Share of repeated 4-grams: {alt}",
+        "The share of 4-grams that occurred before in the same continuation; few prompts.",
     )
 
 
 def throughput(records: Sequence[Record]) -> Picture | None:
-    """Figure 5g and table 11: how many times as fast as the dense model, from records of `bench` with a dense model beside; None where there is none."""
-    found: dict[tuple[str, str, int], dict[float, float]] = {}
+    """Draw figure 5g and table 11: the speed as a multiple of the dense model's.
+
+    Returns:
+        None without a record of `bench` that also measured the dense model.
+    """
+    curves: dict[tuple[str, str, int], dict[float, float]] = {}
     for record in records:
         ratio = as_number(record.get("pruning_ratio"))
         if record.get("command") != "bench" or not ratio:
             continue
-        for one in record.get("speedup") or []:
+        for entry in record.get("speedup") or []:
             for phase in ("decode", "prefill"):
-                found.setdefault((str(record.get("method")), phase, one["batch"]), {})[ratio] = one[phase]  # a later record replaces an earlier one
-    if not found:
+                # a later record replaces an earlier one
+                curves.setdefault((str(record.get("method")), phase, entry["batch"]), {})[ratio] = entry[phase]
+    if not curves:
         return None
     figure = Figure(figsize=(7, 4.0), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    lines = list(dict.fromkeys((method, batch) for method, _, batch in found))
-    for (method, phase, batch), at in found.items():
+    lines = list(dict.fromkeys((method, batch) for method, _, batch in curves))
+    for (method, phase, batch), at in curves.items():
         number = lines.index((method, batch))
         look = {"linestyle": "-"} if phase == "decode" else {"linestyle": ":", "markerfacecolor": "none"}
         label = plain(f"{method}, {phase}, batch {batch}")
-        axes.plot(sorted(at), [at[r] for r in sorted(at)], color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], label=label, **look)  # type: ignore[arg-type]
+        axes.plot(
+            sorted(at),
+            [at[r] for r in sorted(at)],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            label=label,
+            **look,  # type: ignore[arg-type]
+        )
     axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0, label="dense")
-    ratios = np.linspace(0.0, max(r for at in found.values() for r in at), 50)
-    axes.plot(ratios, 1 / (1 - ratios), color="#888888", linestyle="-.", linewidth=1.2, label="as much as parameters removed, 1 / (1 - ratio)")
+    ratios = np.linspace(0.0, max(r for at in curves.values() for r in at), 50)
+    axes.plot(
+        ratios,
+        1 / (1 - ratios),
+        color="#888888",
+        linestyle="-.",
+        linewidth=1.2,
+        label="as much as parameters removed, 1 / (1 - ratio)",
+    )
     _dress(axes, "pruning ratio, measured", "times as fast as the dense model")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    best, at = max(found.items(), key=lambda item: max(item[1].values()))
-    axes.set_title(plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"), fontsize=11, loc="left", color=_INK)
+    best, at = max(curves.items(), key=lambda item: max(item[1].values()))
+    axes.set_title(
+        plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"),
+        fontsize=11,
+        loc="left",
+        color=_INK,
+    )
     legend(axes, figure)
     alt = "; ".join(
-        f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items()) for (method, phase, batch), at in found.items()
+        f"{method}, {phase}, batch {batch}: " + ", ".join(f"{y:.2f} at {x:.0%}" for x, y in at.items())
+        for (method, phase, batch), at in curves.items()
     )
     return Picture(
         "throughput",

@@ -1,6 +1,7 @@
-"""What a study of modules says: its cells as curves, and a verdict in words with its evidence.
+"""A study of modules: its cells as curves, and a verdict in words with its evidence.
 
-Perplexities are compared by their logarithm, which is the loss. Between measured points it is interpolated linearly, and never beyond them.
+Perplexities are compared by their logarithm, the loss. It is interpolated linearly between measured points, and never
+extrapolated.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TWICE = math.log(2)
 
 @dataclass(frozen=True)
 class Point:
-    """A cell: what was asked and removed, and what it measured. `ppl` is None where it is not finite."""
+    """A cell: the request, the removed weights and the measurements. `ppl` is None if it is not finite."""
 
     kind: str
     modules: str
@@ -40,10 +41,11 @@ class Study:
     """The cells of one model, method, calibration and protocol.
 
     Attributes:
-        about: model, method, pattern, mode.
-        calibration: SPEC and size.
-        dense: the perplexity of the dense model, and its tasks.
-        curves: kind -> points by the weights they remove.
+        about: model, method, pattern and mode, as text.
+        calibration: SPEC and size, as text.
+        dense: the perplexity of the dense model.
+        dense_tasks: the task results of the dense model.
+        curves: kind -> points, ascending by removed weights.
         grid: (attention rate, MLP rate) -> perplexity.
     """
 
@@ -56,25 +58,27 @@ class Study:
 
     @property
     def projections(self) -> list[str]:
-        """The kinds that are no group."""
+        """The kinds that are not groups."""
         return [kind for kind in self.curves if kind not in GROUPS]
 
     @property
     def groups(self) -> list[str]:
-        """Attention, MLP and all, where they were measured."""
+        """The measured groups among attention, MLP and all."""
         return [kind for kind in GROUPS if kind in self.curves]
 
     def at_sparsity(self, kind: str, sparsity: float) -> Point | None:
-        """The cell of a kind at a sparsity that was asked for."""
+        """The cell of a kind at a requested sparsity; None without one."""
         return next((p for p in self.curves[kind] if p.sparsity == sparsity and p.ppl is not None), None)
 
     def common(self, kinds: Sequence[str], highest: float = 1.0) -> list[float]:
-        """The sparsities at which all these kinds were measured."""
-        every = [{p.sparsity for p in self.curves[kind] if p.sparsity is not None and p.ppl is not None} for kind in kinds]
+        """The sparsities up to `highest` at which all these kinds were measured."""
+        every = [
+            {p.sparsity for p in self.curves[kind] if p.sparsity is not None and p.ppl is not None} for kind in kinds
+        ]
         return sorted(s for s in set.intersection(*every) if s <= highest) if every else []
 
     def loss_at(self, kind: str, weights: float) -> float | None:
-        """ln(ppl / dense) of a kind with so many weights removed, between measured points; None beyond them."""
+        """ln(ppl / dense) of a kind with this number of weights removed, interpolated; None beyond the points."""
         return self._between(kind, weights, lambda p: p.weights)
 
     def _between(self, kind: str, at: float, axis: Callable[[Point], float]) -> float | None:
@@ -83,7 +87,7 @@ class Study:
         return float(np.interp(at, xs, ys)) if at <= xs[-1] else None
 
     def doubles_at(self, kind: str) -> float | None:
-        """The sparsity at which perplexity is twice the dense model's, between measured points."""
+        """The sparsity at which perplexity is twice the dense model's, interpolated; None if it is not reached."""
         points = [(0.0, 0.0), *sorted((p.measured, math.log(p.ppl / self.dense)) for p in self.curves[kind] if p.ppl)]
         for (x0, y0), (x1, y1) in pairwise(points):
             if y0 < _TWICE <= y1:
@@ -92,7 +96,7 @@ class Study:
 
 
 def read_studies(found: Sequence[Record]) -> list[Study]:
-    """The studies among records, the largest first; those whose dense model was not measured are left out."""
+    """Read the studies among records, the largest first; a study without a measured dense model is left out."""
     plain = [json.loads(to_json(record)) for record in found]
     cells: dict[str, list[Record]] = {}
     for record in plain:
@@ -101,32 +105,45 @@ def read_studies(found: Sequence[Record]) -> list[Study]:
     studies = []
     for members in cells.values():
         first = members[0]
-        same = [r for r in plain if is_dense(r) and _asked(r) == _asked(first) and r.get("ppl")]
+        same = [r for r in plain if is_dense(r) and _model_and_text(r) == _model_and_text(first) and r.get("ppl")]
         if same:
             studies.append(_study(members, same))
     return sorted(studies, key=lambda study: -sum(map(len, study.curves.values())))
 
 
 def is_dense(record: Record) -> bool:
-    """Whether it measures a dense model, in a study or by itself."""
+    """Whether a record measures a dense model, in a study or by `eval`."""
     return record.get("command") in ("study", "eval") and not record.get("method")
 
 
-def _asked(record: Record) -> Any:
+def _model_and_text(record: Record) -> Any:
     protocol = record.get("ppl_protocol") or {}
     return record.get("model"), protocol.get("sha256"), protocol.get("seqlen")
 
 
 def _group(record: Record) -> str:
     calibration = record.get("calibration") or {}
-    return repr([*(record.get(name) for name in ("method", "options", "pattern", "mode", "seed")), calibration.get("sha256"), _asked(record)])
+    return repr(
+        [
+            *(record.get(name) for name in ("method", "options", "pattern", "mode", "seed")),
+            calibration.get("sha256"),
+            _model_and_text(record),
+        ]
+    )
 
 
 def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
     curves: dict[str, dict[str, Point]] = {}
-    for record in sorted(members, key=lambda r: len(r.get("tasks") or {})):  # of two of one cell, the one that says more
+    # A cell may have two records: the one with more tasks comes later, and replaces the other.
+    for record in sorted(members, key=lambda r: len(r.get("tasks") or {})):
         point = Point(
-            record["kind"], record["modules"], record["sparsity"], record["sparsity_measured"], record["weights_removed"], record["ppl"], record["tasks"] or {}
+            record["kind"],
+            record["modules"],
+            record["sparsity"],
+            record["sparsity_measured"],
+            record["weights_removed"],
+            record["ppl"],
+            record["tasks"] or {},
         )
         curves.setdefault(point.kind, {})[point.modules] = point
     grid = {(0.0, 0.0): float(dense[-1]["ppl"])}
@@ -137,11 +154,17 @@ def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
             if point.ppl is not None:
                 grid[(both[0], both[1])] = point.ppl
     first, combined = members[0], curves.pop("attention x mlp", {})
-    sides = {float(rate) for point in combined.values() for rate in (part.split("=")[1] for part in point.modules.split(","))} | {0.0}
+    sides = {
+        float(rate) for point in combined.values() for rate in (part.split("=")[1] for part in point.modules.split(","))
+    } | {0.0}
     calibration = first.get("calibration") or {}
     return Study(
-        f"{first['model']}, {first['method']}" + (f" {first['pattern']}" if first["pattern"] != "unstructured" else "") + f", {first['mode']} statistics",
-        f"{calibration['spec']}, {calibration['samples']} \N{MULTIPLICATION SIGN} {calibration['seqlen']} tokens" if calibration else "none",
+        f"{first['model']}, {first['method']}"
+        + (f" {first['pattern']}" if first["pattern"] != "unstructured" else "")
+        + f", {first['mode']} statistics",
+        f"{calibration['spec']}, {calibration['samples']} \N{MULTIPLICATION SIGN} {calibration['seqlen']} tokens"
+        if calibration
+        else "none",
         float(dense[-1]["ppl"]),
         next((r["tasks"] for r in reversed(dense) if r.get("tasks")), {}),
         {kind: tuple(sorted(points.values(), key=lambda p: p.weights)) for kind, points in curves.items()},
@@ -150,9 +173,11 @@ def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
 
 
 def verdict(study: Study) -> list[str]:
-    """What the study says, each sentence with its numbers."""
-    said = [*_per_sparsity(study), *_per_weight(study), *_steep(study), *_groups(study), *_tasks(study)]
-    return said or ["Too few cells for a verdict: it compares kinds at sparsities that all of them were measured at."]
+    """The conclusions of the study, each sentence with its numbers."""
+    sentences = [*_per_sparsity(study), *_per_weight(study), *_steep(study), *_groups(study), *_tasks(study)]
+    return sentences or [
+        "Too few cells for a verdict: it compares kinds at sparsities that all of them were measured at."
+    ]
 
 
 def _ranked(values: Mapping[str, float]) -> list[str]:
@@ -173,13 +198,17 @@ def _per_sparsity(study: Study) -> list[str]:
     levels = study.common(kinds)
     if len(kinds) < 2 or not levels:
         return []
-    tables = {s: {k: math.log(p.ppl / study.dense) for k in kinds if (p := study.at_sparsity(k, s)) and p.ppl} for s in levels}
+    tables = {
+        s: {k: math.log(p.ppl / study.dense) for k in kinds if (p := study.at_sparsity(k, s)) and p.ppl} for s in levels
+    }
     level = max([s for s in levels if s <= 0.9] or levels)
     ranked = _ranked(tables[level])
     firsts = sum(_ranked(tables[s])[0] == ranked[0] for s in levels)
     return [
-        f"Per sparsity, {ranked[0]} is the most sensitive projection and {ranked[-1]} the least: at {level:.0%} of each, perplexity is "
-        f"{_listed(tables[level], ranked)} the dense model's {words.perplexity(study.dense)}. {ranked[0]} comes first at {firsts} of {len(levels)} sparsities."
+        f"Per sparsity, {ranked[0]} is the most sensitive projection and {ranked[-1]} the least: "
+        f"at {level:.0%} of each, perplexity is "
+        f"{_listed(tables[level], ranked)} the dense model's {words.perplexity(study.dense)}. "
+        f"{ranked[0]} comes first at {firsts} of {len(levels)} sparsities."
     ]
 
 
@@ -188,16 +217,24 @@ def _per_weight(study: Study) -> list[str]:
     reach = {kind: max(p.weights for p in study.curves[kind]) for kind in kinds}
     if len(kinds) < 2:
         return []
-    said: list[str] = []
-    for size in sorted(set(reach.values()))[:2]:  # where the smallest is small, it says little of the others
+    sentences: list[str] = []
+    # If the smallest kind is small, the others are compared at a larger number of weights too.
+    for size in sorted(set(reach.values()))[:2]:
         count = 0.9 * size
-        values = {kind: found for kind in kinds if (found := study.loss_at(kind, count)) is not None}
+        values = {kind: loss for kind in kinds if (loss := study.loss_at(kind, count)) is not None}
         if len(values) > 1:
             ranked = _ranked(values)
-            who = f"{ranked[0]} is the most sensitive and {ranked[-1]} the least" if len(values) == len(kinds) else f"of {', '.join(values)} it is {ranked[0]}"
-            lead = "Per weight," if not said else "With more weights removed,"
-            said.append(f"{lead} {who}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} the dense model's.")
-    return said
+            ranking = (
+                f"{ranked[0]} is the most sensitive and {ranked[-1]} the least"
+                if len(values) == len(kinds)
+                else f"of {', '.join(values)} it is {ranked[0]}"
+            )
+            lead = "Per weight," if not sentences else "With more weights removed,"
+            sentences.append(
+                f"{lead} {ranking}: with {words.count(count)} weights removed, perplexity is {_listed(values, ranked)} "
+                "the dense model's."
+            )
+    return sentences
 
 
 def _steep(study: Study) -> list[str]:
@@ -205,11 +242,11 @@ def _steep(study: Study) -> list[str]:
     doubled = {kind: study.doubles_at(kind) for kind in kinds}
     some = {kind: s for kind, s in doubled.items() if s is not None}
     never = [kind for kind, s in doubled.items() if s is None]
-    said = []
+    sentences = []
     if some:
         order = sorted(some, key=lambda kind: some[kind])
         rest = f"; it has not at any measured sparsity of {', '.join(never)}" if never else ""
-        said.append(f"Perplexity has doubled at {', '.join(f'{some[k]:.0%} of {k}' for k in order)}{rest}.")
+        sentences.append(f"Perplexity has doubled at {', '.join(f'{some[k]:.0%} of {k}' for k in order)}{rest}.")
     shares = {}
     for kind in kinds:
         whole, nine = study.at_sparsity(kind, 1.0), study.at_sparsity(kind, 0.9)
@@ -217,32 +254,36 @@ def _steep(study: Study) -> list[str]:
             shares[kind] = 1 - math.log(nine.ppl / study.dense) / math.log(whole.ppl / study.dense)
     if shares:
         order = _ranked(shares)
-        said.append(
-            f"Of the loss that removing a kind whole adds, the last tenth of its weights adds {', '.join(f'{max(0.0, shares[k]):.0%} ({k})' for k in order)}; "
+        sentences.append(
+            "Of the loss that removing a kind whole adds, the last tenth of its weights adds "
+            f"{', '.join(f'{max(0.0, shares[k]):.0%} ({k})' for k in order)}; "
             "a straight line would say 10%."
         )
-    return said
+    return sentences
 
 
 def _groups(study: Study) -> list[str]:
     kinds = study.groups
     if not {"attention", "mlp"} <= set(kinds):
         return []
-    said = []
+    sentences = []
     if levels := study.common(kinds):
         worse = [s for s in levels if _ppl(study, "mlp", s) > _ppl(study, "attention", s)]
         level = max([s for s in levels if s <= 0.7] or levels)
         values = {NAMES[k]: math.log(_ppl(study, k, level) / study.dense) for k in kinds}
-        said.append(
-            f"At one rate, pruning MLP alone costs more than attention alone at {len(worse)} of {len(levels)} sparsities; at {level:.0%}: "
+        sentences.append(
+            f"At one rate, pruning MLP alone costs more than attention alone at {len(worse)} of {len(levels)} "
+            f"sparsities; at {level:.0%}: "
             f"{_listed(values, _ranked(values))}."
         )
     count = min(max(p.weights for p in study.curves[kind]) for kind in kinds)
     counts = [count * part for part in (0.25, 0.5, 0.75)]
     for part in counts:
-        found = {NAMES[k]: v for k in kinds if (v := study.loss_at(k, part)) is not None}
-        said.append(f"With {words.count(part)} weights removed in all: {_listed(found, _ranked(found))} the dense perplexity.")
-    return said
+        losses = {NAMES[k]: v for k in kinds if (v := study.loss_at(k, part)) is not None}
+        sentences.append(
+            f"With {words.count(part)} weights removed in all: {_listed(losses, _ranked(losses))} the dense perplexity."
+        )
+    return sentences
 
 
 def _ppl(study: Study, kind: str, sparsity: float) -> float:
@@ -253,9 +294,9 @@ def _ppl(study: Study, kind: str, sparsity: float) -> float:
 
 
 def task_bars(study: Study) -> tuple[str, dict[str, dict[str, tuple[float, float]]]]:
-    """For figure 4.4: where the three groups are compared, and task -> group -> (accuracy, standard error).
+    """The data of figure 4.4: the level of comparison, and task -> group -> (accuracy, standard error).
 
-    With as many weights removed where that was measured, else at one sparsity, the highest up to a half.
+    Groups are compared at an equal number of removed weights, if measured; else at one sparsity, the highest up to 0.5.
     """
     with_tasks = {kind: [p for p in study.curves[kind] if p.tasks] for kind in study.groups}
     if len(with_tasks) < 2 or not all(with_tasks.values()):
@@ -270,30 +311,46 @@ def task_bars(study: Study) -> tuple[str, dict[str, dict[str, tuple[float, float
     if not shared:
         return "", {}
     level = max([s for s in shared if s <= 0.5] or shared[:1])
-    return f"{level:.0%} sparsity", _bars({kind: next(p for p in points if p.sparsity == level) for kind, points in with_tasks.items()})
+    return f"{level:.0%} sparsity", _bars(
+        {kind: next(p for p in points if p.sparsity == level) for kind, points in with_tasks.items()}
+    )
 
 
 def _bars(points: Mapping[str, Point]) -> dict[str, dict[str, tuple[float, float]]]:
     tasks = sorted(set.intersection(*(set(p.tasks) for p in points.values())))
-    found = {}
+    bars = {}
     for task in tasks:
         metric = "acc" if all(p.tasks[task].get("acc") is not None for p in points.values()) else "acc_norm"
         if all(isinstance(p.tasks[task].get(metric), int | float) for p in points.values()):
-            found[task] = {kind: (float(p.tasks[task][metric]), float(p.tasks[task].get("stderr") or 0.0)) for kind, p in points.items()}
-    return found
+            bars[task] = {
+                kind: (float(p.tasks[task][metric]), float(p.tasks[task].get("stderr") or 0.0))
+                for kind, p in points.items()
+            }
+    return bars
 
 
 def _tasks(study: Study) -> list[str]:
     where, bars = task_bars(study)
     if not bars:
         return []
-    parts = [f"{task}: " + ", ".join(f"{NAMES[k]} {acc:.3f} \N{PLUS-MINUS SIGN} {err:.3f}" for k, (acc, err) in found.items()) for task, found in bars.items()]
+    parts = [
+        f"{task}: "
+        + ", ".join(f"{NAMES[k]} {acc:.3f} \N{PLUS-MINUS SIGN} {err:.3f}" for k, (acc, err) in by_kind.items())
+        for task, by_kind in bars.items()
+    ]
     return [f"Accuracy, {where}: {'; '.join(parts)}."]
 
 
 def rows(study: Study) -> tuple[list[str], list[list[str]]]:
-    """The table: a line a kind, a column a sparsity; perplexities."""
-    levels = sorted({p.sparsity for points in study.curves.values() for p in points if p.sparsity is not None and round(p.sparsity, 4) == p.sparsity})
+    """The table of perplexities, one line per kind, one column per sparsity."""
+    levels = sorted(
+        {
+            p.sparsity
+            for points in study.curves.values()
+            for p in points
+            if p.sparsity is not None and round(p.sparsity, 4) == p.sparsity
+        }
+    )
     body = []
     for kind, points in study.curves.items():
         cells = []

@@ -1,4 +1,4 @@
-"""Published tables as data, to put beside a user's runs: `published/NAME.json` holds those of one paper, as printed."""
+"""Published tables as data, for comparison with a user's runs: `published/NAME.json` holds those of one paper."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class PublishedTable:
 
     Attributes:
         source: the paper and the number of the table.
-        title: what it shows.
-        protocol: how it was measured, as far as the paper says.
-        columns, rows: as printed; null where the paper gives none.
-        note: what to keep in mind, empty where nothing is.
+        title: the content of the table.
+        protocol: how the numbers were measured, as far as the paper says.
+        columns, rows: as printed; null if the paper gives no number.
+        note: a caution for the reader; may be empty.
     """
 
     source: str

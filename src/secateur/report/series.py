@@ -1,4 +1,4 @@
-"""Rows as curves: which runs belong together, and which curve is best where several can be compared."""
+"""Rows as curves: which runs belong together, and which curve is best at a common level."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from secateur.report.rows import Row
 
 @dataclass(frozen=True)
 class Series:
-    """Runs that differ in sparsity (and seed) alone, ascending; per-module runs of a method are kept in one series, unjoined.
+    """Runs that differ only in sparsity (and seed), ascending. The per-module runs of a method are one unjoined series.
 
     Attributes:
-        label: method and pattern, and what else tells this series from its neighbours.
-        method: the method: it decides the colour.
-        joined: whether a line through the points means anything.
+        label: method and pattern, and the options that differ from other series.
+        method: the method, which decides the colour.
+        joined: whether a line through the points has a meaning.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Series side by side where all remove equally much; the best first.
+    """Series side by side at an equal removed fraction; the best comes first.
 
     Attributes:
         level: the fraction removed.
@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the best is ahead of the next by more than two standard errors of their difference, where errors are known."""
+        """Whether the best leads by more than two standard errors of the difference; unknown errors count as 0."""
         if len(self.entries) < 2:
             return True
         first, second = self.entries[:2]
@@ -68,39 +68,52 @@ class Comparison:
 
 def series(rows: Sequence[Row]) -> list[Series]:
     """The curves of the pruned rows, by method and label."""
-    found: dict[str, list[Row]] = {}
+    by_label: dict[str, list[Row]] = {}
     pruned = [row for row in rows if not row.dense]
     varied = {base(row): _varied([other for other in pruned if base(other) == base(row)]) for row in pruned}
     for row in pruned:
         extra = [f"{name}={value}" for name, value in _variant(row).items() if name in varied[base(row)]]
-        found.setdefault(", ".join([base(row), *extra]), []).append(row)
-    curves = [Series(label, str(members[0].get("method")), not members[0].get("modules"), tuple(members)) for label, members in found.items()]
+        by_label.setdefault(", ".join([base(row), *extra]), []).append(row)
+    curves = [
+        Series(label, str(members[0].get("method")), not members[0].get("modules"), tuple(members))
+        for label, members in by_label.items()
+    ]
     return sorted(curves, key=lambda curve: (curve.method, curve.label))
 
 
 def base(row: Row) -> str:
-    """Method and pattern; the plain pattern goes without saying."""
+    """Method and pattern of a row; the pattern `unstructured` is not named."""
     pattern = row.get("pattern")
     name = f"{row.get('method') or 'unknown method'}" + (f" {pattern}" if pattern not in (None, "unstructured") else "")
     return f"{name} per module" if row.get("modules") else name
 
 
 def _variant(row: Row) -> dict[str, Any]:
-    """What may differ between runs of one method and pattern that are not the same experiment."""
+    """The options and calibration settings, in which runs of one method and pattern may differ."""
     calibration = row.part("calibration")
     options = {name: value for name, value in row.part("options").items() if name != "pattern"}
-    return options | {f"calibration {name}": calibration.get(name) for name in ("spec", "samples", "seqlen") if calibration}
+    return options | {
+        f"calibration {name}": calibration.get(name) for name in ("spec", "samples", "seqlen") if calibration
+    }
 
 
 def _varied(rows: Sequence[Row]) -> set[str]:
     variants = [_variant(row) for row in rows]
-    return {name for variant in variants for name in variant if any(other.get(name) != variant[name] for other in variants)}
+    return {
+        name for variant in variants for name in variant if any(other.get(name) != variant[name] for other in variants)
+    }
 
 
-def compare(curves: Sequence[Series], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None], *, lowest: bool) -> Comparison | None:
-    """The comparison at the highest level at which two methods were measured; at the highest of all where there is none.
+def compare(
+    curves: Sequence[Series],
+    value: Callable[[Row], float | None],
+    stderr: Callable[[Row], float | None],
+    *,
+    lowest: bool,
+) -> Comparison | None:
+    """Compare the series at the highest level with two methods, or at the highest level if no level has two.
 
-    Removing parameters and zeroing them are not compared with one another, and per-module runs with nothing.
+    Results that removed parameters are not compared with results that zeroed them. Per-module runs are not compared.
     """
     levels: dict[tuple[bool, float], list[tuple[Series, list[Row]]]] = {}
     for curve in curves:
@@ -112,9 +125,13 @@ def compare(curves: Sequence[Series], value: Callable[[Row], float | None], stde
             levels.setdefault(level, []).append((curve, members))
     if not levels:
         return None
-    best = max(levels, key=lambda level: (len({curve.method for curve, _ in levels[level]}) > 1, level[1], not level[0]))
+    best = max(
+        levels, key=lambda level: (len({curve.method for curve, _ in levels[level]}) > 1, level[1], not level[0])
+    )
     entries = [_entry(curve.label, members, value, stderr) for curve, members in levels[best]]
-    return Comparison(best[1], best[0], tuple(sorted(entries, key=lambda entry: entry.value if lowest else -entry.value)))
+    return Comparison(
+        best[1], best[0], tuple(sorted(entries, key=lambda entry: entry.value if lowest else -entry.value))
+    )
 
 
 def _level(row: Row) -> tuple[bool, float] | None:
@@ -124,7 +141,9 @@ def _level(row: Row) -> tuple[bool, float] | None:
     return None if sparsity is None else (False, round(sparsity, 2))
 
 
-def _entry(label: str, rows: Sequence[Row], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None]) -> Entry:
+def _entry(
+    label: str, rows: Sequence[Row], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None]
+) -> Entry:
     values = [v for row in rows if (v := value(row)) is not None]
     errors = [e for row in rows if (e := stderr(row)) is not None]
     return Entry(label, fmean(values), len(values), fmean(errors) if errors else None)

@@ -1,4 +1,4 @@
-"""The plot of the spectra of the residual stream: how much of it each direction holds, place by place, and what slicing gives up."""
+"""The plot of the spectra of the residual stream at each place, and of the share that slicing discards."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SLICED = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def spectra(rows: Sequence[Row]) -> Picture | None:
-    """The picture of the run that slices least, whose spectra are the closest to the dense model's; None where no run has any."""
-    found = [(row, plan) for row in rows if (plan := _plan(row)) is not None]
-    if not found:
+    """Draw the spectra of the run that slices least, the closest to the dense model; None if no run has spectra."""
+    plans = [(row, plan) for row in rows if (plan := _plan(row)) is not None]
+    if not plans:
         return None
-    row, plan = min(found, key=lambda pair: pair[0].sparsity or 0.0)
+    row, plan = min(plans, key=lambda pair: pair[0].sparsity or 0.0)
     return _picture(plan, f"{row.get('method')} at {words.percent(row.sparsity)}")
 
 
@@ -35,21 +35,25 @@ def _plan(row: Row) -> Plan | None:
     folder = Path(str(row.get("out") or ""))
     try:
         plan = read_plan(folder) if plan_file(folder, PLAN_TENSORS) else None
-        same = plan is not None and plan.rotates and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
+        same = (
+            plan is not None and plan.rotates and plan.settings.get("sparsity_measured") == row.get("sparsity_measured")
+        )
     except Exception:
-        return None  # a damaged plan costs its picture, not the report
+        return None  # a damaged plan loses its picture; the report goes on
     return plan if same else None
 
 
 def spectra_of(plan: Plan) -> list[tuple[str, np.ndarray]]:
-    """Name and spectrum of every place in the order of the network, each spectrum as shares of its sum."""
-    found = []
+    """The name and spectrum of every place, in the order of the network; each spectrum has a sum of 1."""
+    spectra_by_place = []
     for block in plan.blocks:
         for name, place in block.places.items():
             if place.spectrum_D is not None and (name != "enter" or block.index == 0):
                 values = place.spectrum_D.numpy()
-                found.append(("embeddings" if name == "enter" else f"block {block.index}, {name}", values / values.sum()))
-    return found
+                spectra_by_place.append(
+                    ("embeddings" if name == "enter" else f"block {block.index}, {name}", values / values.sum())
+                )
+    return spectra_by_place
 
 
 def _picture(plan: Plan, label: str) -> Picture:
@@ -58,7 +62,13 @@ def _picture(plan: Plan, label: str) -> Picture:
     left, right = figure.subplots(1, 2)
     discarded = np.array([[values[int((1 - s) * len(values)) :].sum() for s in _SLICED] for _, values in places])
     figure.suptitle(
-        plain(f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean square"), fontsize=11, x=0.01, ha="left"
+        plain(
+            f"Slicing {_SLICED[1]:.0%} of the directions gives up {_range(discarded[:, 1])} of the residual's mean "
+            "square"
+        ),
+        fontsize=11,
+        x=0.01,
+        ha="left",
     )
     colours = colormaps["viridis"]
     scale = Normalize(0, max(1, len(places) - 1))
@@ -73,9 +83,21 @@ def _picture(plan: Plan, label: str) -> Picture:
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     for column, sparsity in enumerate(_SLICED):
         right.plot(
-            range(len(places)), discarded[:, column], marker="o", markersize=3, linewidth=1.2, color=colormaps["plasma"](0.85 - 0.8 * column / len(_SLICED))
+            range(len(places)),
+            discarded[:, column],
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            color=colormaps["plasma"](0.85 - 0.8 * column / len(_SLICED)),
         )
-        right.annotate(f"s = {sparsity:g}", (len(places) - 1, discarded[-1, column]), (5, 0), textcoords="offset points", fontsize=7, va="center")
+        right.annotate(
+            f"s = {sparsity:g}",
+            (len(places) - 1, discarded[-1, column]),
+            (5, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+        )
     right.set_yscale("log")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from secateur.core.names import shown
@@ -18,7 +19,7 @@ MISSING = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, and the exact value where that is rounded."""
+    """The text of a cell, and the exact value if the text is rounded."""
 
     text: str
     exact: str = ""
@@ -26,7 +27,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table; an optional one is left out where no row has a value."""
+    """A column of a table; an optional column is left out if no row has a value."""
 
     head: str
     cell: Callable[[Row], Cell | None]
@@ -50,21 +51,23 @@ def inner(row: Row, name: str, key: str) -> float | None:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row]) -> Table:
-    """The cells of the rows; a dash where there is no value."""
+    """The table of the rows; a missing value is a dash."""
     filled = [(column, [column.cell(row) for row in rows]) for column in columns]
     shown = [(column, cells) for column, cells in filled if not column.optional or any(cells)]
     body = tuple(tuple(cells[n] or Cell(MISSING) for _, cells in shown) for n in range(len(rows)))
-    return Table(tuple((column.head, column.hint, column.text) for column, _ in shown), body, sum(row.dense for row in rows))
+    return Table(
+        tuple((column.head, column.hint, column.text) for column, _ in shown), body, sum(row.dense for row in rows)
+    )
 
 
 def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
-    """One line a checkpoint: what was done, what it weighs, what it costs."""
+    """The table of checkpoints, one line each: pruning, size, quality and cost."""
     home = {row: g for g in groups for row in g.rows}
     letters = {row: letter for letter, g in named(groups).items() for row in g.rows}
     before = {row.model: row.number("params_before") for row in rows if row.get("params_before")}
 
     def parameters(row: Row) -> float | None:
-        """The dense model's own record may lack them; the runs that started from it know."""
+        """The parameters after pruning; those of a dense model may stand only in the records of its pruned runs."""
         after = row.number("params_after")
         return before.get(row.model) if after is None and row.dense else after
 
@@ -74,22 +77,60 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
 
     columns = [
         Column("Method", lambda row: _text("dense" if row.dense else row.get("method"), _options(row)), text=True),
-        Column("Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True),
+        Column(
+            "Group", lambda row: _text(letters.get(row)), "rows of one group can be compared", optional=True, text=True
+        ),
         Column("Pattern", lambda row: None if row.dense else _text(row.get("pattern")), text=True),
-        Column("Modules", lambda row: None if row.dense else _text(str(row.get("modules") or "all").replace(",", ", ")), "per-module sparsity", text=True),
-        Column("Sparsity", lambda row: _number(words.percent, row.sparsity), "measured: the fraction removed of what the method removes from"),
-        Column("Pruning ratio", lambda row: _number(words.percent, row.number("pruning_ratio")), "1 - parameters after / before, over all parameters"),
+        Column(
+            "Modules",
+            lambda row: None if row.dense else _text(str(row.get("modules") or "all").replace(",", ", ")),
+            "per-module sparsity",
+            text=True,
+        ),
+        Column(
+            "Sparsity",
+            lambda row: _number(words.percent, row.sparsity),
+            "measured: the fraction removed of what the method removes from",
+        ),
+        Column(
+            "Pruning ratio",
+            lambda row: _number(words.percent, row.number("pruning_ratio")),
+            "1 - parameters after / before, over all parameters",
+        ),
         Column("Parameters", lambda row: _number(words.count, parameters(row)), "in the written checkpoint"),
-        Column("Not zero", lambda row: _number(words.count, row.number("nonzero_after")), "parameters that are not zero"),
+        Column(
+            "Not zero", lambda row: _number(words.count, row.number("nonzero_after")), "parameters that are not zero"
+        ),
         Column("PPL", _perplexity, "perplexity, lower is better"),
-        Column("PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"),
+        Column(
+            "PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"
+        ),
         Column("Bits / byte", lambda row: _number(words.fixed, row.number("bits_per_byte")), optional=True),
         *_task_columns(rows),
-        Column("KL", lambda row: _number(words.fixed, inner(row, "shift", "kl")), "nats per token, from the dense model", optional=True),
-        Column("Top-1 agreement", lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")), "with the dense model", optional=True),
+        Column(
+            "KL",
+            lambda row: _number(words.fixed, inner(row, "shift", "kl")),
+            "nats per token, from the dense model",
+            optional=True,
+        ),
+        Column(
+            "Top-1 agreement",
+            lambda row: _number(words.percent, inner(row, "shift", "top1_agreement")),
+            "with the dense model",
+            optional=True,
+        ),
         Column("Pruning time", lambda row: _number(words.duration, seconds_of(row.pruning))),
-        Column("Peak memory", lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))), "resident set of the pruning process"),
-        Column("Loads as", lambda row: _loads(row), "stock: any transformers loads it; runtime: needs trust_remote_code or secateur", text=True),
+        Column(
+            "Peak memory",
+            lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))),
+            "resident set of the pruning process",
+        ),
+        Column(
+            "Loads as",
+            lambda row: _loads(row),
+            "stock: any transformers loads it; runtime: needs trust_remote_code or secateur",
+            text=True,
+        ),
     ]
     return table(columns, rows)
 
@@ -97,9 +138,16 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
 def _task_columns(rows: Sequence[Row]) -> list[Column]:
     columns = []
     for task in task_names(rows):
-        columns.append(Column(f"{task} acc", lambda row, t=task: _accuracy(row, t, "acc"), "accuracy ± standard error", optional=True))  # type: ignore[misc]
-        columns.append(Column(f"{task} acc_norm", lambda row, t=task: _accuracy(row, t, "acc_norm"), "length-normalised", optional=True))  # type: ignore[misc]
-        columns.append(Column(f"{task} flipped", lambda row, t=task: _number(words.percent, row.task(t, "flipped")), "answers that differ", optional=True))  # type: ignore[misc]
+
+        def flipped(row: Row, task: str = task) -> Cell | None:
+            return _number(words.percent, row.task(task, "flipped"))
+
+        accuracy, normed = partial(_accuracy, task=task, metric="acc"), partial(_accuracy, task=task, metric="acc_norm")
+        columns += [
+            Column(f"{task} acc", accuracy, "accuracy ± standard error", optional=True),
+            Column(f"{task} acc_norm", normed, "length-normalised", optional=True),
+            Column(f"{task} flipped", flipped, "answers that differ", optional=True),
+        ]
     return columns
 
 
@@ -108,7 +156,10 @@ def _accuracy(row: Row, task: str, metric: str) -> Cell | None:
     if value is None:
         return None
     n = row.task(task, "n")
-    return Cell(f"{value:.3f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.3f}" if error is not None else ""), f"n = {n:.0f}" if n is not None else "")
+    return Cell(
+        f"{value:.3f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{error:.3f}" if error is not None else ""),
+        f"n = {n:.0f}" if n is not None else "",
+    )
 
 
 def _perplexity(row: Row) -> Cell | None:
@@ -129,116 +180,165 @@ def _text(value: Any, exact: str = "") -> Cell | None:
 
 
 def _number(say: Callable[[float | None], str | None], value: float | None) -> Cell | None:
-    said = say(value)
-    return None if said is None or value is None else Cell(said, f"{value:,.0f}" if value == int(value) and value > 999 else f"{value!r}")
+    text = say(value)
+    return (
+        None
+        if text is None or value is None
+        else Cell(text, f"{value:,.0f}" if value == int(value) and value > 999 else f"{value!r}")
+    )
 
 
 def named(groups: Sequence[Group]) -> dict[str, Group]:
-    """The groups by letter; empty where there is one alone, which needs no name."""
+    """The groups by letter; empty if there is only one, which needs no letter."""
     letters = [*string.ascii_uppercase, *(f"A{letter}" for letter in string.ascii_uppercase)]
     return dict(zip(letters, groups, strict=False)) if len(groups) > 1 else {}
 
 
 def warnings(groups: Sequence[Group]) -> dict[str, Any] | None:
-    """What must not be compared with what; None where all may be."""
+    """The warning about groups that cannot be compared; None with a single group."""
     if len(groups) < 2:
         return None
     models, protocols = {g.model for g in groups}, {g.protocol for g in groups}
-    differ = [what for what, mixed in (("models", len(models) > 1), ("perplexity protocols", len(protocols - {None}) > 1)) if mixed]
+    differ = [
+        name
+        for name, mixed in (("models", len(models) > 1), ("perplexity protocols", len(protocols - {None}) > 1))
+        if mixed
+    ]
     known = [dict(g.protocol) for g in groups if g.protocol is not None]
-    telling = [name for name in PROTOCOL if name in ("spec", "seqlen", "sha256") or any(other[name] != known[0][name] for other in known)]
-    members = [f"{letter}: {g.model}, {_protocol(g.protocol, telling)} ({words.plural(len(g.rows), 'row')})" for letter, g in named(groups).items()]
+    telling = [
+        name
+        for name in PROTOCOL
+        if name in ("spec", "seqlen", "sha256") or any(protocol[name] != known[0][name] for protocol in known)
+    ]
+    members = [
+        f"{letter}: {g.model}, {_protocol(g.protocol, telling)} ({words.plural(len(g.rows), 'row')})"
+        for letter, g in named(groups).items()
+    ]
     return {"differ": " and ".join(differ), "groups": members}
 
 
 def _protocol(protocol: Protocol | None, telling: Sequence[str]) -> str:
     if protocol is None:
         return "perplexity not measured"
-    return ", ".join(f"{name} {_said(value)[:12]}" for name, value in protocol if name in telling and value is not None)
+    return ", ".join(
+        f"{name} {_as_text(value)[:12]}" for name, value in protocol if name in telling and value is not None
+    )
 
 
-def _said(value: Any) -> str:
-    """A setting as text: strings whose white space would not be seen are quoted."""
+def _as_text(value: Any) -> str:
+    """A setting as text; a string with outer white space is quoted, to make it visible."""
     if value is None or isinstance(value, bool):
         return {None: MISSING, True: "yes", False: "no"}[value]
     return json.dumps(value) if isinstance(value, str) and value.strip() != value else str(value)
 
 
 def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str]:
-    """What is missing, and the next step."""
-    said = []
+    """The notes of the report: missing measurements, each with the next step."""
+    lines = []
     pruned = [row for row in rows if not row.dense]
     unmeasured, diverged = [row for row in pruned if row.protocol is None], [row for row in rows if row.diverged]
     if unmeasured:
-        folders = ", ".join(_folder(row) or "unnamed" for row in unmeasured[:3]) + (", …" if len(unmeasured) > 3 else "")
-        said.append(f"{words.plural(len(unmeasured), 'checkpoint')} without a perplexity ({folders}): run 'secateur eval DIR'.")
+        folders = ", ".join(_folder(row) or "unnamed" for row in unmeasured[:3]) + (
+            ", …" if len(unmeasured) > 3 else ""
+        )
+        lines.append(
+            f"{words.plural(len(unmeasured), 'checkpoint')} without a perplexity ({folders}): run 'secateur eval DIR'."
+        )
     if diverged:
-        said.append(f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, left out of plots and laws.")
+        lines.append(
+            f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, "
+            "left out of plots and laws."
+        )
     if groups[0].dense is None:
-        said.append(f"The dense model was not measured under this protocol, so nothing is compared with it: run 'secateur eval {groups[0].model}'.")
+        lines.append(
+            "The dense model was not measured under this protocol, so nothing is compared with it: "
+            f"run 'secateur eval {groups[0].model}'."
+        )
     for task in task_names(groups[0].rows):
-        items = {(row.task(task, "n"), row.part("tasks")[task].get("sha256")) for row in groups[0].rows if row.accuracy(task) is not None}
+        items = {
+            (row.task(task, "n"), row.part("tasks")[task].get("sha256"))
+            for row in groups[0].rows
+            if row.accuracy(task) is not None
+        }
         if len(items) > 1:
-            said.append(f"{task} was not measured on the same items in every run: accuracies may differ by that alone.")
-    return [*said, f"Records of other commands are not shown: {others}."] if others else said
+            lines.append(
+                f"{task} was not measured on the same items in every run: accuracies may differ by that alone."
+            )
+    return [*lines, f"Records of other commands are not shown: {others}."] if others else lines
 
 
 def protocols(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each protocol in use, field by field."""
     letters = {id(g): letter for letter, g in named(groups).items()}
-    return [(letters.get(id(g), ""), [(name, _said(value)) for name, value in g.protocol]) for g in groups if g.protocol is not None]
+    return [
+        (letters.get(id(g), ""), [(name, _as_text(value)) for name, value in g.protocol])
+        for g in groups
+        if g.protocol is not None
+    ]
 
 
 def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Each calibration set in use, and how many runs used it."""
+    """Each calibration set in use, and its number of runs."""
     used: dict[str, int] = {}
     for row in rows:
-        if found := row.part("calibration"):
-            spec, samples, seqlen, sha256 = (found.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256"))
+        if calibration := row.part("calibration"):
+            spec, samples, seqlen, sha256 = (
+                calibration.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256")
+            )
             text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens, SHA-256 {sha256}"
             used[text] = used.get(text, 0) + 1
     return [(text, words.plural(users, "run")) for text, users in used.items()]
 
 
 def _folder(row: Row) -> str | None:
-    """The name of its folder: a report travels, and says nothing of the machine that wrote it."""
+    """The name of the folder without its path: a report is shared, and must not show folders of this machine."""
     out = row.get("out")
     return shown(str(out)) if out else None
 
 
 def settings(rows: Sequence[Row]) -> Table:
-    """Where each run is and what else decided it."""
+    """The table of settings: the folder of each run, and what else decided its result."""
     columns = [
         Column("Run", lambda row: _text("dense" if row.dense else row.get("method")), text=True),
         Column("Sparsity asked", lambda row: _number(words.percent, row.number("sparsity"))),
         Column("Folder", lambda row: _text(_folder(row)), text=True),
         Column("Model", lambda row: _text(row.model), text=True),
         Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
-        Column("Weights updated", lambda row: _updated(row), "whether weights that stay were changed to make up for those that went", text=True, optional=True),
+        Column(
+            "Weights updated",
+            lambda row: _updated(row),
+            "whether weights that stay were changed to make up for those that went",
+            text=True,
+            optional=True,
+        ),
         Column("Seed", lambda row: _text(row.get("seed"))),
         Column("Pruned on", lambda row: _where(row.pruning), "device, dtype", text=True, optional=True),
         Column("Measured on", lambda row: _where(row.measuring), "device, dtype", text=True, optional=True),
-        Column("Measuring time", lambda row: _number(words.duration, as_number(row.measuring.get("seconds"))), optional=True),
+        Column(
+            "Measuring time",
+            lambda row: _number(words.duration, as_number(row.measuring.get("seconds"))),
+            optional=True,
+        ),
     ]
     return table(columns, rows)
 
 
 def _updated(row: Row) -> Cell | None:
     updated = None if row.dense else row.get("updated")
-    return None if updated is None else Cell(_said(updated))
+    return None if updated is None else Cell(_as_text(updated))
 
 
 def _where(record: Record) -> Cell | None:
-    found = [str(record[name]) for name in ("device", "dtype") if record.get(name) is not None]
-    return Cell(", ".join(found)) if found else None
+    parts = [str(record[name]) for name in ("device", "dtype") if record.get(name) is not None]
+    return Cell(", ".join(parts)) if parts else None
 
 
 def versions(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """secateur and the libraries, each with every version that took part."""
+    """The versions of secateur and of the libraries that the runs used."""
     records = [record for row in rows for record in (row.pruning, row.measuring)]
-    found: dict[str, set[str]] = {"secateur": {str(r["version"]) for r in records if r.get("version") is not None}}
+    by_library: dict[str, set[str]] = {"secateur": {str(r["version"]) for r in records if r.get("version") is not None}}
     for record in records:
         libraries = record.get("versions")
         for name, version in (libraries if isinstance(libraries, dict) else {}).items():
-            found[name] = found.get(name, set()) | {str(version)}
-    return [(name, " and ".join(sorted(several))) for name, several in found.items() if several]
+            by_library[name] = by_library.get(name, set()) | {str(version)}
+    return [(name, " and ".join(sorted(several))) for name, several in by_library.items() if several]

@@ -1,4 +1,4 @@
-"""Numbers and findings in words: what the page and the titles of its plots say."""
+"""Numbers and findings in words, for the page and the titles of its plots."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def percent(value: float | None) -> Words:
 
 
 def perplexity(value: float | None) -> Words:
-    """Two decimals as long as they mean something."""
+    """A perplexity in few digits; two decimals below 1000."""
     if value is None:
         return None
     return perplexity_words(value)
 
 
 def ratio(value: float | None) -> Words:
-    """How many times as much, with a multiplication sign."""
+    """A ratio with a multiplication sign."""
     return None if value is None else f"{perplexity(value)}\N{NO-BREAK SPACE}\N{MULTIPLICATION SIGN}"
 
 
 def fixed(value: float | None) -> Words:
-    """Four decimals."""
+    """A number with four decimals."""
     return None if value is None else f"{value:.4f}"
 
 
@@ -42,7 +42,7 @@ def count(value: float | None) -> Words:
 
 
 def size(value: float | None) -> Words:
-    """Bytes."""
+    """A number of bytes with its unit."""
     if value is None:
         return None
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= u), (1, "B"))
@@ -50,7 +50,7 @@ def size(value: float | None) -> Words:
 
 
 def duration(value: float | None) -> Words:
-    """Seconds."""
+    """A number of seconds as a duration."""
     if value is None:
         return None
     if value < 60:
@@ -65,43 +65,53 @@ def duration(value: float | None) -> Words:
 
 
 def plural(number: int, noun: str) -> str:
-    """1 run, 2 runs."""
+    """A number with its noun: 1 run, 2 runs."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def perplexity_title(found: Comparison | None, dense: Row | None) -> str:
-    """What the plot of perplexity shows, in its title."""
+    """The title of the plot of perplexity: its main result."""
     if found is None:
         return "Perplexity against measured sparsity"
     best = found.entries[0]
-    said = f"perplexity {perplexity(best.value)}" + (f" (dense {perplexity(dense.ppl)})" if dense and dense.ppl else "")
+    value = f"perplexity {perplexity(best.value)}" + (
+        f" (dense {perplexity(dense.ppl)})" if dense and dense.ppl else ""
+    )
     lead = f"{best.label} loses least" if len(found.entries) > 1 else best.label
-    return f"At {found.where} {lead}: {said}"
+    return f"At {found.where} {lead}: {value}"
 
 
 def accuracy_title(task: str, found: Comparison | None, dense: float | None) -> str:
-    """What the plot of a task's accuracy shows, in its title."""
+    """The title of the plot of a task's accuracy: its main result."""
     if found is None:
         return f"{task}: accuracy against measured sparsity"
     best = found.entries[0]
-    compared = f" (dense {dense:.3f})" if dense is not None else ""
+    reference = f" (dense {dense:.3f})" if dense is not None else ""
     if len(found.entries) == 1:
-        return f"{task}: {best.label} has accuracy {best.value:.3f} at {found.where}{compared}"
+        return f"{task}: {best.label} has accuracy {best.value:.3f} at {found.where}{reference}"
     if not found.clear:
-        return f"{task}: at {found.where} no run is clearly ahead, {best.value:.3f} at best{compared}"
-    return f"{task}: at {found.where} {best.label} keeps most accuracy, {best.value:.3f}{compared}"
+        return f"{task}: at {found.where} no run is clearly ahead, {best.value:.3f} at best{reference}"
+    return f"{task}: at {found.where} {best.label} keeps most accuracy, {best.value:.3f}{reference}"
 
 
 def finding(found: Comparison | None, dense: Row | None) -> str:
-    """The best result in one sentence that claims no more than was measured."""
+    """The best result in one sentence, which claims only what was measured."""
     if found is None:
         return "No perplexities to compare yet: run 'secateur eval DIR' on the pruned folders and report again."
     best, rest = found.entries[0], found.entries[1:]
-    times = f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
+    times = (
+        f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
+    )
     if not rest:
-        return f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; nothing else was measured at that level to compare it with."
+        return (
+            f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; "
+            "nothing else was measured at that level to compare it with."
+        )
     nearest = "; ".join(f"{entry.label} has {_value(entry)}" for entry in rest)
-    return f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: {_value(best)}{times}; {nearest}."
+    return (
+        f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: "
+        f"{_value(best)}{times}; {nearest}."
+    )
 
 
 def _value(entry: Entry) -> str:

@@ -1,7 +1,7 @@
 """Methods side by side: one model, one protocol, the same measured pruning ratio; the table that papers print.
 
-A cell is one method at one ratio, or at one sparsity where it zeroes weights. With `heal`, each cell is also measured
-after low-rank recovery. Every prune and every healing runs in its own process, so that its peak memory is its own.
+A cell is one method at one ratio, or at one sparsity where it zeroes weights; with `heal`, each is also measured after low-rank recovery. Every prune and every
+healing runs in a process of its own, so that its peak of memory is its own.
 """
 
 from __future__ import annotations
@@ -39,19 +39,13 @@ from secateur.study.sweep import point_name
 T = TypeVar("T")
 
 _HEALED = "-healed"
-_STRUCTURED = "rows"  # the pattern for a method that zeroes weights by default, where parameters are to be removed
-_ZEROED = "unstructured"  # the pattern for one that removes parameters by default, where weights are to be zeroed
+_STRUCTURED = "rows"  # what a method that zeroes weights by default is asked for where parameters are to go
+_ZEROED = "unstructured"  # and one that removes parameters by default, where weights are to be zeroed
 
 
 @dataclass
 class Cells:
-    """The cells of a comparison, each by the name of its folder.
-
-    Attributes:
-        runs: the requests to run.
-        refused: cells that cannot be done -> the reason.
-        failed, untimed, unhealed: cells whose prune, timing or healing failed during the run -> the reason.
-    """
+    """What will be run, and what cannot be done, with the reason; `failed`, `untimed` and `unhealed` fill during the run."""
 
     runs: dict[str, Request] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -60,19 +54,15 @@ class Cells:
     unhealed: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
-        """Return one line per reason why cells were not run, timed or healed."""
+        """What was not run, timed or healed, and why, a line a reason."""
         reasons: dict[tuple[str, str], list[str]] = {}
-        for step, missing in {
-            "run": self.refused | self.failed,
-            "timed": self.untimed,
-            "healed": self.unhealed,
-        }.items():
+        for what, missing in {"run": self.refused | self.failed, "timed": self.untimed, "healed": self.unhealed}.items():
             for label, reason in missing.items():
-                reasons.setdefault((step, reason), []).append(label)
-        return [f"Not {step}: {', '.join(labels)}: {reason}" for (step, reason), labels in reasons.items()]
+                reasons.setdefault((what, reason), []).append(label)
+        return [f"Not {what}: {', '.join(labels)}: {reason}" for (what, reason), labels in reasons.items()]
 
     def incomplete(self) -> list[str]:
-        """Return the runs in which a step failed, in order."""
+        """The runs of which a part failed, in their order."""
         return [label for label in self.runs if label in self.failed | self.untimed | self.unhealed]
 
 
@@ -126,56 +116,39 @@ def cells(asked: CompareRequest) -> Cells:
     """The runs, by the names of their folders.
 
     Raises:
-        UsageError: there is nothing to compare, a method is unknown, or an option belongs to a method not compared.
-        SecateurError: no cell can be done; the message is the reason of the first.
+        UsageError: nothing to compare, an unknown method, options of a method that is not compared.
+        SecateurError: no cell can be done; the reason of the first is given.
     """
     if not asked.methods:
-        raise UsageError(
-            "--methods is empty; name methods, as in --methods slicegpt,magnitude (`secateur methods` lists them)"
-        )
+        raise UsageError("--methods is empty: name methods, as in --methods slicegpt,magnitude (`secateur methods` lists them)")
     kinds = [parse_pattern(pattern).kind for pattern in asked.patterns]
     if not (asked.ratios or asked.sparsities or "n:m" in kinds):
-        raise UsageError(
-            "nothing to compare at; give --params-removed R,..., or, for methods that zero weights, --sparsity S,... "
-            "or --patterns N:M"
-        )
+        raise UsageError("nothing to compare at: give --params-removed R,..., or --sparsity S,... or --patterns N:M for methods that zero weights")
     if others := sorted(set(asked.options) - set(asked.methods)):
         raise UsageError(f"--set {others[0]}.OPTION: '{others[0]}' is not among --methods {','.join(asked.methods)}")
-    planned, errors = Cells(), []
+    found, errors = Cells(), []
     for name in dict.fromkeys(asked.methods):
         method, options = find_method(name), asked.options.get(name, {})
         own = getattr(method.options(options), "pattern", None)
-        base = replace(
-            asked.base,
-            method=name,
-            sparsity=None,
-            params_removed=None,
-            pattern=None,
-            modules=None,
-            options=options,
-            at_least=False,
-        )
+        base = replace(asked.base, method=name, sparsity=None, params_removed=None, pattern=None, modules=None, options=options, at_least=False)
         attempts = _attempts(base, asked, own)
         for label, (request, guessed) in attempts.items():
             try:
                 prepare(request)
             except SecateurError as error:
-                # a pattern that we only guessed may fail without a note, if the user's or the method's own is tried too
                 if not (guessed and len(attempts) > sum(g for _, g in attempts.values())):
-                    planned.refused[label] = str(error)
+                    found.refused[label] = str(error)
                     errors.append(error)
                 continue
-            planned.runs[label] = request
+            found.runs[label] = request
         if not attempts:
-            planned.refused[name] = (
-                "it removes parameters: give --params-removed R"
-                if own is None
-                else f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
+            found.refused[name] = (
+                "it removes parameters: give --params-removed R" if own is None else f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
             )
-            errors.append(UsageError(f"{name}: {planned.refused[name]}"))
-    if not planned.runs:
+            errors.append(UsageError(f"{name}: {found.refused[name]}"))
+    if not found.runs:
         raise errors[0]
-    return planned
+    return found
 
 
 def _attempts(base: Request, asked: CompareRequest, own: str | None) -> dict[str, tuple[Request, bool]]:
@@ -183,20 +156,15 @@ def _attempts(base: Request, asked: CompareRequest, own: str | None) -> dict[str
     patterns: Sequence[str | None] = [None] if own is None else asked.patterns or [own]
     guesses = []
     if own is not None and not asked.patterns:
-        guess, values = (_ZEROED, asked.sparsities) if parse_pattern(own).structured else (_STRUCTURED, asked.ratios)
-        guesses = [guess] if values else []
-    attempts = {}
+        other, wanted = (_ZEROED, asked.sparsities) if parse_pattern(own).structured else (_STRUCTURED, asked.ratios)
+        guesses = [other] if wanted else []
+    found = {}
     for pattern in [*patterns, *guesses]:
         request = replace(base, pattern=pattern if own is not None else None)
         kind = None if pattern is None else parse_pattern(pattern)
         if kind is None or kind.structured:
-            for ratio in sorted(
-                filter(None, asked.ratios)
-            ):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
-                found[f"{point_name(request, ratio)}-params"] = (
-                    replace(request, params_removed=ratio, at_least=asked.base.at_least),
-                    pattern in guesses,
-                )
+            for ratio in sorted(filter(None, asked.ratios)):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
+                found[f"{point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio, at_least=asked.base.at_least), pattern in guesses)
         elif kind.implied_sparsity is not None:
             found[point_name(request, kind.implied_sparsity)] = (request, False)
         else:
@@ -206,26 +174,19 @@ def _attempts(base: Request, asked: CompareRequest, own: str | None) -> dict[str
 
 
 def run(
-    asked: CompareRequest,
-    todo: Cells,
-    out: Path,
-    measure: EvalRequest,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    records_file: Path | None = None,
+    asked: CompareRequest, todo: Cells, out: Path, measure: EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
 ) -> Iterator[Record]:
     """Prune, measure, heal and measure again; yields the evaluation records as they come, the dense model's first.
 
     Args:
-        asked: the settings of the comparison.
-        todo: the result of `cells`; a cell that fails is noted there, and the others go on.
+        asked: what is compared.
+        todo: from `cells`; what fails on the way is noted there, and the others go on.
         out: the folder that receives the checkpoints and `records.jsonl`.
         measure: the evaluation; its model is replaced.
         resume, overwrite, records_file: as for `study.sweep`.
 
     Raises:
-        UsageError, SecateurError: a folder exists already, or the dense model cannot be measured.
+        UsageError, SecateurError: a folder is in the way, or the dense model cannot be measured.
     """
     out = out.absolute()
     records_file = records_file or out / "records.jsonl"
@@ -250,15 +211,13 @@ def run(
             healed = out / (label + _HEALED)
             again = replace(asked.heal, model=str(target))
             with _noted(todo.unhealed, label, "was not healed"):
-                yield _finished_here(healed, resume)(
-                    _heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite
-                )
+                yield _finished_here(healed, resume)(_heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite)
     rmtree(out / STATES, ignore_errors=True)
 
 
 @contextmanager
 def _noted(where: dict[str, str], label: str, words: str) -> Iterator[None]:
-    """Catch an error: note it under the label, say it, and go on."""
+    """What goes wrong is written down, and the others go on."""
     try:
         yield
     except SecateurError as error:
@@ -268,37 +227,29 @@ def _noted(where: dict[str, str], label: str, words: str) -> Iterator[None]:
 
 def _bench(request: BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
     """Time a result beside the dense model, unless that was done."""
-    done = (
-        [r for r in records.read([records_file]) if r.get("command") == "bench" and r.get("out") == str(target)]
-        if resume
-        else []
-    )
+    done = [r for r in records.read([records_file]) if r.get("command") == "bench" and r.get("out") == str(target)] if resume else []
     if not done:
         in_own_process(_time, replace(request, model=str(target), dense=dense), records_file)
 
 
-def summary(
-    asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None
-) -> Comparison | None:
+def summary(asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None) -> Comparison | None:
     """Write `compare.md` and `report.html` into `out`; returns the table.
 
     Args:
         asked, todo, out, records_file: as for `run`.
-        found: the records that `run` yielded.
+        found: what it yielded.
     """
     places = {record["out"] for record in found}
-    making = [
+    taken = [
         record
         for record in records.read([records_file or out / "records.jsonl"])
         if record.get("command") in ("prune", "heal", "bench") and record.get("out") in places
     ]
-    everything, model = named([*making, *found]), shown(asked.base.model)
-    result = comparison(group(collect(everything))[0].rows, everything)
+    both, model = named([*taken, *found]), shown(asked.base.model)
+    result = comparison(group(collect(both))[0].rows, both)
     if result is not None:
         notes = [*result.notes, *todo.notes()]
-        (out / "compare.md").write_text(
-            f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8"
-        )
+        (out / "compare.md").write_text(f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8")
     from secateur.report import html  # matplotlib takes a second
 
     html.write_report(both, out / "report.html", title=f"{model}: methods compared")
@@ -306,7 +257,7 @@ def summary(
 
 
 def _finished_here(target: Path, resume: bool) -> Callable[..., Record]:
-    """Return how to call the work: here if the checkpoint exists already, else in its own process."""
+    """What is made already needs no process of its own."""
     return _here if resume and plan_file(target) else in_own_process
 
 
@@ -315,19 +266,16 @@ def _here(work: Callable[..., T], *given: Any) -> T:
 
 
 def in_own_process(work: Callable[..., T], *given: Any) -> T:
-    """Run a function in a new process that shares no memory with this one.
+    """Run a function in a new process that knows nothing of this one.
 
     Raises:
-        SecateurError: the function raised it, or its process died.
+        SecateurError: what the function raises, or that its process died.
     """
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
             return pool.submit(work, *given).result()
     except BrokenProcessPool as error:
-        raise SecateurError(
-            "its process died, perhaps because memory ran out; use fewer --samples or a shorter --seqlen, "
-            "and go on with --resume"
-        ) from error
+        raise SecateurError("its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with --resume") from error
 
 
 def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:
@@ -335,17 +283,13 @@ def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:
     return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _prune(
-    request: Request, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool
-) -> Record:
+def _prune(request: Request, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
     _quiet()
     prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file, states=target.parent / STATES)
     return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _heal(
-    request: HealRequest, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool
-) -> Record:
+def _heal(request: HealRequest, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
     _quiet()
     heal(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
     return evaluate(measure, records_file=records_file, resume=resume)

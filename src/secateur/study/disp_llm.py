@@ -1,7 +1,7 @@
 """The ablations of DISP-LLM (arXiv:2410.11988, tables 4, 10, 12 and figures 5a to 5f), on any model.
 
-The variants are data: `VARIANTS`. A cell is one variant at one sparsity with one seed. It is pruned and measured like
-any other run, so its record goes into every report. Cells that several parts share are made once.
+What is varied is data: `VARIANTS`. A cell is one variant at one sparsity with one seed, pruned and measured like any other run, so its record goes into
+every report; cells that several parts share are made once.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from secateur.requests import EvalRequest, Request
 from secateur.study.sweep import point_name, prune_and_measure
 
 METHOD = "disp_llm"
-_ALWAYS = {"unmet": "cut"}  # a variant that misses its budget is a result, not an error
+_ALWAYS = {"unmet": "cut"}  # a variant that misses its budget is a finding
 SEEDS = 5
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: the method with some options changed.
+    """What one row of a table varies.
 
     Attributes:
-        name: the name of the row.
-        options: options of the method, beside those of all cells.
-        seeds: the number of seeds.
-        highest: whether it runs only at the highest of the sparsities.
+        name: in words.
+        options: of the method, beside those of all cells.
+        seeds: how many.
+        highest: only at the highest of the sparsities.
     """
 
     name: str
@@ -45,32 +45,17 @@ class Variant:
 FULL = Variant("full", {})
 VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "ratios": (FULL,),
-    "hypernetwork": (
-        FULL,
-        Variant("without hypernetwork", {"hypernetwork": "none"}),
-        Variant("without Bi-GRU", {"hypernetwork": "linear"}),
-    ),
+    "hypernetwork": (FULL, Variant("without hypernetwork", {"hypernetwork": "none"}), Variant("without Bi-GRU", {"hypernetwork": "linear"})),
     "constrained": (FULL, Variant("constrained", {"constrained": True})),
     "estimator": (FULL, *(Variant(gate, {"gate": gate}) for gate in ("reinmax-printed", "straight-through", "gumbel"))),
     "norm": (FULL, Variant("select, then norm", {"norm": "selected"})),
     "separate": (FULL, Variant("q, k and v apart", {"separate": True})),
-    "beyond": (
-        FULL,
-        Variant("warm start", {"warm": 32}),
-        Variant("scales", {"scale": True}),
-        Variant("both", {"warm": 32, "scale": True}),
-    ),
-    "lambda": tuple(
-        Variant(f"lambda {strength:g}", {"strength": strength}, highest=True)
-        for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
-    ),
+    "beyond": (FULL, Variant("warm start", {"warm": 32}), Variant("scales", {"scale": True}), Variant("both", {"warm": 32, "scale": True})),
+    "lambda": tuple(Variant(f"lambda {strength:g}", {"strength": strength}, highest=True) for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)),
     "seeds": (Variant(f"{SEEDS} seeds", {}, seeds=SEEDS),),
 }
-"""The variants of each part of the study.
-
-`hypernetwork` is table 4 of the paper, and with `constrained` figures 5a to 5d; `ratios` is figures 5e, 5f and tables
-13, 14; `lambda` is table 12; `seeds` is table 10; `separate` is from section 4.1; `beyond` is not in the paper.
-"""
+"""Part -> what it varies. `hypernetwork` is table 4; with `constrained` it is figures 5a to 5d; `ratios` figures 5e, 5f and tables 13, 14; `lambda` table 12;
+`seeds` table 10; `separate` its section 4.1; `beyond` is not in the paper."""
 
 
 @dataclass(frozen=True)
@@ -87,30 +72,26 @@ def cells(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ())
 
     Args:
         base: the model, its calibration, and the options of all cells; the method is replaced.
-        sparsities: shares of the parameters of the whole model.
+        sparsities: of the parameters of the whole model.
         parts: names from `VARIANTS`; none takes all.
 
     Raises:
-        UsageError: a part is unknown, an option is one that a part varies, or there is no sparsity above 0.
+        UsageError: a part that there is not, an option that a part varies, or no sparsity.
     """
-    planned = []
+    found = []
     if not [s for s in sparsities if s]:
         raise UsageError("--sparsity needs at least one value above 0: the study prunes at each of them")
     for part in parts or VARIANTS:
         if part not in VARIANTS:
             raise unknown("part of the study", part, VARIANTS)
         for variant in VARIANTS[part]:
-            if clashes := sorted(set(variant.options) & set(base.options)):
-                raise UsageError(
-                    f"--set {clashes[0]} is what part '{part}' varies; leave it out, or choose other --parts "
-                    f"({', '.join(VARIANTS)})"
-                )
+            if both := sorted(set(variant.options) & set(base.options)):
+                raise UsageError(f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts ({', '.join(VARIANTS)})")
             for sparsity in [max(sparsities)] if variant.highest else [s for s in sparsities if s]:
                 for seed in range(base.seed, base.seed + variant.seeds):
                     options = {**_ALWAYS, **base.options, **variant.options}
-                    request = replace(base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed)
-                    planned.append(Cell(part, variant, replace(request, options=options)))
-    return planned
+                    found.append(Cell(part, variant, replace(base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options)))
+    return found
 
 
 def run(
@@ -131,9 +112,7 @@ def run(
         out: the folder that receives one checkpoint a cell, and `records.jsonl`.
         measure, resume, overwrite, records_file: as for `study.sweep`.
     """
-    yield from prune_and_measure(
-        runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file
-    )
+    yield from prune_and_measure(runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
 
 
 def runs(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, Request]:
@@ -153,14 +132,7 @@ def estimate(base: Request, sparsities: Sequence[float], *, parts: Sequence[str]
     """
     found = runs(base, sparsities, parts)
     steps = sum(prepare(request).job.options.steps for request in found.values())
-    return {
-        "command": "study",
-        "study": "disp-llm",
-        "dry_run": True,
-        "model": base.model,
-        "runs": list(planned),
-        "steps": steps,
-    }
+    return {"command": "study", "study": "disp-llm", "dry_run": True, "model": base.model, "runs": list(found), "steps": steps}
 
 
 def _name(request: Request) -> str:
@@ -176,21 +148,14 @@ def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if str(value) != str(defaults.get(name))}
 
 
-def summary(
-    base: Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Return the table of the study.
+def summary(base: Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The table of the study.
 
     Returns:
-        One entry for each part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd`
-            (None for one run), `runs`.
+        One entry a part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd` (None for one run), `runs`.
     """
     method = find_method(METHOD)
-    measured = {
-        _key(record["options"], record["sparsity"], record["seed"]): record["ppl"]
-        for record in records
-        if record.get("method") == METHOD
-    }
+    measured = {_key(record["options"], record["sparsity"], record["seed"]): record["ppl"] for record in records if record.get("method") == METHOD}
     values: dict[tuple[str, str, float], list[float]] = {}
     for cell in cells(base, sparsities, parts):
         request = cell.request
@@ -199,20 +164,13 @@ def summary(
             assert request.sparsity is not None
             values.setdefault((cell.part, cell.variant.name, request.sparsity), []).append(measured[key])
     return [
-        {
-            "part": part,
-            "variant": name,
-            "sparsity": s,
-            "ppl": fmean(several),
-            "sd": _deviation(several),
-            "runs": len(several),
-        }
+        {"part": part, "variant": name, "sparsity": s, "ppl": fmean(several), "sd": _deviation(several), "runs": len(several)}
         for (part, name, s), several in values.items()
     ]
 
 
 def _deviation(several: Sequence[float]) -> float | None:
-    """Return the standard deviation, or None if there is one value only, or one is infinite."""
+    """The standard deviation; None of one value, and where one is infinite."""
     return stdev(several) if len(several) > 1 and all(map(math.isfinite, several)) else None
 
 

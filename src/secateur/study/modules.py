@@ -1,12 +1,11 @@
-"""Which module matters: one kind of matrix is pruned at a time, at every sparsity, and each result is measured.
+"""Which module matters: one kind of matrix pruned at a time, at every sparsity, each result measured and none written.
 
-The study follows the report on module-specific pruning (its sections 2.4.3, 4.1 and 4.2): each projection alone,
-attention, MLP and all; against the sparsity and against the number of weights removed; the grid of attention rate x MLP
-rate; calibration on the text of the task itself.
+After the report on module-specific pruning (its sections 2.4.3, 4.1 and 4.2): each projection alone, attention, MLP and all; against the sparsity
+and against the number of weights removed; the grid of attention rate x MLP rate; calibration on the text of the task itself.
 
-There are two modes. `shared` collects the statistics of the dense model once, and prunes every cell from the dense
-weights by them. `sequential` prunes every cell as `secateur prune --modules` does: a block is calibrated on the outputs
-of the pruned blocks before it. No checkpoint is written. A cell is a record; cells in the records are not made again.
+Two modes. `shared`: the statistics of the dense model are collected once, and every cell is cut from the dense weights by them. `sequential`: every cell
+is what `secateur prune --modules` gives, where a block is calibrated on the outputs of the pruned ones before it. A cell is a record; those that are in
+the records are not made again.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ MODES = ("shared", "sequential")
 
 @dataclass(frozen=True)
 class Cell:
-    """One version of the model: a kind of matrix, its sparsity, and the two as an argument of `--modules`."""
+    """One version of the model: a kind, and what `--modules` says of it."""
 
     kind: str
     sparsity: float
@@ -75,46 +74,37 @@ def cells(view: ModelView, pattern: Pattern, asked: ModulesRequest) -> list[Cell
     """The cells, each once.
 
     Raises:
-        UsageError: a kind matches nothing, a sparsity is outside [0, 1], N:M does not divide a matrix, the mode is
-            unknown, no kind has so many weights, or there is nothing to prune.
+        UsageError: a kind that matches nothing, a sparsity outside [0, 1], N:M that does not divide a matrix, a mode that there is not,
+            more weights than any kind has, nothing to prune.
     """
     if asked.mode not in MODES:
         raise UsageError(f"--mode {asked.mode}: unknown (known: {', '.join(MODES)})")
     if pattern.structured:
         raise UsageError(
-            f"study modules: pattern {pattern} removes units that several matrices share, so a kind cannot be pruned "
-            "alone; use unstructured or N:M"
+            f"study modules: pattern {pattern} removes units that several matrices share, so a kind cannot be pruned alone; use unstructured or N:M"
         )
     kinds = list(dict.fromkeys(asked.kinds or (*view.matrix_shapes(0), *GROUPS)))
     implied = pattern.implied_sparsity
     sparsities = list(asked.sparsities) or (list(SPARSITIES) if implied is None else [implied])
     if implied is not None and (asked.weights or asked.grid):
-        raise UsageError(
-            f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out"
-        )
-    planned = [Cell(kind, s, f"{kind}={s:g}") for kind in kinds for s in sparsities if s]
+        raise UsageError(f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out")
+    found = [Cell(kind, s, f"{kind}={s:g}") for kind in kinds for s in sparsities if s]
     sizes = {kind: _size(view, kind, pattern) for kind in kinds}
     for n in asked.weights:
         if n > max(sizes.values()):
-            largest = max(sizes, key=sizes.__getitem__)
-            raise UsageError(
-                f"--weights {n}: no kind has so many weights; give at most {sizes[largest]:,}, the size of {largest}"
-            )
+            raise UsageError(f"--weights {n}: no kind has so many (the largest is {max(sizes, key=sizes.__getitem__)}, with {max(sizes.values()):,})")
     for kind, size in sizes.items():
-        planned += [Cell(kind, n / size, f"{kind}={n / size:.6g}") for n in asked.weights if 0 < n <= size]
-    planned += [_grid_cell(a, m) for a in asked.grid for m in asked.grid if a or m]
-    if not planned:
-        raise UsageError(
-            "study modules: nothing would be pruned at a sparsity of 0; give other values with --sparsity, --weights N "
-            "or --grid S,S"
-        )
-    for cell in planned:
+        found += [Cell(kind, n / size, f"{kind}={n / size:.6g}") for n in asked.weights if 0 < n <= size]
+    found += [_grid_cell(a, m) for a in asked.grid for m in asked.grid if a or m]
+    if not found:
+        raise UsageError("study modules: nothing would be pruned at a sparsity of 0; ask for others with --sparsity, or for --weights N or --grid S,S")
+    for cell in found:
         _rates(view, cell, pattern)
-    return list({cell.modules: cell for cell in planned}.values())
+    return list({cell.modules: cell for cell in found}.values())
 
 
 def _grid_cell(attention: float, mlp: float) -> Cell:
-    """Return the cell of a combination. If one rate is 0, or both are equal, it is a cell that has another name."""
+    """Where one of them is 0, or they are equal, it is a cell of another name."""
     if attention == mlp:
         return Cell("all", mlp, f"all={mlp:g}")
     if not attention or not mlp:
@@ -144,7 +134,7 @@ def run(
     overwrite: bool = False,
     records_file: Path | None = None,
 ) -> Iterator[Record]:
-    """Measure the dense model, then every cell; yields the records in this order.
+    """Measure the dense model, then every cell; yields the records, the dense model's first, in the order of the cells.
 
     Args:
         request: the model, method and calibration; `task:NAME` calibrates on the text of tasks.
@@ -156,7 +146,7 @@ def run(
         records_file: where records go instead.
 
     Raises:
-        UsageError, SecateurError: the study cannot be done; nothing is measured.
+        UsageError, SecateurError: nothing is measured.
     """
     out = out.absolute()
     file = records_file or out / "records.jsonl"
@@ -165,7 +155,7 @@ def run(
     _check_engine(asked.engine)
     if not resume:
         refuse_existing(out, overwrite)
-    work, planned = _prepare(request, asked, measure, out)
+    work, wanted = _prepare(request, asked, measure, out)
     if overwrite and not resume and records_file is None:
         file.unlink(missing_ok=True)
     done = _finished(file)
@@ -175,43 +165,39 @@ def run(
     here = not missing or (asked.jobs == 1 and asked.engine == "processes")
     made = work.make(missing) if here else _ENGINES[asked.engine](work, missing, min(asked.jobs, len(missing)))
     started = time.monotonic()
-    for number, record in enumerate(made, start=1):  # no bar, since measuring a cell shows its own
+    for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
         left = (time.monotonic() - started) / number * (len(missing) - number)
-        result = f"{record['modules'] or 'dense'}: ppl {record['ppl']:.4g}"
-        say(f"study: {number} of {len(missing)}, {result}, about {left:.0f} s left")
+        say(f"study: {number} of {len(missing)}, {record['modules'] or 'dense'}: ppl {record['ppl']:.4g}, about {left:.0f} s left")
         records.append(file, record)
         done[record["key"]] = record
-    yield from (done[work.key(cell)] for cell in planned)
+    yield from (done[work.key(cell)] for cell in wanted)
 
 
 def _finished(file: Path) -> dict[str, Record]:
-    """Return the cells that a file of records holds, by their keys."""
+    """The cells that a file of records holds, by their keys."""
     return {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
 
 
-def estimate(
-    request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None
-) -> Record:
-    """`--dry-run`: estimate the work of `run`. Text and tasks are read, but no weights, and nothing is written.
+def estimate(request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None) -> Record:
+    """`--dry-run`: what `run` would do. Text and tasks are read, nothing is written, no weights are read.
 
     Args:
         request, asked, measure: as for `run`.
-        records_file: a file of records, whose cells count as done; None counts none.
+        records_file: cells that it holds are done already; None where none are.
 
     Returns:
-        `cells`, `cells_done`, `cells_to_calibrate`, `calibrations` (passes over the calibration text),
-        `calibration_tokens` and `evaluation_tokens` (sums over all cells), and `seconds_estimated`: the time of one
-        process without tasks.
+        `cells`, `cells_done`, `cells_to_calibrate`, `calibrations` (passes over the calibration text), `calibration_tokens` and `evaluation_tokens` of all
+        of them, and `seconds_estimated` of one process, without what tasks take.
 
     Raises:
         UsageError, SecateurError: as `run` does before it measures.
     """
     with TemporaryDirectory() as folder:
-        work, planned = _prepare(request, asked, measure, Path(folder))
+        work, wanted = _prepare(request, asked, measure, Path(folder))
         settings = work.settings
     view, job = work.prepared.job.view, work.prepared.job
     done = _finished(records_file) if records_file else {}
-    missing = [cell for cell in planned if not done or work.key(cell) not in done]
+    missing = [cell for cell in wanted if not done or work.key(cell) not in done]
     calibrated = sum(bool(cell.modules) for cell in missing) if job.streams else 0
     passes = min(calibrated, 1) if asked.mode == "shared" else calibrated
     calibration_tokens = 0 if work.windows is None else passes * work.windows.numel()
@@ -223,32 +209,21 @@ def estimate(
         "study": "modules",
         "dry_run": True,
         **{name: value for name, value in settings.items() if name not in ("sparsity", "modules")},
-        "cells": len(planned),
-        "cells_done": len(planned) - len(missing),
+        "cells": len(wanted),
+        "cells_done": len(wanted) - len(missing),
         "cells_to_calibrate": calibrated,
         "calibrations": passes,
         "calibration_tokens": calibration_tokens,
         "evaluation_tokens": evaluation_tokens,
-        "seconds_estimated": round(
-            forward_seconds(2 * calibration_tokens, matrices, *place)
-            + forward_seconds(evaluation_tokens, matrices + head, *place),
-            1,
-        ),
+        "seconds_estimated": round(forward_seconds(2 * calibration_tokens, matrices, *place) + forward_seconds(evaluation_tokens, matrices + head, *place), 1),
     }
 
 
 def _prepare(request: Request, asked: ModulesRequest, measure: EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
     """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
     names = task_names(request.calibration or "")
-    evaluation = replace(
-        measure,
-        model=request.model,
-        revision=request.revision,
-        include_path=measure.include_path if measure.tasks or not names else None,
-    )
-    work = _Work(
-        replace(request, calibration=None, include_path=None) if names else request, asked.mode, asking, str(folder)
-    )
+    asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
+    work = _Work(replace(request, calibration=None, include_path=None) if names else request, asked.mode, asking, str(folder))
     wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if names:
         file = _write_task_text(names, request.include_path or measure.include_path, folder)
@@ -260,11 +235,11 @@ def _prepare(request: Request, asked: ModulesRequest, measure: EvalRequest, fold
             with suppress(OSError):
                 folder.rmdir()
             raise
-    return work, planned
+    return work, wanted
 
 
 def _write_task_text(names: Sequence[str], include_path: str | Path | None, folder: Path) -> Path:
-    """Write the text of tasks to one file, which all processes read; returns the file."""
+    """One file for all processes."""
     texts = task_text(f"{TASK}{'+'.join(names)}", include_path).rows
     file = folder / f"task-{'-'.join(names)}.jsonl"
     content = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -276,7 +251,7 @@ def _write_task_text(names: Sequence[str], include_path: str | Path | None, fold
 
 @dataclass(frozen=True)
 class _Work:
-    """Everything that makes cells. Large parts are built on first use, in each process, and are not sent to others."""
+    """Everything that makes cells; what is large is made when it is first needed, and not sent to other processes."""
 
     request: Request
     mode: str
@@ -291,10 +266,7 @@ class _Work:
         prepared = prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
         job = prepared.job
         if job.method.says.plan_block is None or job.whole_model:
-            raise UsageError(
-                f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; "
-                "use wanda, sparsegpt or magnitude"
-            )
+            raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude")
         return prepared
 
     @property
@@ -316,11 +288,7 @@ class _Work:
     @cached_property
     def dense(self) -> DenseModel:
         prepared = self.prepared
-        return DenseModel(
-            prepared.job,
-            load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype),
-            self.windows,
-        )
+        return DenseModel(prepared.job, load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype), self.windows)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -328,35 +296,27 @@ class _Work:
 
     @cached_property
     def _about(self) -> str:
-        """The settings, weights and tasks on which all cells depend, as text."""
-        # the hash of the tokens identifies the text, so its place does not matter
-        calibration = self.settings["calibration"] and {**self.settings["calibration"], "spec": None}
-        about = {
-            **self.settings,
-            "calibration": calibration,
-            "weights": identity(self.prepared.checkpoint),
-            **self.questions.tasks.facts(),
-        }
+        """What decides all cells: settings, weights, tasks."""
+        calibration = self.settings["calibration"] and {**self.settings["calibration"], "spec": None}  # the tokens tell, wherever they lie
+        about = {**self.settings, "calibration": calibration, "weights": identity(self.prepared.checkpoint), **self.questions.tasks.facts()}
         about["windows"] = self.windows is not None and ids_hash(self.windows)
         return records.to_json({k: v for k, v in about.items() if k not in ("sparsity", "modules")})
 
     def key(self, cell: Cell) -> str:
-        """Return the key of a cell: equal for equal cells."""
+        """Two cells with one key are the same."""
         return hashlib.sha256(f"{self._about}{cell.modules}".encode()).hexdigest()[:16]
 
-    def make(self, cells_to_make: Sequence[Cell]) -> Iterator[Record]:
-        for cell in cells_to_make:
+    def make(self, wanted: Sequence[Cell]) -> Iterator[Record]:
+        for cell in wanted:
             yield self.record(cell)
 
     def record(self, cell: Cell) -> Record:
-        """Prune the model in memory, measure it, and put the dense weights back."""
+        """Prune, measure, put back."""
         started = time.perf_counter()
         view = self.prepared.job.view
         rates = _rates(view, cell, self.pattern)
         targeted = sum(math.prod(view.matrix_shapes(index)[name]) for index, rate in enumerate(rates) for name in rate)
-        pruned = (
-            self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
-        )
+        pruned = self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
         with pruned as removed:
             parameters = list(self.dense.model.parameters())
             nonzero = sum(int(p.count_nonzero()) for p in parameters)
@@ -389,18 +349,10 @@ class _Work:
 
     @contextmanager
     def _sequentially(self, cell: Cell, rates: Rates) -> Iterator[int]:
-        """Prune in memory as `secateur prune --modules` does; the dense weights come back at the end."""
+        """As `secateur prune --modules` prunes, in memory."""
         prepared, dense = self.prepared, self.dense
         view, base = prepared.job.view, prepared.job
-        job: Job = make_job(
-            view,
-            prepared.checkpoint.dtype,
-            base.method,
-            base.options,
-            self.pattern.implied_sparsity,
-            cell.modules,
-            base.seed,
-        )
+        job: Job = make_job(view, prepared.checkpoint.dtype, base.method, base.options, self.pattern.implied_sparsity, cell.modules, base.seed)
         job = replace(job, device=prepared.device, dtype=prepared.dtype)
         stream = None
         if job.streams and self.windows is not None:
@@ -421,8 +373,8 @@ _worker: _Work | None = None
 
 def _start(work: _Work, threads: int, folder: str) -> None:
     global _worker
-    end_with_parent()  # on Ray there is no such parent, and Ray ends its own processes
-    os.chdir(folder)  # paths may be relative to this folder
+    end_with_parent()  # Ray's have no such parent, and their own ways
+    os.chdir(folder)  # paths may be relative to it
     torch.set_num_threads(threads)
     _worker = work
 
@@ -432,23 +384,23 @@ def _make(cell: Cell) -> Record:
     return _worker.record(cell)
 
 
-def _in_processes(work: _Work, missing: Sequence[Cell], jobs: int) -> Iterator[Record]:
-    """Yield each record as soon as its cell is done, so that it is saved at once."""
+def _in_processes(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
+    """As they are done, so that each is on record at once, whatever those before it take."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=_shared(work, jobs)) as pool:
         try:
-            for future in as_completed([pool.submit(_make, cell) for cell in missing]):
+            for future in as_completed([pool.submit(_make, cell) for cell in wanted]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _in_ray(work: _Work, missing: Sequence[Cell], jobs: int) -> Iterator[Record]:
+def _in_ray(work: _Work, wanted: Sequence[Cell], jobs: int) -> Iterator[Record]:
     from ray.util.multiprocessing import Pool
 
     with Pool(jobs, _start, _shared(work, jobs)) as pool:
-        yield from pool.imap_unordered(_make, missing)
+        yield from pool.imap_unordered(_make, wanted)
 
 
 def _shared(work: _Work, jobs: int) -> tuple[_Work, int, str]:
@@ -456,14 +408,11 @@ def _shared(work: _Work, jobs: int) -> tuple[_Work, int, str]:
 
 
 def _check_engine(engine: str) -> None:
-    """Raise UsageError for an engine that is unknown or not installed."""
+    """Raises UsageError for one that is not known or not installed."""
     if engine not in _ENGINES:
         raise unknown("engine", engine, _ENGINES)
     if engine == "ray" and find_spec("ray") is None:
-        raise UsageError(
-            "--engine ray: Ray is not installed: pip install 'secateur[ray]'; or leave --engine out: "
-            "--jobs N then starts N processes on this machine"
-        )
+        raise UsageError("--engine ray: Ray is not installed: pip install 'secateur[ray]'; without --engine, --jobs N has N processes on this machine")
 
 
 _ENGINES = {"processes": _in_processes, "ray": _in_ray}

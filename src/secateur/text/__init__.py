@@ -1,1 +1,1 @@
-"""Text and its way to token ids: SPECs, files, windows, the protocols of perplexity, and the built-in text."""
+"""Text and its token ids: SPECs, files, windows, protocols of perplexity, and the built-in text."""

@@ -1,9 +1,9 @@
 """The built-in text: the standard library's own sources and documentation, which every Python carries.
 
-Nothing of it is copied into the package. `documents` reads the sources where the interpreter keeps them, and the language
-reference from `pydoc_data.topics`, one document a topic. A document belongs to the held-out part when a hash of its *name* says
-so, hence the split is the same on every machine although the text varies a little with the Python version (which is why records
-carry the hash of the tokens).
+The package holds no copy of it. `documents` reads the sources from the interpreter's own folder, and the language
+reference from `pydoc_data.topics`, one document per topic. The hash of a document's *name* decides whether it is held
+out, so the split is the same on every machine. The text itself varies a little with the Python version, so records hold
+the hash of the tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Part = Literal["train", "test"]
 
 HELD_OUT_ONE_IN = 10
 
-# Left out: what some distributions do not install (tests, Tk, IDLE, packaging tools), what left the library during Python 3.12,
-# and tables of numbers that are no text (the character maps).
+# Left out: folders that some distributions do not install (tests, Tk, IDLE, packaging tools), those that Python 3.12
+# removed, and tables of numbers (the character maps).
 _SKIPPED_FOLDERS = frozenset(
     (
-        *("__pycache__", "__phello__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo"),
-        *("ensurepip", "venv", "distutils", "lib2to3", "encodings", "pydoc_data", "msilib"),
+        *("__pycache__", "__phello__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter"),
+        *("turtledemo", "ensurepip", "venv", "distutils", "lib2to3", "encodings", "pydoc_data", "msilib"),
     )
 )
 _TEST_FOLDERS = frozenset(("test", "tests"))
@@ -31,14 +31,14 @@ _TEST_FOLDERS = frozenset(("test", "tests"))
 
 @dataclass(frozen=True)
 class Document:
-    """One document of the built-in text: a stable name, which decides its part, and its text."""
+    """One document of the built-in text: its text, and a stable name, which decides its part."""
 
     name: str
     text: str
 
     @property
     def part(self) -> Part:
-        """`test` for one name in ten, by its hash."""
+        """`test` for one name in ten, by the hash of the name."""
         return "test" if _digest(self.name)[0] % HELD_OUT_ONE_IN == 0 else "train"
 
 
@@ -47,15 +47,15 @@ def _digest(name: str) -> bytes:
 
 
 def documents(part: Part, *, with_tests: bool = False) -> list[Document]:
-    """The documents of one part, in the order of the hash of their names (a fixed shuffle).
+    """The documents of one part, ordered by the hash of their names (a fixed shuffle).
 
     Args:
         part: `train` or `test`; no document is in both.
-        with_tests: also read the library's own test suite, where it is installed. The bundled model was trained with it;
-            calibration and evaluation leave it out, since many distributions do.
+        with_tests: also read the library's own test suite, if it is installed. The bundled model was trained with it.
+            Calibration and evaluation do not read it, since many distributions do not install it.
     """
-    found = [d for d in _library(with_tests) + _topics() if d.part == part and d.text.strip()]
-    return sorted(found, key=lambda d: _digest(d.name))
+    chosen = [d for d in _library(with_tests) + _topics() if d.part == part and d.text.strip()]
+    return sorted(chosen, key=lambda d: _digest(d.name))
 
 
 def _library(with_tests: bool) -> list[Document]:

@@ -1,4 +1,4 @@
-"""Files of text, of rows, and of token ids: what is read from them, compressed or not."""
+"""Read files of text, of rows, and of token ids, compressed or not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from secateur.core.errors import SecateurError
 
 
 def alpaca_prompt(row: dict[str, Any]) -> str:
-    """An instruction and its answer in the form of the Alpaca project."""
-    given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-    return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+    """The text of an instruction with its answer, in the form of the Alpaca project."""
+    context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+    return f"### Instruction:\n{row['instruction']}{context}\n\n### Response:\n{row['output']}"
 
 
 ID_FILES = (".npy", ".safetensors")
@@ -34,7 +34,7 @@ _OTHER_ARCHIVES = (".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
 
 
 def file_hash(spec: str) -> str | None:
-    """SHA-256 of the file that a SPEC names; None where it names none."""
+    """SHA-256 of the file that a SPEC names; None if it names no file."""
     file = Path(spec).expanduser()
     if not file.is_file():
         return None
@@ -43,43 +43,51 @@ def file_hash(spec: str) -> str | None:
 
 
 def token_ids(path: Path) -> Tensor:
-    """Token ids [samples, seqlen], int64, of a `.npy` or `.safetensors` file."""
+    """Read token ids [samples, seqlen], int64, from a `.npy` or `.safetensors` file."""
     try:
-        ids = torch.from_numpy(np.load(path, allow_pickle=False)) if path.suffix == ".npy" else next(iter(load_file(path).values()))
+        ids = (
+            torch.from_numpy(np.load(path, allow_pickle=False))
+            if path.suffix == ".npy"
+            else next(iter(load_file(path).values()))
+        )
     except Exception as error:
         raise SecateurError(f"{path}: cannot be read as token ids ({error})") from error
     if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape or ids.shape[1] < 2:
-        raise SecateurError(f"{path}: token ids are an int array [samples, seqlen], this is {ids.dtype} {list(ids.shape)}")
+        raise SecateurError(
+            f"{path}: token ids are an int array [samples, seqlen], this is {ids.dtype} {list(ids.shape)}"
+        )
     return ids.to(torch.int64)
 
 
 def rows_of(path: Path, field: str) -> Sequence[str]:
-    """The texts of a file: its rows, or all of it as one."""
+    """The texts of a file: one per row, or the whole file as one text."""
     suffix = suffix_of(path)
     if suffix in JSON_FILES:
         return [_row_text(row, field, path) for row in read_objects(path)]
     if suffix == ".parquet":
         table = read_parquet(path)
         if field not in table.column_names:
-            raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field")
+            raise SecateurError(
+                f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field"
+            )
         return [_string(value, field, path) for value in table.column(field).to_pylist()]
     return ["".join(_lines(path))]
 
 
 def suffix_of(path: Path) -> str:
-    """That of the text in a file, whether it is compressed or not: `.json` of `c4-train.00000-of-01024.json.gz`."""
+    """The suffix of a file without that of its compression: `.json` for `c4-train.00000-of-01024.json.gz`."""
     return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def read_objects(path: Path) -> Iterator[Any]:
-    """The rows of a file of JSON: one a line (C4's shards are so, and end in `.json`), or all in one list, on as many lines as they like."""
+    """Yield the rows of a JSON file: one object per line (as in C4's `.json` shards), or one list of objects."""
     lines = enumerate(_lines(path), 1)
     first = next(((n, line) for n, line in lines if line.strip()), None)
     if first is None:
         return
     if first[1].lstrip("\ufeff \t\r").startswith("["):
-        found = _json("".join([first[1], *(line for _, line in lines)]), str(path))
-        yield from found
+        rows = _json("".join([first[1], *(line for _, line in lines)]), str(path))
+        yield from rows
         return
     for number, line in itertools.chain([first], lines):
         if line.strip():
@@ -87,9 +95,11 @@ def read_objects(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file with their ends, unpacked where it is compressed; never all of it in memory twice."""
+    """Yield the lines of a text file with their line breaks, decompressed, one at a time to save memory."""
     if path.suffix in _OTHER_ARCHIVES:
-        raise SecateurError(f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}")
+        raise SecateurError(
+            f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}"
+        )
     place = 0
     try:
         with _COMPRESSED.get(path.suffix, Path.open)(path, mode="rb") as file:  # type: ignore[call-arg]  # all of them have a mode
@@ -97,13 +107,17 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8")
                 place += len(line)
     except UnicodeDecodeError as error:
-        raise SecateurError(f"{path}: not UTF-8 text (byte {place + error.start}); convert it, or give token ids as .npy") from None
+        raise SecateurError(
+            f"{path}: not UTF-8 text (byte {place + error.start}); convert it, or give token ids as .npy"
+        ) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise SecateurError(f"{path}: cannot be unpacked ({error}): it is cut short, or not what its suffix says; download it again") from None
+        raise SecateurError(
+            f"{path}: cannot be unpacked ({error}): it is cut short, or not what its suffix says; download it again"
+        ) from None
 
 
 def _row_text(row: Any, field: str, path: Path) -> str:
-    """The text of a row: of its field, or of an instruction with its answer."""
+    """The text of a row: the value of its field, or an instruction with its answer."""
     if isinstance(row, dict) and field not in row and _is_instruction(row):
         return alpaca_prompt(row)
     if not isinstance(row, dict) or field not in row:
@@ -118,12 +132,17 @@ def in_alpaca_form(rows: Any) -> bool:
 
 
 def _is_instruction(row: Any) -> bool:
-    """Whether a row has an instruction and its answer, and text where it has anything."""
-    return isinstance(row, dict) and isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str) and isinstance(row.get("input") or "", str)
+    """Whether a row has the texts `instruction` and `output`, and no `input` that is not text."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("instruction"), str)
+        and isinstance(row.get("output"), str)
+        and isinstance(row.get("input") or "", str)
+    )
 
 
 def read_parquet(path: Path) -> Any:
-    """A parquet file as a table of pyarrow."""
+    """Read a parquet file as a pyarrow table."""
     import pyarrow.parquet as parquet
 
     try:
@@ -140,7 +159,10 @@ def _json(text: str, where: str) -> Any:
 
 
 def _string(value: Any, field: str, path: Path) -> str:
-    """A missing text is an empty row."""
+    """The value as text; a missing one is an empty row."""
     if value is not None and not isinstance(value, str):
-        raise SecateurError(f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; name the field of the text with --text-field")
+        raise SecateurError(
+            f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; "
+            "name the field of the text with --text-field"
+        )
     return value or ""

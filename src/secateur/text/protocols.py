@@ -1,7 +1,8 @@
-"""How perplexity is measured: named protocols, so that numbers can be compared with those of papers, or seen not to be comparable.
+"""How perplexity is measured: named protocols, which show whether numbers can be compared with those of a paper.
 
-Every difference counts: the length of windows, how rows are joined, where BOS stands, whether the incomplete last window counts,
-and how much of the text is used.
+Every difference counts: the length of windows, how rows are joined, where BOS stands, whether the incomplete last
+    window
+counts, and how much of the text is used.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ class Protocol:
     """One way to measure perplexity.
 
     Attributes:
-        name: its name; `source` says who uses it.
+        name, source: its name, and who uses it.
         spec: the text.
         seqlen: tokens of a window; None is min(2048, the model's maximum), 0 the model's maximum.
-        join: what stands between rows. A plain file is split into its lines where the protocol joins rows of a data set (`lines`).
-        bos: `start`: the tokenizer's own start once, before the whole text; `each`: before every row.
+        join: the text between rows.
+        lines: whether a plain file is split into its lines first, as the rows of a data set.
+        bos: `start`: the tokenizer's own start token once, before the whole text; `each`: before every row.
         tail: whether the incomplete last window counts.
-        rows, windows, tokens: limits on what is used, from the beginning.
+        rows, windows, tokens: use only the first N of them; None is no limit.
     """
 
     name: str
@@ -48,7 +50,14 @@ class Protocol:
 PROTOCOLS = {
     p.name: p
     for p in (
-        Protocol("builtin", "secateur: held-out files of the standard library", "builtin", bos="each", lines=False, windows=128),
+        Protocol(
+            "builtin",
+            "secateur: held-out files of the standard library",
+            "builtin",
+            bos="each",
+            lines=False,
+            windows=128,
+        ),
         Protocol("wikitext2", "WikiText-2 at min(2048, the model's maximum)", "wikitext2"),
         Protocol("slicegpt", "SliceGPT (arXiv:2401.15024): WikiText-2 at 2048", "wikitext2", 2048),
         Protocol("sparsegpt", "SparseGPT (arXiv:2301.00774): WikiText-2 at 2048", "wikitext2", 2048),
@@ -64,14 +73,23 @@ PROTOCOLS = {
             tokens=256 * 2048,
         ),
         Protocol("llm-pruner", "LLM-Pruner (arXiv:2305.11627): WikiText-2 at 128", "wikitext2", 128),
-        Protocol("c4", "C4 as SparseGPT and Wanda: 1100 validation documents, 256 windows of 2048", "c4", 2048, join=" ", lines=False, rows=1100, windows=256),
+        Protocol(
+            "c4",
+            "C4 as SparseGPT and Wanda: 1100 validation documents, 256 windows of 2048",
+            "c4",
+            2048,
+            join=" ",
+            lines=False,
+            rows=1100,
+            windows=256,
+        ),
         Protocol("text", "a file as it is, at min(2048, the model's maximum)", "", lines=False),
     )
 }
 
 
 def find_protocol(name: str | None, spec: str | None, *, bundled: bool) -> Protocol:
-    """The protocol by its name, or the one that goes with a text; `spec` then replaces the protocol's own text."""
+    """The protocol with this name, or the default one for a text; a `spec` replaces the protocol's own text."""
     if name is not None and name not in PROTOCOLS:
         raise unknown("protocol", name, PROTOCOLS)
     if name is None:
@@ -84,20 +102,25 @@ def find_protocol(name: str | None, spec: str | None, *, bundled: bool) -> Proto
 
 
 def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
-    """Tokens of a window.
+    """The number of tokens in a window.
 
     Raises:
-        UsageError: the model does not know windows of this length.
+        UsageError: the model does not take windows of this length.
     """
     default = min(2048, longest) if protocol.seqlen is None else protocol.seqlen or longest
     length = default if asked is None else asked
     if not 1 < length <= longest:
-        raise UsageError(f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; give --seqlen")
+        raise UsageError(
+            f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; "
+            "give --seqlen"
+        )
     return length
 
 
-def evaluation_windows(protocol: Protocol, seqlen: int, tokenizer: PreTrainedTokenizerBase | None, text_field: str = "text") -> list[Tensor]:
-    """The windows, int64 [T] each; all have the same length except a kept tail. Token ids need no tokenizer.
+def evaluation_windows(
+    protocol: Protocol, seqlen: int, tokenizer: PreTrainedTokenizerBase | None, text_field: str = "text"
+) -> list[Tensor]:
+    """The windows, int64 [T] each, of one length except for a kept tail. Token ids need no tokenizer.
 
     Raises:
         SecateurError: the text is shorter than one window.
@@ -111,7 +134,10 @@ def evaluation_windows(protocol: Protocol, seqlen: int, tokenizer: PreTrainedTok
     if windows and len(windows[-1]) < seqlen and (protocol.tail == "drop" or len(windows[-1]) < 2):
         windows.pop()
     if not windows:
-        raise SecateurError(f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, or a smaller --seqlen")
+        raise SecateurError(
+            f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, "
+            "or a smaller --seqlen"
+        )
     return windows[: protocol.windows]
 
 
@@ -129,5 +155,8 @@ def _stream(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase) 
 
 
 def wikitext_rows(raw: str) -> list[str]:
-    """The rows of the hub's `wikitext-2-raw-v1` from the raw file: a row is a line with its line break; a line of one space is an empty row."""
+    """The rows of the hub's `wikitext-2-raw-v1`, from the raw file.
+
+    A row is a line with its line break; a line of one space is an empty row.
+    """
     return ["" if line == " \n" else line for line in raw.splitlines(keepends=True)]

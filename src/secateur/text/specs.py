@@ -1,9 +1,14 @@
-"""Text, and its way into windows of token ids. One vocabulary of names (SPEC) serves calibration and evaluation.
+"""Texts by name: calibration and evaluation use the same names (SPEC).
 
-A SPEC is `builtin`, `wikitext2`, `c4`, `alpaca` (hub data sets, resolved by role: the train part to calibrate, the test part to evaluate), or a
-path: `.jsonl` or `.json` (one object a line, or a list of them; text, or instructions in Alpaca form), `.parquet`, `.npy` or `.safetensors` (token ids
-[samples, seqlen], used as given), and anything else as plain text. Text may be compressed: `.gz`, `.bz2`, `.xz` behind the suffix.
-To calibrate there is also `task:NAME+NAME`, the questions of tasks with their right answers, which `evaluate/tasks.py` reads.
+A SPEC is one of
+- `builtin`, or a data set of the hub: `wikitext2`, `c4`, `alpaca`. Calibration takes the train part, evaluation the
+  test part.
+- the path of a `.jsonl` or `.json` file (one object per line, or a list; text, or instructions in Alpaca form), or of a
+  `.parquet` file.
+- the path of a `.npy` or `.safetensors` file: token ids [samples, seqlen], used as given.
+- any other path: plain text. Text files may be compressed: `.gz`, `.bz2`, `.xz` after the suffix.
+- `task:NAME+NAME`, for calibration alone: the questions of tasks with their right answers. `evaluate/tasks.py` reads
+  them.
 """
 
 from __future__ import annotations
@@ -18,14 +23,25 @@ from torch import Tensor
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.hub import hub
 from secateur.text.builtin import documents
-from secateur.text.files import ID_FILES, JSON_FILES, alpaca_prompt, file_hash, in_alpaca_form, read_objects, read_parquet, rows_of, suffix_of, token_ids
+from secateur.text.files import (
+    ID_FILES,
+    JSON_FILES,
+    alpaca_prompt,
+    file_hash,
+    in_alpaca_form,
+    read_objects,
+    read_parquet,
+    rows_of,
+    suffix_of,
+    token_ids,
+)
 
 Role = Literal["calibration", "evaluation"]
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set of the hub: where it is and which part serves which role."""
+    """A data set of the hub: its path, its pinned revision, and the part for each role."""
 
     path: str
     config: str | None
@@ -37,7 +53,10 @@ class HubText:
 
 HUB_TEXTS = {
     "wikitext2": HubText(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3", {"calibration": "train", "evaluation": "test"}
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        {"calibration": "train", "evaluation": "test"},
     ),
     "c4": HubText(
         "allenai/c4",
@@ -47,7 +66,11 @@ HUB_TEXTS = {
         {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
     "alpaca": HubText(
-        "tatsu-lab/alpaca", None, "dce01c9b08f87459cf36a430d809084718273017", {"calibration": "train", "evaluation": "train"}, render=alpaca_prompt
+        "tatsu-lab/alpaca",
+        None,
+        "dce01c9b08f87459cf36a430d809084718273017",
+        {"calibration": "train", "evaluation": "train"},
+        render=alpaca_prompt,
     ),
 }
 NAMED = ("builtin", *HUB_TEXTS)
@@ -55,7 +78,7 @@ TASK = "task:"
 
 
 class HubRows(Sequence[str]):
-    """The rows of a data set as texts, read when asked for: a shard of C4 alone is most of a gigabyte."""
+    """The rows of a data set as texts, each read only on access: a single shard of C4 is most of a gigabyte."""
 
     def __init__(self, data: Any, render: Callable[[dict[str, Any]], str]) -> None:
         self._data, self._render = data, render
@@ -71,7 +94,14 @@ class HubRows(Sequence[str]):
 
 @dataclass(frozen=True)
 class Text:
-    """What a SPEC stands for: the rows of a data set (a plain file is one row), or token ids [S, T]. Of a task, `questions` are how the rows begin."""
+    """The text of a SPEC.
+
+    Attributes:
+        spec: the SPEC.
+        rows: the rows of a data set; a plain file is one row.
+        ids: token ids [S, T] instead of rows.
+        questions: for tasks, the beginning of each row; the answer follows it.
+    """
 
     spec: str
     rows: Sequence[str] = ()
@@ -85,7 +115,7 @@ def holds_ids(spec: str) -> bool:
 
 
 def check_spec(spec: str) -> None:
-    """Raises UsageError where a SPEC to calibrate with is neither a name, nor a file, nor tasks."""
+    """Raise UsageError if a SPEC for calibration is neither a name, nor a file, nor tasks."""
     if spec.startswith(TASK):
         task_names(spec)
     elif spec.partition("@")[0] not in NAMED and not Path(spec).expanduser().is_file():
@@ -93,10 +123,10 @@ def check_spec(spec: str) -> None:
 
 
 def task_names(spec: str) -> list[str]:
-    """Of `task:NAME+NAME`; of any other SPEC none.
+    """The task names in `task:NAME+NAME`; empty for any other SPEC.
 
     Raises:
-        UsageError: a SPEC of tasks without a name.
+        UsageError: the SPEC is `task:` without a name.
     """
     names = [name for name in spec.removeprefix(TASK).split("+") if name] if spec.startswith(TASK) else []
     if spec.startswith(TASK) and not names:
@@ -108,8 +138,8 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     """Read a SPEC.
 
     Args:
-        spec: see the module's docstring; a hub name may carry a revision, `wikitext2@REVISION`, instead of the commit it stands for.
-        role: which part of a named data set.
+        spec: see the module's docstring. A hub name may have its own revision: `wikitext2@REVISION`.
+        role: decides the part of a named data set.
         text_field: the field of `.jsonl` and `.parquet` rows that holds the text.
 
     Raises:
@@ -122,7 +152,7 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     if name in HUB_TEXTS:
         return Text(spec, _from_hub(name, role, revision or None))
     if spec.startswith(TASK):
-        raise UsageError(f"text '{spec}': tasks are for calibration; ask them with --tasks")
+        raise UsageError(f"text '{spec}': tasks are for calibration; to measure on tasks, use --tasks")
     check_spec(spec)
     path = Path(spec).expanduser()
     if holds_ids(spec):
@@ -134,10 +164,10 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
 
 
 def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
-    """Rows with `instruction`, `output` and perhaps `input`, of `alpaca` or a `.json`, `.jsonl` or `.parquet` file.
+    """Read rows with `instruction`, `output` and perhaps `input` from `alpaca`, or a JSON or parquet file.
 
     Raises:
-        UsageError: the SPEC is neither.
+        UsageError: the SPEC is neither of these.
         SecateurError: a row lacks one of the fields.
     """
     name, _, revision = spec.partition("@")
@@ -145,29 +175,37 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
         return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
     path = Path(spec).expanduser()
     if suffix_of(path) not in (*JSON_FILES, ".parquet") or name in NAMED:
-        raise UsageError(f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file with 'instruction' and 'output'")
+        raise UsageError(
+            f"'{spec}' holds no instructions with answers: give alpaca, or a .json, "
+            ".jsonl or .parquet file with 'instruction' and 'output'"
+        )
     check_spec(spec)
     rows: Any = read_parquet(path).to_pylist() if suffix_of(path) == ".parquet" else list(read_objects(path))
     if not in_alpaca_form(rows):
-        has = f", its first row has {', '.join(rows[0])}" if isinstance(rows, list) and rows and isinstance(rows[0], dict) else ""
+        has = (
+            f", its first row has {', '.join(rows[0])}"
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict)
+            else ""
+        )
         raise SecateurError(f"{path}: rows need the fields 'instruction' and 'output' (and perhaps 'input'){has}")
     return rows  # type: ignore[no-any-return]
 
 
 def same_text(spec: str, other: str, file_sha256: str | None = None) -> bool:
-    """Whether a SPEC to calibrate with and one to evaluate on stand for the same text.
+    """Whether a calibration SPEC and an evaluation SPEC stand for the same text.
 
     Args:
-        spec: to calibrate with; of a plan, the name of a file without its folder, and then `file_sha256` is the hash of that file.
-        other: to evaluate on.
+        spec: the calibration SPEC. From a plan it is a file name without its folder; `file_sha256` is then its hash.
+        other: the evaluation SPEC.
+        file_sha256: the hash of the calibration file, from the plan.
     """
     name, other_name = spec.partition("@")[0], other.partition("@")[0]
     if name in HUB_TEXTS and name == other_name:
         return HUB_TEXTS[name].split["calibration"] == HUB_TEXTS[name].split["evaluation"]
-    one, two = Path(spec).expanduser(), Path(other).expanduser()
+    file, other_file = Path(spec).expanduser(), Path(other).expanduser()
     if file_sha256 is not None:
-        return one.name == two.name and file_hash(other) == file_sha256
-    return one.is_file() and one.resolve() == two.resolve()
+        return file.name == other_file.name and file_hash(other) == file_sha256
+    return file.is_file() and file.resolve() == other_file.resolve()
 
 
 def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
@@ -175,7 +213,7 @@ def _from_hub(name: str, role: Role, revision: str | None) -> HubRows:
 
 
 def _hub_data(name: str, role: Role, revision: str | None) -> Any:
-    """The rows of a data set, by number."""
+    """The rows of a data set of the hub, by number."""
     source = HUB_TEXTS[name]
     import datasets
 
@@ -183,10 +221,17 @@ def _hub_data(name: str, role: Role, revision: str | None) -> Any:
     files = {part: source.files[role]} if source.files else None
     with hub() as answers:
         try:
-            return datasets.load_dataset(source.path, source.config, data_files=files, split=part, revision=revision or source.revision)
+            return datasets.load_dataset(
+                source.path, source.config, data_files=files, split=part, revision=revision or source.revision
+            )
         except Exception as error:
             why = error if answers else "it does not answer"
-            use, option = ("to calibrate on", "--calibration") if role == "calibration" else ("to measure perplexity on", "--text")
+            use, option = (
+                ("to calibrate on", "--calibration")
+                if role == "calibration"
+                else ("to measure perplexity on", "--text")
+            )
             raise SecateurError(
-                f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, or give a local file: {option} FILE"
+                f"text '{name}', {use}: the hub did not give {source.path} ({why}); check the network, "
+                f"or give a local file: {option} FILE"
             ) from error

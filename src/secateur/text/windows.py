@@ -1,4 +1,4 @@
-"""Windows of token ids: drawn from a text, held against a model, and named by their hash."""
+"""Windows of token ids: draw them from a text, check them against a model, and hash them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from secateur.core.errors import SecateurError
 from secateur.text.files import file_hash
 from secateur.text.specs import Text
 
-# Tokens read for each token wanted, so that windows come from all over a large text without reading all of it.
+# Tokens read per token needed: windows come from all over a large text, without reading all of it.
 _READ_AHEAD = 4
-IGNORE = -100  # a label that is not to be predicted, as in transformers
+IGNORE = -100  # the label of a token that is not predicted, as in transformers
 
 
-def calibration_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> Tensor:
-    """The windows of `labelled_windows`."""
+def calibration_windows(
+    text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Draw the windows of `labelled_windows`, without their labels."""
     return labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)[0]
 
 
-def labelled_windows(text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Windows of calibration text, int64 [S, T], and of questions with answers what is to be predicted: the same, with `IGNORE` in the questions.
+def labelled_windows(
+    text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    """Draw windows of calibration text, int64 [S, T], and for questions with answers their labels, int64 [S, T].
 
-    The rows are shuffled and tokenised one after the other (each with what the tokenizer adds at its start) until there is enough; the
-    stream is cut into windows that do not overlap, of which `samples` are drawn. Token ids are used as given, in order.
+    Labels are the token ids, with `IGNORE` in the questions. Rows are shuffled and tokenised one after the other (each
+    with the tokenizer's own start token) until there are enough tokens. The stream is cut into windows that do not
+    overlap, and `samples` of them are drawn. Token ids are used as given, in order.
 
     Raises:
         SecateurError: the text has fewer windows than asked for.
@@ -36,7 +41,7 @@ def labelled_windows(text: Text, tokenize: Callable[[str], list[int]], *, sample
     if text.ids is not None:
         return text.ids, None
     order = np.random.default_rng(seed)
-    wanted = samples * seqlen
+    needed = samples * seqlen
     stream: list[int] = []
     labels: list[int] = []
     for number in order.permutation(len(text.rows)):
@@ -44,60 +49,73 @@ def labelled_windows(text: Text, tokenize: Callable[[str], list[int]], *, sample
             ids = tokenize(text.rows[number])
             stream += ids
             if text.questions:
-                given = _common(ids, tokenize(text.questions[number])) if text.questions[number] else 0
-                labels += [IGNORE] * given + ids[given:]
-        if len(stream) >= _READ_AHEAD * wanted:
+                known = _common(ids, tokenize(text.questions[number])) if text.questions[number] else 0
+                labels += [IGNORE] * known + ids[known:]
+        if len(stream) >= _READ_AHEAD * needed:
             break
-    there = len(stream) // seqlen
-    if there < samples:
+    available = len(stream) // seqlen
+    if available < samples:
         raise SecateurError(
-            f"{text.spec}: has {len(stream):,} tokens, {there} windows of {seqlen}, but {samples} are asked for; lower --samples or --seqlen, or give more text"
+            f"{text.spec}: has {len(stream):,} tokens, {available} windows of {seqlen}, but {samples} are asked for; "
+            "lower --samples or --seqlen, or give more text"
         )
-    drawn = torch.from_numpy(np.sort(order.choice(there, samples, replace=False)))
-    windows, labelled = (torch.tensor(tokens[: there * seqlen], dtype=torch.int64).view(-1, seqlen) for tokens in (stream, labels))
+    drawn = torch.from_numpy(np.sort(order.choice(available, samples, replace=False)))
+    windows, labelled = (
+        torch.tensor(tokens[: available * seqlen], dtype=torch.int64).view(-1, seqlen) for tokens in (stream, labels)
+    )
     return windows[drawn], labelled[drawn] if text.questions else None
 
 
 def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
-    """With how many tokens both begin; one that joins the end of a question to its answer is the answer's."""
-    return next((n for n, (one, other) in enumerate(zip(ids, begin, strict=False)) if one != other), min(len(ids), len(begin)))
+    """The number of tokens that both begin with.
+
+    A token that joins the end of a question to its answer counts as the answer's.
+    """
+    return next((n for n, (a, b) in enumerate(zip(ids, begin, strict=False)) if a != b), min(len(ids), len(begin)))
 
 
 def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str, tokens: int | None = None) -> None:
-    """Hold token ids against what a model takes.
+    """Check that a model takes these token ids.
 
     Args:
-        windows: token ids, of any shape; the last dimension is a window.
-        vocabulary: rows of its embedding.
-        longest: positions it knows.
-        spec: where the ids come from.
-        tokens: how many its tokenizer knows, where it gave them; None where they were given.
+        windows: token ids [..., T].
+        vocabulary: the number of rows of the embedding.
+        longest: the number of positions of the model.
+        spec: the SPEC that the ids come from.
+        tokens: the size of the tokenizer that made the ids; None for a file of ids.
 
     Raises:
-        SecateurError: a window is longer, or an id outside the vocabulary.
+        SecateurError: a window is too long, or an id is outside the vocabulary.
     """
     if windows.shape[-1] > longest:
-        raise SecateurError(f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter")
+        raise SecateurError(
+            f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter"
+        )
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= vocabulary:
         raise outside_vocabulary(low if low < 0 else high, vocabulary, spec, tokens)
 
 
 def outside_vocabulary(token: int, vocabulary: int, spec: str, tokens: int | None) -> SecateurError:
-    """The error for a token id that the embedding has no row for; arguments as for `check_ids`."""
+    """The error for a token id without a row in the embedding; see `check_ids` for the arguments."""
     if tokens is None:
-        return SecateurError(f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); tokenise with its own tokenizer")
+        return SecateurError(
+            f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); "
+            "tokenise with its own tokenizer"
+        )
     return SecateurError(
-        f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to {vocabulary - 1}; the tokenizer has {tokens} "
-        f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), then save_pretrained), or use the tokenizer it was "
+        f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to "
+        f"{vocabulary - 1}; the tokenizer has {tokens} "
+        f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), "
+        "then save_pretrained), or use the tokenizer it was "
         "trained with"
     )
 
 
 def calibration_facts(spec: str, windows: Tensor) -> dict[str, Any]:
-    """`calibration` of a record: the SPEC, the windows [S, T], the hash of their token ids and, of a file, that of its bytes."""
+    """`calibration` of a record: the SPEC, the size of the windows [S, T], their hash and, for a file, its own hash."""
     facts = {"spec": spec, "samples": len(windows), "seqlen": windows.shape[1], "sha256": ids_hash(windows)}
-    return facts if (found := file_hash(spec)) is None else {**facts, "file_sha256": found}
+    return facts if (file_sha256 := file_hash(spec)) is None else {**facts, "file_sha256": file_sha256}
 
 
 def ids_hash(ids: Tensor) -> str:
