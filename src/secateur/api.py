@@ -166,7 +166,9 @@ def plan(
     job = replace(job, device=model.device, dtype=dtype or model.dtype)
     stream = None
     if windows is None and job.calibrates:
-        raise UsageError(f"{f'modules={modules!r}' if job.allocation else f'method {method!r}'} calibrates: give windows, token ids [samples, seqlen]")
+        raise UsageError(
+            f"{f'modules={modules!r}' if job.allocation else f'method {method!r}'} calibrates: give windows, token ids [samples, seqlen]"
+        )
     if job.allocation:
         assert windows is not None
         decided = allocate(job, partial(deepcopy, model), windows)
@@ -178,7 +180,17 @@ def plan(
     plans = whole_model_plan(job, windows, watch) if job.whole_model else None
     blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, stream, watch, plans=plans))
     pattern = getattr(settings, "pattern", None)
-    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": pattern, **job.notes}, blocks)
+    return Plan(
+        {
+            "method": method,
+            "options": asdict(settings),
+            "sparsity": sparsity,
+            "modules": modules,
+            "pattern": pattern,
+            **job.notes,
+        },
+        blocks,
+    )
 
 
 def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -204,10 +216,16 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         after = cut_block(block, block_plan)
         state |= {view.block_prefix(len(dims)) + name: tensor for name, tensor in after.tensors.items()}
         dims.append(after.dims)
-    raw = drop_blocks(view.raw_config, view.config, [block_plan.index for block_plan in plan.blocks if not block_plan.dropped])
+    raw = drop_blocks(
+        view.raw_config, view.config, [block_plan.index for block_plan in plan.blocks if not block_plan.dropped]
+    )
     problem = stock_problem(raw, view.family, dims)
     content = pruned_config(raw, view.family, dims, stock=problem is None)
-    config_class = type(model.config) if problem is None else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
+    config_class = (
+        type(model.config)
+        if problem is None
+        else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
+    )
     return _assemble(config_class.from_dict(content), state, model)
 
 
@@ -240,13 +258,24 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False, records_file: Pa
         UsageError: `out` exists, or holds the packed checkpoint.
         SecateurError: a folder that is not packed or is damaged, or a full disk.
     """
-    return _stored("unpack", str(folder), out, records_file, lambda: storage.unpack(folder, out.absolute(), overwrite=overwrite))
+    return _stored(
+        "unpack", str(folder), out, records_file, lambda: storage.unpack(folder, out.absolute(), overwrite=overwrite)
+    )
 
 
-def _stored(command: str, model: str, out: Path, records_file: Path | None, run: Callable[[], dict[str, Any]]) -> records.Record:
+def _stored(
+    command: str, model: str, out: Path, records_file: Path | None, run: Callable[[], dict[str, Any]]
+) -> records.Record:
     started, out = time.perf_counter(), out.absolute()
     facts = run()
-    record = {"command": command, "version": records.version(), "model": model, **facts, "seconds": round(time.perf_counter() - started, 3), "out": str(out)}
+    record = {
+        "command": command,
+        "version": records.version(),
+        "model": model,
+        **facts,
+        "seconds": round(time.perf_counter() - started, 3),
+        "out": str(out),
+    }
     records.append(records_file or out.parent / "records.jsonl", record)
     return record
 
@@ -303,9 +332,13 @@ def predict(
         raise UsageError("give --target-ppl or --target-acc, not both")
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: the name of a .png file is needed")
-    measured = read_points(points, metric or ("ppl" if target_ppl is not None else None), chance=chance, where=dict(where or {}))
+    measured = read_points(
+        points, metric or ("ppl" if target_ppl is not None else None), chance=chance, where=dict(where or {})
+    )
     if (target_ppl if measured.kind == "acc" else target_acc) is not None:
-        option, other = ("--target-acc", "--metric TASK") if measured.kind == "ppl" else ("--target-ppl", "--metric ppl")
+        option, other = (
+            ("--target-acc", "--metric TASK") if measured.kind == "ppl" else ("--target-ppl", "--metric ppl")
+        )
         raise UsageError(f"{option} does not go with the metric {measured.metric}: add {other}, or leave it out")
     target = target_ppl if measured.kind == "ppl" else target_acc
     found, record = answer.predict(measured, law, at=at, target=target, dense_in_fit=dense_in_fit)
@@ -338,7 +371,17 @@ def predict_from_spectrum(
         UsageError, SecateurError: as for `prune` and `predict`.
     """
     measured = read_points(points, "ppl", where=dict(where or {})) if points else None
-    prepared = prepare(replace(request, method="slicegpt", sparsity=0.5, params_removed=None, modules=None, pattern=None, options={"round": 1}))
+    prepared = prepare(
+        replace(
+            request,
+            method="slicegpt",
+            sparsity=0.5,
+            params_removed=None,
+            modules=None,
+            pattern=None,
+            options={"round": 1},
+        )
+    )
     return spectrum.predict_from_spectrum(prepared, dense_ppl, measured, at=at, target=target_ppl)[1]
 
 

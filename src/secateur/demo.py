@@ -53,7 +53,9 @@ def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
         for record in sweep(request, sparsities, out, measure, resume=True, overwrite=True):
             if record["method"] or not found:
                 found.append(record)
-                say(f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
+                say(
+                    f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}"
+                )
         if healed and importlib.util.find_spec("peft") is None:
             say("heal: left out, peft is not installed (pip install 'secateur[heal]')")
         elif healed:
@@ -70,7 +72,15 @@ def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
 def _healed(folder: Path, effort: Effort, measure: EvalRequest) -> records.Record:
     """A short recovery of a result, measured."""
     target = folder.with_name(f"{folder.name}-healed")
-    asked = HealRequest(str(folder), steps=effort.steps, lr=2e-3, samples=4 * effort.steps, seqlen=effort.seqlen, limit=8, checkpointing=False)
+    asked = HealRequest(
+        str(folder),
+        steps=effort.steps,
+        lr=2e-3,
+        samples=4 * effort.steps,
+        seqlen=effort.seqlen,
+        limit=8,
+        checkpointing=False,
+    )
     heal(asked, target, resume=True, overwrite=True)
     record = evaluate(replace(measure, model=str(target)), resume=True)
     say(f"{record['method']} + LoRA {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
@@ -80,7 +90,9 @@ def _healed(folder: Path, effort: Effort, measure: EvalRequest) -> records.Recor
 def _study_modules(out: Path, effort: Effort) -> None:
     """Which module matters, on a little of the text; finished cells of an earlier run are kept."""
     request = Request(BUNDLED, "wanda", samples=effort.samples, seqlen=effort.seqlen)
-    asked = ModulesRequest(sparsities=(0.5, 0.9)) if effort.points is None else ModulesRequest(("attention", "mlp"), (0.5,))
+    asked = (
+        ModulesRequest(sparsities=(0.5, 0.9)) if effort.points is None else ModulesRequest(("attention", "mlp"), (0.5,))
+    )
     found = list(modules.run(request, asked, out, EvalRequest(BUNDLED, limit=8), resume=True))
     for line in verdict(read_studies(found)[0])[:2]:
         say(line)
@@ -104,6 +116,8 @@ def demo_requests(effort: Effort) -> list[tuple[Request, list[float], bool]]:
             pattern = options.pop("pattern", None)
             if effort.points is not None:
                 options |= find_method(name).says.QUICK
-            request = Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
+            request = Request(
+                BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen
+            )
             requests.append((request, entry["sparsities"][: effort.points], bool(entry.get("heal"))))
     return requests

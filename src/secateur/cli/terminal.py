@@ -35,7 +35,9 @@ def record_table(record: Record) -> Table:
 def _task(result: Record) -> str:
     """Every figure of a task with its standard error, where there is one."""
     errors = {"acc": "stderr", "acc_norm": "stderr_norm"}
-    figures = {name: result.get(name) for name in (*errors, "precision", "recall", "f1", "flipped", "n")} | result.get("metrics", {})
+    figures = {name: result.get(name) for name in (*errors, "precision", "recall", "f1", "flipped", "n")} | result.get(
+        "metrics", {}
+    )
     shown = {name: value for name, value in figures.items() if value is not None}
     return ", ".join(f"{name} {_small_text(value, result.get(errors.get(name, '')))}" for name, value in shown.items())
 
@@ -82,13 +84,22 @@ def _pattern(record: Record) -> str:
     """The pattern, and what was compared, in as few letters as tell two runs apart."""
     scope = (record.get("options") or {}).get("scope")
     pattern = record.get("pattern") or ""
-    return {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}.get(pattern, pattern) if scope else pattern
+    return (
+        {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}.get(pattern, pattern)
+        if scope
+        else pattern
+    )
 
 
 def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
     """Perplexities of a study of variants: a line a variant, a column a sparsity."""
     sparsities = sorted({entry["sparsity"] for entry in entries})
-    table = Table("part", "variant", *(f"{s:.0%} removed" for s in sparsities), title=f"perplexity, dense {perplexity_words(dense_ppl)}")
+    table = Table(
+        "part",
+        "variant",
+        *(f"{s:.0%} removed" for s in sparsities),
+        title=f"perplexity, dense {perplexity_words(dense_ppl)}",
+    )
     for part, variant in dict.fromkeys((entry["part"], entry["variant"]) for entry in entries):
         own = {entry["sparsity"]: entry for entry in entries if (entry["part"], entry["variant"]) == (part, variant)}
         table.add_row(part, variant, *(_mean(own[s]) if s in own else "" for s in sparsities))
@@ -96,7 +107,9 @@ def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
 
 
 def _mean(entry: Record) -> str:
-    return perplexity_words(entry["ppl"]) + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)")
+    return perplexity_words(entry["ppl"]) + (
+        "" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)"
+    )
 
 
 _CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where laws can be
@@ -106,23 +119,45 @@ compared; held out: each point predicted from the others. The best comes first."
 def law_tables(record: Record) -> list[Table]:
     """What `predict` found: the laws, the answers, and the paper's own fits."""
     value = "ppl" if record["metric"] == "ppl" else "acc"
-    laws = Table("law", "constants", "RMSE in y", "RMSE in ln", "held out, ln", title=_law_title(record), caption=_CAPTION.format(**record))
+    laws = Table(
+        "law",
+        "constants",
+        "RMSE in y",
+        "RMSE in ln",
+        "held out, ln",
+        title=_law_title(record),
+        caption=_CAPTION.format(**record),
+    )
     for rival in record["rivals"]:
-        constants = ", ".join(f"{name} {_interval(record, rival, name)}" for name in rival["constants"] or {}) or "not fitted: too few points"
+        constants = (
+            ", ".join(f"{name} {_interval(record, rival, name)}" for name in rival["constants"] or {})
+            or "not fitted: too few points"
+        )
         name = f"[bold]{rival['law']}[/]" if rival["law"] == record["law"] else rival["law"]
         laws.add_row(name, constants, *(_small(rival[key]) for key in ("rmse", "rmse_ln", "heldout_rmse")))
     laws.add_row("no law", "straight lines between neighbours", "", "", _small(record["interpolation_rmse"]))
     tables = [laws]
     if record["predictions"]:
         measured = {point["sparsity"]: point[value] for point in record["measured"]}
-        answers = Table("sparsity", f"predicted {value}", "95% interval", "measured", "", title=f"law '{record['law']}'")
+        answers = Table(
+            "sparsity", f"predicted {value}", "95% interval", "measured", "", title=f"law '{record['law']}'"
+        )
         for entry in record["predictions"]:
             ends = "" if entry["low"] is None else f"{_small(entry['low'])} to {_small(entry['high'])}"
             note = "extrapolated" if entry["extrapolated"] else ""
-            answers.add_row(f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note)
+            answers.add_row(
+                f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note
+            )
         tables.append(answers)
     tables += _target_table(record, value)
-    published = Table("model", "data", "a", "b", "RMSE in y", title="published fits of the paper's law, SliceGPT (arXiv:2503.04377, table 3)")
+    published = Table(
+        "model",
+        "data",
+        "a",
+        "b",
+        "RMSE in y",
+        title="published fits of the paper's law, SliceGPT (arXiv:2503.04377, table 3)",
+    )
     for row in record["published"]:
         published.add_row(row["model"], row["dataset"], *(f"{row[key]:.2f}" for key in ("a", "b", "rmse")))
     return [*tables, published]
@@ -132,7 +167,12 @@ def _target_table(record: Record, value: str) -> list[Table]:
     if (aim := record["target"]) is None:
         return []
     found = Table(title=f"largest sparsity that keeps {value} {aim[value]:g}", show_header=False)
-    found.add_row("by the law", "none" if aim["sparsity"] is None else f"{aim['sparsity']:.4f}" + (" (extrapolated)" if aim["extrapolated"] else ""))
+    found.add_row(
+        "by the law",
+        "none"
+        if aim["sparsity"] is None
+        else f"{aim['sparsity']:.4f}" + (" (extrapolated)" if aim["extrapolated"] else ""),
+    )
     found.add_row("at the worse end of the interval", "none" if aim["cautious"] is None else f"{aim['cautious']:.4f}")
     return [found]
 
@@ -141,7 +181,11 @@ def spectrum_tables(record: Record) -> list[Table]:
     """What `predict --spectrum` found."""
     value = "ppl" if record["dense"] is not None else "ppl_ratio"
     dense = "" if record["dense"] is None else f", dense {record['dense']:.4g}"
-    scale = f"c = {record['a']:.3g}, fitted to {record['points']} measured" if record["points"] else f"c = {record['a']:.3g}, not fitted"
+    scale = (
+        f"c = {record['a']:.3g}, fitted to {record['points']} measured"
+        if record["points"]
+        else f"c = {record['a']:.3g}, not fitted"
+    )
     held_out = "" if record.get("heldout_rmse") is None else f"; held out, ln: {record['heldout_rmse']:.4g}"
     answers = Table(
         "sparsity", "predicted PPL" if value == "ppl" else "PPL / dense", "range", title=f"{record['model']} slicegpt: ppl from the spectrum{dense}",
@@ -202,7 +246,10 @@ def _residual(residual: Record | None) -> str:
         return ""
     if residual["skips"][0] in SELECT_FORMS:
         reads = ["+".join(str(width) for width in residual["readers"] or residual["attention"][:1]), residual["mlp"][0]]
-        return ", ".join(f"{read} to {writes}" for read, writes in zip(reads, (residual["attention"][1], residual["mlp"][1]), strict=True))
+        return ", ".join(
+            f"{read} to {writes}"
+            for read, writes in zip(reads, (residual["attention"][1], residual["mlp"][1]), strict=True)
+        )
     between = residual["attention"][1:] if len(residual["skips"]) > 1 else []
     return ", ".join(str(width) for width in (residual["attention"][0], *between, residual["mlp"][1]))
 
@@ -210,30 +257,59 @@ def _residual(residual: Record | None) -> str:
 def bench_tables(record: Record) -> list[Table | str]:
     """What `bench` found: a line for each model and batch, and what the machine allows."""
     threads = f", {record['threads']} threads" if record["threads"] else ""
-    title = f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
-    table = Table("model", "batch", title=escape(title), caption="the best times; over floor: how many times what the machine allows", padding=(0, 0))
-    _number_columns(table, "prefill\ntokens/s", "first\ntoken ms", "over\nfloor", "decode\ntokens/s", "each\ntoken ms", "over\nfloor")
+    title = (
+        f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
+    )
+    table = Table(
+        "model",
+        "batch",
+        title=escape(title),
+        caption="the best times; over floor: how many times what the machine allows",
+        padding=(0, 0),
+    )
+    _number_columns(
+        table,
+        "prefill\ntokens/s",
+        "first\ntoken ms",
+        "over\nfloor",
+        "decode\ntokens/s",
+        "each\ntoken ms",
+        "over\nfloor",
+    )
     for result in record["results"]:
         for row in result["batches"]:
             cells = [escape(Path(result["model"]).name), str(row["batch"])]
             for part in ("prefill", "decode"):
-                cells += [f"{row[f'{part}_tokens_per_second']:,.1f}", f"{1e3 * row[f'{part}_seconds']:.2f}", f"{row[f'{part}_over_floor']:.2f}"]
+                cells += [
+                    f"{row[f'{part}_tokens_per_second']:,.1f}",
+                    f"{1e3 * row[f'{part}_seconds']:.2f}",
+                    f"{row[f'{part}_over_floor']:.2f}",
+                ]
             table.add_row(*cells)
     about: list[Table | str] = [table]
     for found in record["speedup"] or []:
-        about.append(f"batch {found['batch']}: {found['prefill']:.2f} times as fast as the dense model in prefill, {found['decode']:.2f} times in decode")
+        about.append(
+            f"batch {found['batch']}: {found['prefill']:.2f} times as fast as the dense model in prefill, {found['decode']:.2f} times in decode"
+        )
     for result in record["results"]:
         peak = "unknown" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e6:,.1f} MB"
-        about.append(f"{result['model']}: {result['parameters']:,} parameters, {result['parameter_bytes'] / 1e6:,.1f} MB; peak memory with its cache {peak}")
+        about.append(
+            f"{result['model']}: {result['parameters']:,} parameters, {result['parameter_bytes'] / 1e6:,.1f} MB; peak memory with its cache {peak}"
+        )
     rate, bandwidth = record["flops_per_second"] / 1e9, record["bytes_per_second"] / 1e9
     return [*about, f"This machine, now: {bandwidth:,.1f} GB/s of weights read, {rate:,.0f} GFLOP/s of large products."]
 
 
 def flow_tables(record: Record) -> list[Table | str]:
     """What `inspect --flow` found: the linear maps, the share that the residual width touches, and what is left of them by sparsity."""
-    touched, attention, total, flops = (record[key] for key in ("touched", "attention", "parameters", "flops_per_token"))
+    touched, attention, total, flops = (
+        record[key] for key in ("touched", "attention", "parameters", "flops_per_token")
+    )
     keys = ", ".join(f"{product['keys']:,}" for product in attention["products"])
-    by_d, flops_by_d = f"{touched['parameters']:,} of {total:,} parameters", f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token"
+    by_d, flops_by_d = (
+        f"{touched['parameters']:,} of {total:,} parameters",
+        f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token",
+    )
     about: list[Table | str] = [
         _maps_table(record),
         f"d touches {by_d} ({touched['parameters_share']:.2%}) and {flops_by_d} ({touched['flops_share']:.2%}).",
@@ -268,7 +344,13 @@ def _maps_table(record: Record) -> Table:
         rows = f" [{found['rows'][0]}:{found['rows'][1]}]" if found["rows"] else ""
         size = " x ".join(str(side) for side in found["size"])
         parameters = "tied" if found["tied"] and not found["parameters"] else f"{found['parameters']:,}"
-        place = (found["name"], escape(found["module"].rpartition(".")[2] + rows), found["shape"], size, ranges(found["blocks"]))
+        place = (
+            found["name"],
+            escape(found["module"].rpartition(".")[2] + rows),
+            found["shape"],
+            size,
+            ranges(found["blocks"]),
+        )
         table.add_row(*place, parameters, f"{found['flops_per_token']:,}", found["scales"])
     return table
 
@@ -281,7 +363,11 @@ def _range(value: int | list[int]) -> str:
 def _sparsities_table(record: Record, what: str, added: Sequence[str]) -> Table:
     """`what` is left by sparsity, and with what SliceGPT adds; a column of zeros alone is left out."""
     added = [key for key in added if any(point[key] for point in record["by_sparsity"])]
-    words = {"adapter_parameters": "adapters", "adapter_flops_per_token": "adapters", "untied_parameters": "untied head"}
+    words = {
+        "adapter_parameters": "adapters",
+        "adapter_flops_per_token": "adapters",
+        "untied_parameters": "untied head",
+    }
     table = Table(title=f"{what.replace('flops_per_token', 'FLOPs per token')} by s", padding=(0, 0))
     _number_columns(table, "s", "d", "model", "left", *(words[key] for key in added), "sliced", "left")
     for point in record["by_sparsity"]:

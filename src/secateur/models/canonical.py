@@ -43,10 +43,17 @@ def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
     hidden = int(view.config.hidden_size)
     if (residual := view.dims(0).residual) is not None:
         how = "selected from" if residual.selected else "rotated and sliced"
-        raise SecateurError(f"{view.name}: its residual stream is already {how}; slice the original model, at a higher sparsity")
+        raise SecateurError(
+            f"{view.name}: its residual stream is already {how}; slice the original model, at a higher sparsity"
+        )
     whole = Residual((hidden, hidden), (hidden, hidden), (None,) * len(view.family.norms))
     dims = [replace(view.dims(index), residual=whole) for index in range(view.blocks)]
-    content = pruned_config({**view.raw_config, "tie_word_embeddings": False, "pruned_residual": _description(view)}, view.family, dims, stock=False)
+    content = pruned_config(
+        {**view.raw_config, "tie_word_embeddings": False, "pruned_residual": _description(view)},
+        view.family,
+        dims,
+        stock=False,
+    )
     config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
     shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
     return replace(view, config=config, raw_config=content, source=CanonicalSource(view, shapes), dtype=dtype)
@@ -99,7 +106,11 @@ class CanonicalSource:
             matrix = next((m for m, p in family.matrices.items() if p == inside), None)
             if matrix is None:  # a norm over the width of a head
                 return self._stored(name)
-            return self._reader(path, kind, f"{prefix}{index}.{family.norm_of(matrix)}") if matrix in family.readers else self._writer(path, kind)
+            return (
+                self._reader(path, kind, f"{prefix}{index}.{family.norm_of(matrix)}")
+                if matrix in family.readers
+                else self._writer(path, kind)
+            )
         if kind == "weight" and (path == family.head or path in family.embeddings):
             return self.rows(name, slice(None))
         return self._reader(path, kind, family.final_norm) if path == family.head else self._stored(name)

@@ -25,7 +25,9 @@ _LICENCES = {
 _BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
 
 
-def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mapping[str, Any], not_stock: str | None, counted: str) -> str:
+def model_card(
+    checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mapping[str, Any], not_stock: str | None, counted: str
+) -> str:
     """The README.md of a checkpoint; it holds nothing that varies between equal runs, and no folder of this machine.
 
     Args:
@@ -52,18 +54,35 @@ def model_card(checkpoint: Checkpoint, settings: Mapping[str, Any], facts: Mappi
     if heal := facts.get("heal"):
         rows["healed"] = (
             f"LoRA of rank {heal['rank']}, alpha {heal['alpha']:g}, on {heal['targets']}, {heal['steps']} steps of {heal['batch']} from "
-            f"{_text(heal['calibration'])}, seed {heal['seed']}" + (", kept apart" if heal["keep_adapter"] else ", merged")
+            f"{_text(heal['calibration'])}, seed {heal['seed']}"
+            + (", kept apart" if heal["keep_adapter"] else ", merged")
         )
     loading = _loading(checkpoint, not_stock, adapter=bool(heal and heal["keep_adapter"]))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    front = [f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation", *_licence(checkpoint.folder, known)]
-    head = "\n".join(["---", *front, "---", f"# {name}, pruned with {settings['method']}", "", f"Made by secateur {records.version()}."])
+    front = [
+        f"base_model: {base}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *_licence(checkpoint.folder, known),
+    ]
+    head = "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {name}, pruned with {settings['method']}",
+            "",
+            f"Made by secateur {records.version()}.",
+        ]
+    )
     return f"{head}\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"
 
 
 def _text(calibration: Mapping[str, Any]) -> str:
     """A text by its name and hash: that of its file, or of its token ids where it is none."""
-    whose, sha256 = ("file", calibration["file_sha256"]) if calibration.get("file_sha256") else ("token ids", calibration["sha256"])
+    whose, sha256 = (
+        ("file", calibration["file_sha256"]) if calibration.get("file_sha256") else ("token ids", calibration["sha256"])
+    )
     return f"{shown(calibration['spec'])} (SHA-256 of its {whose} {sha256[:16]}...), {calibration['samples']} x {calibration['seqlen']} tokens"
 
 
@@ -83,12 +102,23 @@ def _base_model(checkpoint: Checkpoint, model: str, known: Mapping[str, Any]) ->
     """The hub's name of the original, where its name, its configuration or its card tells it; else the name it was given by."""
     told = known.get("base_model")
     candidates = [model, checkpoint.raw_config.get("_name_or_path"), *(told if isinstance(told, list) else [told])]
-    return next((name for name in candidates if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not Path(name).exists()), shown(model))
+    return next(
+        (
+            name
+            for name in candidates
+            if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not Path(name).exists()
+        ),
+        shown(model),
+    )
 
 
 def _licence(folder: Path, known: Mapping[str, Any]) -> list[str]:
     """The lines of the front matter that say the licence: those of the original's card, else what its LICENSE file begins with."""
-    lines = [f"{name}: {known[name]}" for name in ("license", "license_name", "license_link") if isinstance(known.get(name), str)]
+    lines = [
+        f"{name}: {known[name]}"
+        for name in ("license", "license_name", "license_link")
+        if isinstance(known.get(name), str)
+    ]
     file = next((file for file in sorted(folder.glob("LICEN[CS]E*")) if file.is_file()), None)
     if lines or file is None:
         return lines
@@ -119,7 +149,12 @@ def _loading(checkpoint: Checkpoint, not_stock: str | None, *, adapter: bool) ->
 def note_measurement(folder: Path, record: Mapping[str, Any]) -> None:
     """Add what an evaluation found to the card of a checkpoint that secateur wrote; the same protocol again replaces its line."""
     card = folder / "README.md"
-    if card.is_symlink() or not os.access(card, os.W_OK) or not os.access(folder, os.W_OK) or _BEGIN not in (text := card.read_text("utf-8")):
+    if (
+        card.is_symlink()
+        or not os.access(card, os.W_OK)
+        or not os.access(folder, os.W_OK)
+        or _BEGIN not in (text := card.read_text("utf-8"))
+    ):
         return  # none of ours, or not to be written to, such as a file of the hub's cache
     head, _, rest = text.partition(_BEGIN)
     middle, _, tail = rest.partition(_END)

@@ -38,7 +38,16 @@ PATTERNS = (
     "Notice*",
     "USE_POLICY*",
 )
-_NOT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".py")  # weights and code, whatever their names begin with
+_NOT = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".onnx",
+    ".py",
+)  # weights and code, whatever their names begin with
 
 
 def is_companion(name: str) -> bool:

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
@@ -105,7 +112,9 @@ class Checkpoint:
         """The most tokens the model knows positions for."""
         found = getattr(self.config, "max_position_embeddings", None)
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise SecateurError(f"{self.name}: config.json has max_position_embeddings {found!r}; write the number of positions that the model knows")
+            raise SecateurError(
+                f"{self.name}: config.json has max_position_embeddings {found!r}; write the number of positions that the model knows"
+            )
         return found
 
 
@@ -148,11 +157,16 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
     """
     try:
         skeleton = build_skeleton(config)
-        ids, mask = torch.zeros(1, 2, dtype=torch.int64, device="meta"), torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
+        ids, mask = (
+            torch.zeros(1, 2, dtype=torch.int64, device="meta"),
+            torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta"),
+        )
         with torch.no_grad():  # positions and mask are given, since transformers looks at the values of its own
             skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     except Exception as error:
-        raise SecateurError(f"{model}: config.json describes a {config.model_type} model that transformers cannot run ({_reason(error)})") from error
+        raise SecateurError(
+            f"{model}: config.json describes a {config.model_type} model that transformers cannot run ({_reason(error)})"
+        ) from error
     return skeleton
 
 
@@ -175,7 +189,9 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The whole model in memory, for evaluation."""
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -194,12 +210,18 @@ def _locate(model: str, revision: str | None) -> Path:
     if folder.exists():
         raise UsageError(f"'{model}' is a file: give the folder that holds config.json and the weights")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise UsageError(f"no folder '{model}': give a local folder, a hub name such as org/model, or '{BUNDLED}' for the model in the package")
+        raise UsageError(
+            f"no folder '{model}': give a local folder, a hub name such as org/model, or '{BUNDLED}' for the model in the package"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_WANTED))
-        snapshot_download(model, revision=found.name, allow_patterns=_HUB_FOLDERS)  # a pattern of the first kind would not stop at a slash
+        found = Path(
+            snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_WANTED)
+        )
+        snapshot_download(
+            model, revision=found.name, allow_patterns=_HUB_FOLDERS
+        )  # a pattern of the first kind would not stop at a slash
         return found
     except Exception as error:
         raise SecateurError(
@@ -212,7 +234,9 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise SecateurError(f"'{model}' holds a LoRA adapter, not a model: put it on its checkpoint with peft, or heal without --keep-adapter")
+            raise SecateurError(
+                f"'{model}' holds a LoRA adapter, not a model: put it on its checkpoint with peft, or heal without --keep-adapter"
+            )
         raise SecateurError(f"'{model}' is no model: the folder has no config.json")
     try:
         raw = json.loads(file.read_text("utf-8"))
@@ -238,19 +262,29 @@ def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
     if stored := raw.get("quantization_config"):
         method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else "an unnamed method"
         sparsity = stored.get("sparsity_config") if isinstance(stored, dict) else None
-        if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense" and not stored.get("config_groups"):
+        if (
+            isinstance(sparsity, dict)
+            and sparsity.get("format", "dense") != "dense"
+            and not stored.get("config_groups")
+        ):
             raise SecateurError(
                 f"{model}: its weights are sparse, in the format {sparsity['format']} of {method}, which leaves zeros out (they are not quantised): "
                 f"write them out dense with a version of {method} that reads it, then prune the result"
             )
-        raise SecateurError(f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result")
+        raise SecateurError(
+            f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result"
+        )
     experts = [raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")]
     if any(isinstance(count, int | float) and count > 1 for count in experts):
         raise SecateurError(f"{model}: '{kind}' is a mixture of experts, which is not supported; use a dense model")
     if any(key in raw for key in ("vision_config", "audio_config", "text_config", "speech_config")):
-        raise SecateurError(f"{model}: '{kind}' is multimodal, which is not supported; use a text-only causal language model")
+        raise SecateurError(
+            f"{model}: '{kind}' is multimodal, which is not supported; use a text-only causal language model"
+        )
     if raw.get("is_encoder_decoder"):
-        raise SecateurError(f"{model}: '{kind}' is an encoder-decoder, which is not supported; use a causal language model")
+        raise SecateurError(
+            f"{model}: '{kind}' is an encoder-decoder, which is not supported; use a causal language model"
+        )
     architectures = raw.get("architectures")
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     if names and not any(name.endswith(("ForCausalLM", "LMHeadModel", "Model")) for name in names):
@@ -304,12 +338,18 @@ def weight_files(folder: Path, model: str) -> list[Path]:
         if not isinstance(index.get("metadata", {}), dict):
             raise ValueError("its 'metadata' is no object, which transformers wants")
         names = sorted(set(index["weight_map"].values()))
-        if wrong := [name for name in names if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_REASON or Path(name).name != name]:
+        if wrong := [
+            name
+            for name in names
+            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_REASON or Path(name).name != name
+        ]:
             raise ValueError(f"'{wrong[0]!s:.40}' is no name of a file beside it")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SecateurError(f"{index_file}: not an index of weights ({error}); download the model again") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
+        raise SecateurError(
+            f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again"
+        )
     return [folder / name for name in names]
 
 
@@ -331,13 +371,21 @@ def _check_unknown(skeleton: PreTrainedModel, unused: set[str], model: str, igno
     )
 
 
-def _check_tied_head(config: PreTrainedConfig, skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str) -> None:
+def _check_tied_head(
+    config: PreTrainedConfig, skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str
+) -> None:
     """A head that is stored although it is tied must be the embedding: otherwise transformers uses it, and it may not be dropped."""
     if not config.tie_word_embeddings:
         return
     for name, other in skeleton.all_tied_weights_keys.items():
-        if name in stored and other in stored and not torch.equal(_read(stored[name][0], name), _read(stored[other][0], other)):
-            raise SecateurError(f"{model}: config.json ties {name} to {other}, but the files hold two different ones; set tie_word_embeddings to false")
+        if (
+            name in stored
+            and other in stored
+            and not torch.equal(_read(stored[name][0], name), _read(stored[other][0], other))
+        ):
+            raise SecateurError(
+                f"{model}: config.json ties {name} to {other}, but the files hold two different ones; set tie_word_embeddings to false"
+            )
 
 
 def _read(file: Path, stored: str) -> Tensor:

@@ -29,7 +29,9 @@ def hidden_states(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 def head_of(model: PreTrainedModel) -> Head:
     """What turns a hidden state into logits: the output projection, and the soft-cap behind it where the model has one."""
-    return capped(model.get_output_embeddings(), find_family(model.config, str(model.name_or_path)).cap_of(model.config))
+    return capped(
+        model.get_output_embeddings(), find_family(model.config, str(model.name_or_path)).cap_of(model.config)
+    )
 
 
 def capped(head: Head, cap: float | None) -> Head:
@@ -57,7 +59,9 @@ def _chunks(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Ite
 
 def mean_loss(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
     """The mean loss in nats, with gradients to `hidden_ND` alone: the head is taken as frozen. Float32 or better."""
-    loss: Tensor = _MeanLoss.apply(hidden_ND, targets_N, head_of(model), min(TRAINED_POSITIONS, positions_a_chunk(model.config.vocab_size)))  # type: ignore[no-untyped-call]
+    loss: Tensor = _MeanLoss.apply(
+        hidden_ND, targets_N, head_of(model), min(TRAINED_POSITIONS, positions_a_chunk(model.config.vocab_size))
+    )  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -80,14 +80,18 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
     """
     files = packed_files(folder)
     if not files:
-        raise SecateurError(f"'{folder}' is not packed: it has no {_PACKED}*.safetensors; give a folder that 'secateur pack' wrote")
+        raise SecateurError(
+            f"'{folder}' is not packed: it has no {_PACKED}*.safetensors; give a folder that 'secateur pack' wrote"
+        )
     refuse_inside(out, {"the packed checkpoint": folder})
     with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
         for file in files:
             try:
                 _unpack_file(file, partial / file.name.replace(_PACKED, _MODEL, 1))
             except (SafetensorError, ValueError, KeyError, IndexError) as error:
-                raise SecateurError(f"{file}: truncated or damaged ({str(error).splitlines()[0]}); pack the checkpoint again") from None
+                raise SecateurError(
+                    f"{file}: truncated or damaged ({str(error).splitlines()[0]}); pack the checkpoint again"
+                ) from None
         _copy_others(folder, partial, files)
         after = sum(file.stat().st_size for file in partial.glob(f"{_MODEL}*.safetensors"))
     return {"bytes_before": sum(file.stat().st_size for file in files), "bytes_after": after}
@@ -155,7 +159,9 @@ def _groups(flat: Tensor, kept: np.ndarray, how: str) -> dict[str, Tensor] | Non
         return None
     masks = kept.view(np.uint8).reshape(-1, 4) @ np.array([1, 2, 4, 8], np.uint8)
     own = [sum(1 << entry for entry in choice) for choice in choices]
-    digit_of = np.array([next((d for d, mask in enumerate(own) if mask & bits == bits), 0) for bits in range(16)], np.uint8)
+    digit_of = np.array(
+        [next((d for d, mask in enumerate(own) if mask & bits == bits), 0) for bits in range(16)], np.uint8
+    )
     digits = digit_of[masks]
     padded = np.zeros(-(-len(digits) // a_byte) * a_byte, np.uint8)
     padded[: len(digits)] = digits
@@ -228,7 +234,9 @@ def _pack_file(file: Path, target: Path) -> Counter[str]:
             stored[next((kind for kind in parts if kind not in ("", "values")), "dense")] += 1
             for suffix, part in parts.items():
                 spool.add(f"{name}.{suffix}" if suffix else name, part)
-    spool.write(target, {"format": FORMAT, "version": str(VERSION), "header": _header_text(file), "sha256": _sha256(file)})
+    spool.write(
+        target, {"format": FORMAT, "version": str(VERSION), "header": _header_text(file), "sha256": _sha256(file)}
+    )
     return stored
 
 
@@ -236,15 +244,21 @@ def _unpack_file(file: Path, target: Path) -> None:
     with safe_open(file, framework="pt") as handle, target.open("w+b") as out:
         about = handle.metadata() or {}
         if about.get("format") != FORMAT:
-            raise SecateurError(f"{file}: not packed by secateur (format '{about.get('format')}'); give a folder that 'secateur pack' wrote")
+            raise SecateurError(
+                f"{file}: not packed by secateur (format '{about.get('format')}'); give a folder that 'secateur pack' wrote"
+            )
         if int(about["version"]) > VERSION:
-            raise SecateurError(f"{file}: packed in version {about['version']} of the layout, this secateur knows {VERSION}; use a newer one")
+            raise SecateurError(
+                f"{file}: packed in version {about['version']} of the layout, this secateur knows {VERSION}; use a newer one"
+            )
         text = about["header"].encode()
         out.write(struct.pack("<Q", len(text)) + text)
         header = json.loads(text)
         header.pop("__metadata__", None)
         names, begin = set(handle.keys()), 8 + len(text)
-        for name, entry in track(sorted(header.items(), key=lambda item: item[1]["data_offsets"]), f"unpack {file.name}"):
+        for name, entry in track(
+            sorted(header.items(), key=lambda item: item[1]["data_offsets"]), f"unpack {file.name}"
+        ):
             suffixes = ("", "mask", *_KEPT, "values")
             parts = {s: handle.get_tensor(own) for s in suffixes if (own := f"{name}.{s}" if s else name) in names}
             tensor = decode(parts, tuple(entry["shape"]))

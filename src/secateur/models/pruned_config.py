@@ -25,13 +25,20 @@ def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
         )
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"
-    if after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads) and not family.stock_heads:
-        return f"stock {family.name} models take the width of a head from the hidden size, so they cannot have fewer heads"
+    if (
+        after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads)
+        and not family.stock_heads
+    ):
+        return (
+            f"stock {family.name} models take the width of a head from the hidden size, so they cannot have fewer heads"
+        )
     try:
         stock = pruned_config(raw, family, after, stock=True)
         CONFIG_MAPPING[stock["model_type"]].from_dict(stock)
     except Exception as error:  # the configuration classes validate themselves, each in its own way
-        return f"the stock configuration refuses these widths: {str(error.__cause__ or error).splitlines()[0].rstrip('.')}"
+        return (
+            f"the stock configuration refuses these widths: {str(error.__cause__ or error).splitlines()[0].rstrip('.')}"
+        )
     return None
 
 
@@ -56,7 +63,9 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     first, last = after[0].residual, after[-1].residual
     if first is not None and first.selected and "pruned_residual" not in raw:
         parts = {"norms": family.norms, "attention": family.attention, "mlp": family.mlp}
-        config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {"matrices": dict(family.matrices)}
+        config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {
+            "matrices": dict(family.matrices)
+        }
         if family.norm.gain_offset:  # classes with plain gains are asked for the rest
             norm = replace(family.norm, epsilon=family.norm.epsilon_of(_dense(raw, stock_type)))
             config["pruned_residual"]["norm"] = asdict(norm)
@@ -76,10 +85,18 @@ def drop_blocks(raw: Mapping[str, Any], config: PreTrainedConfig, kept: Sequence
     before = int(config.num_hidden_layers)
     if len(kept) == before:
         return dict(raw)
-    per_block = {name: value for name, value in raw.items() if "layer" in name and isinstance(value, list) and len(value) == before}
+    per_block = {
+        name: value
+        for name, value in raw.items()
+        if "layer" in name and isinstance(value, list) and len(value) == before
+    }
     if getattr(config, "layer_types", None):
         per_block["layer_types"] = list(config.layer_types)
-    content = {**raw, **{name: [value[index] for index in kept] for name, value in per_block.items()}, "num_hidden_layers": len(kept)}
+    content = {
+        **raw,
+        **{name: [value[index] for index in kept] for name, value in per_block.items()},
+        "num_hidden_layers": len(kept),
+    }
     if "max_window_layers" in raw:  # blocks from there on have a window
         content["max_window_layers"] = sum(index < raw["max_window_layers"] for index in kept)
     if "pruned_widths" in raw:
@@ -102,4 +119,6 @@ def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock
 
 def _dense(raw: Mapping[str, Any], stock_type: str) -> Any:
     """The stock configuration, whatever was pruned before."""
-    return CONFIG_MAPPING[stock_type].from_dict({key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths", "pruned_residual")})
+    return CONFIG_MAPPING[stock_type].from_dict(
+        {key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths", "pruned_residual")}
+    )

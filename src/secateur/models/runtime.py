@@ -102,7 +102,11 @@ class Skip(nn.Module):
             return linear(hidden, self.weight)
         resized = hidden
         if self.inputs != self.outputs:
-            resized = pad(hidden, (0, self.outputs - self.inputs)) if self.outputs > self.inputs else hidden[..., : self.outputs]
+            resized = (
+                pad(hidden, (0, self.outputs - self.inputs))
+                if self.outputs > self.inputs
+                else hidden[..., : self.outputs]
+            )
         if self.form is None:
             return resized
         right = self.left if self.inputs == self.outputs else self.right
@@ -142,11 +146,15 @@ class PartNorm(nn.Module):
             self.centred = isinstance(norm, nn.LayerNorm)
             self.epsilon = norm.eps if self.centred else norm.variance_epsilon
         else:
-            self.centred, self.epsilon, self.gain_offset = (described[name] for name in ("centred", "epsilon", "gain_offset"))
+            self.centred, self.epsilon, self.gain_offset = (
+                described[name] for name in ("centred", "epsilon", "gain_offset")
+            )
         parameters = dict(norm.named_parameters())
         for name in ("weight", "bias"):
             like = parameters.get(name)
-            self.register_parameter(name, None if like is None else nn.Parameter(torch.empty(width, dtype=like.dtype, device=like.device)))
+            self.register_parameter(
+                name, None if like is None else nn.Parameter(torch.empty(width, dtype=like.dtype, device=like.device))
+            )
 
     def forward(self, hidden: Tensor, index_map: Tensor) -> Tensor:
         """16-bit input is normed in float32."""
@@ -289,7 +297,9 @@ def _run(block: nn.Module, names: Iterable[str], hidden: Tensor) -> Tensor:
     return hidden
 
 
-def block_with_widths(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
+def block_with_widths(
+    block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]
+) -> nn.Module:
     """A block with `widths`, an entry of `config.pruned_widths`; its weights are not yet loaded."""
     block = _stock_block(getattr(block_class, "stock_class", block_class), config, index, widths)
     return _line_block(block, config, widths) if "attention" in widths else block
@@ -305,7 +315,13 @@ def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Mod
         _separate_readers(block, parts, dict(zip("qkv", readers, strict=True)), widths)
     for name, path in parts["matrices"].items():
         if not (readers and name in "qkv"):
-            _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts.get("reader_bias", False))
+            _resize_linear(
+                block,
+                path,
+                inputs.get(name),
+                outputs.get(name),
+                bias=name in inputs and parts.get("reader_bias", False),
+            )
     if selects:
         _part_norms(block, parts, widths)
     else:
@@ -317,7 +333,9 @@ def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Mod
     ends = [attention, mlp] if selects else [attention, mlp][: len(parts["norms"])]
     reads = [None if readers else attention[0], mlp[0]]
     lines = zip(reads, ends, widths["skips"], strict=False)
-    block.skips = nn.ModuleList((Select(read, end[1], form) if selects else Skip(end[0], end[1], form)) for read, end, form in lines)
+    block.skips = nn.ModuleList(
+        (Select(read, end[1], form) if selects else Skip(end[0], end[1], form)) for read, end, form in lines
+    )
     return block
 
 
@@ -378,12 +396,17 @@ def _rotate_outer(model: nn.Module, config: Any) -> None:
     parts = config.pruned_residual
     for path in parts["embeddings"]:
         table: Any = model.get_submodule(path)
-        table.weight, table.embedding_dim = nn.Parameter(torch.empty(table.num_embeddings, parts["enter"])), parts["enter"]
+        table.weight, table.embedding_dim = (
+            nn.Parameter(torch.empty(table.num_embeddings, parts["enter"])),
+            parts["enter"],
+        )
     model.set_submodule(parts["final_norm"], UnitNorm(parts["leave"], config.hidden_size, parts["epsilon"]))
     _resize_linear(model, parts["head"], parts["leave"], None, bias=parts["head_bias"])
 
 
-def _stock_block(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
+def _stock_block(
+    block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]
+) -> nn.Module:
     """A stock block with `widths` = {"heads": H, "groups": G, "ffn": F, ...}."""
     heads, groups, ffn = widths["heads"], widths["groups"], widths["ffn"]
     if type(config).model_type.removeprefix(PREFIX) == "opt":
@@ -412,10 +435,14 @@ class PrunedModel:
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next in the order of bases
         if config.pruned_widths is None:
-            raise ValueError(f"{config.model_type}: config.json lacks 'pruned_widths' (one entry a block); it is not a checkpoint of secateur")
+            raise ValueError(
+                f"{config.model_type}: config.json lacks 'pruned_widths' (one entry a block); it is not a checkpoint of secateur"
+            )
         blocks = self.get_decoder().layers  # type: ignore[attr-defined]
         if len(config.pruned_widths) != len(blocks):
-            raise ValueError(f"{config.model_type}: 'pruned_widths' has {len(config.pruned_widths)} entries for {len(blocks)} blocks")
+            raise ValueError(
+                f"{config.model_type}: 'pruned_widths' has {len(config.pruned_widths)} entries for {len(blocks)} blocks"
+            )
         for index, widths in enumerate(config.pruned_widths):
             blocks[index] = block_with_widths(type(blocks[index]), config, index, widths)
         if "enter" in (config.pruned_residual or {}):
@@ -426,13 +453,18 @@ class PrunedModel:
         """As the stock method; the code that loads the checkpoint goes with it."""
         self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined]
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, Path(save_directory) / f"{MODULE}.py")  # first, so that a push to the hub takes it along
+        shutil.copyfile(
+            __file__, Path(save_directory) / f"{MODULE}.py"
+        )  # first, so that a push to the hub takes it along
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
 
 def auto_map(model_class: type[Any]) -> dict[str, str]:
     """The `auto_map` of config.json for a pruned class."""
-    return {"AutoConfig": f"{MODULE}.{model_class.config_class.__name__}", "AutoModelForCausalLM": f"{MODULE}.{model_class.__name__}"}
+    return {
+        "AutoConfig": f"{MODULE}.{model_class.config_class.__name__}",
+        "AutoModelForCausalLM": f"{MODULE}.{model_class.__name__}",
+    }
 
 
 @cache

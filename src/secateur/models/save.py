@@ -56,7 +56,16 @@ class CheckpointWriter:
         SecateurError: the disk has no room.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool, needed: int, may_change: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        out: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        needed: int,
+        may_change: Sequence[str] = (),
+    ) -> None:
         self.out = out.absolute()
         self.partial = self.out.with_name(self.out.name + ".partial")
         refuse_existing(self.out, overwrite)
@@ -70,9 +79,13 @@ class CheckpointWriter:
                     _drop_damaged(self.partial)
                 return
             if not overwrite:
-                raise UsageError(f"--resume: the interrupted run in '{self.partial}' {difference}; give the same settings, or start again with --overwrite")
+                raise UsageError(
+                    f"--resume: the interrupted run in '{self.partial}' {difference}; give the same settings, or start again with --overwrite"
+                )
         elif before is not None and not overwrite:
-            raise UsageError(f"an interrupted run lies in '{self.partial}': go on with --resume, or start again with --overwrite")
+            raise UsageError(
+                f"an interrupted run lies in '{self.partial}': go on with --resume, or start again with --overwrite"
+            )
         shutil.rmtree(self.partial, ignore_errors=True)
         _check_room(self.out, needed)
         with self.disk():
@@ -103,7 +116,14 @@ class CheckpointWriter:
         with self.disk():
             save_whole(self.part(name), tensors, {"format": "pt", "note": json.dumps(dict(note or {}))})
 
-    def finish(self, weights: Sequence[str], plan: Sequence[str], config: Mapping[str, Any], source: Path | None, files: Mapping[str, str]) -> None:
+    def finish(
+        self,
+        weights: Sequence[str],
+        plan: Sequence[str],
+        config: Mapping[str, Any],
+        source: Path | None,
+        files: Mapping[str, str],
+    ) -> None:
         """Put weights, plan, configuration and companions in place, then rename the folder. May be run again after a kill at any point.
 
         Args:
@@ -190,7 +210,9 @@ def disk(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise SecateurError(f"no space left on the disk of '{folder}'; free some and go on with --resume, or choose another --out") from error
+            raise SecateurError(
+                f"no space left on the disk of '{folder}'; free some and go on with --resume, or choose another --out"
+            ) from error
         if isinstance(error, PermissionError):
             raise SecateurError(f"'{folder}' cannot be written ({error.strerror}); choose another --out") from error
         raise
@@ -233,7 +255,10 @@ def differing_from_plan(plan: Mapping[str, Any], now: Mapping[str, Any]) -> str 
 def _comparable(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in content.items() if name in other or name not in _ADDED}
     nested = {name: (value, other.get(name)) for name, value in kept.items()}
-    return {name: _comparable(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a for name, (a, b) in nested.items()}
+    return {
+        name: _comparable(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a
+        for name, (a, b) in nested.items()
+    }
 
 
 def _read_journal(partial: Path) -> dict[str, Any] | None:
@@ -250,7 +275,9 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
     if out.is_file():
         raise UsageError(f"--out '{out}' is a file; give a new folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"--out '{out}' exists and is not empty; choose another folder, or replace it with --overwrite")
+        raise UsageError(
+            f"--out '{out}' exists and is not empty; choose another folder, or replace it with --overwrite"
+        )
 
 
 def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
@@ -258,9 +285,13 @@ def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
     place = out.resolve()
     for what, path in precious.items():
         if path.resolve().is_relative_to(place):
-            raise UsageError(f"--out '{out}' holds {what} ('{path}'), which replacing it would remove; choose another --out")
+            raise UsageError(
+                f"--out '{out}' holds {what} ('{path}'), which replacing it would remove; choose another --out"
+            )
         if place.is_relative_to(path.resolve()):
-            raise UsageError(f"--out '{out}' lies inside {what} ('{path}'), and would go where that goes; choose a folder beside it")
+            raise UsageError(
+                f"--out '{out}' lies inside {what} ('{path}'), and would go where that goes; choose a folder beside it"
+            )
 
 
 def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -292,7 +323,9 @@ def same_run(out: Path, difference: str | None, overwrite: bool) -> bool:
         UsageError: it is another one, and may not.
     """
     if difference is not None and not overwrite:
-        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
+        raise UsageError(
+            f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite"
+        )
     return difference is None
 
 
@@ -300,7 +333,9 @@ def _check_room(out: Path, needed: int) -> None:
     place = next(folder for folder in out.parents if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise SecateurError(f"no space: the result needs about {needed / 1e9:.2f} GB, '{place}' has {free / 1e9:.2f} GB; free some, or choose another --out")
+        raise SecateurError(
+            f"no space: the result needs about {needed / 1e9:.2f} GB, '{place}' has {free / 1e9:.2f} GB; free some, or choose another --out"
+        )
 
 
 def _join(parts: Sequence[Path], target: Path) -> None:
@@ -321,7 +356,9 @@ def _gather(parts: Sequence[Path], folder: Path) -> None:
     for number, (part, (header, begin)) in enumerate(zip(parts, headers, strict=True), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         total += part.stat().st_size - begin
-        _concatenate([part], [(header, begin)], folder / name)  # not a copy: the order of a part's metadata is drawn at random by safetensors
+        _concatenate(
+            [part], [(header, begin)], folder / name
+        )  # not a copy: the order of a part's metadata is drawn at random by safetensors
         weight_map |= dict.fromkeys(header, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
@@ -341,7 +378,11 @@ def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], 
 
     Tensors of larger items come first, as in every safetensors file, so that each is aligned whatever the parts hold: the format has no padding.
     """
-    order = sorted((-_ITEM_BYTES[e["dtype"]], number, *e["data_offsets"], name) for number, (header, _) in enumerate(headers) for name, e in header.items())
+    order = sorted(
+        (-_ITEM_BYTES[e["dtype"]], number, *e["data_offsets"], name)
+        for number, (header, _) in enumerate(headers)
+        for name, e in header.items()
+    )
     joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for _, number, start, end, name in order:
@@ -363,7 +404,9 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
     while count:
         piece = source.read(min(count, _PIECE))
         if not piece:
-            raise SecateurError(f"'{source.name}' ends {count} bytes too early: the disk lost data; start again with --overwrite")
+            raise SecateurError(
+                f"'{source.name}' ends {count} bytes too early: the disk lost data; start again with --overwrite"
+            )
         target.write(piece)
         count -= len(piece)
 

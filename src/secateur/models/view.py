@@ -144,7 +144,11 @@ def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
     head_width = (getattr(config, "head_dim", None) if family.stock_heads else None) or hidden // dense
     if is_pruned(config):
         widths = config.pruned_widths[index]
-        residual = Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips", "readers") if name in widths)) if "attention" in widths else None
+        residual = (
+            Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips", "readers") if name in widths))
+            if "attention" in widths
+            else None
+        )
         return BlockDims(hidden, widths["heads"], widths["groups"], head_width, widths["ffn"], residual)
     return BlockDims(hidden, dense, getattr(config, family.groups), head_width, getattr(config, family.ffn))
 
@@ -233,8 +237,17 @@ class ModelView:
     def block(self, index: int, rates: Mapping[str, float] | None = None) -> BlockView:
         """Read one block."""
         prefix = self.block_prefix(index)
-        tensors = {name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)}
-        return BlockView(self.family, self.dims(index), index, tensors, rates or (self.rates[index] if self.rates else {}), self.dtype)
+        tensors = {
+            name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)
+        }
+        return BlockView(
+            self.family,
+            self.dims(index),
+            index,
+            tensors,
+            rates or (self.rates[index] if self.rates else {}),
+            self.dtype,
+        )
 
     @cached_property
     def block_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -253,11 +266,15 @@ class ModelView:
     def read_module(self, path: str) -> dict[str, Tensor]:
         """The tensors of a module outside the blocks, by their names inside it."""
         prefix = path + "."
-        return {name.removeprefix(prefix): self.source.read(name) for name in self.outer_names() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): self.source.read(name) for name in self.outer_names() if name.startswith(prefix)
+        }
 
     def parameters(self) -> int:
         """All parameters, a tied tensor once."""
-        return sum(torch.Size(self.source.shape(name)).numel() for name in self.source.names() if not is_index_map(name))
+        return sum(
+            torch.Size(self.source.shape(name)).numel() for name in self.source.names() if not is_index_map(name)
+        )
 
     def matrix_parameters(self) -> int:
         """The weights of the block matrices alone."""

@@ -86,7 +86,11 @@ class Job:
     @property
     def calibrates(self) -> bool:
         """Whether calibration tokens are needed at all."""
-        return self.streams or self.allocation is not None or (self.whole_model and self.method.says.CALIBRATION is not None)
+        return (
+            self.streams
+            or self.allocation is not None
+            or (self.whole_model and self.method.says.CALIBRATION is not None)
+        )
 
     @property
     def last(self) -> int:
@@ -127,14 +131,18 @@ def make_job(
     return Job(canonical_view(view, dtype) if rotates else view, method, options, nothing, sparsity or 0.0, seed)
 
 
-def _job_of_matrices(view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int) -> Job:
+def _job_of_matrices(
+    view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int
+) -> Job:
     """A job in which each matrix has a sparsity of its own."""
     pattern = method.pattern(options) or parse_pattern("unstructured")
     allocation = modules if modules in ALLOCATIONS else None
     if allocation is not None:
         check_allocation(allocation, sparsity, pattern)
         if method.says.plan_block is None:
-            raise UsageError(f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; use --sparsity")
+            raise UsageError(
+                f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; use --sparsity"
+            )
     rates = resolve_rates(view, sparsity, None if allocation else modules, pattern)
     return Job(view, method, options, rates, seed=seed, allocation=allocation if sparsity else None)
 
@@ -158,7 +166,11 @@ def pruned_blocks(
     Raises:
         NotFiniteError: a weight or an input is not finite; the block and the matrix are named.
     """
-    if (notice := job.method.says.notice) is not None and job.sparsity and (line := notice(job.view, job.sparsity, job.options)):
+    if (
+        (notice := job.method.says.notice) is not None
+        and job.sparsity
+        and (line := notice(job.view, job.sparsity, job.options))
+    ):
         say(line)
     if job.rotates:
         assert stream is not None
@@ -190,7 +202,9 @@ def _cut_blocks(
         give_back()
 
 
-def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finished) -> Iterator[tuple[BlockView, BlockPlan]]:
+def _rotated_blocks(
+    job: Job, stream: Stream, watch: Stopwatch, finished: Finished
+) -> Iterator[tuple[BlockView, BlockPlan]]:
     """As `pruned_blocks`, for a method that narrows the residual stream.
 
     The stream keeps the full width: what is sliced off is projected away, which is the same function as the narrow network's. So
@@ -218,7 +232,9 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
                     run(None)
                 places[name] = plan.places[name]
             else:
-                places[name] = _choose(job, before, run, f"block {index}, after {'attention' if name == 'between' else 'the block'}", watch)
+                places[name] = _choose(
+                    job, before, run, f"block {index}, after {'attention' if name == 'between' else 'the block'}", watch
+                )
         if done is None:
             plan = BlockPlan(index, places=places)
             give_back()
@@ -239,7 +255,9 @@ def _last_place(job: Job, before: Place) -> Place | None:
     return job.method.says.last_place(before, job.options)
 
 
-def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:
+def _choose(
+    job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch
+) -> Place:
     """Run a part of the network, sum the second moment of the residual behind it, and let the method choose its directions."""
     says = job.method.says
     assert says.plan_place is not None
@@ -266,7 +284,9 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
 def _projection(place: Place, stream: Stream) -> Tensor | None:
     """B B^T: onto the directions that are kept."""
     assert place.basis_DW is not None
-    basis_DW = place.basis_DW.clone(memory_format=torch.contiguous_format)  # one that was read from a file is aligned otherwise, and products tell
+    basis_DW = place.basis_DW.clone(
+        memory_format=torch.contiguous_format
+    )  # one that was read from a file is aligned otherwise, and products tell
     return (basis_DW @ basis_DW.t()).to(stream.device, stream.dtype)
 
 

@@ -21,11 +21,17 @@ def estimate(prepared: Prepared) -> Record:
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
-    zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    zeroed = (
+        0
+        if after is None or after < before
+        else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    )
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.samples * prepared.seqlen if job.calibrates else 0
     passes = 4 if _differentiates(prepared) else 2  # of the tokens through the weights
-    computing = forward_seconds(passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype)
+    computing = forward_seconds(
+        passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype
+    )
     seconds = computing + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {
         "command": "prune",
@@ -47,7 +53,12 @@ def _training_seconds(prepared: Prepared, tokens: int) -> float | None:
     if job.method.says.operations is None:
         return None
     sparsity = job.sparsity or max(rate for rates in job.rates for rate in rates.values())
-    return round(forward_seconds(1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype), 1)
+    return round(
+        forward_seconds(
+            1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype
+        ),
+        1,
+    )
 
 
 def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
@@ -79,7 +90,12 @@ def _memory(prepared: Prepared, tokens: int) -> int:
     if not tokens:
         return 2 * max(block, outer) * stored
     buffer = tokens * view.config.hidden_size * width
-    batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
+    batch = (
+        min(tokens, max(TOKENS_A_BATCH, prepared.seqlen))
+        * 4
+        * max(view.dims(i).ffn for i in range(view.blocks))
+        * width
+    )
     if _differentiates(prepared):  # what enters each block is kept, and sums of gradients and of their squares may be
         return int(max(2 * outer * width, block * (width + 8)) + buffer * (view.blocks + 1) + 3 * batch)
     streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)

@@ -72,7 +72,9 @@ def prepare(request: Request) -> Prepared:
     if request.calibration is not None:
         check_spec(request.calibration)
     if request.include_path is not None and not (request.calibration or "").startswith(TASK):
-        raise UsageError(f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME")
+        raise UsageError(
+            f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME"
+        )
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
     sparsity = _sparsity(request, view, method, options)
@@ -82,7 +84,9 @@ def prepare(request: Request) -> Prepared:
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    prepared = Prepared(request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen)
+    prepared = Prepared(
+        request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen
+    )
     if request.stock_only:
         _check_stock(prepared)
     return prepared
@@ -137,7 +141,9 @@ def say_expected(prepared: Prepared) -> bool:
     if asked is None and prepared.job.rotates and (tied or removed <= 0):
         why = "its tied head gets weights of its own, and adapters are added" if tied else "adapters are added"
         sizes = f"{before:,} parameters become {after:,} ({-removed:+.1%})"
-        say(f"warning: {prepared.job.method.name} at sparsity {prepared.sparsity:.4g}: {sizes}, since {why}{_instead(prepared)}")
+        say(
+            f"warning: {prepared.job.method.name} at sparsity {prepared.sparsity:.4g}: {sizes}, since {why}{_instead(prepared)}"
+        )
         return True
     return False
 
@@ -160,7 +166,9 @@ def _check_stock(prepared: Prepared) -> None:
     job, view = prepared.job, prepared.checkpoint.view()
     never = job.method.says.never_stock
     if never is not None and prepared.sparsity and (reason := never(job.options)):
-        raise UsageError(f"--stock-only: {job.method.name}: {reason}, which no stock architecture has; use another method")
+        raise UsageError(
+            f"--stock-only: {job.method.name}: {reason}, which no stock architecture has; use another method"
+        )
     sizes = job.quantity.sizes(prepared.subject, prepared.sparsity)
     if job.rotates:
         sizes = [job.view.dims(index) for index in range(view.blocks)]

@@ -41,7 +41,13 @@ _ALLOCATION = "allocation"  # the part that holds a decision about the sparsity 
 
 
 def prune(
-    request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None, states: Path | None = None
+    request: Request,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+    states: Path | None = None,
 ) -> records.Record:
     """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
 
@@ -64,7 +70,9 @@ def prune(
         return _prune(request, out, resume, overwrite, records_file, states)
 
 
-def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None) -> records.Record:
+def _prune(
+    request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None
+) -> records.Record:
     started = time.perf_counter()
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
@@ -79,13 +87,17 @@ def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_f
     if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
         return record if rank() == 0 else {}
     said = say_expected(prepared)
-    writer, buffer_bytes = on_first(lambda: new_writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite))
+    writer, buffer_bytes = on_first(
+        lambda: new_writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite)
+    )
     if rank() > 0:
         whole_model_plan(replace(prepared.job, checkpoint=writer.part(LEARNING)), windows, watch)
         return {}
     state = None if states is None else _shared_state(prepared, settings, states)
     taken = _seconds(state)
-    facts, stock = _run(replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch)
+    facts, stock = _run(
+        replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch
+    )
     seconds = round(time.perf_counter() - started, 3)
     if state is not None:
         state.with_suffix(".json").write_text(json.dumps(taken | {str(prepared.sparsity): seconds}), "utf-8")
@@ -118,14 +130,20 @@ def _refuse_processes(request: Request) -> None:
         return
     if not find_method(request.method).says.SHARDS:
         together = ", ".join(name for name in method_names() if find_method(name).says.SHARDS)
-        raise UsageError(f"torchrun: {request.method} works in one process (several can share: {together}); start it without torchrun")
+        raise UsageError(
+            f"torchrun: {request.method} works in one process (several can share: {together}); start it without torchrun"
+        )
     if request.sparsity == 0:
         raise UsageError("torchrun: --sparsity 0 leaves nothing to share among processes; start it without torchrun")
     if ":" in request.device:
-        raise UsageError(f"torchrun: --device {request.device} is one device for all processes; use --device {request.device.partition(':')[0]}")
+        raise UsageError(
+            f"torchrun: --device {request.device} is one device for all processes; use --device {request.device.partition(':')[0]}"
+        )
 
 
-def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:
+def _run(
+    prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch
+) -> tuple[dict[str, Any], bool]:
     """The work: blocks, the rest, the finish. Returns the facts, and whether the result is stock."""
     try:
         dense = prepared.checkpoint.view()
@@ -139,7 +157,13 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
     stream = None
     if windows is not None and prepared.job.streams:
         with watch("forward"), writer.disk():
-            stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=writer.scratch if prepared.request.spill else None)
+            stream = Stream(
+                view,
+                windows,
+                device=prepared.device,
+                dtype=prepared.dtype,
+                spill=writer.scratch if prepared.request.spill else None,
+            )
     try:
         totals = write_blocks(prepared, windows, writer, stream, watch)
     except HopelessError:
@@ -201,9 +225,15 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
 def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path) -> Path | None:
     """The file for the state of a gradual method, the same for all sparsities; None where runs at several of them have no state in common."""
     job = prepared.job
-    if not (job.whole_model and job.method.gradual(job.options)) or len({rate for rates in job.rates for rate in rates.values()}) > 1:
+    if (
+        not (job.whole_model and job.method.gradual(job.options))
+        or len({rate for rates in job.rates for rate in rates.values()}) > 1
+    ):
         return None
-    same = {**{name: value for name, value in settings.items() if name != "sparsity"}, "source": identity(prepared.checkpoint)}
+    same = {
+        **{name: value for name, value in settings.items() if name != "sparsity"},
+        "source": identity(prepared.checkpoint),
+    }
     with disk(states.parent):
         states.mkdir(parents=True, exist_ok=True)
     return states / f"{hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:16]}.safetensors"
@@ -223,4 +253,6 @@ def _say_result(record: records.Record, said: bool) -> None:
     if asked is not None and not said and abs(record["pruning_ratio"] - asked) > OFF:
         say(f"warning: --params-removed {asked:g}: {record['pruning_ratio']:.4f} of the parameters were removed")
     if rows := record["zero_rows"]:
-        say(f"note: {rows:,} rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN (int8 and int4 do not)")
+        say(
+            f"note: {rows:,} rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN (int8 and int4 do not)"
+        )

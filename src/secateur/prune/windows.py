@@ -24,7 +24,9 @@ def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     if spec is None:
         return None, None
     much = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed}
-    return _labelled_of(prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
+    return _labelled_of(
+        prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much
+    )
 
 
 def windows_of(
@@ -43,10 +45,21 @@ def windows_of(
 
 
 def _labelled_of(
-    checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str, include_path: str | Path | None = None
+    checkpoint: Checkpoint,
+    spec: str,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    text_field: str,
+    include_path: str | Path | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
-    text = task_text(spec, include_path) if spec.startswith(TASK) else read_text(spec, "calibration", text_field=text_field)
+    text = (
+        task_text(spec, include_path)
+        if spec.startswith(TASK)
+        else read_text(spec, "calibration", text_field=text_field)
+    )
 
     def tokenize(row: str) -> list[int]:
         assert tokenizer is not None
@@ -54,5 +67,11 @@ def _labelled_of(
         return found
 
     windows, labels = labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
-    check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec, None if tokenizer is None else len(tokenizer))
+    check_ids(
+        windows,
+        checkpoint.config.vocab_size,
+        checkpoint.max_length(),
+        spec,
+        None if tokenizer is None else len(tokenizer),
+    )
     return windows, labels

@@ -31,9 +31,15 @@ def new_writer(
     """What writes the result, and the size of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
     streams, differentiates = prepared.job.streams, prepared.job.whole_model and prepared.job.method.says.GRADIENTS
-    kept = (view.blocks + 1 if differentiates else 1) * windows.numel() if windows is not None and (streams or differentiates) else 0
+    kept = (
+        (view.blocks + 1 if differentiates else 1) * windows.numel()
+        if windows is not None and (streams or differentiates)
+        else 0
+    )
     buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
-    needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
+    needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (
+        buffer if prepared.request.spill else 0
+    )
     return CheckpointWriter(
         out,
         {**settings, "source": identity(checkpoint)},
@@ -44,16 +50,24 @@ def new_writer(
     ), buffer
 
 
-def write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> Totals:
+def write_blocks(
+    prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch
+) -> Totals:
     """Prune and write every block that is not there yet; returns what was counted."""
-    job = replace(prepared.job, checkpoint=prepared.job.checkpoint or writer.part(LEARNING), spill=writer.scratch if prepared.request.spill else None)
+    job = replace(
+        prepared.job,
+        checkpoint=prepared.job.checkpoint or writer.part(LEARNING),
+        spill=writer.scratch if prepared.request.spill else None,
+    )
     view, rates = job.view, job.rates
     plans = whole_model_plan(job, windows, watch) if job.whole_model else None
     if plans is not None and prepared.request.stock_only:
         check_stock_plans(prepared, plans)
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
-        if not writer.has(plan_part(index)) or not (writer.has(block_part(index)) or writer.read_note(plan_part(index)).get("dropped")):
+        if not writer.has(plan_part(index)) or not (
+            writer.has(block_part(index)) or writer.read_note(plan_part(index)).get("dropped")
+        ):
             return None
         tensors, summary = writer.read(plan_part(index))
         for part in (_basis_part(index - 1), _basis_part(index), plan_part(index - 1)):
@@ -61,10 +75,14 @@ def write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointW
         plan = BlockPlan.read(summary, tensors)
         written = {} if plan.dropped else writer.read(block_part(index))[0]
         weights = {name.removeprefix(view.block_prefix(len(totals.kept))): t for name, t in written.items()}
-        return BlockView(family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]), plan
+        return BlockView(
+            family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]
+        ), plan
 
     totals = Totals()
-    for block, plan in track(pruned_blocks(job, stream, watch, finished, plans), f"{job.method.name}: blocks", view.blocks):
+    for block, plan in track(
+        pruned_blocks(job, stream, watch, finished, plans), f"{job.method.name}: blocks", view.blocks
+    ):
         with watch("files"):
             part = block_part(block.index)
             if not (writer.has(part) and writer.has(plan_part(block.index))):
@@ -72,8 +90,15 @@ def write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointW
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(plan_part(block.index), plan.tensors(), plan.summary())
             if not plan.dropped and not writer.has(part):
-                note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block), "zero_rows": block.zero_rows()}
-                writer.write(part, {view.block_prefix(len(totals.kept)) + name: tensor for name, tensor in block.tensors.items()}, note)
+                note = _count(block.tensors) | {
+                    "matrices": block.matrix_parameters() + _added(block),
+                    "zero_rows": block.zero_rows(),
+                }
+                writer.write(
+                    part,
+                    {view.block_prefix(len(totals.kept)) + name: tensor for name, tensor in block.tensors.items()},
+                    note,
+                )
             if not plan.dropped:
                 totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
@@ -100,7 +125,11 @@ def write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, 
 
 def _added(block: BlockView) -> int:
     """Weights that a method put into a block: adapters on its residual connections."""
-    return sum(tensor.numel() for name, tensor in block.tensors.items() if name.startswith("skips.") and not runtime.is_index_map(name))
+    return sum(
+        tensor.numel()
+        for name, tensor in block.tensors.items()
+        if name.startswith("skips.") and not runtime.is_index_map(name)
+    )
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:

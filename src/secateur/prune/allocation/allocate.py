@@ -98,8 +98,17 @@ def _measured(job: Job, dense: DenseModel, windows: Tensor) -> Allocation:
     if not losses["auto"] < losses["uniform"]:  # also where one of them is not finite
         say("auto: one sparsity for all is no worse, and is taken")
         rates = job.rates
-    increase = [{c.name: [round(value, 7) for value in c.increase_L] for c in curves if c.block == index} for index in range(job.view.blocks)]
-    measured = {"tokens": some_ST.numel(), "dense_loss": loss, "loss": losses, "levels": list(LEVELS), "increase": increase}
+    increase = [
+        {c.name: [round(value, 7) for value in c.increase_L] for c in curves if c.block == index}
+        for index in range(job.view.blocks)
+    ]
+    measured = {
+        "tokens": some_ST.numel(),
+        "dense_loss": loss,
+        "loss": losses,
+        "levels": list(LEVELS),
+        "increase": increase,
+    }
     return Allocation(rates, {"name": "auto", "rates": [dict(r) for r in rates], **measured})
 
 
@@ -144,7 +153,10 @@ def _by_outliers(job: Job, windows: Tensor) -> Allocation:
     for index in track(range(view.blocks), "owl: blocks"):
         block = view.block(index, job.rates[index])
         statistics = collect(wanda, block, stream, watch)
-        scores = [(at_least_float32(block.matrix(n)).abs() * statistics[n].norm_I.to(torch.float32).cpu()).flatten() for n in block.rates]
+        scores = [
+            (at_least_float32(block.matrix(n)).abs() * statistics[n].norm_I.to(torch.float32).cpu()).flatten()
+            for n in block.rates
+        ]
         score_N = torch.cat(scores)
         share_L[index] = (score_N > OUTLIER * score_N.mean()).double().mean()
         stream.advance(block)
@@ -153,7 +165,16 @@ def _by_outliers(job: Job, windows: Tensor) -> Allocation:
     change = (above_L - above_L.mean()).tolist()
     by_rows = job.method.says.by_rows
     rates = balanced(view, job.rates, change, by_rows=by_rows is not None and by_rows(job.options))
-    return Allocation(rates, {"name": "owl", "rates": [dict(r) for r in rates], "outliers": share_L.tolist(), "threshold": OUTLIER, "spread": SPREAD})
+    return Allocation(
+        rates,
+        {
+            "name": "owl",
+            "rates": [dict(r) for r in rates],
+            "outliers": share_L.tolist(),
+            "threshold": OUTLIER,
+            "spread": SPREAD,
+        },
+    )
 
 
 def balanced(view: ModelView, rates: Rates, change: Sequence[float], *, by_rows: bool) -> Rates:
@@ -170,11 +191,17 @@ def balanced(view: ModelView, rates: Rates, change: Sequence[float], *, by_rows:
     shapes = [{name: view.dims(index).shape(name) for name in rate} for index, rate in enumerate(rates)]
 
     def moved(by: float) -> Rates:
-        return tuple({n: min(max(HIGHEST, (1 + r) / 2), max(0.0, r - less + by)) for n, r in rate.items()} for rate, less in zip(rates, change, strict=True))
+        return tuple(
+            {n: min(max(HIGHEST, (1 + r) / 2), max(0.0, r - less + by)) for n, r in rate.items()}
+            for rate, less in zip(rates, change, strict=True)
+        )
 
     def removed(found: Rates) -> int:
         pairs = ((*shapes[index][n], r) for index, rate in enumerate(found) for n, r in rate.items())
-        return sum(outputs * math.floor(inputs * r) if by_rows else math.floor(outputs * inputs * r) for outputs, inputs, r in pairs)
+        return sum(
+            outputs * math.floor(inputs * r) if by_rows else math.floor(outputs * inputs * r)
+            for outputs, inputs, r in pairs
+        )
 
     budget, low, high = removed(rates), -1.0, 1.0
     for _ in range(60):

@@ -52,7 +52,9 @@ def hull_slopes(y: Floats) -> Floats:
     """The slopes, a step each, of the lower convex hull of a curve on an even grid; they never fall."""
     kept = [0]
     for x in range(1, len(y)):
-        while len(kept) > 1 and (y[kept[-1]] - y[kept[-2]]) * (x - kept[-1]) >= (y[x] - y[kept[-1]]) * (kept[-1] - kept[-2]):
+        while len(kept) > 1 and (y[kept[-1]] - y[kept[-2]]) * (x - kept[-1]) >= (y[x] - y[kept[-1]]) * (
+            kept[-1] - kept[-2]
+        ):
             kept.pop()
         kept.append(x)
     slopes: Floats = np.diff(np.interp(np.arange(len(y)), kept, y[kept]))

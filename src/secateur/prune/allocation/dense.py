@@ -110,7 +110,9 @@ class DenseModel:
         for number, batch_BT in enumerate(batches):
             with self._known(index, entering and entering[number]):
                 hidden_BTD = hidden_states(self.model, batch_BT)
-                total += float(token_losses(self.model, hidden_BTD[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten()).double().sum())
+                total += float(
+                    token_losses(self.model, hidden_BTD[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten()).double().sum()
+                )
         return total / sum(batch.numel() - len(batch) for batch in batches)
 
     @contextmanager
