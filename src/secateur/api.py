@@ -1,7 +1,7 @@
-"""The functions for Python programs and for the command line: one per command, and `plan` and `cut` for models in memory.
+"""The functions for Python programs and for the command line: one per command; `plan` and `cut` for models in memory.
 
-`secateur eval` is `evaluate`, and `secateur report` is `write_report`. Every other function has the name of its command,
-with underscores. The functions `estimate...` return what `--dry-run` prints.
+`secateur eval` is `evaluate`, and `secateur report` is `write_report`. Every other function has the name of its
+command, with underscores. The functions `estimate...` return what `--dry-run` prints.
 """
 
 from __future__ import annotations
@@ -195,8 +195,8 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Apply a plan to a model in memory.
 
     Returns:
-        A new model, of the stock class if that can express the widths, otherwise of a class of the runtime. It shares the
-        tensors that the plan does not touch with the given model, which does not change.
+        A new model, of the stock class if that can express the widths, otherwise of a class of the runtime. It shares
+        the tensors that the plan does not touch with the given model, which does not change.
 
     Raises:
         SecateurError: the plan is for another number of blocks.
@@ -286,7 +286,7 @@ def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pr
 
 
 def plot_flow(flow: Flow, out: Path) -> None:
-    """Draw the parameters and FLOPs of a model by linear map, and how many a narrower residual stream leaves, as a PNG."""
+    """Draw the parameters and FLOPs of each linear map, and how many a narrower residual stream leaves, as a PNG."""
     from secateur.report import flow_plot
 
     flow_plot.write_flow(flow, out)
@@ -320,8 +320,8 @@ def predict(
         plot: a PNG file to draw the points, the law and its rivals in.
 
     Returns:
-        The record: `law`, `a`, `b`, `rmse` (in the law's y), `heldout_rmse` (in ln of the value), `points`, `predictions`,
-        `target`, `warnings` and more.
+        The record: `law`, `a`, `b`, `rmse` (in the law's y), `heldout_rmse` (in ln of the value), `points`,
+        `predictions`, `target`, `warnings` and more.
 
     Raises:
         UsageError: an unknown law or metric, a sparsity or target out of range, or a file without points.
@@ -360,7 +360,7 @@ def predict_from_spectrum(
     target_ppl: float | None = None,
     where: Mapping[str, str] | None = None,
 ) -> records.Record:
-    """Predict the cost of slicing a model from one calibration pass of the dense model, without evaluating a pruned one.
+    """Predict the cost of slicing from one calibration pass of the dense model; evaluate no pruned model.
 
     Args:
         request: the model and its calibration; method, sparsity and options are replaced.

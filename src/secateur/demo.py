@@ -116,7 +116,7 @@ def _say_laws(out: Path) -> None:
 
 
 def demo_requests(effort: Effort) -> list[tuple[Request, list[float], bool]]:
-    """Return one sweep per entry of each method's `DEMO`: the request, its sparsities, and whether to heal the last one.
+    """Return one sweep per entry of each method's `DEMO`: request, sparsities, and whether to heal the last one.
 
     An entry is {"options": {...}, "sparsities": [...], "heal": True or False}.
     """

@@ -1,4 +1,4 @@
-"""The requests of a user: one frozen dataclass per command, with the defaults of the command line and of `secateur.api`.
+"""The settings of each command as a frozen dataclass: the defaults of the command line and of `secateur.api`.
 
 Nothing here imports torch, so that `--help` can show the defaults without waiting for it.
 """

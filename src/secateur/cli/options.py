@@ -30,7 +30,7 @@ SetOption = Annotated[
 Modules = Annotated[
     str | None,
     Option(
-        help="Sparsity by module, NAME=S,...: q k v o gate up down, attention, mlp, the model's own names, globs; or auto, owl.",
+        help="Sparsity by module, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs; or auto, owl.",
     ),
 ]
 Pattern = Annotated[str | None, Option(help="unstructured, N:M, rows or columns. Default: the method's own.")]

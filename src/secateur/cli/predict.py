@@ -32,7 +32,7 @@ def predict(
     law: Annotated[
         str | None,
         Option(
-            help="The law; an unknown name lists all of them, 'best' takes the smallest held-out error. Default: the paper's.",
+            help="The law; an unknown name lists all, 'best' takes the smallest held-out error. Default: the paper's.",
         ),
     ] = None,
     at: Annotated[

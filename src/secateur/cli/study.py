@@ -45,7 +45,7 @@ def study_modules(
     jobs: Annotated[int, Option(help="The number of processes that share the runs.")] = ModulesRequest.jobs,
     engine: Annotated[
         str,
-        Option(help="Where the runs go: processes (this machine) or ray (a cluster; pip install 'secateur[ray]')."),
+        Option(help="Where the runs go: processes (this machine) or ray (a cluster; needs the package ray)."),
     ] = ModulesRequest.engine,
     pattern: opt.Pattern = Request.pattern,
     calibration: Annotated[
@@ -150,7 +150,7 @@ def study_disp_llm(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Run the ablations of DISP-LLM: hypernetwork, constraint, estimator, norm, lambda and seeds; one record per run."""
+    """Run the ablations of DISP-LLM: hypernetwork, constraint, estimator, norm, lambda, seeds; one record per run."""
     with command(debug, resume=RESUME):
         request = given(
             Request,
