@@ -110,8 +110,8 @@ def _mean(entry: Record) -> str:
     return perplexity_words(entry["ppl"]) + spread
 
 
-_CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where laws
-can be compared; held out: each point predicted from the others. The best comes first."""
+_CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where
+laws can be compared; held out: each point predicted from the others. The best comes first."""
 
 
 def law_tables(record: Record) -> list[Table]:
@@ -256,7 +256,7 @@ def _residual(residual: Record | None) -> str:
 
 
 def bench_tables(record: Record) -> list[Table | str]:
-    """Return the table of `bench`, one line per model and batch, and lines about memory and the limits of the machine."""
+    """Return the table of `bench`, one line per model and batch, and lines on memory and the limits of the machine."""
     threads = f", {record['threads']} threads" if record["threads"] else ""
     title = (
         f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
@@ -300,7 +300,7 @@ def bench_tables(record: Record) -> list[Table | str]:
 
 
 def flow_tables(record: Record) -> list[Table | str]:
-    """Return the tables of `inspect --flow`: the linear maps, the share that depends on the residual width, and sizes by s."""
+    """Return the tables of `inspect --flow`: linear maps, the share that depends on the residual width, sizes by s."""
     touched, attention, total, flops = (
         record[key] for key in ("touched", "attention", "parameters", "flops_per_token")
     )
