@@ -217,7 +217,9 @@ def inspect_table(record: Record) -> Table:
     title = f"{record['model']}: {sizes}"
     caption = "under the names of matrices: per cent of zeros"
     if record["zero_rows"]:
-        caption += f"; {record['zero_rows']:,} rows are all zero, which float8 weights with a scale a row turn into NaN"
+        caption += (
+            f"; {record['zero_rows']:,} rows are all zero, which float8 weights with one scale per row turn into NaN"
+        )
     sliced = ["residual"] if any(block["residual"] for block in record["blocks"]) else []
     table = Table(
         "#",

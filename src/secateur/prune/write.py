@@ -1,4 +1,4 @@
-"""Writing the result part by part: blocks, what lies outside them, and their plans."""
+"""Write the result part by part: the blocks, their plans, and the tensors outside the blocks."""
 
 from __future__ import annotations
 
@@ -22,21 +22,19 @@ from secateur.prune.prepare import Prepared, check_stock_plans
 from secateur.prune.settings import identity
 from secateur.prune.totals import Totals
 
-LEARNING = "learning"  # the part that a method that learns goes on from
+LEARNING = "learning"  # the part with the saved state of a method that learns
 
 
 def new_writer(
     prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool
 ) -> tuple[CheckpointWriter, int]:
-    """What writes the result, and the size of the activation buffer."""
+    """Return the writer of the result, and the bytes of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
     streams, differentiates = prepared.job.streams, prepared.job.whole_model and prepared.job.method.says.GRADIENTS
-    kept = (
-        (view.blocks + 1 if differentiates else 1) * windows.numel()
-        if windows is not None and (streams or differentiates)
-        else 0
-    )
-    buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
+    kept_tokens = 0
+    if windows is not None and (streams or differentiates):
+        kept_tokens = (view.blocks + 1 if differentiates else 1) * windows.numel()
+    buffer = kept_tokens * view.config.hidden_size * prepared.dtype.itemsize
     needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (
         buffer if prepared.request.spill else 0
     )
@@ -53,7 +51,7 @@ def new_writer(
 def write_blocks(
     prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch
 ) -> Totals:
-    """Prune and write every block that is not there yet; returns what was counted."""
+    """Prune and write every block that is not written yet; return the counts."""
     job = replace(
         prepared.job,
         checkpoint=prepared.job.checkpoint or writer.part(LEARNING),
@@ -65,6 +63,7 @@ def write_blocks(
         check_stock_plans(prepared, plans)
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
+        """Read a block and its plan from an interrupted run; None if they are not complete."""
         if not writer.has(plan_part(index)) or not (
             writer.has(block_part(index)) or writer.read_note(plan_part(index)).get("dropped")
         ):
@@ -102,12 +101,12 @@ def write_blocks(
             if not plan.dropped:
                 totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
-        del block, plan  # not the weights and bases of two blocks at a time
+        del block, plan  # so that memory never holds the weights and bases of two blocks
     return totals
 
 
 def write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, totals: Totals) -> list[str]:
-    """Copy, or rotate, what lies outside the blocks, one tensor at a time."""
+    """Copy or rotate the tensors outside the blocks, one at a time; return the names of their parts."""
     view = prepared.job.view
     assert totals.ends is not None
     parts = []
@@ -124,7 +123,7 @@ def write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, 
 
 
 def _added(block: BlockView) -> int:
-    """Weights that a method put into a block: adapters on its residual connections."""
+    """Return the number of weights that a method added to a block: adapters on its residual connections."""
     return sum(
         tensor.numel()
         for name, tensor in block.tensors.items()
@@ -138,7 +137,7 @@ def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def block_part(index: int) -> str:
-    """The name of the part that holds the weights of a block."""
+    """Return the name of the part that holds the weights of a block."""
     return f"block-{index:05}"
 
 
@@ -147,5 +146,5 @@ def _basis_part(index: int) -> str:
 
 
 def plan_part(index: int) -> str:
-    """The name of the part that holds the plan of a block."""
+    """Return the name of the part that holds the plan of a block."""
     return f"plan-{index:05}"

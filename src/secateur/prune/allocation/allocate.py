@@ -2,17 +2,17 @@
 
 Both remove as many weights in total as one sparsity for all matrices would remove.
 
-`auto` measures. It prunes each matrix alone at a few levels, from the dense weights and with the statistics of the dense
-model, and measures the added loss on a part of the calibration text. `curves.cheapest` then spends the budget where it
-costs least. Losses of matrices that are pruned together do not quite add up. So the result is compared with one sparsity
-for all on the same text, and the better of the two is taken. The report that proposes module-specific pruning (section
-4.2) does not say how to choose the sparsities.
+`auto` measures. It prunes each matrix alone at a few levels, from the dense weights and with the statistics of the
+dense model, and measures the added loss on a part of the calibration text. `curves.cheapest` then spends the budget
+where it costs least. Losses of matrices that are pruned together do not quite add up. So the result is compared with
+one sparsity for all on the same text, and the better of the two is taken. The report that proposes module-specific
+pruning (section 4.2) does not say how to choose the sparsities.
 
 `owl` is the baseline of the literature (arXiv:2310.05175, section 3.2): blocks with more outliers keep more weights. An
-outlier is an entry of |W_ij| ||X_j||_2 above M times the mean of its block. The density of a block differs from the mean
-density by up to lambda, in proportion to its share of outliers. M = 5 and lambda = 0.08 are the values of the paper for
-LLaMA. A rate that would fall below 0, or leave almost nothing of a block, is clamped. The other rates then move together
-until the budget is met.
+outlier is an entry of |W_ij| ||X_j||_2 above M times the mean of its block. The density of a block differs from the
+mean density by up to lambda, in proportion to its share of outliers. M = 5 and lambda = 0.08 are the values of the
+paper for LLaMA. A rate that would fall below 0, or leave almost nothing of a block, is clamped. The other rates then
+move together until the budget is met.
 
 Shape letters: S windows, T tokens, B windows of a batch, L blocks, O outputs, I inputs.
 """

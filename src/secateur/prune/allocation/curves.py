@@ -1,8 +1,8 @@
 """Turn losses measured at a few sparsities into one sparsity per matrix: remove the cheapest weights, under one budget.
 
-The loss that a matrix adds grows roughly exponentially with its sparsity. So a parabola in the sparsity is fitted to the
-logarithm of the measured losses. On the lower convex hull of each curve the greedy choice (next the smallest loss per
-weight) is optimal for losses that add up.
+The loss that a matrix adds grows roughly exponentially with its sparsity. So a parabola in the sparsity is fitted to
+the logarithm of the measured losses. On the lower convex hull of each curve the greedy choice (next the smallest loss
+per weight) is optimal for losses that add up.
 
 Shape letters: L levels of sparsity, U matrices.
 """
@@ -58,7 +58,7 @@ def hull_slopes(y: Floats) -> Floats:
     for x in range(1, len(y)):
         while len(corners) > 1:
             before, last = corners[-2:]
-            if (y[last] - y[before]) * (x - last) < (y[x] - y[last]) * (last - before):
+            if not (y[last] - y[before]) * (x - last) >= (y[x] - y[last]) * (last - before):
                 break
             corners.pop()  # the last corner lies on or above the line from the one before it to x
         corners.append(x)

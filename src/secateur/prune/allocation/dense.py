@@ -1,7 +1,7 @@
-"""A dense model in memory whose blocks can be replaced by pruned ones and restored, with the statistics of its activations.
+"""A dense model in memory, with the statistics of its activations; its blocks can be pruned and restored.
 
-Every pruned version starts from the dense weights and the statistics of the dense model. So one calibration pass is enough
-for all of them.
+Every pruned version starts from the dense weights and the statistics of the dense model. So one calibration pass is
+enough for all of them.
 
 Shape letters: S windows, B windows of a batch, T tokens, D residual.
 """
@@ -33,8 +33,8 @@ class DenseModel:
     """A dense model that can be pruned and restored.
 
     Args:
-        job: the method, which plans block by block, and its options. Its rates list the matrices that may be pruned later;
-            statistics are collected for these.
+        job: the method, which plans block by block, and its options. Its rates list the matrices that may be pruned
+            later; statistics are collected for these.
         model: the whole model of `job.view`, on its device; it is changed in place while it is pruned.
         windows: calibration token ids [S, T]; None if the method needs none.
 
@@ -69,7 +69,7 @@ class DenseModel:
 
     @contextmanager
     def pruned(self, rates: Rates) -> Iterator[int]:
-        """Prune the model at these rates inside a `with` statement, then restore it; gives the number of removed weights."""
+        """Prune the model at these rates inside a `with` statement, then restore it; give the weights removed."""
         removed = 0
         touched = [index for index, rate in enumerate(rates) if any(rate.values())]
         try:
