@@ -120,7 +120,7 @@ class CanonicalSource:
         return self._reader(path, kind, family.final_norm) if path == family.head else self._stored(name)
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:
-        """Return some rows of the embedding, the table of positions or the head, float32 or better; compute only these."""
+        """Return some rows of embedding, table of positions or head, float32 or better; compute only these."""
         family, source = self.view.family, self.view.source
         if name != f"{family.head}.weight":
             row_ND = at_least_float32(source.rows(name, which))
@@ -158,6 +158,6 @@ class CanonicalSource:
         return shift_O if bias_O is None else bias_O + shift_O
 
     def _writer(self, path: str, kind: str) -> Tensor:
-        """Return the weight or bias of a module that writes to the residual, without its mean over the outputs (dim 0)."""
+        """Return the weight or bias of a module that writes to the residual, without its mean over outputs (dim 0)."""
         tensor = self._stored(f"{path}.{kind}")
         return tensor - tensor.mean(0) if self.view.family.norm.centred else tensor

@@ -114,7 +114,7 @@ def _base_model(checkpoint: Checkpoint, model: str, known: Mapping[str, Any]) ->
 
 
 def _licence(folder: Path, known: Mapping[str, Any]) -> list[str]:
-    """Return the licence lines of the front matter, from the card of the original or the beginning of its LICENSE file."""
+    """Return the licence lines of the front matter, from the card of the original or the start of its LICENSE file."""
     lines = [
         f"{name}: {known[name]}"
         for name in ("license", "license_name", "license_link")

@@ -1,4 +1,6 @@
-"""The companion files of a checkpoint: tokenizer, chat templates, generation settings, licence. Every result gets a copy.
+"""The companion files of a checkpoint: tokenizer, chat templates, generation settings, licence.
+
+Every result gets a copy of them.
 
 The names come from the files that the tokenizers of transformers read (a test compares the list with all of them), from
 mistral-common (`tekken.json`), and from licences that require a notice or a policy to be passed on. Weights,

@@ -37,7 +37,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def capped(head: Head, cap: float | None) -> Head:
-    """Return the head followed by c tanh(logits / c), in the dtype of the logits as in stock models; unchanged for None."""
+    """Return the head followed by c tanh(logits / c), in the dtype of the logits as in stock models; None: no cap."""
     return head if cap is None else lambda hidden: torch.tanh(head(hidden) / cap) * cap
 
 
@@ -68,7 +68,7 @@ def mean_loss(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> T
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The loss and its gradient, chunk by chunk in the forward pass, so that logits are neither kept nor computed twice."""
+    """The loss and its gradient, both computed chunk by chunk in the forward pass: logits are never kept or recomputed."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, size: int) -> Tensor:

@@ -40,7 +40,7 @@ class BlockCost:
         return sum(each * math.prod(units[space] for space in spaces) for spaces, each in self.products.items())
 
     def unit_parameters(self, space: str, units: Mapping[str, int]) -> int:
-        """Return the parameters that one unit of `space` takes; `units` are the numbers of units of the other spaces."""
+        """Return the parameters that one unit of `space` takes; `units` are the numbers of the other spaces."""
         single = {**units, space: 1}
         products = {spaces: each for spaces, each in self.products.items() if space in spaces}
         return sum(each * math.prod(single[name] for name in spaces) for spaces, each in products.items())
@@ -104,7 +104,7 @@ def _norm_paths(family: Family) -> tuple[str, ...]:
 
 
 def _norm_vectors(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
-    """Return the number of vectors of a norm over the residual: gain and bias, if stored. Equal for all norms of a block."""
+    """Return the number of vectors (gain, bias) of a norm over the residual. All norms of a block have the same."""
     return max(sum(f"{path}.{kind}" in stored for kind in ("weight", "bias")) for path in _norm_paths(family))
 
 

@@ -1,4 +1,4 @@
-"""The config.json of a pruned model: stock if a stock architecture can express the widths, otherwise for the runtime."""
+"""The config.json of a pruned model: stock if a stock architecture can express the widths, otherwise of the runtime."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def _run(
 
 
 def _allocated(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, watch: Stopwatch) -> Prepared:
-    """Choose the sparsity of each matrix if `--modules auto` or `owl` is given; keep the choice of an interrupted run."""
+    """Choose the sparsity of each matrix for `--modules auto` or `owl`; keep the choice of an interrupted run."""
     job = prepared.job
     if job.allocation is None:
         return prepared
