@@ -68,7 +68,7 @@ def mean_loss(model: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> T
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The loss and its gradient, both computed chunk by chunk in the forward pass: logits are never kept or recomputed."""
+    """The loss and its gradient, both computed by chunks in the forward pass: logits are never kept or recomputed."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head, size: int) -> Tensor:
