@@ -6,8 +6,8 @@ A family is one file in `models/families` that defines `FAMILY`. Three pictures 
     x -> norm -> attention -> + ->     x -> norm -+-> attention -> + ->       x -> norm -> attention -> norm -> + ->
     x -> norm -> mlp ------> + ->                 +-> mlp -------> +          x -> norm -> mlp ------> norm -> + ->
 
-Canonical names of the matrices of a block: `q k v o` (attention) and `gate up down` (MLP; no `gate` where there is none).
-Matrices that share a module are fused: their rows are stacked in the order in which they are listed.
+Canonical names of the matrices of a block: `q k v o` (attention) and `gate up down` (MLP; no `gate` where there is
+none). Matrices that share a module are fused: their rows are stacked in the order in which they are listed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Norm:
         return float(getattr(config, self.epsilon) if isinstance(self.epsilon, str) else self.epsilon)
 
     def gain(self, stored_D: Tensor) -> Tensor:
-        """What a norm multiplies with, from the gain as it is stored. Everything that folds or applies a gain asks here."""
+        """What a norm multiplies with, from the gain as it is stored. Everything that folds or applies a gain asks
+        here."""
         return stored_D + self.gain_offset if self.gain_offset else stored_D
 
 
@@ -86,25 +87,26 @@ class Family:
         embeddings: paths of everything that runs before the first block; the token embedding first.
         final_norm: the norm after the last block.
         head: the output projection.
-        norms: the norms before attention and MLP: two; one that both read through, where the residual is parallel (Phi); or
-            none (OLMo 2).
+        norms: the norms before attention and MLP: two; one that both read through, where the residual is parallel
+            (Phi); or none (OLMo 2).
         matrices: canonical name -> path of its module; equal paths are one fused module.
         post_norms: the norms between attention or MLP and the residual: two (Gemma, OLMo 2), or none.
         head_norms: norms over the width of one head, shared by all heads (Qwen3).
         joint_head_norms: norms over all heads of q or of k together (OLMo 2).
         parallel: whether attention and MLP read the same residual: through one norm (Phi), or through two (GPT-NeoX).
-        attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention receives the
-            block's arguments and returns a tuple.
+        attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention
+            receives the block's arguments and returns a tuple.
         norm: how all these norms compute.
-        logit_cap: the configuration field that holds the c of c tanh(logits / c), the soft-cap behind the head; empty: none.
+        logit_cap: the configuration field that holds the c of c tanh(logits / c), the soft-cap behind the head; empty:
+            none.
         kinds: the kinds of block (`layer_types` of the configuration) that this description holds for. A model that has
             others, such as blocks without attention, is refused.
         heads, groups, ffn: names of the configuration fields: query heads, key-value heads, feed-forward units.
         stock_heads: whether the stock configuration can say a head width other than hidden size / heads, so that
             a model with fewer heads in every block is still a stock one.
         separate: whether q, k and v select for themselves what they read: never of a stock model, see `separated`.
-        cannot: what cannot be done with any model of the family (`rotate`, `select`, `heads`) -> why, beyond what the fields
-            above imply: see `why_not`.
+        cannot: what cannot be done with any model of the family (`rotate`, `select`, `heads`) -> why, beyond what the
+            fields above imply: see `why_not`.
         refuse: why this configuration cannot be done, or None.
     """
 
@@ -136,11 +138,13 @@ class Family:
     def __post_init__(self) -> None:
         if len(self.norms) not in ((1, 2) if self.parallel else (0, 2)):
             raise ValueError(
-                f"family {self.name}: norms has {len(self.norms)} entries, and parallel is {self.parallel}; a parallel block "
-                "has one norm or two, a sequential one two, or none"
+                f"family {self.name}: norms has {len(self.norms)} entries, and parallel is {self.parallel}; "
+                "a parallel block has one norm or two, a sequential one two, or none"
             )
         if len(self.post_norms) not in (0, 2):
-            raise ValueError(f"family {self.name}: post_norms has {len(self.post_norms)} entries: (attention, MLP), or none")
+            raise ValueError(
+                f"family {self.name}: post_norms has {len(self.post_norms)} entries: (attention, MLP), or none"
+            )
         if unknown := self.cannot.keys() - _WORDS.keys():
             raise ValueError(f"family {self.name}: cannot names {sorted(unknown)[0]!r}; it knows {', '.join(_WORDS)}")
 
@@ -155,7 +159,10 @@ class Family:
             return self.cannot[what]
         if what == HEADS:
             if self.joint_head_norms:
-                return f"a norm ({self.joint_head_norms[0]}) divides by the mean square of all heads, which changes when one goes"
+                return (
+                    f"a norm ({self.joint_head_norms[0]}) divides by the mean square of all heads, "
+                    "which changes when one goes"
+                )
             return None
         if self.post_norms:
             return f"a norm ({self.post_norms[0]}) stands between what attention and MLP write and the residual stream"
@@ -184,22 +191,30 @@ class Family:
         """As seen in a checkpoint whose q, k and v select for themselves what they read (see `runtime.Reader`)."""
         if self.separate:
             return self
-        own = {name: f"{self.matrices[name]}{f'.{name}' * (len(self.fused(name)) > 1)}.linear" for name in ATTENTION[:3]}
+        own = {
+            name: f"{self.matrices[name]}{f'.{name}' * (len(self.fused(name)) > 1)}.linear" for name in ATTENTION[:3]
+        }
         return replace(self, matrices={**self.matrices, **own}, separate=True)
 
     def input_of(self, name: str, *, apart: bool = False) -> str:
-        """The matrix that stands for the input of `name`: the first one listed that reads the same tensor. `apart` says that attention and MLP select
-        for themselves what they read, also in a parallel block (see `runtime.Select`)."""
+        """The matrix that stands for the input of `name`: the first one listed that reads the same tensor. `apart` says
+        that attention and MLP select for themselves what they read, also in a parallel block (see `runtime.Select`)."""
         if name in ("o", "down") or (self.separate and name in ATTENTION[:3]):
             return name
-        readers = ATTENTION[:3] + MLP[:2] if self.one_norm and not apart else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
+        readers = (
+            ATTENTION[:3] + MLP[:2]
+            if self.one_norm and not apart
+            else (ATTENTION[:3] if name in ATTENTION else MLP[:2])
+        )
         return next(other for other in self.matrices if other in readers)
 
 
 @cache
 def all_families() -> dict[str, Family]:
     """Every family by name: the files of `models/families`, and those that other packages add (`secateur.families`)."""
-    modules = [importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)]
+    modules = [
+        importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)
+    ]
     found = [module.FAMILY for module in modules] + [entry.load() for entry in entry_points(group="secateur.families")]
     return {family.name: family for family in found}
 
@@ -245,11 +260,24 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
             if reason := family.refuse(config) or _other_kind(family, config):
                 raise SecateurError(f"{source}: {reason}")
             heads, groups = getattr(config, family.heads), getattr(config, family.groups)
-            sizes = {family.heads: heads, family.groups: groups, family.ffn: getattr(config, family.ffn), "num_hidden_layers": config.num_hidden_layers}
+            sizes = {
+                family.heads: heads,
+                family.groups: groups,
+                family.ffn: getattr(config, family.ffn),
+                "num_hidden_layers": config.num_hidden_layers,
+            }
             if wrong := [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]:
-                raise SecateurError(f"{source}: config.json has {wrong[0]} = {sizes[wrong[0]]!r}; it is a count, at least 1")
+                raise SecateurError(
+                    f"{source}: config.json has {wrong[0]} = {sizes[wrong[0]]!r}; it is a count, at least 1"
+                )
             if heads % groups:
-                raise SecateurError(f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not divide; no such model runs")
+                raise SecateurError(
+                    f"{source}: config.json has {heads} query heads and {groups} key-value heads, "
+                    "which do not divide; no such model runs"
+                )
             return family.separated() if is_pruned(config) and "readers" in config.pruned_widths[0] else family
     known = sorted(t for family in all_families().values() for t in family.model_types)
-    raise SecateurError(f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: docs/add-a-family.md")
+    raise SecateurError(
+        f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); "
+        "a family is one file: docs/add-a-family.md"
+    )

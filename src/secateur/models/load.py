@@ -171,7 +171,8 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
             skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     except Exception as error:
         raise SecateurError(
-            f"{model}: config.json describes a {config.model_type} model that transformers cannot run ({_reason(error)})"
+            f"{model}: config.json describes a {config.model_type} model "
+            f"that transformers cannot run ({_reason(error)})"
         ) from error
     return skeleton
 
@@ -445,7 +446,8 @@ def _match(
         raise SecateurError(
             f"{model}: the files hold no {absent[0]}, "
             "and config.json says that it is not the embedding (tie_word_embeddings false): "
-            "set that to true in config.json if the model was trained so, or download the model again if a file is missing"
+            "set that to true in config.json if the model was trained so, "
+            "or download the model again if a file is missing"
         )
     if absent:
         raise SecateurError(

@@ -198,7 +198,7 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 
 def _drop_damaged(partial: Path) -> None:
-    """Remove damaged parts of an interrupted run, so that they are made again. A saved state goes with all its parts."""
+    """Remove damaged parts of an interrupted run, so that they are made again. A saved state loses all its parts."""
     for file in sorted(partial.glob(f"{_PART}*.safetensors")):
         if file.is_file() and not is_intact(file):
             state = file.name.startswith(f"{_PART}learning")
@@ -223,7 +223,7 @@ def disk(folder: Path) -> Iterator[None]:
 
 
 def clean(folder: Path) -> None:
-    """Remove the temporary files of the run from a finished folder. The journal goes last: it marks a folder to clean."""
+    """Remove the temporary files of the run from a finished folder. The journal goes last: it marks what to clean."""
     for pattern in (f"{_PART}*", "scratch.bin", "*.tmp", JOURNAL):
         for leftover in folder.glob(pattern):
             leftover.unlink()
@@ -300,7 +300,8 @@ def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
             )
         if place.is_relative_to(path.resolve()):
             raise UsageError(
-                f"--out '{out}' lies inside {what} ('{path}'), and would be lost together with it; choose a folder beside it"
+                f"--out '{out}' lies inside {what} ('{path}'), and would be lost together with it; "
+                "choose a folder beside it"
             )
 
 
@@ -317,9 +318,9 @@ def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
 
 
 def plan_file(folder: Path, name: str = PLAN) -> Path | None:
-    """Return the file of the plan in a folder: in `secateur/`, or at the root, where earlier versions and plans alone have it.
+    """Return the file of the plan in a folder, or None.
 
-    None if the folder has no plan.
+    It is in `secateur/`, or at the root for earlier versions and for a plan without a model.
     """
     return next((file for file in (folder / OWN_FOLDER / name, folder / name) if file.is_file()), None)
 
@@ -379,7 +380,7 @@ def _gather(parts: Sequence[Path], folder: Path) -> None:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file (8 bytes of length, then JSON) without its metadata, and the data offset."""
+    """Return the header of a safetensors file (8 bytes of length, then JSON), without metadata, and the data offset."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))

@@ -23,7 +23,7 @@ from secateur.models.spaces import COLUMNS, HEADS, OWN_COLUMNS, ROWS, SEPARATE_C
 
 
 class TensorSource(Protocol):
-    """A source of weights: files that are read lazily, or a model in memory. Names are as in the state dict of the model."""
+    """A source of weights: lazily read files, or a model in memory. Names are as in the state dict of the model."""
 
     def names(self) -> list[str]:
         """Return the name of every tensor once, in the order of the model."""
@@ -128,7 +128,7 @@ class BlockDims:
         return replace(self, groups=groups, heads=groups * (queries or self.queries), ffn=ffn)
 
     def selecting(self, form: str, *, separate: bool = False) -> BlockDims:
-        """Return the sizes of a block that reads the residual by `form` (see `runtime.Select`) and selects all features.
+        """Return the sizes of a block that reads by `form` (see `runtime.Select`) and selects all features.
 
         If `separate` is true, q, k and v select for themselves.
         """

@@ -1,7 +1,8 @@
-"""Gemma 3, the text model (270M and 1B; the larger ones hold it beside a vision tower): gains of 1 + w, norms before and after attention and MLP.
+"""Gemma 3, the text model (270M and 1B; the larger ones hold it beside a vision tower): gains of 1 + w, norms before
+and after attention and MLP.
 
-A rotated or selected residual stream is out of the question: what attention and MLP write passes through a norm first, which
-divides by the mean square of all features.
+A rotated or selected residual stream is out of the question: what attention and MLP write passes through a norm first,
+which divides by the mean square of all features.
 """
 
 from secateur.models.family import Family, Norm
