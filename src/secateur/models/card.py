@@ -80,9 +80,10 @@ def model_card(
 
 def _text(calibration: Mapping[str, Any]) -> str:
     """Return a text by its name and a hash: of its file, or of its token ids if it is not a file."""
-    hashed, sha256 = "token ids", calibration["sha256"]
     if calibration.get("file_sha256"):
         hashed, sha256 = "file", calibration["file_sha256"]
+    else:
+        hashed, sha256 = "token ids", calibration["sha256"]
     name = f"{shown(calibration['spec'])} (SHA-256 of its {hashed} {sha256[:16]}...)"
     return f"{name}, {calibration['samples']} x {calibration['seqlen']} tokens"
 

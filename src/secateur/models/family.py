@@ -167,8 +167,10 @@ class Family:
         if self.post_norms:
             return f"a norm ({self.post_norms[0]}) stands between what attention and MLP write and the residual stream"
         if self.parallel and not self.one_norm:
-            return "attention and MLP read the residual stream side by side through two norms, "
+            return (
+                "attention and MLP read the residual stream side by side through two norms, "
                 "and the pruned block has one"
+            )
         return None
 
     def cap_of(self, config: PreTrainedConfig) -> float | None:
@@ -245,8 +247,10 @@ def _other_kind(family: Family, config: PreTrainedConfig) -> str | None:
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in family.kinds:
             known = ", ".join(family.kinds)
-            return f"block {index} is of kind '{kind}', and family {family.name} describes {known} alone; "
+            return (
+                f"block {index} is of kind '{kind}', and family {family.name} describes {known} alone; "
                 "use another model"
+            )
     return None
 
 
