@@ -476,7 +476,7 @@ def test_resuming_with_other_settings_names_the_difference(run: Run, dense: Path
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "finish", stop)
         status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
-    assert (status, "--resume goes on from here" in line) == (130, True)
+    assert (status, "--resume continues from here" in line) == (130, True)
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.6", "--resume"), writes=True)
     assert (status, "had sparsity = 0.5, this one has 0.6" in line) == (2, True)
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)

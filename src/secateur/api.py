@@ -1,8 +1,7 @@
-"""What the command line calls, and what Python programs may call: one function a command, and `plan` and `cut` for
-models in memory.
+"""The functions for Python programs and for the command line: one per command; `plan` and `cut` for models in memory.
 
-`secateur eval` is `evaluate`, `secateur report` is `write_report`; every other command has the name it has there, with
-underscores. `estimate...` are what `--dry-run` says.
+`secateur eval` is `evaluate`, and `secateur report` is `write_report`. Every other function has the name of its
+command, with underscores. The functions `estimate...` return what `--dry-run` prints.
 """
 
 from __future__ import annotations
@@ -112,24 +111,24 @@ class ModelSource:
     tensors: Mapping[str, Tensor]
 
     def names(self) -> list[str]:
-        """As in the model's state dict."""
+        """Return the names of the tensors, as in the model's state dict."""
         return list(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return tuple(self.tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
-        """The tensor itself, not a copy."""
+        """Return the tensor itself, not a copy."""
         return self.tensors[name]
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:
-        """Some rows of a matrix."""
+        """Return some rows of a matrix."""
         return self.tensors[name][which]
 
 
 def view_model(model: PreTrainedModel) -> ModelView:
-    """A model in memory, seen through its family."""
+    """Return the view of a model in memory through its family."""
     name = model.config.name_or_path or type(model).__name__
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     tensors = {key: tensor.detach() for key, tensor in model.state_dict().items() if key not in tied}
@@ -147,18 +146,18 @@ def plan(
     seed: int = 0,
     **options: Any,
 ) -> Plan:
-    """Make a plan for a model in memory, which stays as it is.
+    """Make a plan for a model in memory. The model does not change.
 
     Args:
         model: a causal language model of a known family.
-        method: the name of a method; `options` are its own.
-        windows: calibration token ids, int64 [samples, seqlen]; None where the method needs none.
+        method: the name of a method.
+        windows: calibration token ids, int64 [samples, seqlen]; None if the method needs none.
         sparsity, modules: as on the command line.
-        dtype: of the computation; None is the model's own.
-        seed: of every random choice.
+        dtype: the dtype to compute in; None takes the dtype of the model.
+        seed: the seed of every random choice.
 
     Raises:
-        UsageError: a wrong option, or no windows where the method calibrates.
+        UsageError: a wrong option, or no windows although the method calibrates.
     """
     chosen = find_method(method)
     settings = chosen.options(options)
@@ -166,11 +165,12 @@ def plan(
     job = replace(job, device=model.device, dtype=dtype or model.dtype)
     stream = None
     if windows is None and job.calibrates:
-        raise UsageError(f"{f'modules={modules!r}' if job.allocation else f'method {method!r}'} calibrates: give windows, token ids [samples, seqlen]")
+        setting = f"modules={modules!r}" if job.allocation else f"method {method!r}"
+        raise UsageError(f"{setting} calibrates: give windows, token ids [samples, seqlen]")
     if job.allocation:
         assert windows is not None
-        decided = allocate(job, partial(deepcopy, model), windows)
-        job = replace(job, rates=decided.rates, notes={"allocation": decided.facts})
+        allocated = allocate(job, partial(deepcopy, model), windows)
+        job = replace(job, rates=allocated.rates, notes={"allocation": allocated.facts})
     if job.streams:
         assert windows is not None
         stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)
@@ -178,18 +178,28 @@ def plan(
     plans = whole_model_plan(job, windows, watch) if job.whole_model else None
     blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, stream, watch, plans=plans))
     pattern = getattr(settings, "pattern", None)
-    return Plan({"method": method, "options": asdict(settings), "sparsity": sparsity, "modules": modules, "pattern": pattern, **job.notes}, blocks)
+    return Plan(
+        {
+            "method": method,
+            "options": asdict(settings),
+            "sparsity": sparsity,
+            "modules": modules,
+            "pattern": pattern,
+            **job.notes,
+        },
+        blocks,
+    )
 
 
 def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Apply a plan to a model in memory.
 
     Returns:
-        A new model of the stock class, or of the runtime's where the widths need it; tensors the plan does not touch are shared with
-        the given one, which stays as it is.
+        A new model, of the stock class if that can express the widths, otherwise of a class of the runtime. It shares
+        the tensors that the plan does not touch with the given model, which does not change.
 
     Raises:
-        SecateurError: the plan is for a model of another depth.
+        SecateurError: the plan is for another number of blocks.
     """
     view = view_model(model)
     if len(plan.blocks) != view.blocks:
@@ -204,10 +214,16 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         after = cut_block(block, block_plan)
         state |= {view.block_prefix(len(dims)) + name: tensor for name, tensor in after.tensors.items()}
         dims.append(after.dims)
-    raw = drop_blocks(view.raw_config, view.config, [block_plan.index for block_plan in plan.blocks if not block_plan.dropped])
+    raw = drop_blocks(
+        view.raw_config, view.config, [block_plan.index for block_plan in plan.blocks if not block_plan.dropped]
+    )
     problem = stock_problem(raw, view.family, dims)
     content = pruned_config(raw, view.family, dims, stock=problem is None)
-    config_class = type(model.config) if problem is None else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
+    config_class = (
+        type(model.config)
+        if problem is None
+        else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
+    )
     return _assemble(config_class.from_dict(content), state, model)
 
 
@@ -224,42 +240,53 @@ def _assemble(config: Any, state: dict[str, Tensor], like: PreTrainedModel) -> P
 
 
 def pack(model: str, out: Path, *, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
-    """Write a checkpoint whose zeros take a bit or less, and return the record. See `secateur.models.pack`.
+    """Write a checkpoint in which a zero takes a bit or less, and return the record. See `secateur.models.pack`.
 
     Raises:
         UsageError: `out` exists, or holds the model.
-        SecateurError: no checkpoint, or a full disk.
+        SecateurError: `model` is no checkpoint, or the disk is full.
     """
     return _stored("pack", model, out, records_file, lambda: storage.pack(model, out.absolute(), overwrite=overwrite))
 
 
 def unpack(folder: Path, out: Path, *, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
-    """Write the checkpoint that was packed, byte for byte, and return the record.
+    """Restore the checkpoint that was packed, byte for byte, and return the record.
 
     Raises:
         UsageError: `out` exists, or holds the packed checkpoint.
-        SecateurError: a folder that is not packed or is damaged, or a full disk.
+        SecateurError: the folder is not packed or is damaged, or the disk is full.
     """
-    return _stored("unpack", str(folder), out, records_file, lambda: storage.unpack(folder, out.absolute(), overwrite=overwrite))
+    return _stored(
+        "unpack", str(folder), out, records_file, lambda: storage.unpack(folder, out.absolute(), overwrite=overwrite)
+    )
 
 
-def _stored(command: str, model: str, out: Path, records_file: Path | None, run: Callable[[], dict[str, Any]]) -> records.Record:
+def _stored(
+    command: str, model: str, out: Path, records_file: Path | None, run: Callable[[], dict[str, Any]]
+) -> records.Record:
     started, out = time.perf_counter(), out.absolute()
     facts = run()
-    record = {"command": command, "version": records.version(), "model": model, **facts, "seconds": round(time.perf_counter() - started, 3), "out": str(out)}
+    record = {
+        "command": command,
+        "version": records.version(),
+        "model": model,
+        **facts,
+        "seconds": round(time.perf_counter() - started, 3),
+        "out": str(out),
+    }
     records.append(records_file or out.parent / "records.jsonl", record)
     return record
 
 
 def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pruning report") -> list[Path]:
-    """One self-contained HTML page from records, and its plots beside it; returns the paths written."""
-    from secateur.report import html  # matplotlib takes a second, which the other commands need not wait for
+    """Write one self-contained HTML page from records, and its plots beside it; return the paths."""
+    from secateur.report import html  # imported here: matplotlib takes a second to load
 
     return html.write_report(found, out, title=title)
 
 
 def plot_flow(flow: Flow, out: Path) -> None:
-    """Draw where the parameters and FLOPs of a model are, and what a narrower residual stream leaves of them, as a PNG file."""
+    """Draw the parameters and FLOPs of each linear map, and how many a narrower residual stream leaves, as a PNG."""
     from secateur.report import flow_plot
 
     flow_plot.write_flow(flow, out)
@@ -278,41 +305,48 @@ def predict(
     dense_in_fit: bool = False,
     plot: Path | None = None,
 ) -> records.Record:
-    """What more pruning would cost, from measured points.
+    """Predict the cost of more pruning from measured points.
 
     Args:
         points: records files, folders that hold `records.jsonl`, or one CSV with columns sparsity,ppl or sparsity,acc.
-        metric: "ppl", the name of a task, or "TASK:acc_norm"; None takes perplexity where there is one.
+        metric: "ppl", the name of a task, or "TASK:acc_norm"; None takes perplexity if the points have it.
         law: a name from `secateur.predict.laws`, "best", or None for the paper's.
-        at: sparsities in [0, 1); none takes the measured ones.
+        at: sparsities in [0, 1); empty takes the measured ones.
         target_ppl: the perplexity not to exceed.
         target_acc: the accuracy not to fall below.
-        chance: what guessing scores on the task, where secateur does not know.
-        where: which records to keep, as {"method": "wanda"}.
+        chance: the accuracy of guessing on the task, if secateur does not know it.
+        where: keep only records with these values, such as {"method": "wanda"}.
         dense_in_fit: count the dense model as a point of the fit.
-        plot: a PNG to write: the points, the law and its rivals.
+        plot: a PNG file to draw the points, the law and its rivals in.
 
     Returns:
-        The record: `law`, `a`, `b`, `rmse` (in the law's y), `heldout_rmse` (in ln of the value), `points`, `predictions`, `target`, `warnings` and more.
+        The record: `law`, `a`, `b`, `rmse` (in the law's y), `heldout_rmse` (in ln of the value), `points`,
+        `predictions`, `target`, `warnings` and more.
 
     Raises:
-        UsageError: an unknown law or metric, a sparsity or target out of range, a file that holds no points.
-        SecateurError: points that do not belong together, or too few.
+        UsageError: an unknown law or metric, a sparsity or target out of range, or a file without points.
+        SecateurError: the points do not belong together, or are too few.
     """
     if target_ppl is not None and target_acc is not None:
         raise UsageError("give --target-ppl or --target-acc, not both")
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: the name of a .png file is needed")
-    measured = read_points(points, metric or ("ppl" if target_ppl is not None else None), chance=chance, where=dict(where or {}))
+    measured = read_points(
+        points, metric or ("ppl" if target_ppl is not None else None), chance=chance, where=dict(where or {})
+    )
     if (target_ppl if measured.kind == "acc" else target_acc) is not None:
-        option, other = ("--target-acc", "--metric TASK") if measured.kind == "ppl" else ("--target-ppl", "--metric ppl")
-        raise UsageError(f"{option} does not go with the metric {measured.metric}: add {other}, or leave it out")
+        option, missing = (
+            ("--target-acc", "--metric TASK") if measured.kind == "ppl" else ("--target-ppl", "--metric ppl")
+        )
+        raise UsageError(
+            f"{option} does not go with the metric {measured.metric}: add {missing}, or leave {option} out"
+        )
     target = target_ppl if measured.kind == "ppl" else target_acc
-    found, record = answer.predict(measured, law, at=at, target=target, dense_in_fit=dense_in_fit)
+    fit, record = answer.predict(measured, law, at=at, target=target, dense_in_fit=dense_in_fit)
     if plot is not None:
-        from secateur.report import law_plots  # matplotlib takes a second
+        from secateur.report import law_plots  # imported here: matplotlib takes a second to load
 
-        law_plots.write(found, plot)
+        law_plots.write(fit, plot)
         record["plot"] = str(plot)
     return record
 
@@ -326,24 +360,34 @@ def predict_from_spectrum(
     target_ppl: float | None = None,
     where: Mapping[str, str] | None = None,
 ) -> records.Record:
-    """What slicing a model would cost, from one calibration pass of the dense model; nothing pruned is evaluated.
+    """Predict the cost of slicing from one calibration pass of the dense model; evaluate no pruned model.
 
     Args:
         request: the model and its calibration; method, sparsity and options are replaced.
-        points: records or a CSV that fix the scale; one measured sparsity is enough, none is possible.
-        dense_ppl: the perplexity of the dense model, where no points say it.
+        points: records or a CSV that fix the scale; one measured sparsity is enough, and empty is allowed.
+        dense_ppl: the perplexity of the dense model, if `points` is empty.
         at, target_ppl, where: as for `predict`.
 
     Raises:
         UsageError, SecateurError: as for `prune` and `predict`.
     """
     measured = read_points(points, "ppl", where=dict(where or {})) if points else None
-    prepared = prepare(replace(request, method="slicegpt", sparsity=0.5, params_removed=None, modules=None, pattern=None, options={"round": 1}))
+    prepared = prepare(
+        replace(
+            request,
+            method="slicegpt",
+            sparsity=0.5,
+            params_removed=None,
+            modules=None,
+            pattern=None,
+            options={"round": 1},
+        )
+    )
     return spectrum.predict_from_spectrum(prepared, dense_ppl, measured, at=at, target=target_ppl)[1]
 
 
 def methods() -> dict[str, str]:
-    """The pruning methods, each with its summary."""
+    """Return the pruning methods, each with its summary."""
     return {name: find_method(name).summary for name in method_names()}
 
 
@@ -351,12 +395,12 @@ def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
     """Prune the bundled model with every method, measure each result, and write `out`/report.html.
 
     Args:
-        out: the folder that receives checkpoints, records and the report; finished points of an earlier run are kept.
-        quick: fewer sparsities and less text.
+        out: the folder for checkpoints, records and the report; finished points of an earlier run are kept.
+        quick: take fewer sparsities and less text.
 
     Returns:
-        The evaluation records, the dense model's first.
+        The evaluation records, the dense model first.
     """
-    from secateur import demo as work  # it draws, and matplotlib takes a second
+    from secateur import demo as work  # imported here: matplotlib takes a second to load
 
     return work.demo(out, quick=quick)

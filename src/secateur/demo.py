@@ -1,6 +1,6 @@
-"""`secateur demo`: the whole flow on the model in the package, with every method there is.
+"""`secateur demo`: the whole flow on the model in the package, with every method.
 
-A method takes part because its file is there: it says with `DEMO`, a list of options and sparsities, what to show of it.
+Each method lists in `DEMO` the options and sparsities that the demo shows.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ from secateur.study.sweep import point_name, sweep
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of everything: the demo, or a quick look that it works.
+    """The amount of work: the full demo, or a quick check that everything works.
 
-    `limit` is of windows (there are 128) and of items (300), `steps` of healing, and in a quick look of learning too.
+    Attributes:
+        samples, seqlen: the number of calibration windows, and their length in tokens.
+        limit: the number of evaluation windows (of 128) and of task items (of 300).
+        tasks: the tasks to evaluate.
+        points: the number of sparsities per sweep; None takes all of them.
+        steps: the number of optimiser steps of healing.
     """
 
     samples: int
@@ -45,49 +50,64 @@ QUICK = Effort(samples=8, seqlen=128, limit=8, tasks=(), points=2, steps=2)
 
 
 def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
-    """Prune, evaluate, report; finished points of an earlier run are kept. Returns the evaluation records, the dense model's first."""
+    """Prune, evaluate and report; keep finished points of an earlier run.
+
+    Returns:
+        The evaluation records, the dense model first.
+    """
     effort = QUICK if quick else FULL
     measure = EvalRequest(BUNDLED, tasks=effort.tasks, limit=effort.limit)
-    found: list[records.Record] = []
-    for request, sparsities, healed in demo_requests(effort):
+    evaluations: list[records.Record] = []
+    for request, sparsities, to_heal in demo_requests(effort):
         for record in sweep(request, sparsities, out, measure, resume=True, overwrite=True):
-            if record["method"] or not found:
-                found.append(record)
-                say(f"{record['method'] or 'dense':10} {record.get('pattern') or '':13} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
-        if healed and importlib.util.find_spec("peft") is None:
-            say("heal: left out, peft is not installed (pip install 'secateur[heal]')")
-        elif healed:
-            found.append(_healed(out / point_name(request, sparsities[-1]), effort, measure))
+            if record["method"] or not evaluations:
+                evaluations.append(record)
+                name = f"{record['method'] or 'dense':10} {record.get('pattern') or '':13}"
+                say(f"{name} {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
+        if to_heal and importlib.util.find_spec("peft") is None:
+            say("note: healing is skipped, because peft is not installed (pip install 'secateur[heal]')")
+        elif to_heal:
+            evaluations.append(_heal(out / point_name(request, sparsities[-1]), effort, measure))
     if effort.points is None:
         _say_laws(out)
     _study_modules(out / "modules", effort)
     page = out / "report.html"
     write_report(records.read([out, out / "modules"]), page, title="secateur demo: the bundled model")
     say(f"report: {page}")
-    return found
+    return evaluations
 
 
-def _healed(folder: Path, effort: Effort, measure: EvalRequest) -> records.Record:
-    """A short recovery of a result, measured."""
+def _heal(folder: Path, effort: Effort, measure: EvalRequest) -> records.Record:
+    """Heal a result for a few steps, and measure it."""
     target = folder.with_name(f"{folder.name}-healed")
-    asked = HealRequest(str(folder), steps=effort.steps, lr=2e-3, samples=4 * effort.steps, seqlen=effort.seqlen, limit=8, checkpointing=False)
-    heal(asked, target, resume=True, overwrite=True)
+    request = HealRequest(
+        str(folder),
+        steps=effort.steps,
+        lr=2e-3,
+        samples=4 * effort.steps,
+        seqlen=effort.seqlen,
+        limit=8,
+        checkpointing=False,
+    )
+    heal(request, target, resume=True, overwrite=True)
     record = evaluate(replace(measure, model=str(target)), resume=True)
     say(f"{record['method']} + LoRA {record['sparsity_measured']:.3f}  ppl {record['ppl']:.2f}")
     return record
 
 
 def _study_modules(out: Path, effort: Effort) -> None:
-    """Which module matters, on a little of the text; finished cells of an earlier run are kept."""
+    """Study which module matters, on a small part of the text; keep finished cells of an earlier run."""
     request = Request(BUNDLED, "wanda", samples=effort.samples, seqlen=effort.seqlen)
-    asked = ModulesRequest(sparsities=(0.5, 0.9)) if effort.points is None else ModulesRequest(("attention", "mlp"), (0.5,))
-    found = list(modules.run(request, asked, out, EvalRequest(BUNDLED, limit=8), resume=True))
-    for line in verdict(read_studies(found)[0])[:2]:
+    variants = (
+        ModulesRequest(sparsities=(0.5, 0.9)) if effort.points is None else ModulesRequest(("attention", "mlp"), (0.5,))
+    )
+    cells = list(modules.run(request, variants, out, EvalRequest(BUNDLED, limit=8), resume=True))
+    for line in verdict(read_studies(cells)[0])[:2]:
         say(line)
 
 
 def _say_laws(out: Path) -> None:
-    """The law of the representation dimension, for the methods that narrow it."""
+    """Print the law of the representation dimension, for the methods that narrow it."""
     for name in method_names():
         if find_method(name).says.plan_place is not None:
             law = answer.predict(read_points([out], "ppl", where={"method": name}))[1]
@@ -96,7 +116,10 @@ def _say_laws(out: Path) -> None:
 
 
 def demo_requests(effort: Effort) -> list[tuple[Request, list[float], bool]]:
-    """One sweep for each entry of each method's `DEMO`: {"options": {...}, "sparsities": [...], "heal": whether the last of them is healed}."""
+    """Return one sweep per entry of each method's `DEMO`: request, sparsities, and whether to heal the last one.
+
+    An entry is {"options": {...}, "sparsities": [...], "heal": True or False}.
+    """
     requests = []
     for name in method_names():
         for entry in find_method(name).says.DEMO:
@@ -104,6 +127,8 @@ def demo_requests(effort: Effort) -> list[tuple[Request, list[float], bool]]:
             pattern = options.pop("pattern", None)
             if effort.points is not None:
                 options |= find_method(name).says.QUICK
-            request = Request(BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen)
+            request = Request(
+                BUNDLED, name, pattern=pattern, options=options, samples=effort.samples, seqlen=effort.seqlen
+            )
             requests.append((request, entry["sparsities"][: effort.points], bool(entry.get("heal"))))
     return requests

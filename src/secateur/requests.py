@@ -1,4 +1,4 @@
-"""What a user asks for: one frozen dataclass a command, with the defaults of the command line and of `secateur.api`.
+"""The settings of each command as a frozen dataclass: the defaults of the command line and of `secateur.api`.
 
 Nothing here imports torch, so that `--help` can show the defaults without waiting for it.
 """
@@ -13,26 +13,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of `prune`; the defaults of the command line are these.
+    """The settings of `prune`, with the defaults of the command line.
 
     Attributes:
         model: a local folder, a hub name, or `bundled`.
         method: the name of a method.
-        sparsity: the fraction to remove; N:M implies it, `params_removed` or `modules` may replace it.
-        params_removed: the pruning ratio to reach instead, over all parameters.
+        sparsity: the fraction to remove, in [0, 1). N:M implies it; `params_removed` or `modules` may replace it.
+        params_removed: the pruning ratio to reach, over all parameters; instead of `sparsity`.
         modules: per-module sparsity, `NAME=S,...`.
-        pattern: None takes the method's default.
+        pattern: `unstructured`, `N:M`, `rows` or `columns`; None takes the method's default.
         calibration: a text SPEC; None takes the method's default.
-        samples, seqlen: calibration windows and their length; None is what the method's paper uses, or 128 and 2048,
-            and never more than the model's maximum.
-        seed: of every random choice.
+        samples, seqlen: the number of calibration windows and their length in tokens. None takes the values of the
+            method's paper, or 128 and 2048; the length is at most the model's maximum.
+        seed: the seed of every random choice.
         device, dtype: `auto`, or a name.
-        options: the method's own.
+        options: the options of the method.
         spill: keep the activation buffer in a file beside the output.
         stock_only: refuse plans that a stock architecture cannot express.
         include_path: a folder of task files for lm-eval, for a calibration on `task:NAME`.
-        at_least: with `params_removed`, the first step that removes as much, instead of the nearest one.
-        ignore_unknown: leave out tensors of the files that the model does not have, instead of refusing.
+        at_least: with `params_removed`, take the smallest step that removes at least that much, not the nearest step.
+        ignore_unknown: skip tensors in the files that the model does not have, instead of raising an error.
     """
 
     model: str
@@ -59,16 +59,16 @@ class Request:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What the user asks of `eval`; the defaults of the command line are these.
+    """The settings of `eval`, with the defaults of the command line.
 
     Attributes:
         model: a folder (pruned or not), a hub name, or `bundled`.
-        text: a text SPEC; None takes that of the protocol.
-        protocol: a name from `PROTOCOLS`; None takes the one that goes with the text.
-        seqlen: None takes that of the protocol.
+        text: a text SPEC; None takes the text of the protocol.
+        protocol: a name from `PROTOCOLS`; None takes the protocol that belongs to the text.
+        seqlen: the length of a window in tokens; None takes the length of the protocol.
         tasks: names of tasks of lm-eval, or presets of them; `cloze` is built in.
-        limit: use the first so many windows, and items of a task.
-        against: the dense model to compare with, and its hub revision.
+        limit: use only the first N windows, and the first N items of each task.
+        against, against_revision: the dense model to compare with, and its hub revision.
         include_path: a folder of task files for lm-eval.
     """
 
@@ -89,24 +89,25 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class HealRequest:
-    """What the user asks of `heal`; the defaults of the command line are these.
+    """The settings of `heal`, with the defaults of the command line.
 
     Attributes:
         model: the folder of a checkpoint that secateur wrote.
-        calibration: a text SPEC, or instruction data; None takes the text it was pruned with.
-        steps: of the optimiser.
-        batch: windows (or instructions) a step.
-        lr, schedule: the learning rate at its highest, and `cosine` or `constant` after the first twentieth.
-        weight_decay: of AdamW.
-        rank, alpha: of the adapters.
-        targets: which matrices get one: names as in `--modules`.
-        completion_only: of instruction data, learn the answers alone.
+        calibration: a text SPEC, or instruction data; None takes the calibration text of the pruning.
+        steps: the number of optimiser steps.
+        batch: windows (or instructions) per step.
+        lr, schedule: the highest learning rate, and its course after the first twentieth of the steps: `cosine` or
+            `constant`.
+        weight_decay: the weight decay of AdamW.
+        rank, alpha: the rank of the adapters; updates are multiplied by alpha / rank.
+        targets: the matrices that get an adapter: names as in `--modules`.
+        completion_only: learn only the answers of instruction data.
         keep_adapter: write the adapter, in peft's form, instead of merging it.
-        samples, seqlen: windows and their length; seqlen None is min(1024, the model's maximum).
+        samples, seqlen: the number of windows and their length in tokens; None is min(1024, the model's maximum).
         save_every: steps between two saves.
-        checkpointing: keep one activation a block and compute the others again: a third more time, much less memory.
+        checkpointing: keep one activation per block and recompute the others: a third more time, much less memory.
         include_path: a folder of task files for lm-eval, for healing on `task:NAME`.
-        text, protocol, limit: what perplexity is measured on before and after; see `EvalRequest`.
+        text, protocol, limit: the text that perplexity is measured on, before and after; see `EvalRequest`.
     """
 
     model: str
@@ -137,17 +138,17 @@ class HealRequest:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What the user asks of `bench`; the defaults of the command line are these.
+    """The settings of `bench`, with the defaults of the command line.
 
     Attributes:
         model: a folder (pruned or not), a hub name, or `bundled`.
-        dense: the model to put beside it; None measures `model` alone.
-        batches: how many sequences at once; each is measured.
-        prompt: tokens of a sequence before the first new one.
-        new: tokens generated after it.
-        repeats: turns of each model; the best counts.
-        semi_structured: multiply by 2:4 matrices of `model` in torch's compressed form, on an accelerator that has
-            such products.
+        dense: a model to compare with; None measures only `model`.
+        batches: the batch sizes, in sequences; each is measured.
+        prompt: tokens in the prompt of each sequence.
+        new: tokens to generate after the prompt.
+        repeats: the number of turns of each model; the best one counts.
+        semi_structured: multiply by the 2:4 matrices of `model` in torch's compressed form, on an accelerator that
+            supports it.
     """
 
     model: str
@@ -165,17 +166,17 @@ class BenchRequest:
 
 @dataclass(frozen=True)
 class ModulesRequest:
-    """What `study modules` varies, and how it runs; the defaults of the command line are these.
+    """The settings of `study modules`, with the defaults of the command line: what it varies and how it runs.
 
     Attributes:
-        kinds: names as in `--modules`; none is each projection of the family, attention, mlp and all.
-        sparsities: in [0, 1]; none is `study.modules.SPARSITIES`, or what the pattern implies.
-        weights: numbers of weights to remove, as many from each kind that has them.
-        grid: sparsities of attention and of MLP that are combined.
-        mode: `shared`: the statistics of the dense model serve all cells; `sequential`: each cell as `prune` makes it.
-        jobs: processes that share the cells; each keeps the model and the statistics.
-        engine: `processes` of this machine, or `ray`: those of a Ray cluster (that of `RAY_ADDRESS`, or one that is
-            started here), which see the same files.
+        kinds: names as in `--modules`; empty takes each projection of the family, then attention, mlp and all.
+        sparsities: in [0, 1]; empty takes `study.modules.SPARSITIES`, or the sparsity that the pattern implies.
+        weights: numbers of weights; each is also removed from every kind that has that many.
+        grid: sparsities to combine, of attention and of MLP.
+        mode: `shared`: all runs use the statistics of the dense model; `sequential`: each run is done as in `prune`.
+        jobs: the number of processes that share the runs; each keeps the model and the statistics in memory.
+        engine: `processes` on this machine, or `ray`: the processes of a Ray cluster (at `RAY_ADDRESS`, or one started
+            here) that can read the same files.
     """
 
     kinds: Sequence[str] = ()
@@ -189,18 +190,19 @@ class ModulesRequest:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What `compare` puts side by side.
+    """The settings of `compare`: the runs that it puts side by side.
 
     Attributes:
         base: the model and its calibration; method, sparsity, pattern and options are replaced.
-        methods: names.
-        ratios: pruning ratios over all parameters, in (0, 1), for methods and patterns that remove them.
-        sparsities: for pattern `unstructured`.
-        patterns: of the methods that have them; N:M implies its sparsity. None given: the method's own, and `rows`
-            where that zeroes weights and ratios are asked for, `unstructured` where it does not and sparsities are.
+        methods: the names of the methods.
+        ratios: pruning ratios over all parameters, in (0, 1), for methods and patterns that remove parameters.
+        sparsities: the sparsities of pattern `unstructured`.
+        patterns: the patterns, for methods that have a choice; N:M implies its sparsity. Empty takes the method's own
+            pattern. If that zeroes weights and `ratios` are given, `rows` is added; if it removes parameters and
+            `sparsities` are given, `unstructured` is added.
         options: method -> its options.
-        heal: how to heal each result; its model is replaced. None: no healing.
-        bench: how to time each result beside the dense model; the models are replaced. None: no timing.
+        heal: the settings to heal each result with; `model` is replaced. None: no healing.
+        bench: the settings to time each result with, beside the dense model; the models are replaced. None: no timing.
     """
 
     base: Request

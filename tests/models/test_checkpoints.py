@@ -184,7 +184,7 @@ def test_all_zero_rows_are_counted_and_said(saved: Callable[..., Path], tmp_path
     pruned = load_file(tmp_path / "out" / "model.safetensors")
     matrices = [tensor for name, tensor in pruned.items() if name.endswith("proj.weight")]
     assert record["zero_rows"] == sum(int((~tensor.any(1)).sum()) for tensor in matrices) >= 3
-    assert "rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN" in capsys.readouterr().err
+    assert "rows of matrices are all zero; float8 weights with one scale per row turn such rows into NaN" in capsys.readouterr().err
     found = api.inspect(str(tmp_path / "out"))
     assert found["zero_rows"] == record["zero_rows"]
     assert found["blocks"][1]["matrices"]["down"]["zero_rows"] == int((~pruned["model.layers.1.mlp.down_proj.weight"].any(1)).sum()) >= 3

@@ -22,7 +22,7 @@ def compare(
     methods: Annotated[str, Option(metavar="M,M,...", help="The methods; `secateur methods` lists them.")] = "",
     params_removed: Annotated[
         str,
-        Option(metavar="R,R,...", help="Pruning ratios over all parameters, for what removes them."),
+        Option(metavar="R,R,...", help="Pruning ratios over all parameters, for runs that remove parameters."),
     ] = "",
     sparsity: Annotated[str, Option(metavar="S,S,...", help="Sparsities, for unstructured pruning.")] = "",
     at_least: opt.AtLeast = Request.at_least,
@@ -30,9 +30,13 @@ def compare(
         str,
         Option(metavar="P,P,...", help="unstructured, N:M, rows, columns. Default: the method's own, and rows."),
     ] = "",
-    with_heal: Annotated[bool, Option("--heal", help="Measure each result with low-rank recovery too.")] = False,
-    heal_steps: Annotated[int | None, Option(help="Steps of healing.")] = None,
-    with_bench: Annotated[bool, Option("--bench", help="Time each result in turns with the dense model.")] = False,
+    with_heal: Annotated[
+        bool, Option("--heal", help="Also heal each result with low-rank adapters, and measure that.")
+    ] = False,
+    heal_steps: Annotated[int | None, Option(help="With --heal: the number of optimiser steps.")] = None,
+    with_bench: Annotated[
+        bool, Option("--bench", help="Also time each result, in turns with the dense model.")
+    ] = False,
     calibration: opt.Calibration = Request.calibration,
     samples: opt.Samples = Request.samples,
     seqlen: opt.Seqlen = Request.seqlen,
@@ -42,7 +46,7 @@ def compare(
     dtype: opt.Dtype = Request.dtype,
     options: Annotated[
         list[str] | None,
-        Option("--set", metavar="METHOD.OPTION=VALUE", help="An option of one method; may be repeated."),
+        Option("--set", metavar="METHOD.OPTION=VALUE", help="Set an option of one method; may be repeated."),
     ] = None,
     text: opt.Text = EvalRequest.text,
     protocol: opt.Protocol = EvalRequest.protocol,
@@ -66,7 +70,7 @@ def compare(
         calibration_folder = folder_for_calibration(include_path, calibration)
         values = locals() | {"include_path": calibration_folder}
         steps = HealRequest.steps if heal_steps is None else heal_steps
-        asked = CompareRequest(
+        variants = CompareRequest(
             given(Request, "compare", values, method=""),
             names(methods),
             ratios=numbers(params_removed, "--params-removed") if params_removed else (),
@@ -80,11 +84,16 @@ def compare(
         measure = given(EvalRequest, "compare", values, tasks=names(tasks), include_path=folder)
         from secateur.cli.quiet_api import api
 
-        result = api.compare(asked, out, measure, resume=resume, overwrite=overwrite, records_file=records)
+        result = api.compare(variants, out, measure, resume=resume, overwrite=overwrite, records_file=records)
         runs = result.cells
         if json:
-            lacks = {"refused": runs.refused, "failed": runs.failed, "untimed": runs.untimed, "unhealed": runs.unhealed}
-            emit({"records": result.records, **lacks})
+            incomplete = {
+                "refused": runs.refused,
+                "failed": runs.failed,
+                "untimed": runs.untimed,
+                "unhealed": runs.unhealed,
+            }
+            emit({"records": result.records, **incomplete})
         elif result.table is not None:
             from secateur.cli.terminal import cells_table
 
@@ -93,5 +102,5 @@ def compare(
                 say(note)
         say(str(out / "report.html") if result.table is None else f"{out / 'compare.md'}, {out / 'report.html'}")
         if failed := runs.incomplete():
-            many = f"{len(failed)} of {len(runs.runs)} runs"
-            raise SecateurError(f"{many} failed, first {failed[0]}; the same command with --resume tries them again")
+            share = f"{len(failed)} of {len(runs.runs)} runs"
+            raise SecateurError(f"{share} failed, first {failed[0]}; the same command with --resume tries them again")

@@ -1,4 +1,4 @@
-"""What every command does: turn failures into one line and an exit status, and print results."""
+"""The parts that every command shares: turn failures into one line and an exit status, and print results."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from secateur.core.records import Record
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-RESUME = "the same command with --resume goes on from here"
+RESUME = "the same command with --resume continues from here"
 
 
 @contextmanager
 def command(debug: bool, *, resume: str = "nothing was written", together: bool = False) -> Iterator[None]:
-    """Run what stands inside, and turn failures into one line and an exit status.
+    """Run the body of a `with` statement; turn its failures into one line and an exit status.
 
     Args:
-        debug: show the traceback too.
-        resume: what to say when it is interrupted.
-        together: whether torchrun may start it in several processes.
+        debug: also show the traceback.
+        resume: the second half of the message after an interrupt.
+        together: whether torchrun may start the command in several processes.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if launched() and not together:
-        _stop("error: torchrun: `secateur prune` alone can use several processes; start this command without it", USAGE)
+        _stop("error: torchrun: only `secateur prune` can use several processes; start this command without it", USAGE)
     try:
         yield
     except KeyboardInterrupt:
@@ -43,7 +43,7 @@ def command(debug: bool, *, resume: str = "nothing was written", together: bool 
     except Exception as error:
         if debug:
             traceback.print_exc()
-        # the failure of one process; those that all processes share the first one tells
+        # A SecateurError is the same in all processes, and the first one prints it. Other failures concern one process.
         if not speaks() and not isinstance(error, SecateurError):
             typer.echo(f"process {os.environ['RANK']}: {_words(error)}", err=True)
         _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
@@ -54,12 +54,11 @@ def _words(error: Exception) -> str:
         return f"error: {error}"
     import torch
 
-    shorter = "use shorter windows (--seqlen)"
+    windows, pruning = "use shorter windows (--seqlen)", "when pruning, also fewer --samples or --spill"
     if isinstance(error, torch.OutOfMemoryError):
-        smaller = f"{shorter}, fewer --samples or --spill where a model is pruned, or --device cpu"
-        return f"error: out of memory on the accelerator; {smaller}"
+        return f"error: out of memory on the accelerator; {windows} or --device cpu; {pruning}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"error: out of memory; {shorter}, and fewer --samples or --spill where a model is pruned"
+        return f"error: out of memory; {windows}; {pruning}"
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"error: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)"
 
@@ -98,7 +97,7 @@ def print_record(record: Record, *, as_json: bool) -> None:
 
 
 def print_records(records: list[Record], *, as_json: bool) -> None:
-    """Print several records, a row each."""
+    """Print several records, one row per record."""
     if as_json:
         emit({"records": records})
         return

@@ -23,7 +23,7 @@ def evaluate(
     limit: opt.Limit = EvalRequest.limit,
     against: Annotated[
         str | None,
-        Option(metavar="DENSE", help="Also say how behaviour shifted from this model."),
+        Option(metavar="DENSE", help="Also measure how the behaviour shifted from this model."),
     ] = EvalRequest.against,
     against_revision: Annotated[
         str | None,

@@ -1,5 +1,8 @@
-"""Requests from the arguments of a command: a field is an argument of the same name, or the command leaves it out and
-says why."""
+"""Build requests from the arguments of a command.
+
+Each field of a request comes from the argument of the same name. `LEFT_OUT` lists the fields that a command has no such
+option for, each with the reason.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
         "model": "--spectrum has it",
     },
 }
-"""What a command has no option of that form for, and why: (command, request) -> field -> reason."""
+"""(command, request class) -> field without an option of the same form -> the reason."""
 
 
 def given(kind: type[T], command: str, values: Mapping[str, Any], **more: Any) -> T:
@@ -80,8 +83,8 @@ def given(kind: type[T], command: str, values: Mapping[str, Any], **more: Any) -
 
     Args:
         kind: a dataclass of `secateur.requests`.
-        command: its name, as in `LEFT_OUT`.
-        values: its arguments by name, that is `locals()`.
+        command: the name of the command, as in `LEFT_OUT`.
+        values: the arguments of the command by name, usually `locals()`.
         more: fields whose argument has another name or another form.
     """
     taken = {field.name for field in fields(kind)} - LEFT_OUT[command, kind].keys() - more.keys()

@@ -21,36 +21,40 @@ def heal(
     out: opt.OutFolder,
     calibration: Annotated[
         str | None,
-        Option(help=f"Text or instructions to heal on: {_TEXTS}. Default: what it was pruned with."),
+        Option(help=f"Text or instructions to train on: {_TEXTS}. Default: the calibration text of the pruning."),
     ] = HealRequest.calibration,
-    steps: Annotated[int, Option(help="Steps of the optimiser.")] = HealRequest.steps,
-    batch: Annotated[int, Option(help="Windows a step.")] = HealRequest.batch,
-    lr: Annotated[float, Option(help="The learning rate at its highest.")] = HealRequest.lr,
-    schedule: Annotated[str, Option(help="cosine or constant.")] = HealRequest.schedule,
-    weight_decay: Annotated[float, Option(help="Of AdamW.")] = HealRequest.weight_decay,
+    steps: Annotated[int, Option(help="The number of optimiser steps.")] = HealRequest.steps,
+    batch: Annotated[int, Option(help="Windows (or instructions) per step.")] = HealRequest.batch,
+    lr: Annotated[float, Option(help="The highest learning rate.")] = HealRequest.lr,
+    schedule: Annotated[str, Option(help="The learning rate schedule: cosine or constant.")] = HealRequest.schedule,
+    weight_decay: Annotated[float, Option(help="The weight decay of AdamW.")] = HealRequest.weight_decay,
     rank: Annotated[int, Option(help="The rank of the adapters.")] = HealRequest.rank,
-    alpha: Annotated[float, Option(help="Updates are scaled by alpha / rank.")] = HealRequest.alpha,
-    targets: Annotated[str, Option(metavar="NAME,...", help="What gets an adapter: names as in --modules.")] = _TARGETS,
+    alpha: Annotated[
+        float, Option(help="The scale of the adapters: updates are multiplied by alpha / rank.")
+    ] = HealRequest.alpha,
+    targets: Annotated[
+        str, Option(metavar="NAME,...", help="The matrices that get an adapter: names as in --modules.")
+    ] = _TARGETS,
     completion_only: Annotated[
         bool,
-        Option("--completion-only", help="Of instructions, learn the answers alone."),
+        Option("--completion-only", help="Learn only the answers of instruction data."),
     ] = HealRequest.completion_only,
     keep_adapter: Annotated[
         bool,
         Option("--keep-adapter", help="Write the adapter (in peft's form) instead of merging it."),
     ] = HealRequest.keep_adapter,
-    samples: Annotated[int, Option(help="Windows, or instructions, to draw from.")] = HealRequest.samples,
+    samples: Annotated[int, Option(help="The number of windows (or instructions) to draw from.")] = HealRequest.samples,
     seqlen: Annotated[
         int | None,
-        Option(help="Tokens of a window. Default: min(1024, the model's maximum)."),
+        Option(help="Tokens in a window. Default: min(1024, the model's maximum)."),
     ] = HealRequest.seqlen,
     save_every: Annotated[
         int,
-        Option(help="Steps between two saves, from which --resume goes on."),
+        Option(help="Steps between two saves; --resume continues from the last one."),
     ] = HealRequest.save_every,
     checkpointing: Annotated[
         bool,
-        Option(help="Keep one activation a block: a third more time, much less memory."),
+        Option(help="Keep one activation per block: a third more time, much less memory."),
     ] = HealRequest.checkpointing,
     seed: opt.Seed = HealRequest.seed,
     text: opt.Text = HealRequest.text,

@@ -24,16 +24,18 @@ def inspect(
         bool,
         Option(
             "--flow",
-            help="Every linear map in terms of the model's widths; parameters and FLOPs as functions of s.",
+            help="List every linear map by the model's widths; parameters and FLOPs as functions of the sparsity s.",
         ),
     ] = False,
-    context: Annotated[int | None, Option(help=f"With --flow: the positions attention looks at. {opt.LENGTH}")] = None,
-    plot: Annotated[Path | None, Option(metavar="FILE.png", help="With --flow: draw it.")] = None,
+    context: Annotated[
+        int | None, Option(help=f"With --flow: the number of positions in attention. {opt.LENGTH}")
+    ] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE.png", help="With --flow: draw a plot into this file.")] = None,
     revision: opt.Revision = None,
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Say what was removed, block by block; parameters, bytes, FLOPs."""
+    """Show what was removed, block by block: parameters, bytes, FLOPs."""
     with command(debug):
         if not flow and (context is not None or plot is not None):
             raise UsageError(f"{'--plot' if plot else '--context'} belongs to --flow: add it")
@@ -59,12 +61,14 @@ def bench(
     model: opt.Checkpoint,
     dense: Annotated[
         str | None,
-        Argument(metavar="DENSE", help="A model to put beside it; the two take turns."),
+        Argument(metavar="DENSE", help="A model to compare with; the two are timed in turns."),
     ] = BenchRequest.dense,
-    batch: Annotated[str, Option(metavar="B,B,...", help="Sequences at once.")] = _BATCHES,
-    prompt: Annotated[int, Option(help="Tokens of a sequence before the first new one.")] = BenchRequest.prompt,
-    new: Annotated[int, Option(help="Tokens to generate after them.")] = BenchRequest.new,
-    repeats: Annotated[int, Option(help="Turns; the best of each counts.")] = BenchRequest.repeats,
+    batch: Annotated[str, Option(metavar="B,B,...", help="Batch sizes; each is measured.")] = _BATCHES,
+    prompt: Annotated[int, Option(help="Tokens in the prompt of each sequence.")] = BenchRequest.prompt,
+    new: Annotated[int, Option(help="Tokens to generate after the prompt.")] = BenchRequest.new,
+    repeats: Annotated[
+        int, Option(help="The number of turns of each model; the best one counts.")
+    ] = BenchRequest.repeats,
     seed: Annotated[int, Option(help="The seed of the prompts, which are random tokens.")] = BenchRequest.seed,
     semi_structured: Annotated[
         bool,
@@ -77,7 +81,7 @@ def bench(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Measure throughput, latency and memory, beside a dense model and beside what the machine allows."""
+    """Measure throughput, latency and memory, next to a dense model and to the limits of the machine."""
     with command(debug):
         request = given(BenchRequest, "bench", locals(), batches=counts(batch, "--batch"))
         from secateur.cli.quiet_api import api

@@ -1,6 +1,6 @@
 """The arguments and options that several commands share, each declared once.
 
-What one command alone has stands in its signature. Defaults are those of the dataclasses of `secateur.requests`.
+The options of one command alone are in the signature of that command. Defaults come from `secateur.requests`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typer import Argument, Option
 
 from secateur.requests import EvalRequest
 
-_PAPER = "Default: that of the method's paper"
-LENGTH = f"{_PAPER} or of the protocol, or 2048; at most the model's maximum."
+_PAPER = "Default: as in the method's paper"
+LENGTH = f"{_PAPER} or in the protocol, or 2048; at most the model's maximum."
 
 Model = Annotated[
     str,
@@ -25,25 +25,30 @@ OutFolder = Annotated[Path, Option(help="The folder to write.")]
 # What is removed, and how much of it.
 SetOption = Annotated[
     list[str] | None,
-    Option("--set", metavar="OPTION=VALUE", help="An option of the method; may be repeated."),
+    Option("--set", metavar="OPTION=VALUE", help="Set an option of the method; may be repeated."),
 ]
 Modules = Annotated[
     str | None,
     Option(
-        help="Per-module sparsity, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs; or auto, owl.",
+        help="Sparsity by module, NAME=S,...: q k v o gate up down, attention, mlp, own names, globs; or auto, owl.",
     ),
 ]
-Pattern = Annotated[str | None, Option(help="unstructured, N:M, rows, columns.")]
+Pattern = Annotated[str | None, Option(help="unstructured, N:M, rows or columns. Default: the method's own.")]
 AtLeast = Annotated[
     bool,
-    Option("--at-least", help="With --params-removed: the first step that removes as much, not the nearest one."),
+    Option(
+        "--at-least",
+        help="With --params-removed R: take the smallest step that removes R or more, not the nearest step.",
+    ),
 ]
-StockOnly = Annotated[bool, Option("--stock-only", help="Refuse results that are not a stock architecture.")]
+StockOnly = Annotated[
+    bool, Option("--stock-only", help="Refuse a result that stock Hugging Face model classes cannot load.")
+]
 IgnoreUnknown = Annotated[
     bool,
     Option(
         "--ignore-unknown",
-        help="Leave out tensors of the files that the model does not have, instead of refusing.",
+        help="Skip tensors in the files that the model does not have, instead of stopping.",
     ),
 ]
 Revision = Annotated[str | None, Option(help="The hub revision.")]
@@ -53,8 +58,10 @@ Calibration = Annotated[
     str | None,
     Option(help=f"Calibration text: builtin, wikitext2, c4, alpaca, a file, or task:NAME. {_PAPER}."),
 ]
-Samples = Annotated[int | None, Option(help="Calibration windows. Default: those of the method's paper, or 128.")]
-Seqlen = Annotated[int | None, Option(help=f"Tokens of a window. {LENGTH}")]
+Samples = Annotated[
+    int | None, Option(help="The number of calibration windows. Default: as in the method's paper, or 128.")
+]
+Seqlen = Annotated[int | None, Option(help=f"Tokens in a window. {LENGTH}")]
 Seed = Annotated[int, Option(help="The seed of every random choice.")]
 TextField = Annotated[str, Option(help="The field of .jsonl and .parquet rows that holds the text.")]
 IncludePath = Annotated[Path | None, Option(metavar="DIR", help="A folder of task files for lm-eval.")]
@@ -62,21 +69,29 @@ Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on 
 
 # What is measured.
 Text = Annotated[str | None, Option(help="Evaluation text: builtin, wikitext2, c4, or a file.")]
-Protocol = Annotated[str | None, Option(help="A named perplexity protocol; an unknown name lists them.")]
+Protocol = Annotated[str | None, Option(help="The name of a perplexity protocol; an unknown name lists all of them.")]
 Tasks = Annotated[
     str,
     Option(metavar="TASK,...", help="cloze, any task of lm-eval, or the presets disp-llm and modules."),
 ]
 NO_TASKS = ",".join(EvalRequest.tasks)
-Limit = Annotated[int | None, Option(help="Use the first so many windows and items.")]
+Limit = Annotated[int | None, Option(help="Only the first N windows and items.")]
 AgainstDense = Annotated[bool, Option("--against-dense", help="Also measure the shift from the dense model.")]
 
 # The run.
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:N.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="auto, float32, bfloat16, ...: the dtype to compute in.")]
-DryRun = Annotated[bool, Option("--dry-run", help="Say what would happen, and what it would take.")]
-Records = Annotated[Path | None, Option(help="Where the record is appended. Default: records.jsonl beside the output.")]
-Resume = Annotated[bool, Option("--resume", help="Go on with an interrupted run.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace what is there.")]
-Json = Annotated[bool, Option("--json", help="End stdout with one JSON object, the record; all else goes to stderr.")]
+DryRun = Annotated[
+    bool,
+    Option("--dry-run", help="Write nothing; print what would be removed and the memory, disk and time it would take."),
+]
+Records = Annotated[
+    Path | None, Option(help="The file to append the record to. Default: records.jsonl beside the output.")
+]
+Resume = Annotated[bool, Option("--resume", help="Continue an interrupted run.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the output if it exists.")]
+Json = Annotated[
+    bool,
+    Option("--json", help="Print the record as one JSON object, the last line of stdout; the rest goes to stderr."),
+]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of a failure.")]

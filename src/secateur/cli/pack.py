@@ -19,7 +19,10 @@ def pack(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Store a pruned checkpoint with its zeros packed: a bit mask and the values. 'secateur unpack' gives it back, byte for byte."""
+    """Store a pruned checkpoint with packed zeros: a bit mask and the other values.
+
+    'secateur unpack' restores it byte for byte.
+    """
     with command(debug):
         from secateur.cli.quiet_api import api
 
@@ -34,7 +37,7 @@ def unpack(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Write the checkpoint that was packed."""
+    """Restore the checkpoint that was packed."""
     with command(debug):
         from secateur.cli.quiet_api import api
 

@@ -1,4 +1,4 @@
-"""Words of the command line that are more than one value: lists, and NAME=VALUE."""
+"""Read arguments that hold several values: lists, and NAME=VALUE pairs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from secateur.core.errors import UsageError
 _RANGES: Mapping[str, Callable[[float], bool]] = {
     "[0, 1)": lambda value: 0 <= value < 1,
     "[0, 1]": lambda value: 0 <= value <= 1,
-    "the numbers above 0": lambda value: 0 <= value < math.inf,
+    "[0, inf)": lambda value: 0 <= value < math.inf,
 }
 
 
 def names(text: str) -> tuple[str, ...]:
-    """The names in NAME,NAME,..."""
+    """Return the names in NAME,NAME,..."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def numbers(text: str, option: str, *, within: str = "[0, 1)") -> list[float]:
-    """The numbers in S,S,...
+    """Return the numbers in S,S,...
 
     Args:
-        text: what was written.
-        option: behind which option, for messages.
-        within: the numbers that are allowed, one of `_RANGES`.
+        text: the value of the option.
+        option: the name of the option, for messages.
+        within: the allowed range, a key of `_RANGES`.
+
+    Raises:
+        UsageError: not numbers, none at all, or one outside the range.
     """
     try:
         values = [float(part) for part in text.split(",") if part.strip()]
@@ -41,7 +44,7 @@ def numbers(text: str, option: str, *, within: str = "[0, 1)") -> list[float]:
 
 
 def counts(text: str, option: str) -> tuple[int, ...]:
-    """The whole numbers in N,N,..."""
+    """Return the whole numbers in N,N,..."""
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
@@ -49,7 +52,7 @@ def counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def settings(parts: Sequence[str] | None, option: str = "--set") -> dict[str, str]:
-    """Name -> value, from NAME=VALUE."""
+    """Return name -> value from parts of the form NAME=VALUE."""
     values = {}
     for part in parts or ():
         name, equals, value = part.partition("=")
@@ -60,7 +63,7 @@ def settings(parts: Sequence[str] | None, option: str = "--set") -> dict[str, st
 
 
 def method_settings(parts: Sequence[str] | None, methods: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Method -> its options, from METHOD.OPTION=VALUE."""
+    """Return method -> its options from parts of the form METHOD.OPTION=VALUE."""
     values: dict[str, dict[str, str]] = {}
     for part in parts or ():
         name, equals, value = part.partition("=")
@@ -73,7 +76,7 @@ def method_settings(parts: Sequence[str] | None, methods: Sequence[str]) -> dict
 
 
 def _example(methods: Sequence[str], option: str, value: str) -> str:
-    """An option of one of the methods, by preference the one that was meant."""
+    """Return an example: the option of that name if one of the methods has it, otherwise any of their options."""
     from secateur.cli.quiet_api import api
 
     options = {method: vars(api.find_method(method).options({})) for method in methods}
@@ -87,10 +90,10 @@ def _example(methods: Sequence[str], option: str, value: str) -> str:
 
 
 def folder_for_calibration(include_path: Path | None, calibration: str | None) -> Path | None:
-    """The folder of task files, where the calibration is on a task."""
+    """Return the folder of task files if the calibration text is a task, otherwise None."""
     return include_path if (calibration or "").startswith("task:") else None
 
 
 def folder_for_tasks(include_path: Path | None, calibration: str | None, tasks: str) -> Path | None:
-    """The folder of task files, unless the calibration alone needs it."""
+    """Return the folder of task files for the evaluation; None if only the calibration needs it."""
     return include_path if tasks or folder_for_calibration(include_path, calibration) is None else None

@@ -1,4 +1,4 @@
-"""`secateur predict` and `secateur report`: what records say."""
+"""`secateur predict` and `secateur report`: results from records."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def predict(
     law: Annotated[
         str | None,
         Option(
-            help="The law; an unknown name lists them, 'best' takes the least held-out error. Default: the paper's.",
+            help="The law; an unknown name lists all, 'best' takes the smallest held-out error. Default: the paper's.",
         ),
     ] = None,
     at: Annotated[
         list[str] | None,
-        Option(metavar="S,S,...", help="Sparsities to predict. Default: those measured."),
+        Option(metavar="S,S,...", help="Sparsities to predict. Default: the measured ones."),
     ] = None,
     target_ppl: Annotated[float | None, Option(help="Find the largest sparsity with this perplexity or less.")] = None,
     target_acc: Annotated[float | None, Option(help="Find the largest sparsity with this accuracy or more.")] = None,
-    chance: Annotated[float | None, Option(help="What guessing scores on the task; known for cloze.")] = None,
+    chance: Annotated[float | None, Option(help="The accuracy of guessing on the task; known for cloze.")] = None,
     where: Annotated[
         list[str] | None,
-        Option(metavar="NAME=VALUE", help="Keep records with this value, as method=wanda; may be repeated."),
+        Option(metavar="NAME=VALUE", help="Keep only records with this value, such as method=wanda; may be repeated."),
     ] = None,
     dense_in_fit: Annotated[
         bool,
@@ -68,13 +68,13 @@ def predict(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Fit the laws to measured points; predict other sparsities, or find the largest that keeps a wanted value."""
+    """Fit the laws to measured points; predict other sparsities, or find the largest one that keeps a target value."""
     with command(debug):
         sparsities = [s for part in at or [] for s in numbers(part, "--at")]
-        kept = settings(where, "--where")
+        filters = settings(where, "--where")
         if spectrum is not None:
-            not_here = {"--law": law, "--metric": metric, "--target-acc": target_acc, "--plot": plot}
-            _refuse(not_here, "does not go with --spectrum, which has one law, of perplexity")
+            unused = {"--law": law, "--metric": metric, "--target-acc": target_acc, "--plot": plot}
+            _refuse(unused, "does not go with --spectrum, which has one law, for perplexity; leave it out")
             request = given(Request, "predict", locals(), model=spectrum, method="slicegpt")
             from secateur.cli.quiet_api import api
             from secateur.cli.terminal import spectrum_tables
@@ -85,12 +85,12 @@ def predict(
                 dense_ppl=dense_ppl,
                 at=sparsities,
                 target_ppl=target_ppl,
-                where=kept,
+                where=filters,
             )
             tables = spectrum_tables
         else:
-            alone = {"--dense-ppl": dense_ppl, "--calibration": calibration, "--seqlen": seqlen}
-            _refuse(alone, "belongs to --spectrum MODEL: add it")
+            spectrum_options = {"--dense-ppl": dense_ppl, "--calibration": calibration, "--seqlen": seqlen}
+            _refuse(spectrum_options, "belongs to --spectrum MODEL: add it")
             if not points:
                 raise UsageError(
                     "POINTS are missing: records of a sweep, or a CSV with columns sparsity,ppl (or --spectrum MODEL)",
@@ -106,7 +106,7 @@ def predict(
                 target_ppl=target_ppl,
                 target_acc=target_acc,
                 chance=chance,
-                where=kept,
+                where=filters,
                 dense_in_fit=dense_in_fit,
                 plot=plot,
             )
@@ -120,7 +120,7 @@ def predict(
 
 
 def _refuse(values: Mapping[str, object], why: str) -> None:
-    """Raises UsageError for the first option that was given."""
+    """Raise UsageError for the first option that was given."""
     for option, value in values.items():
         if value is not None:
             raise UsageError(f"{option} {why}")

@@ -22,7 +22,7 @@ def prune(
     sparsity: Annotated[float | None, Option(help="The fraction to remove, in [0, 1).")] = Request.sparsity,
     params_removed: Annotated[
         float | None,
-        Option(help="Instead of --sparsity: the share of all parameters to remove; the nearest step is taken."),
+        Option(help="Instead of --sparsity: the share of all parameters to remove, to the nearest step."),
     ] = Request.params_removed,
     at_least: opt.AtLeast = Request.at_least,
     modules: opt.Modules = Request.modules,
@@ -50,7 +50,7 @@ def prune(
     """Prune a model and write the result."""
     with command(debug, resume=RESUME, together=True):
         if not method:
-            raise UsageError("missing --method M (`secateur methods` lists them)")
+            raise UsageError("--method M is missing: the name of a method (`secateur methods` lists them)")
         request = given(Request, "prune", locals(), options=settings(options))
         from secateur.cli.quiet_api import api
 

@@ -21,32 +21,36 @@ def study_modules(
     model: opt.Model,
     out: Annotated[
         Path | None,
-        Option(help="The folder of the study: records.jsonl, and the text of tasks it calibrates on."),
+        Option(help="The folder of the study: records.jsonl, and the text of the calibration tasks."),
     ] = None,
-    method: Annotated[str, Option(help="A method with a mask for each matrix.")] = "wanda",
+    method: Annotated[str, Option(help="A method that masks each matrix.")] = "wanda",
     kinds: Annotated[
         str,
-        Option(metavar="NAME,...", help="Names as in --modules. Default: each projection, attention, mlp, all."),
+        Option(
+            metavar="NAME,...", help="Names as in --modules. Default: each projection, then attention, mlp and all."
+        ),
     ] = "",
-    sparsity: Annotated[str, Option(metavar="S,S,...", help="In [0, 1]. Default: 0.1 to 0.9, 0.95, 1.")] = "",
+    sparsity: Annotated[
+        str, Option(metavar="S,S,...", help="Sparsities in [0, 1]. Default: 0.1 to 0.9, 0.95, 1.")
+    ] = "",
     weights: Annotated[
         str,
-        Option(metavar="N,N,...", help="Also remove so many weights of each kind that has them."),
+        Option(metavar="N,N,...", help="Also remove N weights from each kind, if it has that many."),
     ] = "",
     grid: Annotated[str, Option(metavar="S,S,...", help="Also combine these sparsities of attention and of MLP.")] = "",
     mode: Annotated[
         str,
-        Option(help="shared: statistics of the dense model for all cells; sequential: each cell as prune makes it."),
+        Option(help="shared: all runs use the statistics of the dense model; sequential: each run as in prune."),
     ] = ModulesRequest.mode,
-    jobs: Annotated[int, Option(help="Processes that share the cells.")] = ModulesRequest.jobs,
+    jobs: Annotated[int, Option(help="The number of processes that share the runs.")] = ModulesRequest.jobs,
     engine: Annotated[
         str,
-        Option(help="Where they run: processes (of this machine), or ray (a cluster; pip install 'secateur[ray]')."),
+        Option(help="Where the runs go: processes (this machine) or ray (a cluster; needs the package ray)."),
     ] = ModulesRequest.engine,
     pattern: opt.Pattern = Request.pattern,
     calibration: Annotated[
         str | None,
-        Option(help="As for prune, or task:NAME (task:NAME+NAME): the text of tasks."),
+        Option(help="Calibration text, as in prune; task:NAME+NAME takes the text of several tasks."),
     ] = Request.calibration,
     samples: opt.Samples = 128,
     seqlen: opt.Seqlen = Request.seqlen,
@@ -69,7 +73,7 @@ def study_modules(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Which module matters: prune one kind of matrix at a time, at every sparsity, and measure each."""
+    """Find which module matters: prune one kind of matrix at a time, at every sparsity, and measure each result."""
     with command(debug, resume=RESUME):
         request = given(
             Request,
@@ -80,11 +84,11 @@ def study_modules(
         )
         folder = folder_for_tasks(include_path, calibration, tasks)
         measure = given(EvalRequest, "study modules", locals(), tasks=names(tasks), include_path=folder)
-        large = numbers(weights, "--weights", within="the numbers above 0") if weights else ()
-        asked = ModulesRequest(
+        weight_counts = numbers(weights, "--weights", within="[0, inf)") if weights else ()
+        variants = ModulesRequest(
             kinds=names(kinds),
             sparsities=numbers(sparsity, "--sparsity", within="[0, 1]") if sparsity else (),
-            weights=[round(count) for count in large],
+            weights=[round(count) for count in weight_counts],
             grid=numbers(grid, "--grid", within="[0, 1]") if grid else (),
             mode=mode,
             jobs=jobs,
@@ -93,15 +97,15 @@ def study_modules(
         from secateur.cli.quiet_api import api
 
         if dry_run:
-            held = (records or (out and out / "records.jsonl")) if resume else None
-            print_record(api.estimate_study_modules(request, asked, measure, records_file=held), as_json=json)
+            finished = (records or (out and out / "records.jsonl")) if resume else None
+            print_record(api.estimate_study_modules(request, variants, measure, records_file=finished), as_json=json)
             if measure.tasks:
-                say("what the tasks take is not in the estimate")
+                say("note: the estimate leaves out the time of the tasks")
             return
         if out is None:
             raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
-        how = {"resume": resume, "overwrite": overwrite}
-        cells = list(api.study_modules(request, asked, out, measure, records_file=records, **how))
+        writing = {"resume": resume, "overwrite": overwrite}
+        cells = list(api.study_modules(request, variants, out, measure, records_file=records, **writing))
         study = api.read_module_studies(cells)[0]
         verdict = api.verdict(study)
         if json:
@@ -120,7 +124,7 @@ def study_disp_llm(
     sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions of all parameters to remove.")] = "0.3,0.5",
     parts: Annotated[
         str,
-        Option(help="Parts of the study, comma-separated; an unknown one lists them. Default: all."),
+        Option(help="Parts of the study, separated by commas; an unknown name lists all of them. Default: all."),
     ] = "",
     calibration: opt.Calibration = Request.calibration,
     samples: opt.Samples = Request.samples,
@@ -146,7 +150,7 @@ def study_disp_llm(
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """The ablations of DISP-LLM: hypernetwork, constraint, estimator, norm, lambda and seeds, each run a record."""
+    """Run the ablations of DISP-LLM: hypernetwork, constraint, estimator, norm, lambda, seeds; one record per run."""
     with command(debug, resume=RESUME):
         request = given(
             Request,
@@ -174,8 +178,10 @@ def study_disp_llm(
         if out is None:
             raise UsageError("--out DIR is missing: the folder of the study (or --dry-run)")
         measured = []
-        how = {"resume": resume, "overwrite": overwrite}
-        for record in api.study_disp_llm(request, sparsities, out, measure, parts=chosen, records_file=records, **how):
+        writing = {"resume": resume, "overwrite": overwrite}
+        for record in api.study_disp_llm(
+            request, sparsities, out, measure, parts=chosen, records_file=records, **writing
+        ):
             measured.append(record)
             say(f"{Path(record['out']).name}: ppl {perplexity_words(record['ppl'])}")
         table = api.summarize_study_disp_llm(request, sparsities, measured, parts=chosen)

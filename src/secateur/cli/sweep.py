@@ -19,8 +19,8 @@ from secateur.requests import EvalRequest, Request
 def sweep(
     model: opt.Model,
     out: Annotated[Path, Option(help="The folder for the checkpoints and records.jsonl.")],
-    method: Annotated[str, Option(help="A method.")],
-    sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions to remove.")],
+    method: Annotated[str, Option(help="A method; `secateur methods` lists them.")],
+    sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions to remove, in [0, 1).")],
     modules: opt.Modules = Request.modules,
     pattern: opt.Pattern = Request.pattern,
     calibration: opt.Calibration = Request.calibration,
@@ -69,8 +69,8 @@ def sweep(
         from secateur.cli.quiet_api import api
 
         measured = []
-        how = {"resume": resume, "overwrite": overwrite}
-        for record in api.sweep(request, sparsities, out, measure, records_file=records, **how):
+        writing = {"resume": resume, "overwrite": overwrite}
+        for record in api.sweep(request, sparsities, out, measure, records_file=records, **writing):
             measured.append(record)
             say(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {perplexity_words(record['ppl'])}")
         print_records(measured, as_json=json)

@@ -21,7 +21,7 @@ _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "
 
 
 def record_table(record: Record) -> Table:
-    """The fields of one record, a line each; what is null is left out."""
+    """Return a table of the fields of one record, one line per field; null fields are left out."""
     table = Table(show_header=False)
     for key, value in record.items():
         if key == "tasks":
@@ -33,9 +33,11 @@ def record_table(record: Record) -> Table:
 
 
 def _task(result: Record) -> str:
-    """Every figure of a task with its standard error, where there is one."""
+    """Return every figure of a task, with its standard error if known."""
     errors = {"acc": "stderr", "acc_norm": "stderr_norm"}
-    figures = {name: result.get(name) for name in (*errors, "precision", "recall", "f1", "flipped", "n")} | result.get("metrics", {})
+    figures = {name: result.get(name) for name in (*errors, "precision", "recall", "f1", "flipped", "n")} | result.get(
+        "metrics", {}
+    )
     shown = {name: value for name, value in figures.items() if value is not None}
     return ", ".join(f"{name} {_small_text(value, result.get(errors.get(name, '')))}" for name, value in shown.items())
 
@@ -46,7 +48,7 @@ def _small_text(value: float, error: float | None) -> str:
 
 
 def runs_table(found: Sequence[Record]) -> Table:
-    """Evaluations, a line each."""
+    """Return a table of evaluations, one line per record."""
     tasks = list(dict.fromkeys(task for record in found for task in record.get("tasks") or {}))
     with_shift = any(record.get("shift") for record in found)
     headings = ["method", "pattern", "sparsity", "params M", "nonzero M", "PPL"]
@@ -69,7 +71,7 @@ def runs_table(found: Sequence[Record]) -> Table:
 
 
 def cells_table(found: Cells) -> Table:
-    """A table of the report."""
+    """Return a table of the report for the terminal."""
     table = Table()
     for head, _, text in found.heads:
         table.add_column(head, justify="left" if text else "right")
@@ -79,16 +81,24 @@ def cells_table(found: Cells) -> Table:
 
 
 def _pattern(record: Record) -> str:
-    """The pattern, and what was compared, in as few letters as tell two runs apart."""
+    """Return a short name for the pattern and its scope."""
     scope = (record.get("options") or {}).get("scope")
     pattern = record.get("pattern") or ""
-    return {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}.get(pattern, pattern) if scope else pattern
+    if not scope:
+        return pattern
+    words = {"unstructured": f"per {scope}", "rows": f"rows, {scope}", "columns": f"columns, {scope}"}
+    return words.get(pattern, pattern)
 
 
 def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
-    """Perplexities of a study of variants: a line a variant, a column a sparsity."""
+    """Return the perplexities of a study of variants: one line per variant, one column per sparsity."""
     sparsities = sorted({entry["sparsity"] for entry in entries})
-    table = Table("part", "variant", *(f"{s:.0%} removed" for s in sparsities), title=f"perplexity, dense {perplexity_words(dense_ppl)}")
+    table = Table(
+        "part",
+        "variant",
+        *(f"{s:.0%} removed" for s in sparsities),
+        title=f"perplexity, dense {perplexity_words(dense_ppl)}",
+    )
     for part, variant in dict.fromkeys((entry["part"], entry["variant"]) for entry in entries):
         own = {entry["sparsity"]: entry for entry in entries if (entry["part"], entry["variant"]) == (part, variant)}
         table.add_row(part, variant, *(_mean(own[s]) if s in own else "" for s in sparsities))
@@ -96,33 +106,56 @@ def study_table(entries: Sequence[Record], dense_ppl: float) -> Table:
 
 
 def _mean(entry: Record) -> str:
-    return perplexity_words(entry["ppl"]) + ("" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)")
+    spread = "" if entry["sd"] is None else f" ± {entry['sd']:.2f} ({entry['runs']} runs)"
+    return perplexity_words(entry["ppl"]) + spread
 
 
-_CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where laws can be
-compared; held out: each point predicted from the others. The best comes first."""
+_CAPTION = """'{law}' is {formula}, y = {y}; in brackets: 95% intervals. ln: errors in the logarithm of the value, where
+laws can be compared; held out: each point predicted from the others. The best comes first."""
 
 
 def law_tables(record: Record) -> list[Table]:
-    """What `predict` found: the laws, the answers, and the paper's own fits."""
+    """Return the tables of `predict`: the laws, the answers, and the published fits."""
     value = "ppl" if record["metric"] == "ppl" else "acc"
-    laws = Table("law", "constants", "RMSE in y", "RMSE in ln", "held out, ln", title=_law_title(record), caption=_CAPTION.format(**record))
+    laws = Table(
+        "law",
+        "constants",
+        "RMSE in y",
+        "RMSE in ln",
+        "held out, ln",
+        title=_law_title(record),
+        caption=_CAPTION.format(**record),
+    )
     for rival in record["rivals"]:
-        constants = ", ".join(f"{name} {_interval(record, rival, name)}" for name in rival["constants"] or {}) or "not fitted: too few points"
+        constants = (
+            ", ".join(f"{name} {_interval(record, rival, name)}" for name in rival["constants"] or {})
+            or "not fitted: too few points"
+        )
         name = f"[bold]{rival['law']}[/]" if rival["law"] == record["law"] else rival["law"]
         laws.add_row(name, constants, *(_small(rival[key]) for key in ("rmse", "rmse_ln", "heldout_rmse")))
     laws.add_row("no law", "straight lines between neighbours", "", "", _small(record["interpolation_rmse"]))
     tables = [laws]
     if record["predictions"]:
         measured = {point["sparsity"]: point[value] for point in record["measured"]}
-        answers = Table("sparsity", f"predicted {value}", "95% interval", "measured", "", title=f"law '{record['law']}'")
+        answers = Table(
+            "sparsity", f"predicted {value}", "95% interval", "measured", "", title=f"law '{record['law']}'"
+        )
         for entry in record["predictions"]:
             ends = "" if entry["low"] is None else f"{_small(entry['low'])} to {_small(entry['high'])}"
             note = "extrapolated" if entry["extrapolated"] else ""
-            answers.add_row(f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note)
+            answers.add_row(
+                f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note
+            )
         tables.append(answers)
     tables += _target_table(record, value)
-    published = Table("model", "data", "a", "b", "RMSE in y", title="published fits of the paper's law, SliceGPT (arXiv:2503.04377, table 3)")
+    published = Table(
+        "model",
+        "data",
+        "a",
+        "b",
+        "RMSE in y",
+        title="published fits of the paper's law, SliceGPT (arXiv:2503.04377, table 3)",
+    )
     for row in record["published"]:
         published.add_row(row["model"], row["dataset"], *(f"{row[key]:.2f}" for key in ("a", "b", "rmse")))
     return [*tables, published]
@@ -131,22 +164,30 @@ def law_tables(record: Record) -> list[Table]:
 def _target_table(record: Record, value: str) -> list[Table]:
     if (aim := record["target"]) is None:
         return []
-    found = Table(title=f"largest sparsity that keeps {value} {aim[value]:g}", show_header=False)
-    found.add_row("by the law", "none" if aim["sparsity"] is None else f"{aim['sparsity']:.4f}" + (" (extrapolated)" if aim["extrapolated"] else ""))
-    found.add_row("at the worse end of the interval", "none" if aim["cautious"] is None else f"{aim['cautious']:.4f}")
-    return [found]
+    table = Table(title=f"largest sparsity that keeps {value} {aim[value]:g}", show_header=False)
+    note = " (extrapolated)" if aim["extrapolated"] else ""
+    table.add_row("by the law", "none" if aim["sparsity"] is None else f"{aim['sparsity']:.4f}{note}")
+    table.add_row("at the worse end of the interval", "none" if aim["cautious"] is None else f"{aim['cautious']:.4f}")
+    return [table]
 
 
 def spectrum_tables(record: Record) -> list[Table]:
-    """What `predict --spectrum` found."""
+    """Return the tables of `predict --spectrum`."""
     value = "ppl" if record["dense"] is not None else "ppl_ratio"
     dense = "" if record["dense"] is None else f", dense {record['dense']:.4g}"
-    scale = f"c = {record['a']:.3g}, fitted to {record['points']} measured" if record["points"] else f"c = {record['a']:.3g}, not fitted"
+    scale = (
+        f"c = {record['a']:.3g}, fitted to {record['points']} measured"
+        if record["points"]
+        else f"c = {record['a']:.3g}, not fitted"
+    )
     held_out = "" if record.get("heldout_rmse") is None else f"; held out, ln: {record['heldout_rmse']:.4g}"
     answers = Table(
-        "sparsity", "predicted PPL" if value == "ppl" else "PPL / dense", "range", title=f"{record['model']} slicegpt: ppl from the spectrum{dense}",
+        "sparsity",
+        "predicted PPL" if value == "ppl" else "PPL / dense",
+        "range",
+        title=f"{record['model']} slicegpt: ppl from the spectrum{dense}",
         caption=f"{record['formula']}, {scale}{held_out}",
-    )  # fmt: skip
+    )
     for entry in record["predictions"]:
         ends = "" if entry["low"] is None else f"{_small(entry['low'])} to {_small(entry['high'])}"
         answers.add_row(f"{entry['sparsity']:.4g}", _small(entry[value]), ends)
@@ -155,13 +196,14 @@ def spectrum_tables(record: Record) -> list[Table]:
 
 def _law_title(record: Record) -> str:
     about = " ".join(str(record[key]) for key in ("model", "method") if record.get(key))
-    return f"{about + ': ' if about else ''}{record['metric']}, {record['points']} pruned points, dense {record['dense']:.4g}"
+    points = f"{record['metric']}, {record['points']} pruned points, dense {record['dense']:.4g}"
+    return f"{about}: {points}" if about else points
 
 
 def _interval(record: Record, rival: Record, name: str) -> str:
-    said = f"{rival['constants'][name]:.3f}"
+    value = f"{rival['constants'][name]:.3f}"
     ends = record["intervals"].get(name) if rival["law"] == record["law"] else None
-    return f"{said} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else said
+    return f"{value} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else value
 
 
 def _small(value: float | None) -> str:
@@ -169,12 +211,15 @@ def _small(value: float | None) -> str:
 
 
 def inspect_table(record: Record) -> Table:
-    """What `inspect` found, block by block."""
+    """Return the table of `inspect`, one line per block."""
     names = list(record["blocks"][0]["matrices"])
-    title = f"{record['model']}: {record['parameters']:,} parameters, {record['nonzero']:,} not zero, {record['bytes'] / 1e6:.1f} MB"
+    sizes = f"{record['parameters']:,} parameters, {record['nonzero']:,} not zero, {record['bytes'] / 1e6:.1f} MB"
+    title = f"{record['model']}: {sizes}"
     caption = "under the names of matrices: per cent of zeros"
     if record["zero_rows"]:
-        caption += f"; {record['zero_rows']:,} rows are all zero, which float8 weights with a scale a row turn into NaN"
+        caption += (
+            f"; {record['zero_rows']:,} rows are all zero, which float8 weights with one scale per row turn into NaN"
+        )
     sliced = ["residual"] if any(block["residual"] for block in record["blocks"]) else []
     table = Table(
         "#",
@@ -190,55 +235,88 @@ def inspect_table(record: Record) -> Table:
     )
     for block in record["blocks"]:
         shares = (f"{100 * block['matrices'][name]['sparsity']:.0f}%" for name in names)
-        sizes = (str(block[key]) for key in ("index", "heads", "groups", "ffn"))
-        table.add_row(*sizes, *(_residual(block["residual"]) for _ in sliced), f"{block['parameters']:,}", *shares)
+        widths = (str(block[key]) for key in ("index", "heads", "groups", "ffn"))
+        table.add_row(*widths, *(_residual(block["residual"]) for _ in sliced), f"{block['parameters']:,}", *shares)
     return table
 
 
 def _residual(residual: Record | None) -> str:
-    """The widths of the residual stream on its way through a block: at its start, between attention and MLP, at its end. Where it stays whole, what
-    attention and MLP read and write of it."""
+    """Return the widths of the residual stream in a block: at its start, between attention and MLP, and at its end.
+
+    If the stream itself stays whole, return how much of it attention and MLP read and write.
+    """
     if residual is None:
         return ""
     if residual["skips"][0] in SELECT_FORMS:
         reads = ["+".join(str(width) for width in residual["readers"] or residual["attention"][:1]), residual["mlp"][0]]
-        return ", ".join(f"{read} to {writes}" for read, writes in zip(reads, (residual["attention"][1], residual["mlp"][1]), strict=True))
+        return ", ".join(
+            f"{read} to {writes}"
+            for read, writes in zip(reads, (residual["attention"][1], residual["mlp"][1]), strict=True)
+        )
     between = residual["attention"][1:] if len(residual["skips"]) > 1 else []
     return ", ".join(str(width) for width in (residual["attention"][0], *between, residual["mlp"][1]))
 
 
 def bench_tables(record: Record) -> list[Table | str]:
-    """What `bench` found: a line for each model and batch, and what the machine allows."""
+    """Return the table of `bench`, one line per model and batch, and lines on memory and the limits of the machine."""
     threads = f", {record['threads']} threads" if record["threads"] else ""
-    title = f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
-    table = Table("model", "batch", title=escape(title), caption="the best times; over floor: how many times what the machine allows", padding=(0, 0))
-    _number_columns(table, "prefill\ntokens/s", "first\ntoken ms", "over\nfloor", "decode\ntokens/s", "each\ntoken ms", "over\nfloor")
+    title = (
+        f"{record['prompt']} tokens of prompt, {record['new']} new, {record['dtype']} on {record['device']}{threads}"
+    )
+    table = Table(
+        "model",
+        "batch",
+        title=escape(title),
+        caption="the best times; over floor: how many times what the machine allows",
+        padding=(0, 0),
+    )
+    _number_columns(
+        table,
+        "prefill\ntokens/s",
+        "first\ntoken ms",
+        "over\nfloor",
+        "decode\ntokens/s",
+        "each\ntoken ms",
+        "over\nfloor",
+    )
     for result in record["results"]:
         for row in result["batches"]:
             cells = [escape(Path(result["model"]).name), str(row["batch"])]
             for part in ("prefill", "decode"):
-                cells += [f"{row[f'{part}_tokens_per_second']:,.1f}", f"{1e3 * row[f'{part}_seconds']:.2f}", f"{row[f'{part}_over_floor']:.2f}"]
+                cells += [
+                    f"{row[f'{part}_tokens_per_second']:,.1f}",
+                    f"{1e3 * row[f'{part}_seconds']:.2f}",
+                    f"{row[f'{part}_over_floor']:.2f}",
+                ]
             table.add_row(*cells)
     about: list[Table | str] = [table]
-    for found in record["speedup"] or []:
-        about.append(f"batch {found['batch']}: {found['prefill']:.2f} times as fast as the dense model in prefill, {found['decode']:.2f} times in decode")
+    for speedup in record["speedup"] or []:
+        prefill, decode = f"{speedup['prefill']:.2f} times as fast", f"{speedup['decode']:.2f} times"
+        about.append(f"batch {speedup['batch']}: {prefill} as the dense model in prefill, {decode} in decode")
     for result in record["results"]:
         peak = "unknown" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e6:,.1f} MB"
-        about.append(f"{result['model']}: {result['parameters']:,} parameters, {result['parameter_bytes'] / 1e6:,.1f} MB; peak memory with its cache {peak}")
+        size = f"{result['parameters']:,} parameters, {result['parameter_bytes'] / 1e6:,.1f} MB"
+        about.append(f"{result['model']}: {size}; peak memory with its cache {peak}")
     rate, bandwidth = record["flops_per_second"] / 1e9, record["bytes_per_second"] / 1e9
     return [*about, f"This machine, now: {bandwidth:,.1f} GB/s of weights read, {rate:,.0f} GFLOP/s of large products."]
 
 
 def flow_tables(record: Record) -> list[Table | str]:
-    """What `inspect --flow` found: the linear maps, the share that the residual width touches, and what is left of them by sparsity."""
-    touched, attention, total, flops = (record[key] for key in ("touched", "attention", "parameters", "flops_per_token"))
+    """Return the tables of `inspect --flow`: linear maps, the share that depends on the residual width, sizes by s."""
+    touched, attention, total, flops = (
+        record[key] for key in ("touched", "attention", "parameters", "flops_per_token")
+    )
     keys = ", ".join(f"{product['keys']:,}" for product in attention["products"])
-    by_d, flops_by_d = f"{touched['parameters']:,} of {total:,} parameters", f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token"
+    by_d, flops_by_d = (
+        f"{touched['parameters']:,} of {total:,} parameters",
+        f"{touched['flops_per_token']:,} of {flops:,} FLOPs per token",
+    )
     about: list[Table | str] = [
         _maps_table(record),
         f"d touches {by_d} ({touched['parameters_share']:.2%}) and {flops_by_d} ({touched['flops_share']:.2%}).",
-        f"Attention's products at {attention['context']:,} positions (keys: {keys}) are {attention['flops_per_token']:,} FLOPs per token more, which d does "
-        f"not touch: with them its share is {touched['flops_share_with_attention']:.2%}.",
+        f"Attention's products at {attention['context']:,} positions (keys: {keys}) are "
+        f"{attention['flops_per_token']:,} FLOPs per token more, which d does not touch: "
+        f"with them its share is {touched['flops_share_with_attention']:.2%}.",
     ]
     if (formula := record["formula"]) is None:
         widths = ", ".join(str(width) for width in record["sliced"]["widths"])
@@ -253,7 +331,8 @@ def flow_tables(record: Record) -> list[Table | str]:
         f"parameters = {formula['parameters']}, adapters = {formula['adapter_parameters']}",
         _sparsities_table(record, "flops_per_token", ("adapter_flops_per_token",)),
         f"FLOPs = {formula['flops_per_token']}, adapters = {formula['adapter_flops_per_token']}",
-        "sliced: with what SliceGPT adds, as its authors store it. Formulas hold where (1 - s)d is whole; it is rounded down.",
+        "sliced: with what SliceGPT adds, as its authors store it. "
+        "Formulas hold where (1 - s)d is whole; it is rounded down.",
     ]
 
 
@@ -264,28 +343,36 @@ def _maps_table(record: Record) -> Table:
     for heading in ("map", "in the model", "shape", "size", "blocks"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "map")
     _number_columns(table, "parameters", "FLOPs/token", "by s")
-    for found in record["flow"]:
-        rows = f" [{found['rows'][0]}:{found['rows'][1]}]" if found["rows"] else ""
-        size = " x ".join(str(side) for side in found["size"])
-        parameters = "tied" if found["tied"] and not found["parameters"] else f"{found['parameters']:,}"
-        place = (found["name"], escape(found["module"].rpartition(".")[2] + rows), found["shape"], size, ranges(found["blocks"]))
-        table.add_row(*place, parameters, f"{found['flops_per_token']:,}", found["scales"])
+    for linear in record["flow"]:
+        rows = f" [{linear['rows'][0]}:{linear['rows'][1]}]" if linear["rows"] else ""
+        module = escape(linear["module"].rpartition(".")[2] + rows)
+        size = " x ".join(str(side) for side in linear["size"])
+        parameters = "tied" if linear["tied"] and not linear["parameters"] else f"{linear['parameters']:,}"
+        place = (linear["name"], module, linear["shape"], size, ranges(linear["blocks"]))
+        table.add_row(*place, parameters, f"{linear['flops_per_token']:,}", linear["scales"])
     return table
 
 
 def _range(value: int | list[int]) -> str:
-    several = [value] if isinstance(value, int) else value
-    return f"{min(several):,}" if min(several) == max(several) else f"{min(several):,} to {max(several):,}"
+    values = [value] if isinstance(value, int) else value
+    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
 
 
-def _sparsities_table(record: Record, what: str, added: Sequence[str]) -> Table:
-    """`what` is left by sparsity, and with what SliceGPT adds; a column of zeros alone is left out."""
+def _sparsities_table(record: Record, quantity: str, added: Sequence[str]) -> Table:
+    """Return how much of `quantity` is left by sparsity, without and with the additions of SliceGPT.
+
+    A column of additions that are all zero is left out.
+    """
     added = [key for key in added if any(point[key] for point in record["by_sparsity"])]
-    words = {"adapter_parameters": "adapters", "adapter_flops_per_token": "adapters", "untied_parameters": "untied head"}
-    table = Table(title=f"{what.replace('flops_per_token', 'FLOPs per token')} by s", padding=(0, 0))
+    words = {
+        "adapter_parameters": "adapters",
+        "adapter_flops_per_token": "adapters",
+        "untied_parameters": "untied head",
+    }
+    table = Table(title=f"{quantity.replace('flops_per_token', 'FLOPs per token')} by s", padding=(0, 0))
     _number_columns(table, "s", "d", "model", "left", *(words[key] for key in added), "sliced", "left")
     for point in record["by_sparsity"]:
-        plain, sliced, whole = point[what], point[f"sliced_{what}"], record[what]
+        plain, sliced, whole = point[quantity], point[f"sliced_{quantity}"], record[quantity]
         table.add_row(
             f"{point['sparsity']:g}",
             str(point["width"]),
@@ -318,7 +405,7 @@ def _text(value: Any) -> str:
 
 
 def modules_table(study: Study) -> Table:
-    """The perplexities of a study of modules: a line a kind, a column a sparsity."""
+    """Return the perplexities of a study of modules: one line per kind, one column per sparsity."""
     heads, body = rows(study)
     table = Table(title=f"{study.about}: perplexity, dense {study.dense:.2f}", padding=(0, 0))
     _number_columns(table, *heads)

@@ -1,7 +1,10 @@
-"""What belongs to a checkpoint and is no weight: tokenizer, chat templates, generation settings, licence. It goes along into every result.
+"""The companion files of a checkpoint: tokenizer, chat templates, generation settings, licence.
 
-Names come from what transformers' tokenizers read (a test holds the list against all of them), from mistral-common (`tekken.json`), and from the licences
-that want a notice or a policy passed on. Weights, configuration, model card and code of the original are not among them.
+Every result gets a copy of them.
+
+The names come from the files that the tokenizers of transformers read (a test compares the list with all of them), from
+mistral-common (`tekken.json`), and from licences that require a notice or a policy to be passed on. Weights,
+configuration, model card and code of the original are not companions.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPLATES = "additional_chat_templates"  # the folder of chat templates that have names, such as tool_use
+TEMPLATES = "additional_chat_templates"  # the folder of named chat templates, such as tool_use
 PATTERNS = (
     "tokenizer*",
     "*.tokenizer",
@@ -38,11 +41,12 @@ PATTERNS = (
     "Notice*",
     "USE_POLICY*",
 )
-_NOT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".py")  # weights and code, whatever their names begin with
+# Weights and code are never companions, even if their names match.
+_NOT = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".py")
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name, at the root of a checkpoint or in its folder of templates, belongs to it and is no weight."""
+    """Whether a file of this name, at the root of a checkpoint or in its folder of templates, is a companion."""
     folder, _, file = name.rpartition("/")
     if folder:
         return folder == TEMPLATES and file.endswith(".jinja")
@@ -50,7 +54,7 @@ def is_companion(name: str) -> bool:
 
 
 def companions(folder: Path) -> Iterator[str]:
-    """The companions in a folder, by their paths inside it, in order."""
+    """Yield the companions in a folder as paths relative to it, sorted."""
     for file in sorted([*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")]):
         name = file.relative_to(folder).as_posix()
         if is_companion(name) and file.is_file():

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: checks, configuration, and tensors read lazily from safetensors. No code of the folder is ever run."""
+"""Open a checkpoint: checks, configuration, and lazily read tensors. No code of the folder is ever run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
@@ -27,30 +34,32 @@ from secateur.models.view import ModelView
 BUNDLED = "bundled"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LONGEST_REASON = 240
-_BEGINNING = 512  # numbers of a tensor that tell it from another one
+_BEGINNING = 512  # the first numbers of each tensor, which go into the fingerprint
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_NOT_WANTED = ["*/*", "consolidated*"]  # other formats, and second copies of the weights
+_NOT_DOWNLOADED = ["*/*", "consolidated*"]  # other formats, and second copies of the weights
 _HUB_FILES = ["*.safetensors", "*.json", "README.md", *companions.PATTERNS]
 _HUB_FOLDERS = [f"{companions.TEMPLATES}/*.jinja", f"{OWN_FOLDER}/*"]
-# What old files hold beside the weights, and no model has any more: tables that are computed.
+# Computed tables, which old files hold beside the weights and current models do not have.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$")
 
 
 def bundled_folder() -> Path:
-    """The model that ships with the package."""
+    """Return the folder of the model in the package."""
     return Path(__file__).parents[1] / "bundled" / "model"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that holds a model: where each tensor is, and what describes it. A `TensorSource`.
+    """A folder that holds a model: its configuration, and the place of each tensor. A `TensorSource`.
 
     Attributes:
-        name: what the user called it (hub name or folder).
-        folder: where it is on this machine.
-        revision: the commit on the hub, None for a folder.
-        config: its configuration; `raw_config` is config.json as it was written.
+        name: the name that the user gave (hub name or folder).
+        folder: the folder on this machine.
+        revision: the commit on the hub; None for a folder.
+        config: the configuration; `raw_config` is the content of config.json.
         index: tensor name in the model -> (file, name in the file).
+        shapes: tensor name in the model -> shape.
+        dtype: the dtype of the block matrices.
     """
 
     name: str
@@ -63,27 +72,27 @@ class Checkpoint:
     dtype: torch.dtype
 
     def names(self) -> list[str]:
-        """The tensors of the model, in its order; a tied head is not listed again."""
+        """Return the names of the tensors in the order of the model, without a tied head."""
         return list(self.index)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         return self.shapes[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped from the file for as long as it lives and not to be written to: only what is used is read."""
+        """Return one tensor, mapped from the file: only the parts in use are read. Do not write to it."""
         return _read(*self.index[name])
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:
-        """Some rows of a matrix; only they are read."""
+        """Return some rows of a matrix; only these are read."""
         return self.read(name)[which]
 
     def view(self) -> ModelView:
-        """The model, seen through its family."""
+        """Return the view of the model through its family."""
         return ModelView(self.name, self.config, self.raw_config, find_family(self.config, self.name), self)
 
     def fingerprint(self) -> str:
-        """Tells this model from another one, wherever its folder is: SHA-256 of its configuration and of the beginning of every tensor."""
+        """Return the SHA-256 of the configuration and of the beginning of every tensor, wherever the folder is."""
         digest = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
         for name in self.index:
             digest.update(f"{name} {self.shapes[name]}".encode())
@@ -91,22 +100,30 @@ class Checkpoint:
         return digest.hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises SecateurError where the folder has none."""
+        """Return the tokenizer.
+
+        Raises:
+            SecateurError: the folder has no tokenizer that works.
+        """
         try:
-            found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-            found("a")  # some settings are only met here
-            return found
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            tokenizer("a")  # some wrong settings show only here
+            return tokenizer
         except Exception as error:
             raise SecateurError(
-                f"{self.name}: no tokenizer that transformers can load ({_reason(error)}); give token ids (.npy or .safetensors) as text"
+                f"{self.name}: no tokenizer that transformers can load ({_reason(error)}); "
+                "give token ids (.npy or .safetensors) as text"
             ) from error
 
     def max_length(self) -> int:
-        """The most tokens the model knows positions for."""
-        found = getattr(self.config, "max_position_embeddings", None)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise SecateurError(f"{self.name}: config.json has max_position_embeddings {found!r}; write the number of positions that the model knows")
-        return found
+        """Return the largest number of tokens that the model has positions for."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if not isinstance(positions, int) or isinstance(positions, bool) or positions < 1:
+            raise SecateurError(
+                f"{self.name}: config.json has max_position_embeddings {positions!r}; "
+                "write the number of positions that the model knows"
+            )
+        return positions
 
 
 def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: bool = True) -> Checkpoint:
@@ -115,11 +132,11 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
     Args:
         model: a local folder, a hub name, or `bundled`.
         revision: the hub revision; not used for folders.
-        ignore_unknown: go on, with a warning, where the files hold tensors that the model does not have.
+        ignore_unknown: only warn if the files hold tensors that the model does not have.
 
     Raises:
-        UsageError: there is no such folder, and the name cannot be one of the hub.
-        SecateurError: the folder holds no causal language model that can be pruned; the message says what it holds.
+        UsageError: the folder does not exist, and the name cannot be a hub name.
+        SecateurError: the folder holds no causal language model that can be pruned; the message gives the reason.
     """
     folder = _locate(model, revision)
     raw = _read_config(folder, model)
@@ -141,30 +158,35 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
 
 
 def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
-    """The model without weights, found to run: what is wrong with a configuration may only show there.
+    """Return the model without weights, after a test run: some errors of a configuration show only there.
 
     Raises:
-        SecateurError: transformers cannot build or run it.
+        SecateurError: transformers cannot build or run the model.
     """
     try:
         skeleton = build_skeleton(config)
-        ids, mask = torch.zeros(1, 2, dtype=torch.int64, device="meta"), torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
-        with torch.no_grad():  # positions and mask are given, since transformers looks at the values of its own
+        ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+        mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
+        with torch.no_grad():  # with positions and mask: transformers would read values, which meta tensors do not have
             skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     except Exception as error:
-        raise SecateurError(f"{model}: config.json describes a {config.model_type} model that transformers cannot run ({_reason(error)})") from error
+        raise SecateurError(
+            f"{model}: config.json describes a {config.model_type} model "
+            f"that transformers cannot run ({_reason(error)})"
+        ) from error
     return skeleton
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model without weights (on the meta device).
+    """Return the model without weights (on the meta device).
 
     Args:
-        config: its configuration.
-        dtype: of its parameters and of constants such as the scale of an embedding; None: that of the configuration.
+        config: the configuration.
+        dtype: the dtype of parameters and of constants such as the scale of an embedding; None takes the
+            configuration's.
     """
     if dtype is not None:
-        config = copy.deepcopy(config)  # building a model writes the dtype into it
+        config = copy.deepcopy(config)  # a copy, because the dtype is written into it
         config.dtype = dtype
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -173,9 +195,11 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -
 
 
 def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model in memory, for evaluation."""
+    """Load the whole model into memory, for evaluation."""
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -194,17 +218,23 @@ def _locate(model: str, revision: str | None) -> Path:
     if folder.exists():
         raise UsageError(f"'{model}' is a file: give the folder that holds config.json and the weights")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise UsageError(f"no folder '{model}': give a local folder, a hub name such as org/model, or '{BUNDLED}' for the model in the package")
+        raise UsageError(
+            f"no folder '{model}': give a local folder, a hub name such as org/model, "
+            f"or '{BUNDLED}' for the model in the package"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_WANTED))
-        snapshot_download(model, revision=found.name, allow_patterns=_HUB_FOLDERS)  # a pattern of the first kind would not stop at a slash
-        return found
+        snapshot = Path(
+            snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_DOWNLOADED)
+        )
+        # a second call, because patterns such as "tokenizer*" would also match inside folders
+        snapshot_download(model, revision=snapshot.name, allow_patterns=_HUB_FOLDERS)
+        return snapshot
     except Exception as error:
         raise SecateurError(
-            f"'{model}' is no local folder, and the hub did not give it ({_reason(error)}); check the name and the network, "
-            f"or use '{BUNDLED}' for the model in the package"
+            f"'{model}' is no local folder, and the hub did not give it ({_reason(error)}); "
+            f"check the name and the network, or use '{BUNDLED}' for the model in the package"
         ) from error
 
 
@@ -212,7 +242,10 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise SecateurError(f"'{model}' holds a LoRA adapter, not a model: put it on its checkpoint with peft, or heal without --keep-adapter")
+            raise SecateurError(
+                f"'{model}' holds a LoRA adapter, not a model: "
+                "put it on its checkpoint with peft, or heal without --keep-adapter"
+            )
         raise SecateurError(f"'{model}' is no model: the folder has no config.json")
     try:
         raw = json.loads(file.read_text("utf-8"))
@@ -224,33 +257,45 @@ def _read_config(folder: Path, model: str) -> dict[str, Any]:
 
 
 def _refuse_adapter(folder: Path, model: str) -> None:
-    """transformers puts an adapter that lies beside a model on it, without a word."""
+    """Refuse an adapter beside a model: transformers would apply it without a warning."""
     if (folder / "adapter_config.json").is_file():
         raise SecateurError(
-            f"{model}: an adapter (adapter_config.json) lies beside the model, so it is not clear which of the two is meant: "
+            f"{model}: an adapter (adapter_config.json) lies beside the model, so it is not clear which of the two "
+            "is meant: "
             "merge it first (peft's merge_and_unload, then save_pretrained), or move adapter_config.json away"
         )
 
 
 def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
-    """Models that are no dense decoder get their own word, whatever else is wrong with them."""
+    """Refuse each kind of model that is no dense decoder with its own message."""
     kind = raw["model_type"]
     if stored := raw.get("quantization_config"):
         method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else "an unnamed method"
         sparsity = stored.get("sparsity_config") if isinstance(stored, dict) else None
-        if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense" and not stored.get("config_groups"):
+        if (
+            isinstance(sparsity, dict)
+            and sparsity.get("format", "dense") != "dense"
+            and not stored.get("config_groups")
+        ):
             raise SecateurError(
-                f"{model}: its weights are sparse, in the format {sparsity['format']} of {method}, which leaves zeros out (they are not quantised): "
+                f"{model}: its weights are sparse, in the format {sparsity['format']} of {method}, which leaves zeros "
+                "out (they are not quantised): "
                 f"write them out dense with a version of {method} that reads it, then prune the result"
             )
-        raise SecateurError(f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result")
+        raise SecateurError(
+            f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result"
+        )
     experts = [raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")]
     if any(isinstance(count, int | float) and count > 1 for count in experts):
         raise SecateurError(f"{model}: '{kind}' is a mixture of experts, which is not supported; use a dense model")
     if any(key in raw for key in ("vision_config", "audio_config", "text_config", "speech_config")):
-        raise SecateurError(f"{model}: '{kind}' is multimodal, which is not supported; use a text-only causal language model")
+        raise SecateurError(
+            f"{model}: '{kind}' is multimodal, which is not supported; use a text-only causal language model"
+        )
     if raw.get("is_encoder_decoder"):
-        raise SecateurError(f"{model}: '{kind}' is an encoder-decoder, which is not supported; use a causal language model")
+        raise SecateurError(
+            f"{model}: '{kind}' is an encoder-decoder, which is not supported; use a causal language model"
+        )
     architectures = raw.get("architectures")
     names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     if names and not any(name.endswith(("ForCausalLM", "LMHeadModel", "Model")) for name in names):
@@ -258,10 +303,10 @@ def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
 
 
 def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Every tensor of the folder's safetensors files: name -> (file, shape). Headers alone are read.
+    """Return name -> (file, shape) for every tensor of the safetensors files. Only headers are read.
 
     Raises:
-        SecateurError: there are none, they are damaged, or a weight is stored as something else than floating-point numbers.
+        SecateurError: there are no such files, a file is damaged, or a weight is not stored as floating-point numbers.
     """
     files = weight_files(folder, model)
     if not files:
@@ -273,27 +318,28 @@ def _stored_tensors(folder: Path, model: str) -> dict[str, tuple[Path, tuple[int
                 "convert them first: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) writes safetensors"
             )
         raise SecateurError(f"'{model}' is no model: the folder has neither model.safetensors nor its index")
-    found = {}
+    tensors = {}
     for file in files:
         with _opened(file) as handle:
-            for name in handle.keys():  # noqa: SIM118  # not a dict: the handle has no iterator
+            for name in handle.keys():  # noqa: SIM118  # the handle is no dict: it has no iterator
                 part = handle.get_slice(name)
-                found[name] = (file, tuple(part.get_shape()))
+                tensors[name] = (file, tuple(part.get_shape()))
                 if part.get_dtype() not in _DTYPES and name.endswith((".weight", ".bias")):
                     raise SecateurError(
-                        f"{file}: {name} is stored as {part.get_dtype()}, and weights are pruned in {', '.join(_DTYPES)}; "
+                        f"{file}: {name} is stored as {part.get_dtype()}, "
+                        f"and weights are pruned in {', '.join(_DTYPES)}; "
                         "use the original model, or write it out in one of these first"
                     )
-    return found
+    return tensors
 
 
 def packed_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint whose zeros are packed, in `secateur/`, or at the root as version 0.1 wrote them."""
+    """Return the files of a packed checkpoint, from `secateur/`, or from the root as version 0.1 wrote them."""
     return sorted([*folder.glob(f"{OWN_FOLDER}/packed*.safetensors"), *folder.glob("packed*.safetensors")])
 
 
 def weight_files(folder: Path, model: str) -> list[Path]:
-    """The files that transformers would load: the single one first, else those of the index."""
+    """Return the files that transformers would load: the single file, otherwise the files of the index."""
     single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
@@ -302,46 +348,65 @@ def weight_files(folder: Path, model: str) -> list[Path]:
     try:
         index = json.loads(index_file.read_text("utf-8"))
         if not isinstance(index.get("metadata", {}), dict):
-            raise ValueError("its 'metadata' is no object, which transformers wants")
+            raise ValueError("its 'metadata' is no object, which transformers requires")
         names = sorted(set(index["weight_map"].values()))
-        if wrong := [name for name in names if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_REASON or Path(name).name != name]:
+        if wrong := [
+            name
+            for name in names
+            if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_REASON or Path(name).name != name
+        ]:
             raise ValueError(f"'{wrong[0]!s:.40}' is no name of a file beside it")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SecateurError(f"{index_file}: not an index of weights ({error}); download the model again") from None
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise SecateurError(f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again")
+        raise SecateurError(
+            f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again"
+        )
     return [folder / name for name in names]
 
 
 def _check_unknown(skeleton: PreTrainedModel, unused: set[str], model: str, ignore: bool) -> None:
-    """Tensors that no part of the model takes: often what another tool has left of its own, as masks that it has not applied yet."""
+    """Warn about tensors that the model does not have, or refuse them.
+
+    Another tool may have left them, for example masks that it has not applied yet.
+    """
     prefix, tied = skeleton.base_model_prefix + ".", set(skeleton.all_tied_weights_keys)
     known = {*tied, *(name.removeprefix(prefix) for name in (*tied, *skeleton.state_dict()))}
     ignored = [_COMPUTED, *(re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ())]
     unknown = sorted(name for name in unused - known if not any(pattern.search(name) for pattern in ignored))
     if not unknown:
         return
-    what = f"{model}: the files hold {_count(unknown)} that a {skeleton.config.model_type} model does not have, first {unknown[0]}"
+    tensors = f"{_count(unknown)} that a {skeleton.config.model_type} model does not have, first {unknown[0]}"
+    problem = f"{model}: the files hold {tensors}"
     if ignore:
-        say(f"warning: {what}; they are left out")
+        say(f"warning: {problem}; they are left out")
         return
     raise SecateurError(
-        f"{what}: another tool may have left a half-made result (masks beside dense weights, say); "
+        f"{problem}: another tool may have left a half-made result (masks beside dense weights, say); "
         "write it out with that tool first, or leave these tensors out with --ignore-unknown"
     )
 
 
-def _check_tied_head(config: PreTrainedConfig, skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str) -> None:
-    """A head that is stored although it is tied must be the embedding: otherwise transformers uses it, and it may not be dropped."""
+def _check_tied_head(
+    config: PreTrainedConfig, skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str
+) -> None:
+    """Refuse a tied head that is stored with other values than the embedding: transformers would use it."""
     if not config.tie_word_embeddings:
         return
     for name, other in skeleton.all_tied_weights_keys.items():
-        if name in stored and other in stored and not torch.equal(_read(stored[name][0], name), _read(stored[other][0], other)):
-            raise SecateurError(f"{model}: config.json ties {name} to {other}, but the files hold two different ones; set tie_word_embeddings to false")
+        if (
+            name in stored
+            and other in stored
+            and not torch.equal(_read(stored[name][0], name), _read(stored[other][0], other))
+        ):
+            raise SecateurError(
+                f"{model}: config.json ties {name} to {other}, but the files hold two different ones; "
+                "set tie_word_embeddings to false"
+            )
 
 
 def _read(file: Path, stored: str) -> Tensor:
-    """A tensor, mapped from the file for as long as it lives."""
+    """Return a tensor that is mapped from the file."""
     with _opened(file) as handle:
         tensor: Tensor = handle.get_tensor(stored)
     return tensor
@@ -359,7 +424,10 @@ def _opened(file: Path) -> Iterator[Any]:
 def _match(
     skeleton: PreTrainedModel, stored: dict[str, tuple[Path, tuple[int, ...]]], model: str
 ) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
-    """Find every tensor of the model in the files. Old files leave out the prefix of the base model; a tied head may be there or not."""
+    """Find every tensor of the model in the files; return index and shapes as in `Checkpoint`.
+
+    Old files leave out the prefix of the base model. A tied head may be stored or not.
+    """
     prefix = skeleton.base_model_prefix + "."
     tied = set(skeleton.all_tied_weights_keys) if skeleton.config.tie_word_embeddings else set()
     index, shapes, absent, wrong = {}, {}, [], []
@@ -376,13 +444,15 @@ def _match(
         index[name], shapes[name] = (file, key), shape
     if absent and set(absent) <= set(skeleton._tied_weights_keys or ()):
         raise SecateurError(
-            f"{model}: the files hold no {absent[0]}, and config.json says that it is not the embedding (tie_word_embeddings false): "
-            "set that to true in config.json if the model was trained so, or download the model again if a file is missing"
+            f"{model}: the files hold no {absent[0]}, "
+            "and config.json says that it is not the embedding (tie_word_embeddings false): "
+            "set that to true in config.json if the model was trained so, "
+            "or download the model again if a file is missing"
         )
     if absent:
         raise SecateurError(
             f"{model}: the files lack {_count(absent)} of a {skeleton.config.model_type} model, first {absent[0]}; "
-            "download the model again, or correct config.json if it is that of another one"
+            "download the model again, or correct config.json if it belongs to another model"
         )
     if wrong:
         raise SecateurError(f"{model}: {wrong[0]}; config.json and weights do not belong together")
@@ -390,7 +460,7 @@ def _match(
 
 
 def _matrix_dtype(index: dict[str, tuple[Path, str]], family: Family) -> torch.dtype:
-    """The dtype of the first matrix of the first block, which all matrices are taken to have."""
+    """Return the dtype of the first matrix; all matrices of the blocks are assumed to have it."""
     file, stored = index[f"{family.blocks}.0.{family.matrices['q']}.weight"]
     with _opened(file) as handle:
         return _DTYPES[handle.get_slice(stored).get_dtype()]
@@ -401,10 +471,10 @@ def _count(tensors: Sequence[str]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What a library says, on one line and not at length."""
+    """Return the message of an error of another library, on one line and shortened."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
-# The Auto classes of transformers know the pruned models from here on.
+# From here on the Auto classes of transformers know the pruned models.
 runtime.register(t for family in all_families().values() for t in family.model_types)

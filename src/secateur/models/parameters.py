@@ -1,14 +1,14 @@
-"""How many parameters a model has where its blocks have given sizes: the only place that counts them.
+"""The number of parameters of a model with given block sizes. No other module counts them.
 
-Of one block (the spaces are those of `models/spaces.py`):
+The parameters of one block (for its spaces see `models/spaces.py`):
 
     a matrix     units that it reads x units that it writes x the columns and rows of one unit
-    its bias     units that it writes x the rows of one unit, where the checkpoint stores one
-    a norm       features that are read through it, once for its gain and once for its bias, where it has them
+    its bias     units that it writes x the rows of one unit, if the checkpoint stores a bias
+    a norm       features that are read through it, once for its gain and once for its bias, if it has them
     a skip       see `runtime.Skip`
     the rest     as stored: norms over the width of a head
 
-Rows that are fused in one module count alike. Index maps are no parameters.
+The rows of a fused module count in the same way. Index maps are not parameters.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from secateur.models.view import BlockDims, ModelView
 
 @dataclass(frozen=True)
 class BlockCost:
-    """How the parameters of a block follow from the units of its spaces.
+    """The parameters of a block as a function of the units of its spaces.
 
     Attributes:
-        products: spaces -> parameters for each combination of their units, as in `("mlp_in", "ffn"): 2`. The key
-            without a space, which is always there, has the parameters that are part of no unit.
+        products: spaces -> parameters for each combination of their units, for example `("mlp_in", "ffn"): 2`. The
+            empty key, which is always present, has the parameters that belong to no unit.
     """
 
     products: Mapping[tuple[str, ...], int]
 
     def parameters(self, units: Mapping[str, float]) -> float:
-        """The parameters where each space has so many units."""
+        """Return the number of parameters for given numbers of units, space -> units."""
         return sum(each * math.prod(units[space] for space in spaces) for spaces, each in self.products.items())
 
     def unit_parameters(self, space: str, units: Mapping[str, int]) -> int:
-        """The parameters that go with one unit of a space; `units` are those of the other spaces."""
-        alone = {**units, space: 1}
-        its_own = {spaces: each for spaces, each in self.products.items() if space in spaces}
-        return sum(each * math.prod(alone[name] for name in spaces) for spaces, each in its_own.items())
+        """Return the parameters that one unit of `space` takes; `units` are the numbers of the other spaces."""
+        single = {**units, space: 1}
+        products = {spaces: each for spaces, each in self.products.items() if space in spaces}
+        return sum(each * math.prod(single[name] for name in spaces) for spaces, each in products.items())
 
     def fixed(self, units: Mapping[str, int]) -> BlockCost:
-        """The cost where the number of units of some spaces is given."""
+        """Return the cost as a function of the other spaces, with the numbers of units of some spaces fixed."""
         products: Counter[tuple[str, ...]] = Counter()
         for spaces, each in self.products.items():
             left = tuple(space for space in spaces if space not in units)
@@ -55,13 +55,13 @@ class BlockCost:
 
 
 def block_cost(view: ModelView, index: int, dims: BlockDims | None = None) -> BlockCost:
-    """The cost of a block.
+    """Return the cost of a block.
 
     Args:
-        view: the model; in canonical form where `dims` are those of a sliced block.
-        index: the block.
-        dims: the sizes that it has after a cut; None where it stays as it is. Their skips, their form of reading
-            and their query heads a group are part of the cost.
+        view: the model; in canonical form if `dims` are the sizes of a sliced block.
+        index: the index of the block.
+        dims: the sizes of the block after a cut; None if it does not change. The cost depends on their skips, their
+            form of reading and their query heads per group.
     """
     dims, stored = dims or view.dims(index), view.block_shapes[index]
     products: Counter[tuple[str, ...]] = Counter({(): _rest(view.family, stored) + _skips(dims)})
@@ -76,16 +76,16 @@ def block_cost(view: ModelView, index: int, dims: BlockDims | None = None) -> Bl
 
 
 def block_parameters(view: ModelView, index: int, dims: BlockDims | None = None) -> int:
-    """The parameters of a block; arguments as for `block_cost`."""
+    """Return the number of parameters of a block; arguments as for `block_cost`."""
     return int(block_cost(view, index, dims).parameters((dims or view.dims(index)).units()))
 
 
 def count_parameters(view: ModelView, after: Sequence[BlockDims | None]) -> int:
-    """All parameters of a model after a cut, a tied tensor once.
+    """Return the number of parameters of a model after a cut; a tied tensor counts once.
 
     Args:
-        view: the model before; in canonical form where it is sliced.
-        after: the sizes of each block, None where the block goes.
+        view: the model before the cut; in canonical form if it is sliced.
+        after: the sizes of each block; None for a removed block.
     """
     kept = [(index, dims) for index, dims in enumerate(after) if dims is not None]
     enters, leaves = kept[0][1].enters, kept[-1][1].leaves
@@ -98,24 +98,24 @@ def count_parameters(view: ModelView, after: Sequence[BlockDims | None]) -> int:
 
 
 def _norm_paths(family: Family) -> tuple[str, ...]:
-    """Where norms over the residual can be in a block, stock or pruned."""
+    """Return the paths of all norms over the residual that a block, stock or pruned, may have."""
     readers = (family.separated().matrices[name].rpartition(".")[0] for name in OWN_COLUMNS)
     return (*family.norms, SECOND_NORM, *(f"{reader}.norm" for reader in readers))
 
 
 def _norm_vectors(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
-    """How many vectors a norm over the residual has: gain and bias, where they are stored. All of a block are alike."""
+    """Return the number of vectors (gain, bias) of a norm over the residual. All norms of a block have the same."""
     return max(sum(f"{path}.{kind}" in stored for kind in ("weight", "bias")) for path in _norm_paths(family))
 
 
 def _normed(family: Family, dims: BlockDims) -> tuple[str, ...]:
-    """The spaces whose features are read through a norm, one entry a norm."""
+    """Return the spaces whose features are read through a norm, one entry per norm."""
     residual = dims.residual
     if residual is None or not residual.selected:
-        return ("attention_in", "mlp_in")[: len(family.norms)]  # one serves both in a parallel block of Phi
+        return ("attention_in", "mlp_in")[: len(family.norms)]  # a parallel block of Phi has one norm for both
     if residual.readers and residual.skips[0] == SELECT_FIRST:
         return (*OWN_COLUMNS.values(), "mlp_in")
-    return ("attention_in", "mlp_in")  # where q, k and v select after the norm, `attention_in` is all of the residual
+    return ("attention_in", "mlp_in")  # if q, k and v select after the norm, `attention_in` is the whole residual
 
 
 def _rest(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
@@ -125,7 +125,7 @@ def _rest(family: Family, stored: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _skips(dims: BlockDims) -> int:
-    """The parameters on the residual connections."""
+    """Return the number of parameters on the residual connections."""
     if dims.residual is None or dims.residual.selected:
         return 0
     ends = (dims.residual.attention, dims.residual.mlp)  # a parallel block has one skip

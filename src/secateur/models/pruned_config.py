@@ -1,4 +1,4 @@
-"""The config.json of a pruned model: stock where a stock architecture can express the widths, otherwise that of the runtime."""
+"""The config.json of a pruned model: stock if a stock architecture can express the widths, otherwise of the runtime."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from secateur.models.view import BlockDims
 
 
 def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims]) -> str | None:
-    """Why these widths are not those of a stock model, or None."""
+    """Return the reason why no stock model has these widths, or None."""
     if (residual := after[0].residual) is not None:
-        return (
-            "its blocks read and write parts of the residual stream"
-            if residual.selected
-            else "its residual stream is rotated, and narrower than the hidden size"
-        )
+        if residual.selected:
+            return "its blocks read and write parts of the residual stream"
+        return "its residual stream is rotated, and narrower than the hidden size"
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"
-    if after[0].heads != getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads) and not family.stock_heads:
-        return f"stock {family.name} models take the width of a head from the hidden size, so they cannot have fewer heads"
+    dense_heads = getattr(_dense(raw, raw["model_type"].removeprefix(PREFIX)), family.heads)
+    if after[0].heads != dense_heads and not family.stock_heads:
+        return (
+            f"stock {family.name} models take the width of a head from the hidden size, so they cannot have fewer heads"
+        )
     try:
         stock = pruned_config(raw, family, after, stock=True)
         CONFIG_MAPPING[stock["model_type"]].from_dict(stock)
-    except Exception as error:  # the configuration classes validate themselves, each in its own way
-        return f"the stock configuration refuses these widths: {str(error.__cause__ or error).splitlines()[0].rstrip('.')}"
+    except Exception as error:  # each configuration class has its own checks and errors
+        reason = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        return f"the stock configuration refuses these widths: {reason}"
     return None
 
 
 def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockDims], *, stock: bool) -> dict[str, Any]:
-    """The content of config.json for the widths `after`.
+    """Return the content of config.json for the widths `after`.
 
     Args:
-        raw: the original's config.json.
-        family: its family.
+        raw: the config.json of the original.
+        family: the family of the original.
         after: the sizes of each block.
-        stock: whether `stock_problem` found none.
+        stock: whether the result is a stock model, see `stock_problem`.
     """
     stock_type = raw["model_type"].removeprefix(PREFIX)
     model_class = pruned_class(stock_type)
@@ -56,8 +58,12 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
     first, last = after[0].residual, after[-1].residual
     if first is not None and first.selected and "pruned_residual" not in raw:
         parts = {"norms": family.norms, "attention": family.attention, "mlp": family.mlp}
-        config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {"matrices": dict(family.matrices)}
-        if family.norm.gain_offset:  # classes with plain gains are asked for the rest
+        config["pruned_residual"] = {name: list(value) for name, value in parts.items()} | {
+            "matrices": dict(family.matrices)
+        }
+        if (
+            family.norm.gain_offset
+        ):  # needed only for an offset: other norms are read from the modules of the stock class
             norm = replace(family.norm, epsilon=family.norm.epsilon_of(_dense(raw, stock_type)))
             config["pruned_residual"]["norm"] = asdict(norm)
     elif first is not None and last is not None and not first.selected:
@@ -66,21 +72,30 @@ def pruned_config(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
 
 
 def drop_blocks(raw: Mapping[str, Any], config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The content of config.json of a model that has some of the blocks alone.
+    """Return the content of config.json for a model that has only some of the blocks.
 
     Args:
-        raw: the original's config.json; `config` is the same as an object.
-        config: says which kind of attention each block has, also where the file leaves that to be computed (sliding windows of Qwen).
-        kept: the blocks that stay, ascending.
+        raw: the config.json of the original.
+        config: the same as an object. It has the kind of attention of each block, even if the file does not (sliding
+            windows of Qwen).
+        kept: the indices of the blocks that stay, ascending.
     """
     before = int(config.num_hidden_layers)
     if len(kept) == before:
         return dict(raw)
-    per_block = {name: value for name, value in raw.items() if "layer" in name and isinstance(value, list) and len(value) == before}
+    per_block = {
+        name: value
+        for name, value in raw.items()
+        if "layer" in name and isinstance(value, list) and len(value) == before
+    }
     if getattr(config, "layer_types", None):
         per_block["layer_types"] = list(config.layer_types)
-    content = {**raw, **{name: [value[index] for index in kept] for name, value in per_block.items()}, "num_hidden_layers": len(kept)}
-    if "max_window_layers" in raw:  # blocks from there on have a window
+    content = {
+        **raw,
+        **{name: [value[index] for index in kept] for name, value in per_block.items()},
+        "num_hidden_layers": len(kept),
+    }
+    if "max_window_layers" in raw:  # blocks from this index on have a window
         content["max_window_layers"] = sum(index < raw["max_window_layers"] for index in kept)
     if "pruned_widths" in raw:
         content["pruned_widths"] = [raw["pruned_widths"][index] for index in kept]
@@ -88,8 +103,8 @@ def drop_blocks(raw: Mapping[str, Any], config: PreTrainedConfig, kept: Sequence
 
 
 def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock_type: str) -> dict[str, Any]:
-    config.pop("auto_map", None)  # a stock class needs no code, and the original's is not copied
-    if config["model_type"] != stock_type:  # the original was a pruned model, the result is stock again
+    config.pop("auto_map", None)  # a stock class needs no code, and the code of the original is not copied
+    if config["model_type"] != stock_type:  # the original was a pruned model, and the result is a stock model again
         del config["pruned_widths"]
         config |= {"model_type": stock_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[stock_type]]}
     dense = _dense(config, stock_type)
@@ -101,5 +116,7 @@ def _stock_config(config: dict[str, Any], family: Family, dims: BlockDims, stock
 
 
 def _dense(raw: Mapping[str, Any], stock_type: str) -> Any:
-    """The stock configuration, whatever was pruned before."""
-    return CONFIG_MAPPING[stock_type].from_dict({key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths", "pruned_residual")})
+    """Return the stock configuration, without the widths of an earlier pruning."""
+    return CONFIG_MAPPING[stock_type].from_dict(
+        {key: value for key, value in raw.items() if key not in ("model_type", "pruned_widths", "pruned_residual")}
+    )

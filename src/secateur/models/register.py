@@ -1,7 +1,8 @@
-"""Teaching transformers the pruned models when `secateur` is imported, without importing transformers for it.
+"""Register the pruned model classes with transformers when `secateur` is imported, without importing transformers.
 
-If the Auto classes are loaded already the classes are registered at once; otherwise as soon as something loads them. So
-`import secateur` and `secateur --help` stay quick, and `AutoModelForCausalLM.from_pretrained` needs no remote code.
+If the Auto classes are already loaded, the pruned classes are registered at once; otherwise when the Auto classes are
+loaded. So `import secateur` and `secateur --help` stay quick, and `AutoModelForCausalLM.from_pretrained` needs no
+remote code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _OWN = {"secateur.models.load", "secateur.models.runtime"}
 
 
 def register_when_loaded() -> None:
-    """Register now or later; safe to call again."""
+    """Register the classes now, or when the Auto classes are loaded. Repeated calls do no harm."""
     if _AUTO in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -27,12 +28,12 @@ def register_when_loaded() -> None:
 
 def _register() -> None:
     if not _OWN.isdisjoint(sys.modules):
-        return  # secateur itself is importing the Auto classes; `models.load` registers when it is complete
+        return  # secateur itself is importing the Auto classes; `models.load` registers at its end
     import secateur.models.load  # noqa: F401
 
 
 class _Finder(MetaPathFinder):
-    """Sees one import, of the Auto classes, and wraps its loader; it steps aside while the real spec is looked up."""
+    """An import hook for the Auto classes: removes itself, finds the real module, and wraps its loader."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _AUTO:
@@ -45,7 +46,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """The real loader, and the registration after it."""
+    """The real loader, followed by the registration."""
 
     def __init__(self, real: Loader) -> None:
         self._real = real

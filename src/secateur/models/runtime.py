@@ -1,23 +1,25 @@
-"""Pruned model classes: the stock ones, with blocks whose widths differ.
+"""Pruned model classes: the stock classes, with blocks of different widths.
 
-This file is copied into a checkpoint as `modeling_secateur.py`, so it imports nothing but torch and transformers, and a
-checkpoint loads with `trust_remote_code=True` where secateur is not installed. Where it is, `import secateur` registers the same
-classes and no remote code is needed.
+This file is copied into a checkpoint as `modeling_secateur.py`. So it imports only torch and transformers, and without
+secateur the checkpoint loads with `trust_remote_code=True`. If secateur is installed, `import secateur` registers the
+same classes, and no remote code is needed.
 
-`config.pruned_widths` holds one entry a block, `{"heads": H, "groups": G, "ffn": F}`: query heads, key-value heads, feed-forward
-units. Every block is the stock block, built from a configuration that has that block's widths.
+`config.pruned_widths` holds one entry per block, `{"heads": H, "groups": G, "ffn": F}`: the numbers of query heads,
+key-value heads and feed-forward units. Every block is the stock block, built from a configuration with these widths.
 
-Where the residual stream itself is narrower (SliceGPT, arXiv:2401.15024), `config.pruned_residual` describes it and each entry of
-`pruned_widths` has more: `"attention": [in, out]`, `"mlp": [in, out]`, the widths of the residual that attention and MLP read and
-write, and `"skips"`, what lies on the two residual connections (on the one of a parallel block). The modules inside a block stay
-the stock ones; what changes is the line between them: norms without gain, and a `Skip` from one basis of the residual to the next.
+In a model with a narrower residual stream (SliceGPT, arXiv:2401.15024), `config.pruned_residual` describes the stream.
+Each entry of `pruned_widths` then has more fields: `"attention": [in, out]` and `"mlp": [in, out]`, the widths of the
+residual that attention and MLP read and write, and `"skips"`, the forms of the two residual connections (one in a
+parallel block). The modules inside a block are the stock ones. The parts between them change: norms have no gain, and a
+`Skip` leads from one basis of the residual to the next.
 
 Where gains are stored with an offset, as w of 1 + w (Gemma), `pruned_residual` has `"norm"`: that offset, the epsilon,
 and whether norms subtract the mean.
 
-Where blocks read and write parts of a residual that stays whole (DISP-LLM, arXiv:2410.11988, algorithm 1), the same fields give the widths of the
-parts, and a `Select` lies where a `Skip` would: it holds which features are read and which are written, as index maps in the safetensors file. With
-`"readers": [q, k, v]` those three select for themselves, and a `Reader` stands where each was. How long this takes: docs/inference.md.
+In a model whose blocks read and write parts of a whole residual (DISP-LLM, arXiv:2410.11988, algorithm 1), the same
+fields give the widths of the parts. A `Select` takes the place of a `Skip`. It holds the features to read and the
+features to write, as index maps in the safetensors file. With `"readers": [q, k, v]` these three select for themselves,
+and a `Reader` takes the place of each. docs/inference.md has the speed of this.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 MODULE = "modeling_secateur"
 PREFIX = "secateur_"
 NORM_FIRST, SELECT_FIRST = SELECT_FORMS = ("norm, select", "select, norm")
-SECOND_NORM = "mlp_norm"  # of a parallel block whose attention and MLP norm different features
+SECOND_NORM = "mlp_norm"  # the second norm of a parallel block in which attention and MLP norm different features
 _READ, _WRITE = "read_index_map", "write_index_map"
 
 
 class BlockConfig:
-    """A view of a configuration in which a few fields have the values of one block; all else follows the original."""
+    """A view of a configuration: some fields have the values of one block, all others come from the original."""
 
     def __init__(self, config: PreTrainedConfig, **fields: Any) -> None:
         self.__dict__.update(fields, _config=config)
@@ -56,9 +58,10 @@ class BlockConfig:
 
 
 class UnitNorm(nn.Module):
-    """x / sqrt(sum(x^2) / D + epsilon), without gain, for a residual of which `width` of D directions are left.
+    """x / sqrt(sum(x^2) / D + epsilon), without gain, for a residual with `width` of D directions left.
 
-    The mean square is over the original D: what was removed counts as zero (it would otherwise grow by D / width).
+    The mean square is over the original D, and removed directions count as zero. Over `width` it would grow by D /
+    width.
     """
 
     def __init__(self, width: int, original: int, epsilon: float) -> None:
@@ -66,12 +69,12 @@ class UnitNorm(nn.Module):
         self.width, self.scale, self.epsilon = width, (original / width) ** 0.5, epsilon * original / width
 
     def forward(self, hidden_BTW: Tensor) -> Tensor:
-        """[..., width] to the same shape; 16-bit input is normed in float32."""
+        """Map [..., width] to the same shape; 16-bit input is normed in float32."""
         normed = rms_norm(hidden_BTW, (self.width,), eps=self.epsilon)
         return normed if self.scale == 1 else normed * self.scale
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the text that `print(model)` shows."""
         return f"{self.width}, scale={self.scale:.4g}, eps={self.epsilon:.3g}"
 
 
@@ -80,9 +83,9 @@ class Skip(nn.Module):
 
     Three forms of the same map, [..., inputs] to [..., outputs], chosen by size when a model is pruned:
 
-    - `None`: the identity; zeros are appended, or the last features dropped, where the widths differ. No parameters.
-    - a number k: the identity less a product of rank k, x - (x L) R^T, with L [inputs, k] and R [outputs, k]. Between equal widths
-      the map is symmetric and R is L.
+    - `None`: the identity. If the widths differ, zeros are appended or the last features dropped. No parameters.
+    - a number k: the identity minus a product of rank k, x - (x L) R^T, with L [inputs, k] and R [outputs, k]. Between
+      equal widths the map is symmetric, and R is L.
     - `"dense"`: x W^T.
     """
 
@@ -98,39 +101,47 @@ class Skip(nn.Module):
                 self.right = nn.Parameter(torch.empty(outputs, form))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., inputs] to [..., outputs]."""
+        """Map [..., inputs] to [..., outputs]."""
         if self.form == "dense":
             return linear(hidden, self.weight)
         resized = hidden
         if self.inputs != self.outputs:
-            resized = pad(hidden, (0, self.outputs - self.inputs)) if self.outputs > self.inputs else hidden[..., : self.outputs]
+            resized = (
+                pad(hidden, (0, self.outputs - self.inputs))
+                if self.outputs > self.inputs
+                else hidden[..., : self.outputs]
+            )
         if self.form is None:
             return resized
         right = self.left if self.inputs == self.outputs else self.right
         return resized - linear(linear(hidden, self.left.t()), right)
 
     def read(self, norm: nn.Module, hidden: Tensor) -> Tensor:
-        """What attention or MLP receives."""
+        """Return the input of attention or MLP."""
         return norm(hidden)  # type: ignore[no-any-return]
 
     def join(self, hidden: Tensor, update: Tensor) -> Tensor:
-        """The residual after it."""
+        """Return the residual after the connection."""
         return self(hidden) + update  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the text that `print(model)` shows."""
         return f"{self.inputs}, {self.outputs}, form={self.form}"
 
 
 def _pick(hidden: Tensor, index_map: Tensor) -> Tensor:
-    """[..., D] to the selected features [..., W]. On a CPU a gather takes a sixth of the time of an `index_select` along the last of three dimensions."""
+    """Map [..., D] to the selected features [..., W].
+
+    On a CPU a gather takes a sixth of the time of an `index_select` along the last of three dimensions.
+    """
     return hidden.gather(-1, index_map.expand(*hidden.shape[:-1], -1))
 
 
 class PartNorm(nn.Module):
-    """A norm over all features, of which some are wanted: [..., D] to [..., width]. Gain and bias are those of the selected features.
+    """A norm over all features that returns some of them: [..., D] to [..., width].
 
-    Without them a norm is one fused operation in torch, and what follows touches the selected features alone.
+    Gain and bias belong to the selected features. A norm without them is one fused operation in torch, and the steps
+    after it touch only the selected features.
     """
 
     weight: nn.Parameter | None
@@ -148,10 +159,12 @@ class PartNorm(nn.Module):
         parameters = dict(norm.named_parameters())
         for name in ("weight", "bias"):
             like = parameters.get(name)
-            self.register_parameter(name, None if like is None else nn.Parameter(torch.empty(width, dtype=like.dtype, device=like.device)))
+            self.register_parameter(
+                name, None if like is None else nn.Parameter(torch.empty(width, dtype=like.dtype, device=like.device))
+            )
 
     def forward(self, hidden: Tensor, index_map: Tensor) -> Tensor:
-        """16-bit input is normed in float32."""
+        """Map [..., D] to [..., width]; 16-bit input is normed in float32."""
         unit = (layer_norm if self.centred else rms_norm)(hidden, hidden.shape[-1:], eps=self.epsilon)
         part = _pick(unit, index_map)
         if self.weight is None:
@@ -160,19 +173,19 @@ class PartNorm(nn.Module):
         return part * gain if self.bias is None else torch.addcmul(self.bias, part, gain)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the text that `print(model)` shows."""
         return f"{0 if self.weight is None else len(self.weight)}, centred={self.centred}, eps={self.epsilon:.3g}"
 
 
 class Select(nn.Module):
-    """A residual connection that keeps all features, beside something that reads `inputs` and writes `outputs` of them.
+    """A residual connection that keeps all features, around a part that reads `inputs` and writes `outputs` of them.
 
-    Two forms: `"norm, select"` norms all features and then selects; `"select, norm"` selects first, so that the norm is over the selected ones
-    alone, divides by their number, and has a gain for each of them (arXiv:2410.11988, algorithm 1).
+    Two forms: `"norm, select"` norms all features and then selects. `"select, norm"` selects first, so the norm is over
+    the selected features only, divides by their number, and has one gain for each (arXiv:2410.11988, algorithm 1).
 
     Args:
-        inputs: None where q, k and v select for themselves, see `Reader`.
-        outputs: how many features are written.
+        inputs: the number of features to read; None if q, k and v select for themselves, see `Reader`.
+        outputs: the number of features to write.
         form: one of `SELECT_FORMS`.
     """
 
@@ -182,12 +195,12 @@ class Select(nn.Module):
     def __init__(self, inputs: int | None, outputs: int, form: str) -> None:
         super().__init__()
         self.form = form
-        # as int64: with int32 maps index_add along the last dimension has no fast path on a CPU, and takes thirty times as long
+        # int64, because index_add along the last dimension with int32 maps has no fast path on a CPU: 30 times as long
         self.register_buffer(_READ, None if inputs is None else torch.zeros(inputs, dtype=torch.int64))
         self.register_buffer(_WRITE, torch.zeros(outputs, dtype=torch.int64))
 
     def read(self, norm: nn.Module, hidden: Tensor) -> Tensor:
-        """What attention or MLP receives: [..., D] to [..., inputs]."""
+        """Return the input of attention or MLP: [..., D] to [..., inputs]."""
         if self.read_index_map is None:
             return norm(hidden)  # type: ignore[no-any-return]
         if self.form == SELECT_FIRST:
@@ -195,19 +208,19 @@ class Select(nn.Module):
         return norm(hidden, self.read_index_map)  # type: ignore[no-any-return]
 
     def join(self, hidden: Tensor, update: Tensor) -> Tensor:
-        """[..., D] with `update` [..., outputs] added in its places."""
+        """Return [..., D] with `update` [..., outputs] added to the features that are written."""
         return hidden.index_add(-1, self.write_index_map, update)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the text that `print(model)` shows."""
         reads = "q, k, v" if self.read_index_map is None else len(self.read_index_map)
         return f"{reads}, {len(self.write_index_map)}, form={self.form}"
 
 
 class Reader(nn.Module):
-    """One of q, k and v, where each selects for itself what it reads of [..., D] (arXiv:2410.11988, section 4.1).
+    """One of q, k and v, if each selects for itself what it reads of [..., D] (arXiv:2410.11988, section 4.1).
 
-    `norm` is over the selected features; None where all features were normed before.
+    `norm` is over the selected features; None if all features were normed before.
     """
 
     read_index_map: Tensor
@@ -218,13 +231,13 @@ class Reader(nn.Module):
         self.register_buffer(_READ, torch.zeros(linear.in_features, dtype=torch.int64))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] to [..., outputs]."""
+        """Map [..., D] to [..., outputs]."""
         part = _pick(hidden, self.read_index_map)
         return self.linear(part if self.norm is None else self.norm(part))  # type: ignore[no-any-return]
 
 
 class Readers(nn.Module):
-    """q, k and v where a stock block has one module for the three: `Reader`s by these names, their outputs side by side."""
+    """Three `Reader`s named q, k and v, in place of one fused module; their outputs are concatenated."""
 
     def __init__(self, readers: dict[str, Reader]) -> None:
         super().__init__()
@@ -232,25 +245,25 @@ class Readers(nn.Module):
             self.add_module(name, reader)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] to [..., outputs of q, k and v]."""
+        """Map [..., D] to [..., outputs of q, k and v]."""
         return torch.cat([reader(hidden) for reader in self.children()], -1)
 
 
 def is_index_map(name: str) -> bool:
-    """Whether a tensor of a checkpoint is an index map: whole numbers that are no parameters."""
+    """Whether a tensor of a checkpoint is an index map: integers, which are not parameters."""
     return name.endswith((f".{_READ}", f".{_WRITE}"))
 
 
 @cache
 def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
-    """The stock block class with another forward: the same modules, and a `Skip` or a `Select` on each residual connection."""
+    """Return the stock block class with another forward: a `Skip` or `Select` on each residual connection."""
 
     class Lined(stock):  # type: ignore[valid-type, misc]  # a class known only at run time
         stock_class = stock
         parts: dict[str, Any]
 
         def attention_half(self, hidden: Tensor, **arguments: Any) -> Tensor:
-            """The residual after attention; of a parallel block, after attention and MLP."""
+            """Return the residual after attention; in a parallel block, after attention and MLP."""
             norms = self.parts["norms"]
             normed = self.skips[0].read(getattr(self, norms[0]), hidden)
             attended = _attend(self, normed, arguments)
@@ -262,7 +275,7 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
             return self.skips[1].join(self.skips[0].join(hidden, attended), _run(self, self.parts["mlp"], second))  # type: ignore[no-any-return]
 
         def mlp_half(self, hidden: Tensor) -> Tensor:
-            """The residual after the MLP of a sequential block."""
+            """Return the residual after the MLP of a sequential block."""
             normed = self.skips[1].read(getattr(self, self.parts["norms"][1]), hidden)
             return self.skips[1].join(hidden, _dropped(self, _run(self, self.parts["mlp"], normed)))  # type: ignore[no-any-return]
 
@@ -270,7 +283,7 @@ def _lined_class(stock: type[nn.Module]) -> type[nn.Module]:
             hidden = self.attention_half(hidden_states, **arguments)
             return hidden if len(self.parts["norms"]) == 1 else self.mlp_half(hidden)
 
-    Lined.__name__ = Lined.__qualname__ = stock.__name__  # device maps name the classes that may not be split
+    Lined.__name__ = Lined.__qualname__ = stock.__name__  # device maps list by name the classes that must not be split
     return Lined
 
 
@@ -280,7 +293,7 @@ def _attend(block: nn.Module, normed: Tensor, arguments: dict[str, Any]) -> Tens
 
 
 def _dropped(block: nn.Module, written: Tensor) -> Tensor:
-    """Dropout that a stock block (OPT) applies by a number of its own and not by a module."""
+    """Apply the dropout that a stock block (OPT) stores as a number and not as a module."""
     share = getattr(block, "dropout", None)
     return dropout(written, share, training=block.training) if isinstance(share, float) else written
 
@@ -291,14 +304,16 @@ def _run(block: nn.Module, names: Iterable[str], hidden: Tensor) -> Tensor:
     return hidden
 
 
-def block_with_widths(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
-    """A block with `widths`, an entry of `config.pruned_widths`; its weights are not yet loaded."""
+def block_with_widths(
+    block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]
+) -> nn.Module:
+    """Build a block with `widths`, an entry of `config.pruned_widths`, without its weights."""
     block = _stock_block(getattr(block_class, "stock_class", block_class), config, index, widths)
     return _line_block(block, config, widths) if "attention" in widths else block
 
 
 def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Module:
-    """Give a stock block other widths of what it reads and writes, norms that go with them, and skips."""
+    """Give a stock block other widths to read and write, matching norms, and skips."""
     parts, attention, mlp, readers = config.pruned_residual, widths["attention"], widths["mlp"], widths.get("readers")
     inputs = dict.fromkeys("qkv", attention[0]) | dict.fromkeys(("gate", "up"), mlp[0])
     outputs = {"o": attention[1], "down": mlp[1]}
@@ -307,24 +322,32 @@ def _line_block(block: nn.Module, config: Any, widths: dict[str, Any]) -> nn.Mod
         _separate_readers(block, parts, dict(zip("qkv", readers, strict=True)), widths)
     for name, path in parts["matrices"].items():
         if not (readers and name in "qkv"):
-            _resize_linear(block, path, inputs.get(name), outputs.get(name), bias=name in inputs and parts.get("reader_bias", False))
+            _resize_linear(
+                block,
+                path,
+                inputs.get(name),
+                outputs.get(name),
+                bias=name in inputs and parts.get("reader_bias", False),
+            )
     if selects:
         _part_norms(block, parts, widths)
     else:
-        for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one
+        for path, width in zip(parts["norms"], (attention[0], mlp[0]), strict=False):  # a parallel block has one norm
             block.set_submodule(path, UnitNorm(width, config.hidden_size, parts["epsilon"]))
     block.__class__ = _lined_class(type(block))  # type: ignore[arg-type]  # a class is hashable
     block.parts = parts
-    # beside a residual that stays whole, attention and MLP of a parallel block select for themselves
+    # If the residual stays whole, attention and MLP of a parallel block select separately.
     ends = [attention, mlp] if selects else [attention, mlp][: len(parts["norms"])]
     reads = [None if readers else attention[0], mlp[0]]
     lines = zip(reads, ends, widths["skips"], strict=False)
-    block.skips = nn.ModuleList((Select(read, end[1], form) if selects else Skip(end[0], end[1], form)) for read, end, form in lines)
+    block.skips = nn.ModuleList(
+        (Select(read, end[1], form) if selects else Skip(end[0], end[1], form)) for read, end, form in lines
+    )
     return block
 
 
 def _part_norms(block: nn.Module, parts: dict[str, Any], widths: dict[str, Any]) -> None:
-    """The norms of a block that selects what it reads; one that attention and MLP of a parallel block share becomes two."""
+    """Set the norms of a block that selects what it reads; a norm shared by attention and MLP becomes two."""
     paths = parts["norms"]
     if len(paths) == 1:
         block.add_module(SECOND_NORM, copy.deepcopy(block.get_submodule(paths[0])))
@@ -332,7 +355,7 @@ def _part_norms(block: nn.Module, parts: dict[str, Any], widths: dict[str, Any])
         norm = block.get_submodule(path)
         if part == "attention" and "readers" in widths:
             if form == SELECT_FIRST:
-                block.set_submodule(path, nn.Identity())  # q, k and v have norms of their own
+                block.set_submodule(path, nn.Identity())  # q, k and v have their own norms
         elif form == SELECT_FIRST:
             _narrow_norm(norm, widths[part][0])
         else:
@@ -340,7 +363,7 @@ def _part_norms(block: nn.Module, parts: dict[str, Any], widths: dict[str, Any])
 
 
 def _separate_readers(block: nn.Module, parts: dict[str, Any], inputs: dict[str, int], widths: dict[str, Any]) -> None:
-    """Put a `Reader` in place of each of q, k and v, or `Readers` in place of the module that has all three."""
+    """Replace each of q, k and v by a `Reader`, or their fused module by `Readers`."""
     paths = {name: parts["matrices"][name] for name in "qkv"}
     fused = len(set(paths.values())) == 1
     heads = {"q": widths["heads"], "k": widths["groups"], "v": widths["groups"]}
@@ -361,7 +384,7 @@ def _separate_readers(block: nn.Module, parts: dict[str, Any], inputs: dict[str,
 
 
 def _narrow_norm(norm: Any, width: int) -> None:
-    """A stock norm for fewer features: it divides by their number."""
+    """Narrow a stock norm to `width` features; it then divides by their number."""
     for name, parameter in list(norm.named_parameters()):
         setattr(norm, name, nn.Parameter(torch.empty(width, dtype=parameter.dtype, device=parameter.device)))
     if isinstance(norm, nn.LayerNorm):
@@ -376,20 +399,25 @@ def _resize_linear(module: nn.Module, path: str, inputs: int | None, outputs: in
 
 
 def _rotate_outer(model: nn.Module, config: Any) -> None:
-    """Give embeddings, final norm and head the widths of the first and the last place of the residual."""
+    """Give embeddings, final norm and head the widths of the residual at its start and its end."""
     parts = config.pruned_residual
     for path in parts["embeddings"]:
         table: Any = model.get_submodule(path)
-        table.weight, table.embedding_dim = nn.Parameter(torch.empty(table.num_embeddings, parts["enter"])), parts["enter"]
+        table.weight, table.embedding_dim = (
+            nn.Parameter(torch.empty(table.num_embeddings, parts["enter"])),
+            parts["enter"],
+        )
     model.set_submodule(parts["final_norm"], UnitNorm(parts["leave"], config.hidden_size, parts["epsilon"]))
     _resize_linear(model, parts["head"], parts["leave"], None, bias=parts["head_bias"])
 
 
-def _stock_block(block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]) -> nn.Module:
-    """A stock block with `widths` = {"heads": H, "groups": G, "ffn": F, ...}."""
+def _stock_block(
+    block_class: type[nn.Module], config: PreTrainedConfig, index: int, widths: dict[str, Any]
+) -> nn.Module:
+    """Build a stock block with `widths` = {"heads": H, "groups": G, "ffn": F, ...}."""
     heads, groups, ffn = widths["heads"], widths["groups"], widths["ffn"]
     if type(config).model_type.removeprefix(PREFIX) == "opt":
-        # it takes the width of a head from the hidden size: build the block dense, then narrow its attention
+        # OPT takes the width of a head from the hidden size: build the block dense, then narrow its attention.
         block = block_class(BlockConfig(config, ffn_dim=ffn), index)
         _narrow_opt_attention(block.self_attn, heads)
         return block
@@ -402,22 +430,27 @@ def _narrow_opt_attention(attention: Any, heads: int) -> None:
     if heads == attention.num_heads:
         return
     inner, width, bias = heads * attention.head_dim, attention.embed_dim, attention.enable_bias
-    attention.num_heads = heads  # forgetting this gives no error: heads fold into time
+    attention.num_heads = heads  # without this line the result is wrong, but no error is raised
     for name in ("q_proj", "k_proj", "v_proj"):
         setattr(attention, name, nn.Linear(width, inner, bias=bias))
     attention.out_proj = nn.Linear(inner, width, bias=bias)
 
 
 class PrunedModel:
-    """What the pruned classes add to the stock ones."""
+    """The base class with the additions of the pruned classes to the stock classes."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next in the order of bases
         if config.pruned_widths is None:
-            raise ValueError(f"{config.model_type}: config.json lacks 'pruned_widths' (one entry a block); it is not a checkpoint of secateur")
+            raise ValueError(
+                f"{config.model_type}: config.json lacks 'pruned_widths' (one entry a block); "
+                "it is not a checkpoint of secateur"
+            )
         blocks = self.get_decoder().layers  # type: ignore[attr-defined]
         if len(config.pruned_widths) != len(blocks):
-            raise ValueError(f"{config.model_type}: 'pruned_widths' has {len(config.pruned_widths)} entries for {len(blocks)} blocks")
+            raise ValueError(
+                f"{config.model_type}: 'pruned_widths' has {len(config.pruned_widths)} entries for {len(blocks)} blocks"
+            )
         for index, widths in enumerate(config.pruned_widths):
             blocks[index] = block_with_widths(type(blocks[index]), config, index, widths)
         if "enter" in (config.pruned_residual or {}):
@@ -425,21 +458,25 @@ class PrunedModel:
         self.post_init()  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """As the stock method; the code that loads the checkpoint goes with it."""
+        """Save as the stock method does, and add the code that loads the checkpoint."""
         self.config.auto_map = auto_map(type(self))  # type: ignore[attr-defined]
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, Path(save_directory) / f"{MODULE}.py")  # first, so that a push to the hub takes it along
+        # copied first, so that a push to the hub includes it
+        shutil.copyfile(__file__, Path(save_directory) / f"{MODULE}.py")
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
 
 def auto_map(model_class: type[Any]) -> dict[str, str]:
-    """The `auto_map` of config.json for a pruned class."""
-    return {"AutoConfig": f"{MODULE}.{model_class.config_class.__name__}", "AutoModelForCausalLM": f"{MODULE}.{model_class.__name__}"}
+    """Return the `auto_map` of config.json for a pruned class."""
+    return {
+        "AutoConfig": f"{MODULE}.{model_class.config_class.__name__}",
+        "AutoModelForCausalLM": f"{MODULE}.{model_class.__name__}",
+    }
 
 
 @cache
 def pruned_class(stock_type: str) -> Any:
-    """The pruned class of a stock model type: `llama` gives `SecateurLlamaForCausalLM`, whose type is `secateur_llama`."""
+    """Return the pruned class of a stock model type: `llama` gives `SecateurLlamaForCausalLM`."""
     stock_config: Any = CONFIG_MAPPING[stock_type]
     stock_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
 
@@ -458,7 +495,7 @@ def pruned_class(stock_type: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes by name (`SecateurLlamaConfig`, ...), made when asked for: this is how `auto_map` reaches them."""
+    """Make a class at its first use by name (`SecateurLlamaConfig`, ...): `auto_map` reaches the classes this way."""
     for stock_type, stock_name in MODEL_FOR_CAUSAL_LM_MAPPING._config_mapping.items():
         if name in (f"Secateur{stock_name}", f"Secateur{MODEL_FOR_CAUSAL_LM_MAPPING._model_mapping.get(stock_type)}"):
             pruned_class(stock_type)
@@ -467,7 +504,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register(stock_types: Iterable[str]) -> None:
-    """Make the Auto classes of transformers know the pruned models of these stock types."""
+    """Register the pruned models of these stock types with the Auto classes of transformers."""
     for stock_type in stock_types:
         model = pruned_class(stock_type)
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Writing checkpoints: block by block into a folder beside the final one, which appears whole or not at all.
+"""Write checkpoints block by block into a folder beside the final one, which appears complete or not at all.
 
-The folder `OUT.partial` holds a journal (what is being made, so that a resumed run can tell whether it is the same), finished
-blocks, and the pieces of the plan. It has no config.json until the end, so nothing can take it for a model.
+The folder `OUT.partial` holds a journal (the settings, so that a resumed run can compare them), finished blocks, and
+the parts of the plan. It has no config.json until the end, so no program mistakes it for a model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from secateur.core.names import without_paths
 from secateur.core.progress import say
 from secateur.models.companions import copy_companions
 
-OWN_FOLDER = "secateur"  # of a checkpoint: the plan, which no other tool may take for weights
+OWN_FOLDER = "secateur"  # the folder inside a checkpoint for the plan, where no other tool looks for weights
 PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 PLAN_PATH = f"{OWN_FOLDER}/{PLAN}"
 _ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least")  # settings that plans of version 0.1 lack
@@ -45,18 +45,27 @@ class CheckpointWriter:
 
     Args:
         out: the final folder.
-        settings: what decides the result; a resumed run must have the same.
-        resume: go on with what an interrupted run left.
-        overwrite: replace an existing folder, and forget an interrupted run with other settings.
-        needed: bytes the result will need, to refuse a full disk before the work.
-        may_change: options of the method that a resumed run may have others of, as long as no block is written.
+        settings: the settings that decide the result; a resumed run must have the same ones.
+        resume: continue an interrupted run.
+        overwrite: replace an existing folder, and discard an interrupted run with other settings.
+        needed: the bytes that the result will need; a full disk is refused before the work.
+        may_change: options of the method that a resumed run may change as long as no block is written.
 
     Raises:
-        UsageError: the folder exists and is not empty, an interrupted run lies there, or it had other settings.
-        SecateurError: the disk has no room.
+        UsageError: the folder exists and is not empty, or an interrupted run is there, or it has other settings.
+        SecateurError: the disk has too little space.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, resume: bool, overwrite: bool, needed: int, may_change: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        out: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+        needed: int,
+        may_change: Sequence[str] = (),
+    ) -> None:
         self.out = out.absolute()
         self.partial = self.out.with_name(self.out.name + ".partial")
         refuse_existing(self.out, overwrite)
@@ -70,9 +79,14 @@ class CheckpointWriter:
                     _drop_damaged(self.partial)
                 return
             if not overwrite:
-                raise UsageError(f"--resume: the interrupted run in '{self.partial}' {difference}; give the same settings, or start again with --overwrite")
+                raise UsageError(
+                    f"--resume: the interrupted run in '{self.partial}' {difference}; "
+                    "give the same settings, or start again with --overwrite"
+                )
         elif before is not None and not overwrite:
-            raise UsageError(f"an interrupted run lies in '{self.partial}': go on with --resume, or start again with --overwrite")
+            raise UsageError(
+                f"an interrupted run lies in '{self.partial}': go on with --resume, or start again with --overwrite"
+            )
         shutil.rmtree(self.partial, ignore_errors=True)
         _check_room(self.out, needed)
         with self.disk():
@@ -81,7 +95,7 @@ class CheckpointWriter:
 
     @property
     def scratch(self) -> Path:
-        """A file for what must not outlive the run."""
+        """The path of a temporary file, which is removed at the end of the run."""
         return self.partial / "scratch.bin"
 
     def has(self, name: str) -> bool:
@@ -89,29 +103,39 @@ class CheckpointWriter:
         return self.part(name).is_file()
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A finished part: its tensors and its note."""
+        """Return the tensors and the note of a finished part."""
         return load_file(self.part(name)), self.read_note(name)
 
     def read_note(self, name: str) -> dict[str, Any]:
-        """The note of a finished part alone."""
+        """Return only the note of a finished part."""
         with safe_open(self.part(name), framework="pt") as handle:
             note: dict[str, Any] = json.loads((handle.metadata() or {}).get("note", "{}"))
         return note
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
-        """Write a part, whole or not at all."""
+        """Write a part, completely or not at all."""
         with self.disk():
             save_whole(self.part(name), tensors, {"format": "pt", "note": json.dumps(dict(note or {}))})
 
-    def finish(self, weights: Sequence[str], plan: Sequence[str], config: Mapping[str, Any], source: Path | None, files: Mapping[str, str]) -> None:
-        """Put weights, plan, configuration and companions in place, then rename the folder. May be run again after a kill at any point.
+    def finish(
+        self,
+        weights: Sequence[str],
+        plan: Sequence[str],
+        config: Mapping[str, Any],
+        source: Path | None,
+        files: Mapping[str, str],
+    ) -> None:
+        """Put weights, plan, configuration and companions in place, then rename the folder.
+
+        It can be repeated after a kill at any point.
 
         Args:
             weights: the parts that hold weights, in the order of the model.
             plan: the parts that hold the tensors of the plan.
             config: the content of config.json.
-            source: the original's folder: tokenizer, generation settings and licence are copied from it.
-            files: more text files by their paths in the folder; the JSON part of the plan and the model card are among them.
+            source: the folder of the original, from which tokenizer, generation settings and licence are copied.
+            files: path in the folder -> content of more text files, such as the JSON part of the plan and the model
+                card.
         """
         with self.disk():
             if source is not None:
@@ -124,7 +148,7 @@ class CheckpointWriter:
             self.publish({})
 
     def publish(self, files: Mapping[str, str]) -> None:
-        """Add text files by their paths in the folder, and rename it."""
+        """Add text files, path in the folder -> content, and give the folder its final name."""
         with self.disk():
             for name, content in files.items():
                 _write_whole(self.partial / name, content)
@@ -132,30 +156,30 @@ class CheckpointWriter:
             clean(self.out)
 
     def discard(self) -> None:
-        """Give up: nothing is left."""
+        """Remove everything that was written."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def part(self, name: str) -> Path:
-        """The file of a part."""
+        """Return the file of a part."""
         return self.partial / f"{_PART}{name}.safetensors"
 
     def disk(self) -> AbstractContextManager[None]:
-        """Turns a full or forbidden disk into words."""
+        """Turn a full or read-only disk into a SecateurError, inside a `with` statement."""
         return disk(self.out.parent)
 
 
 def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; a digest of its content goes into its metadata, see `is_intact`."""
+    """Write a safetensors file, completely or not at all, with a digest in its metadata for `is_intact`."""
     temporary = file.with_suffix(".tmp")
-    held, about = {name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata or {})
-    save_file(held, temporary, metadata={**about, _DIGEST: _digest(held, about)})
+    content, about = {name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata or {})
+    save_file(content, temporary, metadata={**about, _DIGEST: _digest(content, about)})
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     temporary.rename(file)
 
 
 def is_intact(file: Path) -> bool:
-    """Whether a file that `save_whole` wrote still holds what was written."""
+    """Whether a file that `save_whole` wrote is unchanged."""
     try:
         with safe_open(file, framework="pt") as handle:
             about = dict(handle.metadata() or {})
@@ -174,37 +198,39 @@ def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
 
 
 def _drop_damaged(partial: Path) -> None:
-    """Remove what an interrupted run left and the disk did not keep: it is made again. A state and its parts go together."""
+    """Remove damaged parts of an interrupted run, so that they are made again. A saved state loses all its parts."""
     for file in sorted(partial.glob(f"{_PART}*.safetensors")):
         if file.is_file() and not is_intact(file):
             state = file.name.startswith(f"{_PART}learning")
             say(f"'{file}' is damaged: it is made again")
-            for lost in partial.glob(f"{_PART}learning*") if state else [file]:
-                lost.unlink()
+            for damaged in partial.glob(f"{_PART}learning*") if state else [file]:
+                damaged.unlink()
 
 
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """Turns a disk that is full, or a folder that may not be written, into words."""
+    """Turn a full disk, or a folder without write permission, into a SecateurError with advice."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise SecateurError(f"no space left on the disk of '{folder}'; free some and go on with --resume, or choose another --out") from error
+            raise SecateurError(
+                f"no space left on the disk of '{folder}'; free some and go on with --resume, or choose another --out"
+            ) from error
         if isinstance(error, PermissionError):
             raise SecateurError(f"'{folder}' cannot be written ({error.strerror}); choose another --out") from error
         raise
 
 
 def clean(folder: Path) -> None:
-    """Remove from a finished folder what only the run needed. The journal goes last: it tells that there is something to clean."""
+    """Remove the temporary files of the run from a finished folder. The journal goes last: it marks what to clean."""
     for pattern in (f"{_PART}*", "scratch.bin", "*.tmp", JOURNAL):
         for leftover in folder.glob(pattern):
             leftover.unlink()
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that two runs do not share, in words, or None."""
+    """Return in words the first setting in which two runs differ, or None."""
     for key, value in json.loads(json.dumps(dict(now), default=str)).items():
         had = before.get(key)
         if isinstance(had, dict) and isinstance(value, dict) and had.keys() == value.keys():
@@ -225,19 +251,25 @@ def _without_options(settings: Mapping[str, Any], names: Sequence[str]) -> dict[
 
 
 def differing_from_plan(plan: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """As `differing`, of a finished run: its plan names files without their folders, and one of an earlier version lacks some settings."""
+    """Return the same as `differing`, for the plan of a finished run.
+
+    A plan names files without their folders, and a plan of an earlier version lacks some settings.
+    """
     plan, now = without_paths(plan), without_paths(now)
     return differing(_comparable(plan, now), _comparable(now, plan))
 
 
 def _comparable(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in content.items() if name in other or name not in _ADDED}
-    nested = {name: (value, other.get(name)) for name, value in kept.items()}
-    return {name: _comparable(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a for name, (a, b) in nested.items()}
+    shared = {name: value for name, value in content.items() if name in other or name not in _ADDED}
+    nested = {name: (value, other.get(name)) for name, value in shared.items()}
+    return {
+        name: _comparable(a, b) if isinstance(a, Mapping) and isinstance(b, Mapping) else a
+        for name, (a, b) in nested.items()
+    }
 
 
 def _read_journal(partial: Path) -> dict[str, Any] | None:
-    """The settings of an interrupted run; None where there is none, or not even its journal was finished."""
+    """Return the settings of an interrupted run; None if there is no run, or its journal is incomplete."""
     try:
         journal: dict[str, Any] = json.loads((partial / JOURNAL).read_text("utf-8"))
     except (OSError, ValueError):
@@ -246,28 +278,38 @@ def _read_journal(partial: Path) -> dict[str, Any] | None:
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raises UsageError where `out` is a file, or a folder with something in it that may not be replaced."""
+    """Raise UsageError if `out` is a file, or a folder that is not empty and may not be replaced."""
     if out.is_file():
         raise UsageError(f"--out '{out}' is a file; give a new folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UsageError(f"--out '{out}' exists and is not empty; choose another folder, or replace it with --overwrite")
+        raise UsageError(
+            f"--out '{out}' exists and is not empty; choose another folder, or replace it with --overwrite"
+        )
 
 
 def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
-    """Raises UsageError where replacing `out` would remove something that the run itself needs, or `out` would lie in a folder of that kind and go with it."""
+    """Raise UsageError if `out` contains a path that the run needs, or lies inside such a path.
+
+    Replacing `out` would remove the first; the second would be lost together with that path.
+    """
     place = out.resolve()
     for what, path in precious.items():
         if path.resolve().is_relative_to(place):
-            raise UsageError(f"--out '{out}' holds {what} ('{path}'), which replacing it would remove; choose another --out")
+            raise UsageError(
+                f"--out '{out}' holds {what} ('{path}'), which replacing it would remove; choose another --out"
+            )
         if place.is_relative_to(path.resolve()):
-            raise UsageError(f"--out '{out}' lies inside {what} ('{path}'), and would go where that goes; choose a folder beside it")
+            raise UsageError(
+                f"--out '{out}' lies inside {what} ('{path}'), and would be lost together with it; "
+                "choose a folder beside it"
+            )
 
 
 def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Whether a run that resumes finds its result complete.
+    """Whether the result of a resumed run is already complete.
 
     Raises:
-        UsageError: it does not, and something is in the way.
+        UsageError: it is not complete, and `out` may not be replaced.
     """
     finished = resume and plan_file(out) is not None
     if not finished:
@@ -276,23 +318,29 @@ def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
 
 
 def plan_file(folder: Path, name: str = PLAN) -> Path | None:
-    """Where a part of the plan is in a folder: in `secateur/`, or at the root, as earlier versions and plans on their own have it. None: nowhere."""
+    """Return the file of the plan in a folder, or None.
+
+    It is in `secateur/`, or at the root for earlier versions and for a plan without a model.
+    """
     return next((file for file in (folder / OWN_FOLDER / name, folder / name) if file.is_file()), None)
 
 
 def same_run(out: Path, difference: str | None, overwrite: bool) -> bool:
-    """Whether a finished result is that of the run that resumes; False where it may be made again.
+    """Whether a finished result belongs to the run that resumes; False if it is another one that may be replaced.
 
     Args:
-        out: the result.
-        difference: from `differing`.
-        overwrite: whether it may be replaced.
+        out: the folder of the result.
+        difference: the result of `differing`.
+        overwrite: whether the result may be replaced.
 
     Raises:
-        UsageError: it is another one, and may not.
+        UsageError: the result belongs to another run, and may not be replaced.
     """
     if difference is not None and not overwrite:
-        raise UsageError(f"--resume: '{out}' is finished, and its run {difference}; give the same settings, another --out, or --overwrite")
+        raise UsageError(
+            f"--resume: '{out}' is finished, and its run {difference}; "
+            "give the same settings, another --out, or --overwrite"
+        )
     return difference is None
 
 
@@ -300,18 +348,21 @@ def _check_room(out: Path, needed: int) -> None:
     place = next(folder for folder in out.parents if folder.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise SecateurError(f"no space: the result needs about {needed / 1e9:.2f} GB, '{place}' has {free / 1e9:.2f} GB; free some, or choose another --out")
+        raise SecateurError(
+            f"no space: the result needs about {needed / 1e9:.2f} GB, '{place}' has {free / 1e9:.2f} GB; "
+            "free some, or choose another --out"
+        )
 
 
 def _join(parts: Sequence[Path], target: Path) -> None:
-    """The tensors of all parts in one file; nothing is written where there are none."""
+    """Write the tensors of all parts into one file; write nothing if there are none."""
     headers = [_header(part) for part in parts]
     if any(header for header, _ in headers):
         _concatenate(parts, headers, target)
 
 
 def _gather(parts: Sequence[Path], folder: Path) -> None:
-    """Parts become `model.safetensors`, or, where that would be large, one shard each with an index."""
+    """Write the parts as `model.safetensors`, or, if that is too large, as one shard per part and an index."""
     headers = [_header(part) for part in parts]
     if sum(part.stat().st_size for part in parts) <= ONE_FILE_UP_TO:
         _concatenate(parts, headers, folder / "model.safetensors")
@@ -321,14 +372,15 @@ def _gather(parts: Sequence[Path], folder: Path) -> None:
     for number, (part, (header, begin)) in enumerate(zip(parts, headers, strict=True), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         total += part.stat().st_size - begin
-        _concatenate([part], [(header, begin)], folder / name)  # not a copy: the order of a part's metadata is drawn at random by safetensors
+        # not a plain copy: safetensors writes the metadata of a part in random order, so equal runs would differ
+        _concatenate([part], [(header, begin)], folder / name)
         weight_map |= dict.fromkeys(header, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file (8 bytes of length, then JSON) without its metadata, and where the data begins."""
+    """Return the header of a safetensors file (8 bytes of length, then JSON), without metadata, and the data offset."""
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))
@@ -337,18 +389,23 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], int]], target: Path) -> None:
-    """One safetensors file from several, data copied in streams: no tensor is in memory.
+    """Join several safetensors files into one by copying bytes, without a tensor in memory.
 
-    Tensors of larger items come first, as in every safetensors file, so that each is aligned whatever the parts hold: the format has no padding.
+    Tensors with larger items come first, as in every safetensors file. So each tensor is aligned, although the format
+    has no padding.
     """
-    order = sorted((-_ITEM_BYTES[e["dtype"]], number, *e["data_offsets"], name) for number, (header, _) in enumerate(headers) for name, e in header.items())
+    order = sorted(
+        (-_ITEM_BYTES[e["dtype"]], number, *e["data_offsets"], name)
+        for number, (header, _) in enumerate(headers)
+        for name, e in header.items()
+    )
     joined: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for _, number, start, end, name in order:
         joined[name] = {**headers[number][0][name], "data_offsets": [offset, offset + end - start]}
         offset += end - start
     text = json.dumps(joined, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    text += b" " * (-len(text) % 8)  # the format requires data aligned to 8 bytes
     with target.open("wb") as out, ExitStack() as opened:
         handles = [opened.enter_context(part.open("rb")) for part in parts]
         out.write(struct.pack("<Q", len(text)) + text)
@@ -363,13 +420,15 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
     while count:
         piece = source.read(min(count, _PIECE))
         if not piece:
-            raise SecateurError(f"'{source.name}' ends {count} bytes too early: the disk lost data; start again with --overwrite")
+            raise SecateurError(
+                f"'{source.name}' ends {count} bytes too early: the disk lost data; start again with --overwrite"
+            )
         target.write(piece)
         count -= len(piece)
 
 
 def _swap(partial: Path, out: Path) -> None:
-    """Give the folder its name; what had that name before goes only when the new one is there."""
+    """Give the folder its final name. A previous folder of that name is removed only after that."""
     old = None
     if out.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent)) / out.name

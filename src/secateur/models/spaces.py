@@ -1,4 +1,4 @@
-"""Spaces: what the rows and the columns of each matrix of a block are. Told here, once.
+"""Spaces: the meaning of the rows and the columns of each matrix of a block. No other module defines it.
 
 A space is a set of units. A unit is part of several matrices, and it stays or goes in all of them:
 
@@ -6,10 +6,10 @@ A space is a set of units. A unit is part of several matrices, and it stays or g
     ffn                          feed-forward units
     attention_in, mlp_in         features of the residual stream that attention and MLP read
     attention_out, mlp_out       features of the residual stream that attention and MLP write
-    q_in, k_in, v_in             in place of `attention_in`, where q, k and v each choose what they read
+    q_in, k_in, v_in             in place of `attention_in`, if q, k and v each choose the features that they read
 
-A matrix reads the units of its columns and writes the units of its rows. How many rows or columns one unit has in a
-matrix follows from the sizes of the block: `BlockDims.unit_width`.
+A matrix reads the units of its columns and writes the units of its rows. `BlockDims.unit_width` gives the
+number of rows or columns of one unit in a matrix, from the sizes of the block.
 """
 
 from __future__ import annotations
@@ -18,26 +18,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 ROWS: Mapping[str, str] = {
-    "q": "groups", "k": "groups", "v": "groups", "o": "attention_out",
-    "gate": "ffn", "up": "ffn", "down": "mlp_out",
-}  # fmt: skip
+    "q": "groups",
+    "k": "groups",
+    "v": "groups",
+    "o": "attention_out",
+    "gate": "ffn",
+    "up": "ffn",
+    "down": "mlp_out",
+}
 """Canonical matrix name -> the space that its rows write."""
 
 COLUMNS: Mapping[str, str] = {
-    "q": "attention_in", "k": "attention_in", "v": "attention_in", "o": "groups",
-    "gate": "mlp_in", "up": "mlp_in", "down": "ffn",
-}  # fmt: skip
+    "q": "attention_in",
+    "k": "attention_in",
+    "v": "attention_in",
+    "o": "groups",
+    "gate": "mlp_in",
+    "up": "mlp_in",
+    "down": "ffn",
+}
 """Canonical matrix name -> the space that its columns read."""
 
 OWN_COLUMNS: Mapping[str, str] = {"q": "q_in", "k": "k_in", "v": "v_in"}
 SEPARATE_COLUMNS: Mapping[str, str] = {**COLUMNS, **OWN_COLUMNS}
-"""As `COLUMNS`, where q, k and v each choose what they read."""
+"""The same as `COLUMNS`, if q, k and v each choose the features that they read."""
 
 SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
-"""All spaces of a block, those that are written first."""
+"""All spaces of a block, the written ones first."""
 
 INNER = ("ffn", "groups")
-"""The spaces inside a block: its own matrices write their units and read them. The others are of the residual."""
+"""The spaces inside a block: its own matrices write and read their units. The other spaces belong to the residual."""
 
 HEADS = ("q", "o")
 """The matrices in which a unit of `groups` is several query heads; in the others it is one key-value head."""
@@ -45,7 +55,7 @@ HEADS = ("q", "o")
 
 @dataclass(frozen=True)
 class Members:
-    """The matrices that share an inner space: those whose rows write its units, and the one whose columns read them."""
+    """The matrices of an inner space: the rows of `writers` write its units, and the columns of `reader` read them."""
 
     writers: tuple[str, ...]
     reader: str

@@ -1,7 +1,9 @@
-"""A model seen through its family: blocks, matrices, and the spaces that matrices share. The only place that knows of fused weights.
+"""The view of a model through its family: blocks, matrices, and the spaces that matrices share.
 
-Shape letters: D residual, H query heads, G key-value heads, K head width, F feed-forward units, O outputs, I inputs of a matrix.
-Weights are `weight_OI` as in torch.nn.Linear.
+No other module knows about fused weights.
+
+Shape letters: D residual, H query heads, G key-value heads, K head width, F feed-forward units, O outputs, I inputs of
+a matrix. Weights are `weight_OI` as in torch.nn.Linear.
 """
 
 from __future__ import annotations
@@ -21,30 +23,32 @@ from secateur.models.spaces import COLUMNS, HEADS, OWN_COLUMNS, ROWS, SEPARATE_C
 
 
 class TensorSource(Protocol):
-    """Where weights come from: files read lazily, or a model in memory. Names are those of the stock model's state dict."""
+    """A source of weights: lazily read files, or a model in memory. Names are as in the state dict of the model."""
 
     def names(self) -> list[str]:
-        """Every tensor once, in the order of the model."""
+        """Return the name of every tensor once, in the order of the model."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in the dtype it is stored in."""
+        """Return one tensor, in the dtype in which it is stored."""
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:
-        """Some rows of a matrix outside the blocks: those of a large vocabulary are never all needed at once."""
+        """Return some rows of a matrix outside the blocks: a large vocabulary is never needed all at once."""
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The widths of the residual stream as one block sees it, where they are not the hidden size (SliceGPT), or of the parts of it that
-    the block reads and writes (DISP-LLM).
+    """The widths of the residual stream in one block.
+
+    Either the stream is narrower than the hidden size (SliceGPT), or the block reads and writes parts of it (DISP-LLM).
 
     Attributes:
-        attention, mlp: what attention and MLP read and write: (in, out).
-        skips: the form of the residual connections: see `runtime.Skip`, one of a parallel block, two otherwise; or `runtime.Select`, two.
-        readers: what q, k and v read, where each selects for itself; attention then reads all of the residual.
+        attention, mlp: the widths that attention and MLP read and write: (in, out).
+        skips: the forms of the residual connections. With `runtime.Skip`: one entry in a parallel block, two otherwise.
+            With `runtime.Select`: two.
+        readers: the widths that q, k and v read if each selects for itself; attention then reads the whole residual.
     """
 
     attention: tuple[int, int]
@@ -54,13 +58,13 @@ class Residual:
 
     @property
     def selected(self) -> bool:
-        """Whether the residual itself stays whole."""
+        """Whether the block selects parts of a residual stream that stays whole."""
         return self.skips[0] in SELECT_FORMS
 
 
 @dataclass(frozen=True)
 class BlockDims:
-    """The sizes of one block: D, H, G, K, F. `residual` is None where attention and MLP read and write all of D."""
+    """The sizes of one block: D, H, G, K, F. `residual` is None if attention and MLP read and write all of D."""
 
     hidden: int
     heads: int
@@ -80,7 +84,7 @@ class BlockDims:
         return SEPARATE_COLUMNS if self.residual and self.residual.readers else COLUMNS
 
     def units(self) -> dict[str, int]:
-        """Space -> the number of its units."""
+        """Return space -> the number of its units."""
         whole = (self.hidden, self.hidden)
         attention, mlp = (self.residual.attention, self.residual.mlp) if self.residual else (whole, whole)
         sizes = {
@@ -96,40 +100,43 @@ class BlockDims:
         return sizes
 
     def unit_width(self, name: str, space: str) -> int:
-        """How many rows or columns of a matrix are one unit of a space."""
+        """Return the number of rows or columns of a matrix that belong to one unit of a space."""
         if space != "groups":
             return 1
         return self.head_width * (self.queries if name in HEADS else 1)
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(O, I) of a matrix by its canonical name."""
+        """Return the shape (O, I) of a matrix by its canonical name."""
         units, rows, columns = self.units(), ROWS[name], self.columns[name]
         return units[rows] * self.unit_width(name, rows), units[columns] * self.unit_width(name, columns)
 
     @property
     def enters(self) -> int:
-        """The width of the residual where it enters the block."""
+        """The width of the residual at the start of the block."""
         return self.residual.attention[0] if self.residual and not self.residual.selected else self.hidden
 
     @property
     def leaves(self) -> int:
-        """The width of the residual where it leaves the block."""
+        """The width of the residual at the end of the block."""
         return self.residual.mlp[1] if self.residual and not self.residual.selected else self.hidden
 
     def with_units(self, groups: int, ffn: int, queries: int | None = None) -> BlockDims:
-        """The sizes with so many key-value heads, each with its query heads (or with `queries` of them), and feed-forward units."""
+        """Return the sizes with other numbers of key-value heads and feed-forward units.
+
+        `queries` is the number of query heads per key-value head; None does not change it.
+        """
         return replace(self, groups=groups, heads=groups * (queries or self.queries), ffn=ffn)
 
     def selecting(self, form: str, *, separate: bool = False) -> BlockDims:
-        """The sizes of a block that reads the residual by `form` (see `runtime.Select`), and selects all its features.
+        """Return the sizes of a block that reads by `form` (see `runtime.Select`) and selects all features.
 
-        `separate` says that q, k and v select for themselves.
+        If `separate` is true, q, k and v select for themselves.
         """
         whole = (self.hidden, self.hidden)
         return replace(self, residual=Residual(whole, whole, (form, form), (self.hidden,) * 3 if separate else None))
 
     def widths(self) -> dict[str, Any]:
-        """What a pruned configuration keeps of them (`pruned_widths`)."""
+        """Return the entry of a pruned configuration for the block (`pruned_widths`)."""
         widths: dict[str, Any] = {"heads": self.heads, "groups": self.groups, "ffn": self.ffn}
         if self.residual is not None:
             widths |= {name: list(getattr(self.residual, name)) for name in ("attention", "mlp", "skips")}
@@ -138,13 +145,17 @@ class BlockDims:
 
 
 def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
-    """The sizes of block `index`, also of an already pruned model."""
+    """Return the sizes of block `index` of a stock or pruned model."""
     dense = getattr(config, family.heads)
     hidden = config.hidden_size
     head_width = (getattr(config, "head_dim", None) if family.stock_heads else None) or hidden // dense
     if is_pruned(config):
         widths = config.pruned_widths[index]
-        residual = Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips", "readers") if name in widths)) if "attention" in widths else None
+        residual = (
+            Residual(*(tuple(widths[name]) for name in ("attention", "mlp", "skips", "readers") if name in widths))
+            if "attention" in widths
+            else None
+        )
         return BlockDims(hidden, widths["heads"], widths["groups"], head_width, widths["ffn"], residual)
     return BlockDims(hidden, dense, getattr(config, family.groups), head_width, getattr(config, family.ffn))
 
@@ -153,8 +164,8 @@ def dims_of(family: Family, config: PreTrainedConfig, index: int) -> BlockDims:
 class BlockView:
     """One block: its tensors by their names inside the block, and the matrices in them by canonical name.
 
-    `rates` says what is asked of each matrix: the sparsity, or no entry for a matrix that must stay as it is. `dtype` is that of
-    the weights after a cut, None where it is that of the tensors.
+    `rates` has the requested sparsity of each matrix; a matrix without an entry must not change. `dtype` is the dtype
+    of the weights after a cut; None takes the dtype of the tensors.
     """
 
     family: Family
@@ -166,15 +177,15 @@ class BlockView:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The matrices this block has, in canonical order."""
+        """The canonical names of the matrices of this block, in canonical order."""
         return tuple(name for name in CANONICAL if name in self.family.matrices)
 
     def matrix(self, name: str) -> Tensor:
-        """The weight of a matrix, [O, I]: a view, so that writing to it writes the (perhaps fused) tensor."""
+        """Return the weight of a matrix, [O, I], as a view: writing to it changes the (perhaps fused) tensor."""
         return self._rows(name, "weight")
 
     def bias(self, name: str) -> Tensor | None:
-        """The bias of a matrix, [O], as a view; None where it has none."""
+        """Return the bias of a matrix, [O], as a view; None if it has no bias."""
         return self._rows(name, "bias") if f"{self.family.matrices[name]}.bias" in self.tensors else None
 
     def _rows(self, name: str, kind: str) -> Tensor:
@@ -188,16 +199,16 @@ class BlockView:
         raise AssertionError(name)
 
     def matrix_parameters(self) -> int:
-        """The number of weights in the matrices (no biases, no norms)."""
+        """Return the number of weights in the matrices (no biases, no norms)."""
         return sum(self.matrix(name).numel() for name in self.names)
 
     def zero_rows(self) -> int:
-        """How many rows of the matrices are all zero."""
+        """Return the number of rows of the matrices that are all zero."""
         return sum(zero_rows(self.matrix(name)) for name in self.names)
 
 
 def zero_rows(weight_OI: Tensor) -> int:
-    """How many rows of a matrix are all zero."""
+    """Return the number of rows of a matrix that are all zero."""
     return len(weight_OI) - int(weight_OI.any(1).sum())
 
 
@@ -205,8 +216,8 @@ def zero_rows(weight_OI: Tensor) -> int:
 class ModelView:
     """A whole model: its configuration, its family, and a source of tensors that is read a block at a time.
 
-    `raw_config` is the content of its config.json. `rates`, where it is not empty, has what is asked of the matrices of each
-    block. `dtype`: see `BlockView`.
+    `raw_config` is the content of its config.json. `rates`, if it is not empty, has the requested sparsities of the
+    matrices of each block. For `dtype` see `BlockView`.
     """
 
     name: str
@@ -223,18 +234,27 @@ class ModelView:
         return int(self.config.num_hidden_layers)
 
     def dims(self, index: int) -> BlockDims:
-        """The sizes of a block."""
+        """Return the sizes of a block."""
         return dims_of(self.family, self.config, index)
 
     def block_prefix(self, index: int) -> str:
-        """What the names of a block's tensors begin with."""
+        """Return the prefix of the names of the tensors of a block."""
         return f"{self.family.blocks}.{index}."
 
     def block(self, index: int, rates: Mapping[str, float] | None = None) -> BlockView:
         """Read one block."""
         prefix = self.block_prefix(index)
-        tensors = {name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)}
-        return BlockView(self.family, self.dims(index), index, tensors, rates or (self.rates[index] if self.rates else {}), self.dtype)
+        tensors = {
+            name.removeprefix(prefix): self.source.read(name) for name in self.source.names() if name.startswith(prefix)
+        }
+        return BlockView(
+            self.family,
+            self.dims(index),
+            index,
+            tensors,
+            rates or (self.rates[index] if self.rates else {}),
+            self.dtype,
+        )
 
     @cached_property
     def block_shapes(self) -> tuple[Mapping[str, tuple[int, ...]], ...]:
@@ -247,28 +267,32 @@ class ModelView:
         return shapes
 
     def outer_names(self) -> list[str]:
-        """The tensors outside the blocks: embeddings, final norm, head."""
+        """Return the names of the tensors outside the blocks: embeddings, final norm, head."""
         return [name for name in self.source.names() if not name.startswith(self.family.blocks + ".")]
 
     def read_module(self, path: str) -> dict[str, Tensor]:
-        """The tensors of a module outside the blocks, by their names inside it."""
+        """Read the tensors of a module outside the blocks, by their names inside the module."""
         prefix = path + "."
-        return {name.removeprefix(prefix): self.source.read(name) for name in self.outer_names() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): self.source.read(name) for name in self.outer_names() if name.startswith(prefix)
+        }
 
     def parameters(self) -> int:
-        """All parameters, a tied tensor once."""
-        return sum(torch.Size(self.source.shape(name)).numel() for name in self.source.names() if not is_index_map(name))
+        """Return the number of all parameters; a tied tensor counts once."""
+        return sum(
+            torch.Size(self.source.shape(name)).numel() for name in self.source.names() if not is_index_map(name)
+        )
 
     def matrix_parameters(self) -> int:
-        """The weights of the block matrices alone."""
+        """Return the number of weights in the matrices of all blocks."""
         return sum(o * i for index in range(self.blocks) for o, i in self.matrix_shapes(index).values())
 
     def matrix_shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """Canonical name -> (O, I) for the matrices of a block."""
+        """Return canonical name -> (O, I) for the matrices of a block."""
         dims = self.dims(index)
         return {name: dims.shape(name) for name in CANONICAL if name in self.family.matrices}
 
     def iterate(self) -> Iterator[BlockView]:
-        """The blocks, one in memory at a time."""
+        """Yield the blocks, read one at a time."""
         for index in range(self.blocks):
             yield self.block(index)

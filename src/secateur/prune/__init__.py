@@ -1,4 +1,4 @@
-"""Pruning one model: a request is checked, its text read, each block planned, cut and written, and the record told.
+"""Prune one model: check the request, read the text, plan, cut and write each block, and append the record.
 
-The main path is `run.prune`; `driver` is its loop over blocks, for whatever is done with them.
+The main path is `run.prune`. `driver` is the loop over blocks; it leaves the results to its caller.
 """

@@ -1,6 +1,6 @@
-"""The flow from blocks to pruned blocks, for any method: read, calibrate, plan, cut, one block at a time.
+"""The loop over blocks, for any method: read, calibrate, plan and cut, one block at a time.
 
-What happens to the results is the caller's: `prune` writes them, `make_plan` keeps the plans alone.
+The caller decides what happens to the results: `run.prune` writes them, and `api.plan` keeps only the plans.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
 
 @dataclass(frozen=True)
 class Job:
-    """What to do: a method with its options, and how much it is to remove.
+    """A method with its options, the model, and how much to remove.
 
     Attributes:
-        view: the model as the method sees it: in canonical form where its residual stream is to be rotated.
+        view: the model as the method sees it: in canonical form if its residual stream will be rotated.
         rates: the sparsity of every matrix of every block; empty for a method that narrows the residual stream.
-        sparsity: of the residual stream, or of the parameters of the whole model.
-        allocation: how the sparsity of each matrix is still to be chosen, from `rates.ALLOCATIONS`; the rates then hold one for all, which sets the budget.
-        seed: of every random choice.
-        device, dtype: of the computation of a plan for all blocks at once.
+        sparsity: the sparsity of the residual stream, or of the parameters of the whole model.
+        allocation: the way to choose the sparsity of each matrix, one of `rates.ALLOCATIONS`; None if `rates` is final.
+            Until the choice is made, `rates` holds one sparsity for all, which sets the budget.
+        seed: the seed of every random choice.
+        device, dtype: where and in which dtype a plan for all blocks at once is computed.
         checkpoint, notes, spill, labels: see `plan.run.Run`.
     """
 
@@ -65,7 +66,7 @@ class Job:
 
     @property
     def quantity(self) -> Quantity:
-        """What the sparsity is a fraction of."""
+        """The quantity that the sparsity is a fraction of."""
         return self.method.quantity(self.options)
 
     @property
@@ -80,17 +81,21 @@ class Job:
 
     @property
     def streams(self) -> bool:
-        """Whether calibration tokens have to pass through the blocks."""
+        """Whether calibration tokens must pass through the blocks."""
         return self.rotates or (self.method.says.STATISTICS is not None and not self.whole_model and any(self.rates))
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration tokens are needed at all."""
-        return self.streams or self.allocation is not None or (self.whole_model and self.method.says.CALIBRATION is not None)
+        return (
+            self.streams
+            or self.allocation is not None
+            or (self.whole_model and self.method.says.CALIBRATION is not None)
+        )
 
     @property
     def last(self) -> int:
-        """The last block that anything is asked of (-1: none); what lies behind it need not be run."""
+        """The last block that has a matrix to prune (-1: none); later blocks need no forward pass."""
         return max((index for index, rates in enumerate(self.rates) if rates), default=-1)
 
 
@@ -103,18 +108,18 @@ def make_job(
     modules: str | None,
     seed: int = 0,
 ) -> Job:
-    """Check what is asked against the model.
+    """Check the settings against the model, and make a job of them.
 
     Args:
         view: the model.
-        dtype: of the weights that are to come out, where a method computes new ones.
-        method, options: what to do.
+        dtype: the dtype of the new weights, for a method that computes new ones.
+        method, options: the method and its options.
         sparsity, modules: as on the command line.
-        seed: of every random choice.
+        seed: the seed of every random choice.
 
     Raises:
         UsageError: a sparsity outside its range, or modules that do not go with the method.
-        SecateurError: the method cannot do this model.
+        SecateurError: the method cannot prune this model.
     """
     quantity = method.quantity(options)
     if quantity.shared is None:
@@ -127,14 +132,19 @@ def make_job(
     return Job(canonical_view(view, dtype) if rotates else view, method, options, nothing, sparsity or 0.0, seed)
 
 
-def _job_of_matrices(view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int) -> Job:
-    """A job in which each matrix has a sparsity of its own."""
+def _job_of_matrices(
+    view: ModelView, method: Method, options: Any, sparsity: float | None, modules: str | None, seed: int
+) -> Job:
+    """Make a job in which each matrix has its own sparsity."""
     pattern = method.pattern(options) or parse_pattern("unstructured")
     allocation = modules if modules in ALLOCATIONS else None
     if allocation is not None:
         check_allocation(allocation, sparsity, pattern)
         if method.says.plan_block is None:
-            raise UsageError(f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; use --sparsity")
+            raise UsageError(
+                f"--modules {allocation} does not go with {method.name}: it chooses among all weights of the model; "
+                "use --sparsity"
+            )
     rates = resolve_rates(view, sparsity, None if allocation else modules, pattern)
     return Job(view, method, options, rates, seed=seed, allocation=allocation if sparsity else None)
 
@@ -146,19 +156,23 @@ def pruned_blocks(
     finished: Finished = lambda _: None,
     plans: Sequence[BlockPlan] | None = None,
 ) -> Iterator[tuple[BlockView, BlockPlan]]:
-    """Every block after its cut, with its plan, in order.
+    """Yield every block after its cut, with its plan, in order.
 
     Args:
-        job: what to do.
-        stream: the calibration tokens on their way through the blocks; None where `job.streams` is false.
+        job: the method, the model and how much to remove.
+        stream: the calibration tokens on their way through the blocks; None if `job.streams` is false.
         watch: receives the seconds of `files`, `forward`, `statistics` and `selection`.
-        finished: gives blocks that an interrupted run has already done: they are run, not pruned again.
-        plans: those of `whole_model_plan`, where `job.whole_model`.
+        finished: returns a block that an interrupted run has pruned already; it is run, but not pruned again.
+        plans: the result of `whole_model_plan` if `job.whole_model`, otherwise None.
 
     Raises:
-        NotFiniteError: a weight or an input is not finite; the block and the matrix are named.
+        NotFiniteError: a weight or an input is not finite; the message names the block and the matrix.
     """
-    if (notice := job.method.says.notice) is not None and job.sparsity and (line := notice(job.view, job.sparsity, job.options)):
+    if (
+        (notice := job.method.says.notice) is not None
+        and job.sparsity
+        and (line := notice(job.view, job.sparsity, job.options))
+    ):
         say(line)
     if job.rotates:
         assert stream is not None
@@ -179,22 +193,25 @@ def _cut_blocks(
             plan = plans[index] if plans else _plan_one(job, block, stream, watch)
             with watch("selection"):
                 done = cut_block(block, plan), plan
-            del block  # the uncut weights
+            del block  # free the uncut weights
             give_back()
         if stream is not None and index < job.last:
             with watch("forward"):
                 stream.advance(done[0])
             give_back()
         yield done
-        del done  # the caller has finished with it
+        del done  # the caller no longer needs it: free it before the next block
         give_back()
 
 
-def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finished) -> Iterator[tuple[BlockView, BlockPlan]]:
-    """As `pruned_blocks`, for a method that narrows the residual stream.
+def _rotated_blocks(
+    job: Job, stream: Stream, watch: Stopwatch, finished: Finished
+) -> Iterator[tuple[BlockView, BlockPlan]]:
+    """Yield the same as `pruned_blocks`, for a method that narrows the residual stream.
 
-    The stream keeps the full width: what is sliced off is projected away, which is the same function as the narrow network's. So
-    each half of a block runs once, and its second moment is summed as it goes by.
+    The calibration stream keeps the full width. The directions that are sliced off are projected away, which gives the
+    same function as the narrow network. So each half of a block runs once, and its second moment is summed during that
+    run.
     """
     view, halves = job.view, len(job.view.family.norms)
     enter: Place | None = None
@@ -204,21 +221,24 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
         with watch("files"):
             block = view.block(index)
         _check_weights(block)
+        # the place before the first block follows the embeddings; later it is where the block before ended
         if enter is None:
             enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch)
         places, run = {"enter": enter}, None
         for half, name in _HALVES[halves]:
             before = places["between"] if name == "leave" and halves == 2 else enter
+            # the method may choose the place after the last block without calibration
             if name == "leave" and index == view.blocks - 1 and (last := _last_place(job, before)) is not None:
                 places[name] = plan.places[name] if plan else last
                 continue
             run = partial(stream.advance_half, block, half, _projection(before, stream))
-            if plan:
+            if plan:  # done by an interrupted run: only move the stream on
                 with watch("forward"):
                     run(None)
                 places[name] = plan.places[name]
             else:
-                places[name] = _choose(job, before, run, f"block {index}, after {'attention' if name == 'between' else 'the block'}", watch)
+                where = f"block {index}, after {'attention' if name == 'between' else 'the block'}"
+                places[name] = _choose(job, before, run, where, watch)
         if done is None:
             plan = BlockPlan(index, places=places)
             give_back()
@@ -226,7 +246,7 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
                 done = cut_block(block, plan), plan
         enter = places["leave"]
         del block, places, plan
-        run = None  # it held the block
+        run = None  # it holds the block
         give_back()
         yield done
         del done
@@ -234,13 +254,15 @@ def _rotated_blocks(job: Job, stream: Stream, watch: Stopwatch, finished: Finish
 
 
 def _last_place(job: Job, before: Place) -> Place | None:
-    """The place behind the last block, where the method does not choose it like the others."""
+    """Return the place after the last block, or None if the method chooses it like the others."""
     assert job.method.says.last_place is not None
     return job.method.says.last_place(before, job.options)
 
 
-def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch) -> Place:
-    """Run a part of the network, sum the second moment of the residual behind it, and let the method choose its directions."""
+def _choose(
+    job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch
+) -> Place:
+    """Run a part of the network, sum the second moment of the residual after it, and let the method choose a place."""
     says = job.method.says
     assert says.plan_place is not None
     assert says.new_moment is not None
@@ -252,10 +274,11 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
 
     with watch("forward"):
         run(listen)
-    give_back()  # what the forward needed, before the eigenproblem needs as much
+    give_back()  # free the memory of the forward pass before the eigenproblem needs as much
     if not moment.finite():
         raise NotFiniteError(
-            f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+            f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, "
+            "or its dtype is too narrow: try --dtype float32"
         )
     with watch("eigenproblems"):
         place = says.plan_place(moment, before, job.sparsity or 0.0, job.options, job.seed)
@@ -264,14 +287,15 @@ def _choose(job: Job, before: Place | None, run: Callable[[Callable[[Tensor], No
 
 
 def _projection(place: Place, stream: Stream) -> Tensor | None:
-    """B B^T: onto the directions that are kept."""
+    """Return B B^T, the projection onto the directions that stay."""
     assert place.basis_DW is not None
-    basis_DW = place.basis_DW.clone(memory_format=torch.contiguous_format)  # one that was read from a file is aligned otherwise, and products tell
+    # a basis read from a file has another alignment in memory, which changes the last bits of products: copy it
+    basis_DW = place.basis_DW.clone(memory_format=torch.contiguous_format)
     return (basis_DW @ basis_DW.t()).to(stream.device, stream.dtype)
 
 
 def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
-    """The plans of all blocks, made at once."""
+    """Return the plans of all blocks, made at once."""
     assert job.method.says.plan_model is not None
     run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.checkpoint, job.notes, job.spill, job.labels)
     with watch("selection"):
@@ -279,18 +303,19 @@ def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequ
 
 
 def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatch) -> BlockPlan:
-    if not block.rates:  # nor does a sparsity of 0 ask anything of a method that plans the whole model
+    if not block.rates:  # also at sparsity 0 of a method that plans the whole model
         return BlockPlan(block.index)
     statistics = None if stream is None else collect(job, block, stream, watch)
     if sum(tensor.nbytes for tensor in block.tensors.values()) > _LARGE_BYTES:
-        give_back()  # what the forward freed is of sizes that the plan cannot use; a small block is planned faster in warm memory
+        # the forward pass freed pieces of memory that the plan cannot reuse; for a small block, reuse is faster
+        give_back()
     assert job.method.says.plan_block is not None
     with watch("selection"):
         return job.method.says.plan_block(block, statistics, job.options)
 
 
 def collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Statistics[Any]:
-    """Collect the statistics of the matrices of a block that have a rate; the stream stays where it is."""
+    """Collect the statistics of the matrices of a block that have a rate. The stream does not advance."""
     new_statistic = job.method.says.STATISTICS
     assert new_statistic is not None
     family = block.family
@@ -322,8 +347,8 @@ def _check_weights(block: BlockView) -> None:
 
 
 def check_finite(weight: Tensor, what: str) -> None:
-    """Raises NotFiniteError where a weight holds NaN or infinity."""
-    # a sum is one cheap pass and is not finite where an entry is not; it may also overflow, so the entries decide
-    # (in the weight's own dtype: torch would first copy all of it to another)
+    """Raise NotFiniteError if a weight holds NaN or infinity."""
+    # A sum is one cheap pass, and is not finite if an entry is not. It may also overflow, so the entries decide.
+    # The sum is in the dtype of the weight: another dtype would first copy all of it.
     if not torch.isfinite(weight.sum()) and not torch.isfinite(weight).all():
         raise NotFiniteError(f"{what} has weights that are not finite (NaN or infinity); the checkpoint is damaged")

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a prune would remove, and what it would take. Nothing is written and no weights are read."""
+"""`--dry-run`: estimate what `prune` would remove, and its memory, disk and time. Reads no weights, writes nothing."""
 
 from __future__ import annotations
 
@@ -12,20 +12,29 @@ from secateur.prune.allocation.allocate import TOKENS, cells_to_measure
 from secateur.prune.prepare import Prepared, parameters_expected
 from secateur.prune.settings import prepared_settings
 
-_OVERHEAD = 1.5  # forwards cost more than their matrix products
+_OVERHEAD = 1.5  # a forward pass costs more than its matrix products
 _DISK_BYTES_A_SECOND = 500e6
 
 
 def estimate(prepared: Prepared) -> Record:
-    """Parameters, memory, disk and time of a prune, from shapes and a short measurement of this machine; None where text or options decide."""
+    """Estimate parameters, memory, disk and time from shapes and a short measurement of this machine.
+
+    An entry is None if the text or options of the method decide it.
+    """
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
-    zeroed = 0 if after is None or after < before else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    zeroed = (
+        0
+        if after is None or after < before
+        else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+    )
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.samples * prepared.seqlen if job.calibrates else 0
-    passes = 4 if _differentiates(prepared) else 2  # of the tokens through the weights
-    computing = forward_seconds(passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype)
+    passes = 4 if _differentiates(prepared) else 2  # passes of the tokens through the weights
+    computing = forward_seconds(
+        passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype
+    )
     seconds = computing + 2 * before * stored / _DISK_BYTES_A_SECOND
     return {
         "command": "prune",
@@ -47,21 +56,26 @@ def _training_seconds(prepared: Prepared, tokens: int) -> float | None:
     if job.method.says.operations is None:
         return None
     sparsity = job.sparsity or max(rate for rates in job.rates for rate in rates.values())
-    return round(forward_seconds(1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype), 1)
+    return round(
+        forward_seconds(
+            1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype
+        ),
+        1,
+    )
 
 
 def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
-    """What so many tokens take through matrices of so many weights, from a short measurement of this machine."""
+    """Return the seconds that `tokens` tokens take through matrices of `weights` weights in total, on this machine."""
     return 2 * tokens * weights / matrix_rate(device, dtype) * _OVERHEAD
 
 
 def _differentiates(prepared: Prepared) -> bool:
-    """Whether gradients of the loss are carried back through the blocks."""
+    """Whether the method needs gradients of the loss through the blocks."""
     return prepared.job.whole_model and prepared.job.method.says.GRADIENTS
 
 
 def _trains(prepared: Prepared) -> bool:
-    """Whether time and memory depend on options of the method that nothing here knows."""
+    """Whether time and memory depend on options that only the method knows."""
     return prepared.job.whole_model and prepared.job.method.says.TRAINS
 
 
@@ -71,7 +85,11 @@ def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[
 
 
 def _memory(prepared: Prepared, tokens: int) -> int:
-    """One block as stored and as computed, the largest tensor outside the blocks, the activation buffer, and one batch inside a block."""
+    """Return the bytes of memory that a prune takes.
+
+    They are one block as stored and as computed, the largest tensor outside the blocks, the activation buffer, and one
+    batch inside a block.
+    """
     view, width = prepared.job.view, prepared.dtype.itemsize
     block = max(sum(o * i for o, i in view.matrix_shapes(index).values()) for index in range(view.blocks))
     outer = max(torch.Size(view.source.shape(name)).numel() for name in view.outer_names())
@@ -79,8 +97,13 @@ def _memory(prepared: Prepared, tokens: int) -> int:
     if not tokens:
         return 2 * max(block, outer) * stored
     buffer = tokens * view.config.hidden_size * width
-    batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * max(view.dims(i).ffn for i in range(view.blocks)) * width
-    if _differentiates(prepared):  # what enters each block is kept, and sums of gradients and of their squares may be
+    batch = (
+        min(tokens, max(TOKENS_A_BATCH, prepared.seqlen))
+        * 4
+        * max(view.dims(i).ffn for i in range(view.blocks))
+        * width
+    )
+    if _differentiates(prepared):  # the input of each block is kept, and perhaps sums of gradients and of their squares
         return int(max(2 * outer * width, block * (width + 8)) + buffer * (view.blocks + 1) + 3 * batch)
     streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
     return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed

@@ -1,4 +1,4 @@
-"""A request held against its model: everything that can be known and refused before the work."""
+"""Check a request against its model, and refuse what cannot work, before the work starts."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from secateur.prune.driver import Job, make_job
 from secateur.requests import Request
 from secateur.text.specs import TASK, check_spec
 
-OFF = 0.01  # a pruning ratio that is further from the one asked for is said
+OFF = 0.01  # warn if the pruning ratio differs from the requested one by more than this
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that has been checked against its model: everything but the calibration text is known."""
+    """A request that was checked against its model; only the calibration text is not read yet."""
 
     request: Request
     checkpoint: Checkpoint
@@ -43,12 +43,12 @@ class Prepared:
 
     @property
     def subject(self) -> Subject:
-        """The model as it is, and how it is pruned."""
+        """The model before pruning, and how it is pruned."""
         return _subject(self.checkpoint.view(), self.job.method, self.job.options, self.request.modules)
 
     @property
     def calibration(self) -> str | None:
-        """The text SPEC, None where the method needs no calibration."""
+        """The text SPEC; None if no calibration is needed."""
         own = self.job.method.says.CALIBRATION or ("c4" if self.job.allocation else None)
         if own is None or not (self.job.rotates or self.job.whole_model or any(self.job.rates)):
             return None
@@ -60,7 +60,7 @@ def prepare(request: Request) -> Prepared:
     """Check everything that can be checked without reading weights or text.
 
     Raises:
-        UsageError: the request is wrong in itself, or does not go with the model.
+        UsageError: the request is wrong, or does not go with the model.
         SecateurError: the model cannot be pruned.
     """
     method = find_method(request.method)
@@ -72,7 +72,10 @@ def prepare(request: Request) -> Prepared:
     if request.calibration is not None:
         check_spec(request.calibration)
     if request.include_path is not None and not (request.calibration or "").startswith(TASK):
-        raise UsageError(f"--include-path {request.include_path} says where task files are: calibrate on a task too, --calibration task:NAME")
+        raise UsageError(
+            f"--include-path {request.include_path} says where task files are: "
+            "calibrate on a task too, --calibration task:NAME"
+        )
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
     sparsity = _sparsity(request, view, method, options)
@@ -82,7 +85,9 @@ def prepare(request: Request) -> Prepared:
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    prepared = Prepared(request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen)
+    prepared = Prepared(
+        request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen
+    )
     if request.stock_only:
         _check_stock(prepared)
     return prepared
@@ -93,7 +98,7 @@ def _options(request: Request) -> dict[str, Any]:
 
 
 def _subject(view: ModelView, method: Method, options: Any, modules: str | None) -> Subject:
-    """The model and how it is pruned, for the quantity that the sparsity counts."""
+    """Return the model and how it is pruned, as `plan.quantity` needs them."""
     sizes_left = method.says.sizes_left
     return Subject(
         view,
@@ -106,61 +111,65 @@ def _subject(view: ModelView, method: Method, options: Any, modules: str | None)
 
 
 def _sparsity(request: Request, view: ModelView, method: Method, options: Any) -> float | None:
-    """The sparsity that is asked for, or that `--params-removed` takes."""
-    wanted, pattern = request.params_removed, method.pattern(options)
-    if wanted is None:
+    """Return the requested sparsity, or the one that reaches `--params-removed`."""
+    requested_ratio, pattern = request.params_removed, method.pattern(options)
+    if requested_ratio is None:
         if request.at_least:
             raise UsageError("--at-least belongs to --params-removed R: add it")
         return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
     if request.sparsity is not None:
         raise UsageError("give --sparsity or --params-removed, not both")
     subject = _subject(view, method, options, request.modules)
-    return method.quantity(options).sparsity_for(subject, wanted, request.at_least)
+    return method.quantity(options).sparsity_for(subject, requested_ratio, request.at_least)
 
 
 def parameters_expected(prepared: Prepared) -> int | None:
-    """All parameters of the result, from shapes alone; None where the text decides them."""
+    """Return the number of parameters of the result, from shapes alone; None if the calibration text decides it."""
     return prepared.job.quantity.parameters(prepared.subject, prepared.sparsity)
 
 
 def say_expected(prepared: Prepared) -> bool:
-    """Say, before the work, where the size of the result is not what one would think; returns whether it did."""
+    """Warn, before the work, if the size of the result will surprise; return whether there was a warning."""
     before, after = prepared.checkpoint.view().parameters(), parameters_expected(prepared)
     if after is None or not prepared.sparsity:
         return False
-    removed, asked = 1 - after / before, prepared.request.params_removed
-    if asked is not None and abs(removed - asked) > OFF:
-        other = "" if prepared.request.at_least or removed > asked else "; --at-least takes the next one"
-        say(f"warning: --params-removed {asked:g}: whole units go, and the nearest step removes {removed:.4f}{other}")
+    removed, requested = 1 - after / before, prepared.request.params_removed
+    if requested is not None and abs(removed - requested) > OFF:
+        hint = "" if prepared.request.at_least or removed > requested else "; --at-least takes the next one"
+        nearest = f"the nearest step removes {removed:.4f}{hint}"
+        say(f"warning: --params-removed {requested:g}: only whole units can go, and {nearest}")
         return True
     tied = prepared.checkpoint.config.tie_word_embeddings
-    if asked is None and prepared.job.rotates and (tied or removed <= 0):
+    if requested is None and prepared.job.rotates and (tied or removed <= 0):
         why = "its tied head gets weights of its own, and adapters are added" if tied else "adapters are added"
         sizes = f"{before:,} parameters become {after:,} ({-removed:+.1%})"
-        say(f"warning: {prepared.job.method.name} at sparsity {prepared.sparsity:.4g}: {sizes}, since {why}{_instead(prepared)}")
+        run = f"{prepared.job.method.name} at sparsity {prepared.sparsity:.4g}"
+        say(f"warning: {run}: {sizes}, since {why}{_instead(prepared)}")
         return True
     return False
 
 
 def _instead(prepared: Prepared) -> str:
-    """What it takes to remove the share of the parameters that a sparsity of the residual width may be taken for."""
-    wanted = round(prepared.sparsity or 0.0, 3)
+    """Return advice: the sparsity of the residual width that removes the same share of the parameters."""
+    ratio = round(prepared.sparsity or 0.0, 3)
     try:
-        sparsity = prepared.job.quantity.sparsity_for(prepared.subject, wanted, False)
+        sparsity = prepared.job.quantity.sparsity_for(prepared.subject, ratio, False)
     except UsageError:
         return ""
-    return f"; --params-removed {wanted:g} would take sparsity {sparsity:.3g}"
+    return f"; --params-removed {ratio:g} would take sparsity {sparsity:.3g}"
 
 
 def _check_stock(prepared: Prepared) -> None:
-    """Refuse before the work where no result, or none of these sizes, is a stock model.
+    """Raise UsageError, before the work, if the result cannot be a stock model.
 
-    Where only the choice tells the sizes, `check_stock_plans` looks again once the plans are made.
+    If the sizes are not known before the plans, `check_stock_plans` checks again later.
     """
     job, view = prepared.job, prepared.checkpoint.view()
     never = job.method.says.never_stock
     if never is not None and prepared.sparsity and (reason := never(job.options)):
-        raise UsageError(f"--stock-only: {job.method.name}: {reason}, which no stock architecture has; use another method")
+        raise UsageError(
+            f"--stock-only: {job.method.name}: {reason}, which no stock architecture has; use another method"
+        )
     sizes = job.quantity.sizes(prepared.subject, prepared.sparsity)
     if job.rotates:
         sizes = [job.view.dims(index) for index in range(view.blocks)]
@@ -169,7 +178,7 @@ def _check_stock(prepared: Prepared) -> None:
 
 
 def check_stock_plans(prepared: Prepared, plans: Sequence[BlockPlan]) -> None:
-    """Refuse plans of the whole model that do not give a stock model, before anything is cut."""
+    """Raise HopelessError, before any cut, if plans of the whole model do not give a stock model."""
     view = prepared.job.view
     kept = [plan for plan in plans if not plan.dropped]
     sizes = [dims_after(view.dims(plan.index), plan) for plan in kept]

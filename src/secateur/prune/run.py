@@ -1,4 +1,4 @@
-"""From a checkpoint to a pruned checkpoint: `prune`, from the first check to the record."""
+"""Prune a checkpoint: `prune`, from the first check to the record."""
 
 from __future__ import annotations
 
@@ -36,35 +36,44 @@ from secateur.prune.windows import read_labelled
 from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, write_blocks, write_outer
 from secateur.requests import Request
 
-STATES = "gradual"  # the folder, beside several results, that holds what runs of a gradual method go on from
-_ALLOCATION = "allocation"  # the part that holds a decision about the sparsity of each matrix
+STATES = "gradual"  # the folder beside the results with the saved states of a gradual method, shared by its runs
+_ALLOCATION = "allocation"  # the part that holds the chosen sparsity of each matrix
 
 
 def prune(
-    request: Request, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None, states: Path | None = None
+    request: Request,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
+    states: Path | None = None,
 ) -> records.Record:
-    """Prune a model and write the result to `out`; returns the record, which is also appended to `records_file`.
+    """Prune a model and write the result to `out`; return the record, which is also appended to `records_file`.
 
-    Started by torchrun, a method that says SHARDS shares its work among the processes; the first writes, and the others return an empty record.
+    Under torchrun, a method with SHARDS shares its work among the processes. The first process writes; the others
+    return an empty record.
 
     Args:
-        request: what to do.
+        request: the settings of the run.
         out: the folder to write.
-        resume: go on with an interrupted run; the result of a finished one is left as it is.
-        overwrite: replace what is in `out`.
-        records_file: None is `records.jsonl` in the parent of `out`.
-        states: a folder where a gradual method leaves its state for a higher sparsity, and finds that of a lower one; the caller removes it. None: each run
-            is its own.
+        resume: continue an interrupted run; do not touch the result of a finished one.
+        overwrite: replace the content of `out`.
+        records_file: the file to append the record to; None takes `records.jsonl` in the parent of `out`.
+        states: a folder where a gradual method saves its state for a higher sparsity, and finds the state of a lower
+            one; the caller removes it. None: the run shares no state.
 
     Raises:
-        UsageError, SecateurError: nothing that looks like a result is left behind.
+        UsageError, SecateurError: the run failed; `out` then holds nothing that looks like a result.
     """
     _refuse_processes(request)
     with processes():
         return _prune(request, out, resume, overwrite, records_file, states)
 
 
-def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None) -> records.Record:
+def _prune(
+    request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None
+) -> records.Record:
     started = time.perf_counter()
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
@@ -78,17 +87,21 @@ def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_f
     settings = prepared_settings(prepared, windows)
     if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
         return record if rank() == 0 else {}
-    said = say_expected(prepared)
-    writer, buffer_bytes = on_first(lambda: new_writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite))
+    warned = say_expected(prepared)
+    writer, buffer_bytes = on_first(
+        lambda: new_writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite)
+    )
     if rank() > 0:
         whole_model_plan(replace(prepared.job, checkpoint=writer.part(LEARNING)), windows, watch)
         return {}
     state = None if states is None else _shared_state(prepared, settings, states)
-    taken = _seconds(state)
-    facts, stock = _run(replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch)
+    seconds_before = _seconds(state)
+    facts, stock = _run(
+        replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch
+    )
     seconds = round(time.perf_counter() - started, 3)
     if state is not None:
-        state.with_suffix(".json").write_text(json.dumps(taken | {str(prepared.sparsity): seconds}), "utf-8")
+        state.with_suffix(".json").write_text(json.dumps(seconds_before | {str(prepared.sparsity): seconds}), "utf-8")
     record = {
         "command": "prune",
         "version": records.version(),
@@ -96,7 +109,7 @@ def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_f
         **facts,
         "stock": stock,
         "seconds": seconds,
-        **({"seconds_before": round(sum(taken.values()), 3)} if taken else {}),
+        **({"seconds_before": round(sum(seconds_before.values()), 3)} if seconds_before else {}),
         "seconds_by": watch.rounded(),
         "peak_rss_bytes": records.peak_rss_bytes(),
         "buffer_bytes": buffer_bytes,
@@ -104,32 +117,43 @@ def _prune(request: Request, out: Path, resume: bool, overwrite: bool, records_f
         "out": str(out),
     }
     records.append(records_file, record)
-    _say_result(record, said)
+    _say_result(record, warned)
     return record
 
 
 def _refuse_processes(request: Request) -> None:
-    """Refuse before any work what the processes of torchrun cannot do together.
+    """Refuse, before any work, a request that the processes of torchrun cannot share.
 
     Raises:
-        UsageError: the method, or this sparsity, is for one process; or one device is named for all.
+        UsageError: the method or the sparsity works in one process only, or `--device` names one device for all.
     """
     if not launched():
         return
     if not find_method(request.method).says.SHARDS:
-        together = ", ".join(name for name in method_names() if find_method(name).says.SHARDS)
-        raise UsageError(f"torchrun: {request.method} works in one process (several can share: {together}); start it without torchrun")
+        shared = ", ".join(name for name in method_names() if find_method(name).says.SHARDS)
+        raise UsageError(
+            f"torchrun: {request.method} works in one process (several can share: {shared}); start it without torchrun"
+        )
     if request.sparsity == 0:
         raise UsageError("torchrun: --sparsity 0 leaves nothing to share among processes; start it without torchrun")
     if ":" in request.device:
-        raise UsageError(f"torchrun: --device {request.device} is one device for all processes; use --device {request.device.partition(':')[0]}")
+        raise UsageError(
+            f"torchrun: --device {request.device} is one device for all processes; "
+            f"use --device {request.device.partition(':')[0]}"
+        )
 
 
-def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> tuple[dict[str, Any], bool]:
-    """The work: blocks, the rest, the finish. Returns the facts, and whether the result is stock."""
+def _run(
+    prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch
+) -> tuple[dict[str, Any], bool]:
+    """Prune and write the blocks and the tensors outside them, and finish the checkpoint.
+
+    Returns:
+        The facts for the record, and whether the result is a stock model.
+    """
     try:
         dense = prepared.checkpoint.view()
-        for name in dense.outer_names():  # those of a block are looked at when their turn comes
+        for name in dense.outer_names():  # the tensors of a block are checked when the block is read
             check_finite(dense.source.read(name), name)
         prepared = _allocated(prepared, windows, writer, watch)
     except HopelessError:
@@ -139,7 +163,13 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
     stream = None
     if windows is not None and prepared.job.streams:
         with watch("forward"), writer.disk():
-            stream = Stream(view, windows, device=prepared.device, dtype=prepared.dtype, spill=writer.scratch if prepared.request.spill else None)
+            stream = Stream(
+                view,
+                windows,
+                device=prepared.device,
+                dtype=prepared.dtype,
+                spill=writer.scratch if prepared.request.spill else None,
+            )
     try:
         totals = write_blocks(prepared, windows, writer, stream, watch)
     except HopelessError:
@@ -148,7 +178,7 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
     weights = write_outer(prepared, writer, watch, totals) + [block_part(index) for index in totals.kept]
     raw = drop_blocks(view.raw_config, view.config, totals.kept)
     problem = stock_problem(raw, view.family, totals.dims)
-    assert not (problem and prepared.request.stock_only), "--stock-only has refused it"
+    assert not (problem and prepared.request.stock_only), "--stock-only refuses it earlier"
     facts = facts_of(prepared, totals)
     with watch("files"):
         config = pruned_config(raw, view.family, totals.dims, stock=problem is None)
@@ -161,35 +191,37 @@ def _run(prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any]
 
 
 def _allocated(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, watch: Stopwatch) -> Prepared:
-    """With the sparsity of each matrix decided, where that was left open; an interrupted run keeps its decision."""
+    """Choose the sparsity of each matrix for `--modules auto` or `owl`; keep the choice of an interrupted run."""
     job = prepared.job
     if job.allocation is None:
         return prepared
-    assert windows is not None, "an allocation has a calibration text"
+    assert windows is not None, "an allocation always has a calibration text"
     if not writer.has(_ALLOCATION):
         with watch("allocation"):
-            found = allocate(job, partial(load_model, prepared.checkpoint, device=job.device, dtype=job.dtype), windows)
+            allocation = allocate(
+                job, partial(load_model, prepared.checkpoint, device=job.device, dtype=job.dtype), windows
+            )
         give_back()
-        writer.write(_ALLOCATION, {}, found.facts)
+        writer.write(_ALLOCATION, {}, allocation.facts)
     chosen = Allocation.read(writer.read_note(_ALLOCATION))
     return replace(prepared, job=replace(job, rates=chosen.rates, notes={**job.notes, "allocation": chosen.facts}))
 
 
 def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
-    """The record of a run that was complete already; None to start again."""
-    made = read_plan_json(out)
-    assert made is not None
-    if not same_run(out, differing_from_plan(made, settings), overwrite):
+    """Return the record of a run that is complete already; None to start again."""
+    plan = read_plan_json(out)
+    assert plan is not None
+    if not same_run(out, differing_from_plan(plan, settings), overwrite):
         return None
     clean(out)
     say(f"{out}: already there")
-    if (found := records.last(records_file, "prune", out)) is not None:
-        return found
+    if (last := records.last(records_file, "prune", out)) is not None:
+        return last
     stock = not (out / f"{runtime.MODULE}.py").is_file()
     record = {
         "command": "prune",
         "version": records.version(),
-        **{k: v for k, v in made.items() if k not in ("format", "blocks")},
+        **{k: v for k, v in plan.items() if k not in ("format", "blocks")},
         **settings,
         "stock": stock,
         "out": str(out),
@@ -199,28 +231,37 @@ def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwr
 
 
 def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path) -> Path | None:
-    """The file for the state of a gradual method, the same for all sparsities; None where runs at several of them have no state in common."""
+    """Return the file for the state of a gradual method, one for all sparsities; None if runs cannot share a state."""
     job = prepared.job
-    if not (job.whole_model and job.method.gradual(job.options)) or len({rate for rates in job.rates for rate in rates.values()}) > 1:
+    if (
+        not (job.whole_model and job.method.gradual(job.options))
+        or len({rate for rates in job.rates for rate in rates.values()}) > 1
+    ):
         return None
-    same = {**{name: value for name, value in settings.items() if name != "sparsity"}, "source": identity(prepared.checkpoint)}
+    shared = {
+        **{name: value for name, value in settings.items() if name != "sparsity"},
+        "source": identity(prepared.checkpoint),
+    }
     with disk(states.parent):
         states.mkdir(parents=True, exist_ok=True)
-    return states / f"{hashlib.sha256(json.dumps(same, default=str).encode()).hexdigest()[:16]}.safetensors"
+    return states / f"{hashlib.sha256(json.dumps(shared, default=str).encode()).hexdigest()[:16]}.safetensors"
 
 
 def _seconds(state: Path | None) -> dict[str, float]:
-    """What the runs took that a state comes from, by sparsity."""
+    """Return the seconds of the runs that a state comes from, by sparsity."""
     if state is None or not state.is_file() or not state.with_suffix(".json").is_file():
         return {}
-    found: dict[str, float] = json.loads(state.with_suffix(".json").read_text("utf-8"))
-    return found
+    seconds: dict[str, float] = json.loads(state.with_suffix(".json").read_text("utf-8"))
+    return seconds
 
 
-def _say_result(record: records.Record, said: bool) -> None:
-    """Say, after the work, what shapes alone did not tell."""
-    asked = record["params_removed"]
-    if asked is not None and not said and abs(record["pruning_ratio"] - asked) > OFF:
-        say(f"warning: --params-removed {asked:g}: {record['pruning_ratio']:.4f} of the parameters were removed")
+def _say_result(record: records.Record, warned: bool) -> None:
+    """Print warnings about the result that were not known before the work."""
+    requested = record["params_removed"]
+    if requested is not None and not warned and abs(record["pruning_ratio"] - requested) > OFF:
+        say(f"warning: --params-removed {requested:g}: {record['pruning_ratio']:.4f} of the parameters were removed")
     if rows := record["zero_rows"]:
-        say(f"note: {rows:,} rows of matrices are all zero; float8 weights with a scale a row turn such rows into NaN (int8 and int4 do not)")
+        say(
+            f"note: {rows:,} rows of matrices are all zero; "
+            "float8 weights with one scale per row turn such rows into NaN (int8 and int4 do not)"
+        )

@@ -1,4 +1,4 @@
-"""What decides a result: its settings, the files it starts from, and where it may be written."""
+"""The settings of a run, the identity of its source files, and the check of its output folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from secateur.text.windows import calibration_facts
 
 
 def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, Any]:
-    """What decides the result, repeated in the plan and the record."""
+    """Return the settings that decide the result; the plan and the record repeat them."""
     request = prepared.request
     calibration = None
     if windows is not None:
@@ -41,14 +41,17 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A hash that changes when the files on this machine do, without reading them: a resumed run must start from the same ones."""
+    """Return a hash of the names, sizes and times of the weight files, without reading them.
+
+    A resumed run must start from the same files.
+    """
     files = sorted({file for file, _ in checkpoint.index.values()})
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([checkpoint.raw_config, facts]).encode()).hexdigest()
 
 
 def refuse_out(out: Path, checkpoint: Checkpoint, spec: str | None, records_file: Path) -> None:
-    """Raises UsageError where `out` is no place for a result: around or inside the model, around the text `spec` or the records."""
+    """Raise UsageError if `out` is around or inside the model, or around the text `spec` or the records."""
     precious = {"the model": checkpoint.folder, "the records": records_file}
     if spec is not None and (text := Path(spec).expanduser()).is_file():
         precious["the calibration text"] = text

@@ -1,4 +1,4 @@
-"""What is counted while blocks are written, and what the record says of it."""
+"""Counts that are summed while blocks are written, and the facts of the record that follow from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.prune.prepare import Prepared
 
 @dataclass
 class Totals:
-    """What is known of the blocks that are written; small, whatever their number."""
+    """The counts of the blocks that are written; small for any number of blocks."""
 
     parameters: int = 0
     nonzero: int = 0
@@ -28,14 +28,14 @@ class Totals:
     ends: tuple[BlockPlan, BlockPlan] | None = None
 
     def add(self, note: Mapping[str, int]) -> None:
-        """Count a part by its note."""
+        """Add the counts in the note of a part."""
         self.parameters += note["parameters"]
         self.nonzero += note["nonzero"]
         self.matrices += note.get("matrices", 0)
         self.zero_rows += note.get("zero_rows", 0)
 
     def add_block(self, before: BlockDims, block: BlockView, plan: BlockPlan) -> None:
-        """Count what the plan removes from the matrices it was asked for."""
+        """Add a block: its widths, and what the plan removes from the matrices that have a rate."""
         self.summaries.append(plan.summary())
         if not plan.dropped:
             self.dims.append(block.dims)
@@ -53,12 +53,12 @@ class Totals:
 
 
 def _end(plan: BlockPlan, name: str) -> BlockPlan:
-    """What embeddings or head need of a plan; the other bases are as large as matrices."""
+    """Return the part of a plan that embeddings or head need, without its other bases, which are large."""
     return BlockPlan(plan.index, places={name: plan.places[name]} if plan.places else {})
 
 
 def facts_of(prepared: Prepared, totals: Totals) -> dict[str, Any]:
-    """What the record says of the result."""
+    """Return the facts about the result for the record."""
     view, quantity = prepared.checkpoint.view(), prepared.job.quantity
     before, matrices = view.parameters(), view.matrix_parameters()
     heads = sum(view.dims(index).heads for index in range(view.blocks))

@@ -14,17 +14,19 @@ from secateur.text.windows import check_ids, labelled_windows
 
 
 def read_windows(prepared: Prepared) -> Tensor | None:
-    """The calibration windows [S, T]; None where the method needs none."""
+    """Return the calibration windows, token ids [S, T]; None if the method needs none."""
     return read_labelled(prepared)[0]
 
 
 def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
-    """The windows, and the labels of those of a task."""
+    """Return the calibration windows, and their labels if the text is a task."""
     request, spec = prepared.request, prepared.calibration
     if spec is None:
         return None, None
-    much = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed}
-    return _labelled_of(prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
+    size = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed}
+    return _labelled_of(
+        prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **size
+    )
 
 
 def windows_of(
@@ -37,22 +39,39 @@ def windows_of(
     text_field: str,
     include_path: str | Path | None = None,
 ) -> Tensor:
-    """Windows [S, T] of the calibration part of a text SPEC, in the tokens of a model."""
-    much = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    return _labelled_of(checkpoint, spec, text_field=text_field, include_path=include_path, **much)[0]
+    """Return windows, token ids [S, T], of the calibration part of a text SPEC, with the tokenizer of a model."""
+    size = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    return _labelled_of(checkpoint, spec, text_field=text_field, include_path=include_path, **size)[0]
 
 
 def _labelled_of(
-    checkpoint: Checkpoint, spec: str, *, samples: int, seqlen: int, seed: int, text_field: str, include_path: str | Path | None = None
+    checkpoint: Checkpoint,
+    spec: str,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    text_field: str,
+    include_path: str | Path | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
-    text = task_text(spec, include_path) if spec.startswith(TASK) else read_text(spec, "calibration", text_field=text_field)
+    text = (
+        task_text(spec, include_path)
+        if spec.startswith(TASK)
+        else read_text(spec, "calibration", text_field=text_field)
+    )
 
     def tokenize(row: str) -> list[int]:
         assert tokenizer is not None
-        found: list[int] = tokenizer(row, verbose=False)["input_ids"]
-        return found
+        ids: list[int] = tokenizer(row, verbose=False)["input_ids"]
+        return ids
 
     windows, labels = labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
-    check_ids(windows, checkpoint.config.vocab_size, checkpoint.max_length(), spec, None if tokenizer is None else len(tokenizer))
+    check_ids(
+        windows,
+        checkpoint.config.vocab_size,
+        checkpoint.max_length(),
+        spec,
+        None if tokenizer is None else len(tokenizer),
+    )
     return windows, labels

@@ -1,4 +1,4 @@
-"""Writing the result part by part: blocks, what lies outside them, and their plans."""
+"""Write the result part by part: the blocks, their plans, and the tensors outside the blocks."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ from secateur.prune.prepare import Prepared, check_stock_plans
 from secateur.prune.settings import identity
 from secateur.prune.totals import Totals
 
-LEARNING = "learning"  # the part that a method that learns goes on from
+LEARNING = "learning"  # the part with the saved state of a method that learns
 
 
 def new_writer(
     prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], out: Path, *, resume: bool, overwrite: bool
 ) -> tuple[CheckpointWriter, int]:
-    """What writes the result, and the size of the activation buffer."""
+    """Return the writer of the result, and the bytes of the activation buffer."""
     checkpoint, view = prepared.checkpoint, prepared.job.view
     streams, differentiates = prepared.job.streams, prepared.job.whole_model and prepared.job.method.says.GRADIENTS
-    kept = (view.blocks + 1 if differentiates else 1) * windows.numel() if windows is not None and (streams or differentiates) else 0
-    buffer = kept * view.config.hidden_size * prepared.dtype.itemsize
-    needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (buffer if prepared.request.spill else 0)
+    kept_tokens = 0
+    if windows is not None and (streams or differentiates):
+        kept_tokens = (view.blocks + 1 if differentiates else 1) * windows.numel()
+    buffer = kept_tokens * view.config.hidden_size * prepared.dtype.itemsize
+    needed = 2 * sum(file.stat().st_size for file in {file for file, _ in checkpoint.index.values()}) + (
+        buffer if prepared.request.spill else 0
+    )
     return CheckpointWriter(
         out,
         {**settings, "source": identity(checkpoint)},
@@ -44,16 +48,25 @@ def new_writer(
     ), buffer
 
 
-def write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch) -> Totals:
-    """Prune and write every block that is not there yet; returns what was counted."""
-    job = replace(prepared.job, checkpoint=prepared.job.checkpoint or writer.part(LEARNING), spill=writer.scratch if prepared.request.spill else None)
+def write_blocks(
+    prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch
+) -> Totals:
+    """Prune and write every block that is not written yet; return the counts."""
+    job = replace(
+        prepared.job,
+        checkpoint=prepared.job.checkpoint or writer.part(LEARNING),
+        spill=writer.scratch if prepared.request.spill else None,
+    )
     view, rates = job.view, job.rates
     plans = whole_model_plan(job, windows, watch) if job.whole_model else None
     if plans is not None and prepared.request.stock_only:
         check_stock_plans(prepared, plans)
 
     def finished(index: int) -> tuple[BlockView, BlockPlan] | None:
-        if not writer.has(plan_part(index)) or not (writer.has(block_part(index)) or writer.read_note(plan_part(index)).get("dropped")):
+        """Read a block and its plan from an interrupted run; None if they are not complete."""
+        if not writer.has(plan_part(index)) or not (
+            writer.has(block_part(index)) or writer.read_note(plan_part(index)).get("dropped")
+        ):
             return None
         tensors, summary = writer.read(plan_part(index))
         for part in (_basis_part(index - 1), _basis_part(index), plan_part(index - 1)):
@@ -61,10 +74,14 @@ def write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointW
         plan = BlockPlan.read(summary, tensors)
         written = {} if plan.dropped else writer.read(block_part(index))[0]
         weights = {name.removeprefix(view.block_prefix(len(totals.kept))): t for name, t in written.items()}
-        return BlockView(family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]), plan
+        return BlockView(
+            family_after(view.family, plan), dims_after(view.dims(index), plan), index, weights, rates[index]
+        ), plan
 
     totals = Totals()
-    for block, plan in track(pruned_blocks(job, stream, watch, finished, plans), f"{job.method.name}: blocks", view.blocks):
+    for block, plan in track(
+        pruned_blocks(job, stream, watch, finished, plans), f"{job.method.name}: blocks", view.blocks
+    ):
         with watch("files"):
             part = block_part(block.index)
             if not (writer.has(part) and writer.has(plan_part(block.index))):
@@ -72,17 +89,24 @@ def write_blocks(prepared: Prepared, windows: Tensor | None, writer: CheckpointW
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(plan_part(block.index), plan.tensors(), plan.summary())
             if not plan.dropped and not writer.has(part):
-                note = _count(block.tensors) | {"matrices": block.matrix_parameters() + _added(block), "zero_rows": block.zero_rows()}
-                writer.write(part, {view.block_prefix(len(totals.kept)) + name: tensor for name, tensor in block.tensors.items()}, note)
+                note = _count(block.tensors) | {
+                    "matrices": block.matrix_parameters() + _added(block),
+                    "zero_rows": block.zero_rows(),
+                }
+                writer.write(
+                    part,
+                    {view.block_prefix(len(totals.kept)) + name: tensor for name, tensor in block.tensors.items()},
+                    note,
+                )
             if not plan.dropped:
                 totals.add(writer.read_note(part))
         totals.add_block(view.dims(block.index), block, plan)
-        del block, plan  # not the weights and bases of two blocks at a time
+        del block, plan  # so that memory never holds the weights and bases of two blocks
     return totals
 
 
 def write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, totals: Totals) -> list[str]:
-    """Copy, or rotate, what lies outside the blocks, one tensor at a time."""
+    """Copy or rotate the tensors outside the blocks, one at a time; return the names of their parts."""
     view = prepared.job.view
     assert totals.ends is not None
     parts = []
@@ -99,8 +123,12 @@ def write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, 
 
 
 def _added(block: BlockView) -> int:
-    """Weights that a method put into a block: adapters on its residual connections."""
-    return sum(tensor.numel() for name, tensor in block.tensors.items() if name.startswith("skips.") and not runtime.is_index_map(name))
+    """Return the number of weights that a method added to a block: adapters on its residual connections."""
+    return sum(
+        tensor.numel()
+        for name, tensor in block.tensors.items()
+        if name.startswith("skips.") and not runtime.is_index_map(name)
+    )
 
 
 def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -109,7 +137,7 @@ def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def block_part(index: int) -> str:
-    """The name of the part that holds the weights of a block."""
+    """Return the name of the part that holds the weights of a block."""
     return f"block-{index:05}"
 
 
@@ -118,5 +146,5 @@ def _basis_part(index: int) -> str:
 
 
 def plan_part(index: int) -> str:
-    """The name of the part that holds the plan of a block."""
+    """Return the name of the part that holds the plan of a block."""
     return f"plan-{index:05}"

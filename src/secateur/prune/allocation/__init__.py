@@ -1,1 +1,1 @@
-"""How much to remove of each matrix, under one budget for all of them: `--modules auto`, and what it is compared with."""
+"""Choose the sparsity of each matrix under one budget for all: `--modules auto`, and its baseline `--modules owl`."""

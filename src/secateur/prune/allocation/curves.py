@@ -1,7 +1,8 @@
-"""From losses measured at a few sparsities to one sparsity a matrix: the cheapest weights first, under one budget.
+"""Turn losses measured at a few sparsities into one sparsity per matrix: remove the cheapest weights, under one budget.
 
-The loss that a matrix adds as it is pruned grows roughly exponentially, so the logarithm of what was measured is fitted with a parabola in the
-sparsity. The lower convex hull of the curve then makes the greedy choice (the smallest loss per weight next) the best one there is for losses that add up.
+The loss that a matrix adds grows roughly exponentially with its sparsity. So a parabola in the sparsity is fitted to
+the logarithm of the measured losses. On the lower convex hull of each curve the greedy choice (next the smallest loss
+per weight) is optimal for losses that add up.
 
 Shape letters: L levels of sparsity, U matrices.
 """
@@ -17,18 +18,18 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-LOWEST = 1e-4  # nats a token: below it, an increase measured on so few tokens says nothing
-HIGHEST = 0.95  # nothing is measured beyond 0.9, where curves turn steep
+LOWEST = 1e-4  # nats per token: an increase below this is noise, because few tokens are measured
+HIGHEST = 0.95  # the limit of a sparsity: nothing is measured above 0.9, where curves turn steep
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One matrix of one block.
+    """The measured losses of one matrix.
 
     Attributes:
-        block, name: which.
-        outputs, inputs: its shape; a step of the allocation removes one weight of each row.
-        increase_L: loss above the dense model's at the levels, nats a token.
+        block, name: the index of the block, and the canonical name of the matrix.
+        outputs, inputs: the shape; a step of the allocation removes one weight from each row.
+        increase_L: the loss above the dense model at each level, in nats per token.
     """
 
     block: int
@@ -39,33 +40,41 @@ class Curve:
 
 
 def fitted(levels: Sequence[float], increase: Sequence[float], at: Floats) -> Floats:
-    """The increase at other sparsities: exp of a parabola, weighted so that large increases, which decide the allocation, are met best."""
+    """Return the fitted increase at sparsities `at`: exp of a parabola.
+
+    Large increases decide the allocation, so they get more weight in the fit.
+    """
     s_L, y_L = np.asarray(levels), np.maximum(np.asarray(increase), LOWEST)
     weight_L = np.sqrt(y_L / y_L.max())
     powers_L3 = np.stack([np.ones_like(s_L), s_L, s_L**2], 1)
-    found_3 = np.linalg.lstsq(powers_L3 * weight_L[:, None], np.log(y_L) * weight_L, rcond=None)[0]
-    curve: Floats = np.exp(found_3[0] + found_3[1] * at + found_3[2] * at**2)
+    fit_3 = np.linalg.lstsq(powers_L3 * weight_L[:, None], np.log(y_L) * weight_L, rcond=None)[0]
+    curve: Floats = np.exp(fit_3[0] + fit_3[1] * at + fit_3[2] * at**2)
     return curve
 
 
 def hull_slopes(y: Floats) -> Floats:
-    """The slopes, a step each, of the lower convex hull of a curve on an even grid; they never fall."""
-    kept = [0]
+    """Return the slopes of the lower convex hull of a curve on an even grid, one per step; they never decrease."""
+    corners = [0]
     for x in range(1, len(y)):
-        while len(kept) > 1 and (y[kept[-1]] - y[kept[-2]]) * (x - kept[-1]) >= (y[x] - y[kept[-1]]) * (kept[-1] - kept[-2]):
-            kept.pop()
-        kept.append(x)
-    slopes: Floats = np.diff(np.interp(np.arange(len(y)), kept, y[kept]))
+        while len(corners) > 1:
+            before, last = corners[-2:]
+            if not (y[last] - y[before]) * (x - last) >= (y[x] - y[last]) * (last - before):
+                break
+            corners.pop()  # the last corner lies on or above the line from the one before it to x
+        corners.append(x)
+    slopes: Floats = np.diff(np.interp(np.arange(len(y)), corners, y[corners]))
     return slopes
 
 
 def cheapest(levels: Sequence[float], curves: Sequence[Curve], budget: int) -> list[float]:
-    """The sparsity of each matrix that removes at least `budget` weights, and no whole step more, at the least sum of fitted increases.
+    """Return the sparsity of each matrix with the smallest sum of fitted increases.
+
+    Together they remove at least `budget` weights, and less than one step more.
 
     Args:
-        levels: the sparsities that were measured.
-        curves: what was measured there.
-        budget: weights to remove, of all matrices together.
+        levels: the measured sparsities.
+        curves: the losses measured there, one curve per matrix.
+        budget: the number of weights to remove, over all matrices together.
     """
     overall = budget / sum(c.outputs * c.inputs for c in curves)
     cost, weights, owner = [], [], []
@@ -83,7 +92,7 @@ def cheapest(levels: Sequence[float], curves: Sequence[Curve], budget: int) -> l
 
 
 def _rate(steps: int, outputs: int, inputs: int) -> float:
-    """steps / inputs, such that the floor of it, of a row's weights or the whole matrix's, is `steps` of each row again in floating point."""
+    """Return steps / inputs, raised a little if rounding down would give back fewer than `steps` weights per row."""
     rate = steps / inputs
     exact = int(inputs * rate) == steps and int(outputs * inputs * rate) == outputs * steps
     return rate if exact else (steps + 1e-9) / inputs

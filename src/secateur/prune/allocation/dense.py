@@ -1,6 +1,7 @@
-"""A dense model in memory whose blocks are exchanged for pruned ones and put back, with the statistics of its own activations.
+"""A dense model in memory, with the statistics of its activations; its blocks can be pruned and restored.
 
-Every pruned version is cut from the dense weights by the dense model's statistics, so one calibration pass serves all of them.
+Every pruned version starts from the dense weights and the statistics of the dense model. So one calibration pass is
+enough for all of them.
 
 Shape letters: S windows, B windows of a batch, T tokens, D residual.
 """
@@ -29,15 +30,16 @@ from secateur.prune.driver import Job, collect
 
 
 class DenseModel:
-    """A model that can be pruned for a while.
+    """A dense model that can be pruned and restored.
 
     Args:
-        job: the method and its options, which plans block by block. Its rates say which matrices will ever be pruned, so what statistics are needed.
+        job: the method, which plans block by block, and its options. Its rates list the matrices that may be pruned
+            later; statistics are collected for these.
         model: the whole model of `job.view`, on its device; it is changed in place while it is pruned.
-        windows: calibration token ids [S, T]; None where the method needs none.
+        windows: calibration token ids [S, T]; None if the method needs none.
 
     Raises:
-        NotFiniteError: an input is not finite; the block and the matrix are named.
+        NotFiniteError: an input is not finite; the message names the block and the matrix.
     """
 
     def __init__(self, job: Job, model: PreTrainedModel, windows: Tensor | None) -> None:
@@ -48,18 +50,18 @@ class DenseModel:
 
     @cached_property
     def statistics(self) -> list[Statistics[Any] | None]:
-        """Of the dense model, a block each; collected when they are first needed."""
+        """The statistics of the dense model, one entry per block; collected at the first use."""
         return _dense_statistics(self.job, self._windows)
 
     def cut(self, index: int, rates: Mapping[str, float]) -> tuple[BlockView, BlockPlan]:
-        """One block pruned at these rates, and its plan; the model stays as it is."""
+        """Return one block pruned at these rates, and its plan. The model does not change."""
         block = self.job.view.block(index, rates)
         assert self.job.method.says.plan_block is not None
         plan = self.job.method.says.plan_block(block, self.statistics[index], self.job.options)
         return cut_block(block, plan), plan
 
     def put(self, block: BlockView, names: Iterable[str]) -> None:
-        """Write some matrices of a block of the same shapes into the model."""
+        """Write some matrices of a block into the model; their shapes must be the same there."""
         prefix = self.job.view.block_prefix(block.index)
         with torch.no_grad():
             for weight in {f"{block.family.matrices[name]}.weight" for name in names}:
@@ -67,7 +69,7 @@ class DenseModel:
 
     @contextmanager
     def pruned(self, rates: Rates) -> Iterator[int]:
-        """The model at these rates for as long as this lasts; gives the number of weights removed."""
+        """Prune the model at these rates inside a `with` statement, then restore it; give the weights removed."""
         removed = 0
         touched = [index for index, rate in enumerate(rates) if any(rate.values())]
         try:
@@ -82,11 +84,11 @@ class DenseModel:
 
     @torch.inference_mode()
     def leaving(self, index: int, batches: list[Tensor], entering: list[Tensor] | None = None) -> list[Tensor]:
-        """The residual stream behind block `index`, [B, T, D] a batch; `entering` as for `loss`."""
-        found: list[Tensor] = []
+        """Return the residual stream after block `index`, [B, T, D] per batch; `entering` as for `loss`."""
+        outputs: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            found.append(output)
+            outputs.append(output)
             raise _Enough
 
         hook = self._blocks[index].register_forward_hook(keep)
@@ -96,26 +98,29 @@ class DenseModel:
                     self.model.get_decoder()(input_ids=batch_BT, use_cache=False)
         finally:
             hook.remove()
-        return found
+        return outputs
 
     @torch.inference_mode()
     def loss(self, batches: list[Tensor], index: int = 0, entering: list[Tensor] | None = None) -> float:
-        """The mean loss per predicted token in nats.
+        """Return the mean loss per predicted token, in nats.
 
         Args:
             batches: token ids [B, T] each, on the device of the model.
-            index, entering: the residual where it enters block `index`, [B, T, D] a batch, where it is known: the blocks before it are not run.
+            index, entering: the residual stream before block `index`, [B, T, D] per batch, if it is known. The blocks
+                before it are then skipped.
         """
         total = 0.0
         for number, batch_BT in enumerate(batches):
             with self._known(index, entering and entering[number]):
                 hidden_BTD = hidden_states(self.model, batch_BT)
-                total += float(token_losses(self.model, hidden_BTD[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten()).double().sum())
+                total += float(
+                    token_losses(self.model, hidden_BTD[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten()).double().sum()
+                )
         return total / sum(batch.numel() - len(batch) for batch in batches)
 
     @contextmanager
     def _known(self, index: int, hidden_BTD: Tensor | list[Tensor] | None) -> Iterator[None]:
-        """The blocks before `index` stand aside, and what enters it is what is known to enter it."""
+        """Skip the blocks before `index`, and feed the known residual stream into it."""
         if not isinstance(hidden_BTD, Tensor):
             yield
             return
@@ -125,18 +130,18 @@ class DenseModel:
 
 
 class _Enough(Exception):
-    """Raised inside a forward once all that was wanted is known."""
+    """Raised inside a forward pass to end it early."""
 
 
 def _dense_statistics(job: Job, windows: Tensor | None) -> list[Statistics[Any] | None]:
     view = job.view
     if windows is None or job.method.says.STATISTICS is None:
         return [None] * view.blocks
-    watch, found = Stopwatch(), []
+    watch, statistics = Stopwatch(), []
     stream = Stream(view, windows, device=job.device, dtype=job.dtype)
     for index in track(range(view.blocks), "statistics of the dense model: blocks"):
         block = view.block(index, job.rates[index])
-        found.append(collect(job, block, stream, watch) if block.rates else None)
+        statistics.append(collect(job, block, stream, watch) if block.rates else None)
         if index < job.last:
             stream.advance(block)
-    return found
+    return statistics
