@@ -35,7 +35,9 @@ class Letters:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_equals_the_mean_loss_of_whole_logits(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_mean_loss_of_whole_logits(
+    model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
     monkeypatch.setattr(module, "_TOKENS_A_BATCH", 48)
     model = tiny_model(model_type, dtype=dtype)
@@ -170,7 +172,9 @@ def test_cloze_items_are_fair_and_fixed() -> None:
     assert all(30 <= positions.count(i) <= 75 for i in range(4)), "the right answer is anywhere"
 
 
-def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama", vocab_size=128)
 
     class Ascii(Letters):
@@ -202,7 +206,9 @@ def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(tmp_pat
     assert (result["n"], len(answers)) == (100, 100)
 
 
-def test_evaluating_on_the_calibration_file_warns(saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_on_the_calibration_file_warns(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     api.prune(api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
     record = api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
     assert "warning: the model was calibrated on" in capsys.readouterr().err

@@ -48,7 +48,9 @@ def test_globs_reach_single_blocks() -> None:
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 @pytest.mark.parametrize("name", ["q", "k", "v", "o", "gate", "up", "down"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_pruning_one_module_leaves_the_rest_bit_identical(model_type: str, name: str, method: str, windows: torch.Tensor) -> None:
+def test_pruning_one_module_leaves_the_rest_bit_identical(
+    model_type: str, name: str, method: str, windows: torch.Tensor
+) -> None:
     model = tiny_model(model_type)
     view = api.view_model(model)
     if name not in view.family.matrices:
