@@ -19,7 +19,7 @@ from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.methods.disp_llm import UNMET, learning
 from secateur.methods.disp_llm.choose import choose
 from secateur.methods.disp_llm.hypernetwork import Hypernetwork
-from secateur.methods.disp_llm.learning import Learning, budget_term, learn, rows_of_step
+from secateur.methods.disp_llm.learning import Learning, budget_term, learn
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.models import save
 from tests.methods.disp_llm.test_masked import masked_of
@@ -140,12 +140,6 @@ def test_options_may_not_change_once_a_block_is_written(
     with pytest.raises(api.UsageError, match=r"had options\.steps = 4, this one has 8"):
         api.prune(replace(request, options={**options, "steps": 8}), tmp_path / "out", resume=True)
     api.prune(request, tmp_path / "out", resume=True)
-
-
-def test_every_window_is_seen_once_an_epoch() -> None:
-    rows = [row for step in range(9) for row in rows_of_step(step, 6, 2, seed=5).tolist()]
-    assert [sorted(rows[start : start + 6]) for start in (0, 6, 12)] == [list(range(6))] * 3
-    assert rows[:6] != rows[6:12]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
