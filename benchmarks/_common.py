@@ -109,8 +109,12 @@ def _parts(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:
     yield {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
     for block in range(shape.blocks):
         prefix = f"model.layers.{block}."
-        matrices: dict[str, tuple[int, ...]] = {f"{prefix}{name}.weight": size for name, size in shape.block_matrices.items()}
-        yield matrices | {f"{prefix}{norm}.weight": (shape.hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        matrices: dict[str, tuple[int, ...]] = {
+            f"{prefix}{name}.weight": size for name, size in shape.block_matrices.items()
+        }
+        yield matrices | {
+            f"{prefix}{norm}.weight": (shape.hidden,) for norm in ("input_layernorm", "post_attention_layernorm")
+        }
     yield {"model.norm.weight": (shape.hidden,)}
     yield {"lm_head.weight": (shape.vocab, shape.hidden)}
 
@@ -154,5 +158,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print columns: the first flush left, the others flush right, the last as it is."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
-        cells = [cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  " + "  ".join(cells).rstrip())

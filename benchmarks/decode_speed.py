@@ -43,17 +43,29 @@ DECODE_OVER_DENSE = 1.5  # at batch 1, of a model with half of the parameters
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    models, machine = _models(options), Machine(CPU, torch.float32, clock=time.process_time if options.threads == 1 else time.perf_counter)
+    models, machine = (
+        _models(options),
+        Machine(CPU, torch.float32, clock=time.process_time if options.threads == 1 else time.perf_counter),
+    )
     parts = _parts(models, options)
     speeds = {}
     for batch in options.batches:
-        ids_BT = torch.randint(options.vocab, (batch, options.tokens // batch), generator=torch.Generator().manual_seed(1))
+        ids_BT = torch.randint(
+            options.vocab, (batch, options.tokens // batch), generator=torch.Generator().manual_seed(1)
+        )
         speeds[batch] = measure_speed(models, ids_BT, options.new, range(options.repeats), machine)
     rates = machine.flops_per_second, machine.bytes_per_second
-    print(f"width {options.hidden}, {options.blocks} blocks, float32, {options.threads} threads: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s")
+    print(
+        f"width {options.hidden}, {options.blocks} blocks, float32, {options.threads} threads: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s"
+    )
     results = [row for batch, speed in speeds.items() for row in _compared(models, batch, speed, options, machine)]
     met = next(row["decode_over_dense"] for row in results if row["model"] == "selected") >= DECODE_OVER_DENSE
-    facts = {"flops_per_second": rates[0], "bytes_per_second": rates[1], "decode_over_dense_aim": DECODE_OVER_DENSE, "met": met}
+    facts = {
+        "flops_per_second": rates[0],
+        "bytes_per_second": rates[1],
+        "decode_over_dense_aim": DECODE_OVER_DENSE,
+        "met": met,
+    }
     print(json.dumps({"benchmark": "decode_speed", **vars(options), **facts, "parts": parts, "results": results}))
 
 
@@ -66,7 +78,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--round", type=int, default=1, help="widths are multiples of this (default 1: any width)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of all prompts of a batch together (default 256)")
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="tokens of all prompts of a batch together (default 256)"
+    )
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=4, help="turns of each model (default 4)")
     parser.add_argument("--threads", type=int, default=2)
@@ -93,12 +107,22 @@ def _models(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
     dense = AutoModelForCausalLM.from_config(config).eval()
     plan = _random_plan(dense, options.round)
     selected = api.cut(dense, plan)
-    left = {name: sum(p.numel() for p in model.parameters()) for name, model in (("dense", dense), ("selected", selected))}
+    left = {
+        name: sum(p.numel() for p in model.parameters()) for name, model in (("dense", dense), ("selected", selected))
+    }
     assert abs(1 - left["selected"] / left["dense"] - REMOVED) < 0.02, left
-    plain = copy.deepcopy(selected, {id(parameter): parameter for parameter in selected.parameters()})  # shares the weights
+    plain = copy.deepcopy(
+        selected, {id(parameter): parameter for parameter in selected.parameters()}
+    )  # shares the weights
     for block in plain.model.layers:
         block.skips = nn.ModuleList(_PlainSelect(skip) for skip in block.skips)
-    return {"dense": dense, "selected": selected, "contiguous": api.cut(dense, _contiguous(plan)), "plain": plain, "floor": _dense_of(config, left["selected"])}
+    return {
+        "dense": dense,
+        "selected": selected,
+        "contiguous": api.cut(dense, _contiguous(plan)),
+        "plain": plain,
+        "floor": _dense_of(config, left["selected"]),
+    }
 
 
 def _random_plan(dense: PreTrainedModel, multiple: int) -> Plan:
@@ -109,7 +133,12 @@ def _random_plan(dense: PreTrainedModel, multiple: int) -> Plan:
     logit_N = torch.cat([torch.randn(width) + 0.3 * torch.randn(1) for width in structures.widths])
     keep = choose(logit_N, structures, target=(1 - REMOVED) * structures.total, multiple=multiple, half=False)
     blocks = [
-        BlockPlan(n, keep={s: keep[i].clone() for s, i in uses.items()}, of={s: structures.widths[i] for s, i in uses.items()}, select=NORM_FIRST)
+        BlockPlan(
+            n,
+            keep={s: keep[i].clone() for s, i in uses.items()},
+            of={s: structures.widths[i] for s, i in uses.items()},
+            select=NORM_FIRST,
+        )
         for n, uses in enumerate(structures.uses)
     ]
     return Plan({}, tuple(blocks))
@@ -121,7 +150,15 @@ def _contiguous(plan: Plan) -> Plan:
     def run(count: int, of: int) -> Tensor:
         return torch.arange(count, dtype=torch.int32) + (of - count) // 2
 
-    return Plan({}, tuple(BlockPlan(b.index, keep={s: run(len(kept), b.of[s]) for s, kept in b.keep.items()}, of=b.of, select=b.select) for b in plan.blocks))
+    return Plan(
+        {},
+        tuple(
+            BlockPlan(
+                b.index, keep={s: run(len(kept), b.of[s]) for s, kept in b.keep.items()}, of=b.of, select=b.select
+            )
+            for b in plan.blocks
+        ),
+    )
 
 
 class _PlainSelect(nn.Module):
@@ -147,12 +184,20 @@ def _dense_of(config: Any, parameters: int) -> PreTrainedModel:
 
     def ffn_of(hidden: int) -> int:
         """The feed-forward width that makes up the number."""
-        outer = 2 * config.vocab_size * hidden + hidden + config.num_hidden_layers * (4 * hidden * config.hidden_size + 2 * hidden)
+        outer = (
+            2 * config.vocab_size * hidden
+            + hidden
+            + config.num_hidden_layers * (4 * hidden * config.hidden_size + 2 * hidden)
+        )
         return round((parameters - outer) / (3 * hidden * config.num_hidden_layers))
 
     widths = range(config.num_attention_heads, config.hidden_size, config.num_attention_heads)
     hidden = min(widths, key=lambda width: abs(width / config.hidden_size - ffn_of(width) / config.intermediate_size))
-    fields = {"hidden_size": hidden, "intermediate_size": ffn_of(hidden), "head_dim": config.hidden_size // config.num_attention_heads}
+    fields = {
+        "hidden_size": hidden,
+        "intermediate_size": ffn_of(hidden),
+        "head_dim": config.hidden_size // config.num_attention_heads,
+    }
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**config.to_dict(), **fields})).eval()
 
 
@@ -176,7 +221,10 @@ def _parts(models: dict[str, PreTrainedModel], options: argparse.Namespace) -> l
             for name, (read, join) in lines.items():
                 times = _seconds(read, hidden), _seconds(join, hidden, hidden if name == "dense" else update)
                 best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
-        found += [{"line": name, "tokens": tokens, "read_seconds": times[0], "join_seconds": times[1]} for name, times in best.items()]
+        found += [
+            {"line": name, "tokens": tokens, "read_seconds": times[0], "join_seconds": times[1]}
+            for name, times in best.items()
+        ]
     rows = []
     for name in lines:
         mine = [part for part in found if part["line"] == name]
@@ -205,7 +253,13 @@ def _add_slice(hidden: Tensor, update: Tensor) -> Tensor:
     return added
 
 
-def _compared(models: dict[str, PreTrainedModel], batch: int, speeds: dict[str, Speed], options: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
+def _compared(
+    models: dict[str, PreTrainedModel],
+    batch: int,
+    speeds: dict[str, Speed],
+    options: argparse.Namespace,
+    machine: Machine,
+) -> list[dict[str, Any]]:
     dense, prompt, rows, shown = speeds["dense"], options.tokens // batch, [], []
     for name, speed in speeds.items():
         work = Work.of(api.view_model(models[name]), 4)
@@ -224,7 +278,11 @@ def _compared(models: dict[str, PreTrainedModel], batch: int, speeds: dict[str, 
         rows.append(row)
         cells = [f"{row['parameters'] / 1e6:.1f}"]
         for part in ("prefill", "decode"):
-            cells += [f"{1e3 * row[f'{part}_seconds']:.2f}", f"{row[f'{part}_over_dense']:.2f}", f"{row[f'{part}_over_floor']:.2f}"]
+            cells += [
+                f"{1e3 * row[f'{part}_seconds']:.2f}",
+                f"{row[f'{part}_over_dense']:.2f}",
+                f"{row[f'{part}_over_floor']:.2f}",
+            ]
         shown.append((name, *cells))
     print(f"batch {batch}, {prompt} tokens of prompt")
     table(("model", "M params", "prefill ms", "x dense", "over floor", "decode ms", "x dense", "over floor"), shown)

@@ -63,7 +63,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="steps of each side (default 20)")
     parser.add_argument("--quick", action="store_true", help="two steps of each side")
-    parser.add_argument("--processor-time", action="store_true", help="measure the processor's time instead of the clock's: on a busy machine, with one thread")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="measure the processor's time instead of the clock's: on a busy machine, with one thread",
+    )
     parser.add_argument("--median", action="store_true", help="report medians instead of minima")
     parser.add_argument("--child", choices=(OURS, AGAIN, PLAIN, WRITE), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -131,8 +135,20 @@ def make_learner(folder: Path, batch: int, *, checkpointing: bool) -> Any:
 
     view = open_checkpoint(str(folder)).view()
     structures = find_structures(view, constrained=False, form=NORM_FIRST, whole=True)
-    masked = MaskedModel(view, structures, NORM_FIRST, device=torch.device("cpu"), dtype=torch.float32, checkpointing=checkpointing)
-    how = Learning(steps=1, batch=batch, lr=1e-3, weight_decay=0.05, strength=6.0, gate="reinmax", bias=3.0, temperature=1.0, seed=0)
+    masked = MaskedModel(
+        view, structures, NORM_FIRST, device=torch.device("cpu"), dtype=torch.float32, checkpointing=checkpointing
+    )
+    how = Learning(
+        steps=1,
+        batch=batch,
+        lr=1e-3,
+        weight_decay=0.05,
+        strength=6.0,
+        gate="reinmax",
+        bias=3.0,
+        temperature=1.0,
+        seed=0,
+    )
     return Learner(Hypernetwork(structures.widths), masked, _ids(batch), (1 - SPARSITY) * structures.total, how, None)
 
 
@@ -165,9 +181,16 @@ class PlainDispLLM:
                 return self.inner(x) * self.mask
 
         self.kind, self.windows = Masked, _ids(batch)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval().requires_grad_(False)
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+            .eval()
+            .requires_grad_(False)
+        )
         for block in self.model.model.layers:
-            block.input_layernorm, block.post_attention_layernorm = Masked(block.input_layernorm), Masked(block.post_attention_layernorm)
+            block.input_layernorm, block.post_attention_layernorm = (
+                Masked(block.input_layernorm),
+                Masked(block.post_attention_layernorm),
+            )
             block.self_attn.o_proj, block.mlp.down_proj = Masked(block.self_attn.o_proj), Masked(block.mlp.down_proj)
             block.mlp.gate_proj, block.mlp.up_proj = Masked(block.mlp.gate_proj), Masked(block.mlp.up_proj)
         hidden, ffn = SHAPE.hidden, SHAPE.ffn
@@ -199,7 +222,14 @@ class PlainDispLLM:
         return list(torch.sigmoid((logits + gumbel + 3) / 0.4).split(self.widths))
 
     def _set(self, gates: list[Any]) -> None:
-        names = {"input_layernorm": 0, "o_proj": 1, "post_attention_layernorm": 2, "gate_proj": 3, "up_proj": 3, "down_proj": 4}
+        names = {
+            "input_layernorm": 0,
+            "o_proj": 1,
+            "post_attention_layernorm": 2,
+            "gate_proj": 3,
+            "up_proj": 3,
+            "down_proj": 4,
+        }
         for name, module in self.model.named_modules():
             if isinstance(module, self.kind):
                 _, _, block, *_, last = name.split(".")
@@ -230,7 +260,9 @@ def _difference(ours: Any, plain: PlainDispLLM) -> float:
 
 def _child(side: str, folder: Path) -> dict[str, int]:
     command = [sys.executable, __file__, "--child", side, "--folder", str(folder)]
-    found: dict[str, int] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    found: dict[str, int] = json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    )
     return found
 
 
@@ -270,7 +302,10 @@ def _allocated(make: Callable[[], Any]) -> int:
                 learner.step(step)
         profiled.export_chrome_trace(file.name)
         events = json.loads(Path(file.name).read_text("utf-8"))["traceEvents"]
-    totals = [event["args"]["Total Allocated"] for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])]
+    totals = [
+        event["args"]["Total Allocated"]
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    ]
     return int(max(totals) - totals[0])
 
 
@@ -317,7 +352,9 @@ def _memory(found: dict[str, dict[str, int]]) -> dict[str, Any]:
     parts = {name: ours[name] for name in ("weights", "block", "logits", "inputs", "network", "gradients")}
     floor = parts["weights"] + parts["block"] + parts["logits"]
     needed = sum(parts.values())
-    allocated, resident = ({side: measured[name] for side, measured in found.items()} for name in ("allocated", "resident"))
+    allocated, resident = (
+        {side: measured[name] for side, measured in found.items()} for name in ("allocated", "resident")
+    )
     return {
         "memory_tokens": MEMORY_BATCH * SEQLEN,
         "memory_parts": parts,
@@ -332,18 +369,35 @@ def _memory(found: dict[str, dict[str, int]]) -> dict[str, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    print(f"\n{result['parameters'] / 1e6:.1f}M parameters, {result['tokens']} tokens a step, {result['threads']} thread(s), ", end="")
+    print(
+        f"\n{result['parameters'] / 1e6:.1f}M parameters, {result['tokens']} tokens a step, {result['threads']} thread(s), ",
+        end="",
+    )
     print(f"{result['figure']} of {result['steps']} steps of each side, taking turns, {result['clock']} time")
     seconds, rates, over = result["seconds"], result["steps_a_second"], result["over_floor"]
-    rows = [(side, f"{seconds[side]:.3f}", f"{rates[side]:.2f}", f"{over[side]:.2f}", "") for side in (OURS, AGAIN, PLAIN)]
+    rows = [
+        (side, f"{seconds[side]:.3f}", f"{rates[side]:.2f}", f"{over[side]:.2f}", "") for side in (OURS, AGAIN, PLAIN)
+    ]
     rows.append(("floor", f"{result['floor_seconds']:.3f}", "", "", f"at {result['gflops']:.0f} GFLOP/s"))
     table(("", "seconds a step", "steps a second", "of the floor", ""), rows)
     verdict = "met" if result["met"] else "MISSED"
-    print(f"  {result['ratio']:.2f}x the steps per second of the straightforward implementation (medians {result['ratio_of_medians']:.2f}x); ", end="")
+    print(
+        f"  {result['ratio']:.2f}x the steps per second of the straightforward implementation (medians {result['ratio_of_medians']:.2f}x); ",
+        end="",
+    )
     print(f">= {AIM:g}x {verdict}; with equal gates the losses differ by {result['difference']:.1e}")
     parts, allocated, resident = result["memory_parts"], result["memory_allocated"], result["memory_resident"]
     print(f"\npeak of memory, {result['memory_tokens']} tokens a step, MB (10^6 bytes)")
-    rows = [(side, f"{allocated[side] / MEGA:.1f}", f"{result['memory_over_floor'][side]:.2f}", f"{resident[side] / MEGA:.1f}", "") for side in allocated]
+    rows = [
+        (
+            side,
+            f"{allocated[side] / MEGA:.1f}",
+            f"{result['memory_over_floor'][side]:.2f}",
+            f"{resident[side] / MEGA:.1f}",
+            "",
+        )
+        for side in allocated
+    ]
     floor = ", ".join(f"{name} {parts[name] / MEGA:.1f}" for name in ("weights", "block", "logits"))
     rows.append(("floor", f"{result['memory_floor'] / MEGA:.1f}", "", "", floor))
     more = ", ".join(f"{name} {parts[name] / MEGA:.1f}" for name in ("inputs", "network", "gradients"))

@@ -34,8 +34,20 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="gradient-memory-", dir=options.folder))
     try:
         model, ids = folder / "model", folder / "ids.npy"
-        run_child(__file__, "write", model=str(model), ids=str(ids), shape=asdict(shape), samples=options.samples, seqlen=options.seqlen)
-        asked = {"method": options.method, "sparsity": options.sparsity, "options": dict(pair.split("=", 1) for pair in options.set)}
+        run_child(
+            __file__,
+            "write",
+            model=str(model),
+            ids=str(ids),
+            shape=asdict(shape),
+            samples=options.samples,
+            seqlen=options.seqlen,
+        )
+        asked = {
+            "method": options.method,
+            "sparsity": options.sparsity,
+            "options": dict(pair.split("=", 1) for pair in options.set),
+        }
         result = run_child(__file__, "prune", model=str(model), ids=str(ids), out=str(folder / "out"), **asked)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +85,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--method", default="llm_pruner", help="a method that needs gradients (default llm_pruner)")
     parser.add_argument("--sparsity", type=float, default=0.2, help="(default 0.2)")
-    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of the method; may be repeated"
+    )
     parser.add_argument("--blocks", type=int, help=f"(default {BILLION.blocks})")
     parser.add_argument("--samples", type=int, default=4, help="windows (default 4)")
     parser.add_argument("--seqlen", type=int, default=128, help="tokens of a window (default 128)")
@@ -103,13 +117,18 @@ def _child_prune(model: str, ids: str, out: str, method: str, sparsity: float, o
     baseline = peak_rss()
     assert baseline > before, "the parent's peak hides that of the imports"
     started = time.perf_counter()
-    prune(Request(model=model, method=method, sparsity=sparsity, calibration=ids, device="cpu", options=options), Path(out))
+    prune(
+        Request(model=model, method=method, sparsity=sparsity, calibration=ids, device="cpu", options=options),
+        Path(out),
+    )
     print(json.dumps({"baseline": baseline, "peak": peak_rss(), "seconds": round(time.perf_counter() - started, 2)}))
 
 
 def _print(run: dict[str, Any]) -> None:
     said = ", ".join([f"{run['sparsity']:.0%}", *(f"{name}={value}" for name, value in run["options"].items())])
-    print(f"{run['method']} {said}; {run['tokens']} random tokens, {run['blocks']} blocks, bf16 weights, CPU; MB (10^6 bytes)")
+    print(
+        f"{run['method']} {said}; {run['tokens']} random tokens, {run['blocks']} blocks, bf16 weights, CPU; MB (10^6 bytes)"
+    )
     lines = {
         "parameters (millions)": "parameters",
         "weights as stored": "weights_bytes",
@@ -121,7 +140,14 @@ def _print(run: dict[str, Any]) -> None:
         "peak above baseline": "peak_above_baseline",
     }
     rows: list[tuple[str, ...]] = [(label, f"{run[key] / MEGA:,.1f}", "") for label, key in lines.items()]
-    table(("", "", ""), [*rows, ("  within the bound", "yes" if run["holds"] else "NO", ""), ("seconds", f"{run['seconds']:.1f}", "of pruning")])
+    table(
+        ("", "", ""),
+        [
+            *rows,
+            ("  within the bound", "yes" if run["holds"] else "NO", ""),
+            ("seconds", f"{run['seconds']:.1f}", "of pruning"),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -61,15 +61,21 @@ def written_by(model: Path, windows: int, seed: int) -> np.ndarray:
     torch.manual_seed(seed)
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
     start = torch.full((windows, 1), loaded.config.bos_token_id)
-    ids = loaded.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=255, min_new_tokens=255, do_sample=True, top_k=0)
+    ids = loaded.generate(
+        start, attention_mask=torch.ones_like(start), max_new_tokens=255, min_new_tokens=255, do_sample=True, top_k=0
+    )
     found: np.ndarray = ids.numpy()
     return found
 
 
 def measure(subject: Subject, out: Path) -> tuple[Points, Costs]:
-    request = api.Request(subject.model, "slicegpt", calibration=subject.calibration, samples=64, seqlen=256, options={"round": 1})
+    request = api.Request(
+        subject.model, "slicegpt", calibration=subject.calibration, samples=64, seqlen=256, options={"round": 1}
+    )
     folder = out / subject.name
-    list(api.sweep(request, SPARSITIES, folder, api.EvalRequest(subject.model, text=subject.text, limit=64), resume=True))
+    list(
+        api.sweep(request, SPARSITIES, folder, api.EvalRequest(subject.model, text=subject.text, limit=64), resume=True)
+    )
     return read_points([folder], "ppl"), measure_costs(api.prepare(replace(request, sparsity=0.5)))
 
 
@@ -78,7 +84,12 @@ def rms(errors: list[float]) -> float:
 
 
 def spectrum_error(points: Points, costs: Costs, constant: float) -> float:
-    return rms([math.log(v / points.dense) - constant * costs.at(float(s)) for s, v in zip(points.s, points.values, strict=True)])
+    return rms(
+        [
+            math.log(v / points.dense) - constant * costs.at(float(s))
+            for s, v in zip(points.s, points.values, strict=True)
+        ]
+    )
 
 
 def ratio_of_logs(points: Points, costs: Costs) -> float:
@@ -94,11 +105,24 @@ def draw(found: dict[str, tuple[Points, Costs]], file: Path) -> None:
     for (name, (points, costs)), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
         pairs = [(costs.at(float(s)), math.log(v / points.dense)) for s, v in zip(points.s, points.values, strict=True)]
         shown = [(cost, gain) for cost, gain in pairs if gain > VISIBLE / 10]
-        axes.plot(*zip(*shown, strict=True), color=colour, marker=marker, markersize=5, linewidth=1, label=f"{name}, dense {points.dense:.3g}")
+        axes.plot(
+            *zip(*shown, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=5,
+            linewidth=1,
+            label=f"{name}, dense {points.dense:.3g}",
+        )
     ends = np.array([1e-5, 1.5])
     for constant, style in ((1.0, ":"), (C_UNFITTED, "--")):
         axes.plot(ends, constant * ends, color="#333333", linestyle=style, linewidth=1.2, label=f"c = {constant:g}")
-    axes.set(xscale="log", yscale="log", xlabel="K, from the dense model's spectra alone", ylabel="measured ln(PPL / PPL0)", ylim=(1e-4, 6))
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="K, from the dense model's spectra alone",
+        ylabel="measured ln(PPL / PPL0)",
+        ylim=(1e-4, 6),
+    )
     axes.set_title("Perplexity after slicing against what the spectrum says, s = 0.05 to 0.5", fontsize=10, loc="left")
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -114,7 +138,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a PNG to write")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    found = {subject.name: measure(subject, options.out) for subject in subjects(options.models, options.stories, options.out)}
+    found = {
+        subject.name: measure(subject, options.out)
+        for subject in subjects(options.models, options.stories, options.out)
+    }
     logs = {name: ratio_of_logs(points, costs) for name, (points, costs) in found.items()}
     if options.plot is not None:
         draw(found, options.plot)
@@ -128,7 +155,12 @@ def main() -> None:
             by_one = spectrum_error(points, costs, fit_constant(costs, single))
         except api.SecateurError:
             by_one = math.nan  # that point is not above the dense model
-        theory = rms([math.log(points.dense) * (1 / (1 - s) - 1) - math.log(v / points.dense) for s, v in zip(points.s, points.values, strict=True)])
+        theory = rms(
+            [
+                math.log(points.dense) * (1 / (1 - s) - 1) - math.log(v / points.dense)
+                for s, v in zip(points.s, points.values, strict=True)
+            ]
+        )
         rows.append(
             {
                 "model": name,
@@ -141,14 +173,28 @@ def main() -> None:
                 **{law: laws.get(law) for law in ("ratio", "exponential", "phase")},
             }
         )
-    columns = {"dense": "PPL0", "half": "s=0.5", "theory": "theory", "spectrum": "spectrum", "spectrum_one_point": "one point"}
+    columns = {
+        "dense": "PPL0",
+        "half": "s=0.5",
+        "theory": "theory",
+        "spectrum": "spectrum",
+        "spectrum_one_point": "one point",
+    }
     columns |= {"ratio": "ratio", "exponential": "exponential", "phase": "phase", "c": "c"}
-    print("RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, `one point` one, the rest all but the one predicted")
+    print(
+        "RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, `one point` one, the rest all but the one predicted"
+    )
     print(" ".join([f"{'model':12}", *(f"{title:>11}" for title in columns.values())]))
     for row in rows:
-        print(" ".join([f"{row['model']:12}", *("          -" if row[key] is None else f"{row[key]:11.4f}" for key in columns)]))
+        print(
+            " ".join(
+                [f"{row['model']:12}", *("          -" if row[key] is None else f"{row[key]:11.4f}" for key in columns)]
+            )
+        )
     scales = np.exp(list(logs.values()))
-    print(f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {scales.min():.2f} to {scales.max():.2f}")
+    print(
+        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {scales.min():.2f} to {scales.max():.2f}"
+    )
     print(json.dumps({"benchmark": "predict_small_models", "rows": rows}))
 
 

@@ -44,7 +44,14 @@ def main() -> None:
     _print(runs, growth, options)
     print(
         json.dumps(
-            {"benchmark": "prune_memory", "method": options.method, "small": options.small, "runs": runs, "growth": round(growth, 4), "grows": growth > GROWTH}
+            {
+                "benchmark": "prune_memory",
+                "method": options.method,
+                "small": options.small,
+                "runs": runs,
+                "growth": round(growth, 4),
+                "grows": growth > GROWTH,
+            }
         )
     )
 
@@ -70,8 +77,20 @@ def _options() -> argparse.Namespace:
 
 def _measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     """Write one model and prune it, both in other processes."""
-    model, out, ids = folder / f"blocks-{shape.blocks}", folder / f"blocks-{shape.blocks}-{options.method}", folder / "ids.npy"
-    run_child(__file__, "write", model=str(model), ids=str(ids), shape=asdict(shape), samples=options.samples, seqlen=options.seqlen)
+    model, out, ids = (
+        folder / f"blocks-{shape.blocks}",
+        folder / f"blocks-{shape.blocks}-{options.method}",
+        folder / "ids.npy",
+    )
+    run_child(
+        __file__,
+        "write",
+        model=str(model),
+        ids=str(ids),
+        shape=asdict(shape),
+        samples=options.samples,
+        seqlen=options.seqlen,
+    )
     result = run_child(__file__, "prune", model=str(model), ids=str(ids), out=str(out), method=options.method)
     weights = shape.weights_bytes
     stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -87,7 +106,9 @@ def _measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[st
         "tokens": options.samples * options.seqlen,
         "weights_bytes": weights,
         "buffer_bytes": result["buffer_bytes"],
-        "floor_bytes": shape.block_parameters * 4 + shape.vocab * shape.hidden * ITEM_BYTES[shape.dtype] + result["buffer_bytes"],
+        "floor_bytes": shape.block_parameters * 4
+        + shape.vocab * shape.hidden * ITEM_BYTES[shape.dtype]
+        + result["buffer_bytes"],
         "bound_bytes": round(bound),
         "baseline": result["baseline"],
         "peak_above_baseline": above,
@@ -118,7 +139,15 @@ def _child_prune(model: str, ids: str, out: str, method: str) -> None:
     record = prune(request, Path(out), overwrite=True)
     seconds = round(time.perf_counter() - started, 2)
     print(
-        json.dumps({"baseline": baseline, "peak": peak_rss(), "seconds": seconds, "seconds_by": record["seconds_by"], "buffer_bytes": record["buffer_bytes"]})
+        json.dumps(
+            {
+                "baseline": baseline,
+                "peak": peak_rss(),
+                "seconds": seconds,
+                "seconds_by": record["seconds_by"],
+                "buffer_bytes": record["buffer_bytes"],
+            }
+        )
     )
 
 
@@ -126,7 +155,9 @@ def _print(runs: list[dict[str, Any]], growth: float, options: argparse.Namespac
     def row(label: str, key: str, note: str = "") -> tuple[str, ...]:
         return (label, *(f"{run[key] / MEGA:,.1f}" for run in runs), note)
 
-    print(f"{options.method} {SPARSITY[options.method]:.0%}, {options.samples} x {options.seqlen} random tokens, bf16 weights, CPU; MB (10^6 bytes)")
+    print(
+        f"{options.method} {SPARSITY[options.method]:.0%}, {options.samples} x {options.seqlen} random tokens, bf16 weights, CPU; MB (10^6 bytes)"
+    )
     rows = [
         ("parameters (millions)", *(f"{run['parameters'] / MEGA:,.1f}" for run in runs), ""),
         row("weights", "weights_bytes"),
@@ -141,7 +172,9 @@ def _print(runs: list[dict[str, Any]], growth: float, options: argparse.Namespac
         ("seconds", *(f"{run['seconds']:.1f}" for run in runs), "of pruning"),
     ]
     table(("", *(f"{run['blocks']} blocks" for run in runs), ""), rows)
-    print(f"  twice the depth: {growth:.3f} x the peak (allowed {GROWTH}): {'GROWS' if growth > GROWTH else 'does not grow'}")
+    print(
+        f"  twice the depth: {growth:.3f} x the peak (allowed {GROWTH}): {'GROWS' if growth > GROWTH else 'does not grow'}"
+    )
 
 
 if __name__ == "__main__":

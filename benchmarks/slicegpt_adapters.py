@@ -47,14 +47,26 @@ def main() -> None:
             _print(results[-1])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps({"benchmark": "slicegpt_adapters", "threads": torch.get_num_threads(), "rounds": options.rounds, "results": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "slicegpt_adapters",
+                "threads": torch.get_num_threads(),
+                "rounds": options.rounds,
+                "results": results,
+            }
+        )
+    )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of timings, of which the fastest counts (default 5)")
     parser.add_argument(
-        "--samples", type=int, default=8, help="calibration windows of 256 random tokens (default 8); sizes and speed do not depend on the text"
+        "--samples",
+        type=int,
+        default=8,
+        help="calibration windows of 256 random tokens (default 8); sizes and speed do not depend on the text",
     )
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--models", nargs="+", choices=("bundled", "width 768"), default=["bundled", "width 768"])
@@ -97,9 +109,15 @@ def _model(folder: Path, work: Path, options: argparse.Namespace) -> list[dict[s
             )
             record = prune(request, out, overwrite=True)
             models[form] = _load(out)
-            sizes.append(_sizes(out, models[form]) | {"sparsity": sparsity, "sparsity_measured": record["sparsity_measured"], "form": form})
+            sizes.append(
+                _sizes(out, models[form])
+                | {"sparsity": sparsity, "sparsity_measured": record["sparsity_measured"], "form": form}
+            )
             shutil.rmtree(out)
-        times = {what: _alternate(models, run, vocabulary, options.rounds) for what, run in (("prefill", _prefill), ("decode", _decode))}
+        times = {
+            what: _alternate(models, run, vocabulary, options.rounds)
+            for what, run in (("prefill", _prefill), ("decode", _decode))
+        }
         for row in sizes:
             for what, tokens in (("prefill", WINDOWS * LENGTH), ("decode", NEW)):
                 row[what] = round(tokens / times[what][row["form"]], 1)
@@ -120,7 +138,12 @@ def _sizes(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _alternate(models: dict[str, PreTrainedModel], run: Callable[[PreTrainedModel, torch.Tensor], None], vocabulary: int, rounds: int) -> dict[str, float]:
+def _alternate(
+    models: dict[str, PreTrainedModel],
+    run: Callable[[PreTrainedModel, torch.Tensor], None],
+    vocabulary: int,
+    rounds: int,
+) -> dict[str, float]:
     """The fewest seconds of each model."""
     ids = torch.randint(3, vocabulary, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     best = dict.fromkeys(models, float("inf"))
@@ -141,18 +164,38 @@ def _prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
 @torch.inference_mode()
 def _decode(model: PreTrainedModel, ids: torch.Tensor) -> None:
     prompt = ids[:1, :PROMPT]
-    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    made = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=NEW,
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+    )
     assert made.shape[1] == PROMPT + NEW
 
 
 def _print(result: dict[str, Any]) -> None:
     whole, *rows = result["rows"]
-    print(f"\n{result['model']}: {whole['parameters']:,} parameters, {whole['bytes'] / 1e6:.2f} MB; of the dense model: parameters, file, tokens/s")
+    print(
+        f"\n{result['model']}: {whole['parameters']:,} parameters, {whole['bytes'] / 1e6:.2f} MB; of the dense model: parameters, file, tokens/s"
+    )
     found = []
     for row in rows:
         shares = (f"{row[key] / whole[key]:.3f}" for key in ("parameters", "bytes"))
-        speeds = (f"{row[what]:,.0f}  ({row[what] / row[f'{what}_dense_model']:.2f} x)" for what in ("prefill", "decode"))
-        found.append((f"s = {row['sparsity']:g} ({row['sparsity_measured']:.3f})", row["form"], f"{row['parameters']:,}", *shares, *speeds, ""))
+        speeds = (
+            f"{row[what]:,.0f}  ({row[what] / row[f'{what}_dense_model']:.2f} x)" for what in ("prefill", "decode")
+        )
+        found.append(
+            (
+                f"s = {row['sparsity']:g} ({row['sparsity_measured']:.3f})",
+                row["form"],
+                f"{row['parameters']:,}",
+                *shares,
+                *speeds,
+                "",
+            )
+        )
     table(("", "adapters", "parameters", "of dense", "bytes", "prefill", "decode", ""), found)
     print(flush=True)
 

@@ -68,7 +68,16 @@ def main() -> None:
         results = [_model(folder / name.replace(" ", "-"), name, options) for name in options.models]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps({"benchmark": "slicegpt_speed", "threads": torch.get_num_threads(), "seqlen": options.seqlen, "results": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "slicegpt_speed",
+                "threads": torch.get_num_threads(),
+                "seqlen": options.seqlen,
+                "results": results,
+            }
+        )
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -76,9 +85,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default 3)")
     parser.add_argument("--samples", type=int, help=f"calibration windows (default {SAMPLES})")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window (default 256)")
-    parser.add_argument("--batch", type=int, default=16, help="windows of a batch of the straightforward implementation (default 16, the authors')")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        help="windows of a batch of the straightforward implementation (default 16, the authors')",
+    )
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of the straightforward side; the authors' code has eager attention")
+    parser.add_argument(
+        "--attention",
+        choices=["sdpa", "eager"],
+        default="sdpa",
+        help="of the straightforward side; the authors' code has eager attention",
+    )
     parser.add_argument("--width192-only", action="store_true", help="the small model alone")
     parser.add_argument("--median", action="store_true", help="report medians instead of minima")
     options = parser.parse_args()
@@ -104,7 +123,9 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> dict[str, An
     difference = _difference(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), plain.model, shape)
     summary = statistics.median if options.median else min
     ours_one, theirs_one = ({part: summary(run[part] for run in runs) for part in runs[0]} for runs in (ours, theirs))
-    result = _summary(name, shape, samples * options.seqlen, options, ours_one, theirs_one, statistics.median(rates), difference)
+    result = _summary(
+        name, shape, samples * options.seqlen, options, ours_one, theirs_one, statistics.median(rates), difference
+    )
     _print(result)
     shutil.rmtree(folder)
     return result
@@ -177,7 +198,9 @@ class PlainSliceGPT:
     def run(self, folder: Path, ids: Path, out: Path) -> Times:
         watch = self.watch
         with watch("files"):
-            self.model = model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=self.attention).eval()
+            self.model = model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=self.attention
+            ).eval()
             model.config.use_cache = False
             self._fold()
         with watch("text"):
@@ -274,7 +297,11 @@ class PlainSliceGPT:
 
     def _save(self, out: Path) -> None:
         out.mkdir(exist_ok=True)
-        adapters = {f"{i}.{n}": getattr(block, n).contiguous() for i, block in enumerate(self.model.model.layers) for n in ("attention_adapter", "mlp_adapter")}
+        adapters = {
+            f"{i}.{n}": getattr(block, n).contiguous()
+            for i, block in enumerate(self.model.model.layers)
+            for n in ("attention_adapter", "mlp_adapter")
+        }
         save_file({**self.model.state_dict(), **adapters}, out / "model.safetensors")
 
 
@@ -299,7 +326,16 @@ def _difference(ours: PreTrainedModel, theirs: PreTrainedModel, shape: Shape) ->
     return float((found - wanted).abs().max() / wanted.square().mean().sqrt())
 
 
-def _summary(name: str, shape: Shape, tokens: int, options: argparse.Namespace, ours: Times, theirs: Times, rate: float, difference: float) -> dict[str, Any]:
+def _summary(
+    name: str,
+    shape: Shape,
+    tokens: int,
+    options: argparse.Namespace,
+    ours: Times,
+    theirs: Times,
+    rate: float,
+    difference: float,
+) -> dict[str, Any]:
     hidden, places = shape.hidden, 2 * shape.blocks
     width = int((1 - SPARSITY) * hidden) // 8 * 8
     mlp = 3 * shape.hidden * shape.ffn
@@ -338,18 +374,33 @@ def _print(result: dict[str, Any]) -> None:
     ours, theirs, ratio, floor = result["secateur"], result["straightforward"], result["ratio"], result["floor_seconds"]
     wanted = {"covariances": COVARIANCES, "total": END_TO_END[result["model"]]}
     hidden, width = result["width"]
-    print(f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {hidden} to {width} directions, {result['tokens']:,} tokens: ", end="")
+    print(
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {hidden} to {width} directions, {result['tokens']:,} tokens: ",
+        end="",
+    )
     print(f"seconds, {result['figure']} of {result['repeats']}")
 
     def row(label: str, part: str) -> tuple[str, ...]:
         verdict = f">= {wanted[part]:g}x {'met' if ratio[part] >= wanted[part] else 'MISSED'}" if part in wanted else ""
-        return (label, f"{ours[part]:.3f}", f"{theirs[part]:.3f}", f"{ratio[part]:.2f}x" if part in ratio else "", verdict)
+        return (
+            label,
+            f"{ours[part]:.3f}",
+            f"{theirs[part]:.3f}",
+            f"{ratio[part]:.2f}x" if part in ratio else "",
+            verdict,
+        )
 
-    table(("", "secateur", "straightforward", "ratio", "target"), [*(row(part, part) for part in PARTS), row("end to end", "total")])
+    table(
+        ("", "secateur", "straightforward", "ratio", "target"),
+        [*(row(part, part) for part in PARTS), row("end to end", "total")],
+    )
     print(f"  floor of forward and covariances: {floor['total']:.3f} s at {result['gflops']:.0f} GFLOP/s", end=" ")
     print(f"({', '.join(f'{part} {floor[part]:.3f}' for part in list(floor)[:-1])}); ", end="")
     print(f"{result['over_floor']:.2f} x the floor, straightforward {result['straightforward_over_floor']:.2f} x")
-    print(f"  logits differ by {result['difference']:.1e} of their root mean square: {'the same function' if result['agree'] else 'NOT THE SAME'}", flush=True)
+    print(
+        f"  logits differ by {result['difference']:.1e} of their root mean square: {'the same function' if result['agree'] else 'NOT THE SAME'}",
+        flush=True,
+    )
     assert result["agree"], f"the two sliced models differ by {result['difference']:.1e}, which is more than {AGREE}"
 
 

@@ -23,12 +23,45 @@ from secateur.models.load import bundled_folder
 from secateur.text.builtin import documents
 
 SEQLEN, BATCH, PEAK, WARMUP = 256, 16, 3e-3, 60
-COMMON = {"vocab_size": 2048, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": False}
+COMMON = {
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}
 MODELS = {
-    "opt": {"hidden_size": 128, "word_embed_proj_dim": 128, "ffn_dim": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "dropout": 0.0},
-    "phi": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "resid_pdrop": 0.0},
-    "llama-wide": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4},
-    "llama-deep": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "opt": {
+        "hidden_size": 128,
+        "word_embed_proj_dim": 128,
+        "ffn_dim": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "dropout": 0.0,
+    },
+    "phi": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "resid_pdrop": 0.0,
+    },
+    "llama-wide": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "llama-deep": {
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
 }
 
 
@@ -40,10 +73,16 @@ def train(name: str, steps: int, out: Path) -> dict[str, float]:
     config = CONFIG_MAPPING[name.split("-")[0]](**COMMON, **MODELS[name])
     model = AutoModelForCausalLM.from_config(config).train()
     decayed = [p for p in model.parameters() if p.dim() == 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARMUP, 0.55 + 0.45 * math.cos(math.pi * max(0, step - WARMUP) / max(1, steps - WARMUP)))
+        optimizer,
+        lambda step: min(
+            (step + 1) / WARMUP, 0.55 + 0.45 * math.cos(math.pi * max(0, step - WARMUP) / max(1, steps - WARMUP))
+        ),
     )
     generator, started, smooth = torch.Generator().manual_seed(0), time.perf_counter(), 8.0
     for step in range(steps):
@@ -57,10 +96,17 @@ def train(name: str, steps: int, out: Path) -> dict[str, float]:
         optimizer.zero_grad()
         smooth += 0.05 * (loss.item() - smooth)
         if (step + 1) % 50 == 0:
-            print(f"{name}: step {step + 1} of {steps}, loss {smooth:.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"{name}: step {step + 1} of {steps}, loss {smooth:.3f}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
     model.save_pretrained(out / name)
     tokenizer.save_pretrained(out / name)
-    return {"loss": smooth, "seconds": time.perf_counter() - started, "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "loss": smooth,
+        "seconds": time.perf_counter() - started,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def main() -> None:

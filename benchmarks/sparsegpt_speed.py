@@ -67,10 +67,17 @@ def main() -> None:
         time.perf_counter = time.process_time  # of both sides, the package's own stopwatch too
     folder = Path(tempfile.mkdtemp(prefix="sparsegpt-speed-"))
     try:
-        results = [result for name in options.models for result in _model(folder / name.replace(" ", "-"), name, options)]
+        results = [
+            result for name in options.models for result in _model(folder / name.replace(" ", "-"), name, options)
+        ]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    about = {"benchmark": "sparsegpt_speed", "threads": torch.get_num_threads(), "clock": options.clock, "seqlen": options.seqlen}
+    about = {
+        "benchmark": "sparsegpt_speed",
+        "threads": torch.get_num_threads(),
+        "clock": options.clock,
+        "seqlen": options.seqlen,
+    }
     print(json.dumps({**about, "results": results}))
 
 
@@ -81,7 +88,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window (default 256)")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--attention", nargs="+", choices=["eager", "sdpa"], default=["eager", "sdpa"], help="of the straightforward side")
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        choices=["eager", "sdpa"],
+        default=["eager", "sdpa"],
+        help="of the straightforward side",
+    )
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     return parser.parse_args()
 
@@ -96,7 +109,9 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[st
     results = []
     for pattern in options.patterns:
         sides: dict[str, Callable[..., Times]] = {"secateur": partial(secateur_sparsegpt, pattern=pattern)}
-        sides |= {attention: partial(plain_sparsegpt, pattern=pattern, attention=attention) for attention in options.attention}
+        sides |= {
+            attention: partial(plain_sparsegpt, pattern=pattern, attention=attention) for attention in options.attention
+        }
         runs: dict[str, list[Times]] = {side: [] for side in sides}
         rates = []
         for side, run in sides.items():
@@ -215,7 +230,14 @@ def _pruned(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
 
 
 def _summary(
-    name: str, pattern: str, shape: Shape, tokens: int, options: argparse.Namespace, best: dict[str, Times], rate: float, apart: float
+    name: str,
+    pattern: str,
+    shape: Shape,
+    tokens: int,
+    options: argparse.Namespace,
+    best: dict[str, Times],
+    rate: float,
+    apart: float,
 ) -> dict[str, Any]:
     matrices = 2 * 2 * shape.blocks * shape.block_parameters * tokens
     moments = 2 * shape.blocks * (3 * shape.hidden**2 + shape.ffn**2) * tokens
@@ -228,7 +250,10 @@ def _summary(
         "repeats": options.repeats,
         "secateur": _rounded(ours),
         "straightforward": {attention: _rounded(times) for attention, times in best.items()},
-        "ratio": {attention: _rounded({part: times[part] / ours[part] for part in (*PARTS[:4], "total")}) for attention, times in best.items()},
+        "ratio": {
+            attention: _rounded({part: times[part] / ours[part] for part in (*PARTS[:4], "total")})
+            for attention, times in best.items()
+        },
         "gflops": round(rate / 1e9, 1),
         "floor_seconds": _rounded({"forward": matrices / rate, "statistics": moments / rate}),
         "differing": apart,
@@ -242,18 +267,28 @@ def _rounded(times: Times) -> Times:
 def _print(result: dict[str, Any]) -> None:
     ours, theirs, ratio, floor = result["secateur"], result["straightforward"], result["ratio"], result["floor_seconds"]
     wanted = END_TO_END[result["model"]]
-    print(f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}, {result['tokens']:,} tokens: ", end="")
+    print(
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}, {result['tokens']:,} tokens: ",
+        end="",
+    )
     print(f"seconds, minimum of {result['repeats']}")
 
     def row(label: str, part: str) -> tuple[str, ...]:
-        against = [cell for a in theirs for cell in (f"{theirs[a][part]:.3f}", f"{ratio[a][part]:.2f}x" if part in ratio[a] else "")]
+        against = [
+            cell
+            for a in theirs
+            for cell in (f"{theirs[a][part]:.3f}", f"{ratio[a][part]:.2f}x" if part in ratio[a] else "")
+        ]
         met = ", ".join(f"{a} {'met' if ratio[a]['total'] >= wanted else 'MISSED'}" for a in theirs)
         limit = f"{floor[part]:.3f}" if part in floor else ""
         return (label, f"{ours[part]:.3f}", limit, *against, f">= {wanted:g}x: {met}" if part == "total" else "")
 
     header = ("", "secateur", "floor", *(cell for attention in theirs for cell in (attention, "ratio")), "target")
     table(header, [*(row(part, part) for part in PARTS), row("end to end", "total")])
-    print(f"  the floor is at {result['gflops']:.0f} GFLOP/s; zero patterns differ in {result['differing']:.3%} of the entries", flush=True)
+    print(
+        f"  the floor is at {result['gflops']:.0f} GFLOP/s; zero patterns differ in {result['differing']:.3%} of the entries",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,19 @@ SECATEUR = [sys.executable, "-c", "from secateur.cli import main; main()"]
 
 def study(arguments: argparse.Namespace, kinds: str, sparsities: str, folder: Path) -> float:
     """CPU seconds of the study, from the start of its process to its end."""
-    command = ["study", "modules", "bundled", "--kinds", kinds, "--sparsity", sparsities, "--samples", arguments.samples, "--limit", arguments.limit]
+    command = [
+        "study",
+        "modules",
+        "bundled",
+        "--kinds",
+        kinds,
+        "--sparsity",
+        sparsities,
+        "--samples",
+        arguments.samples,
+        "--limit",
+        arguments.limit,
+    ]
     return _run([*command, "--out", folder / f"study-{time.monotonic_ns()}"])
 
 
@@ -34,7 +46,20 @@ def by_commands(arguments: argparse.Namespace, cells: list[str], folder: Path) -
     spent = 0.0
     for number, modules in enumerate(cells):
         out = folder / f"cell-{time.monotonic_ns()}-{number}"
-        spent += _run(["prune", "bundled", "--method", "wanda", "--modules", modules, "--samples", arguments.samples, "--out", out])
+        spent += _run(
+            [
+                "prune",
+                "bundled",
+                "--method",
+                "wanda",
+                "--modules",
+                modules,
+                "--samples",
+                arguments.samples,
+                "--out",
+                out,
+            ]
+        )
         spent += _run(["eval", out, "--limit", arguments.limit])
     return spent
 
@@ -69,7 +94,12 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = [f"{kind}={s}" for kind in arguments.kinds.split(",") for s in arguments.sparsity.split(",")]
     first_kind, first_sparsity = arguments.kinds.split(",")[0], arguments.sparsity.split(",")[0]
-    seconds: dict[str, list[float]] = {"study": [], "study of one cell": [], "prune and eval, one process": [], "prune and eval, commands": []}
+    seconds: dict[str, list[float]] = {
+        "study": [],
+        "study of one cell": [],
+        "prune and eval, one process": [],
+        "prune and eval, commands": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.repeats):  # one after the other, so that a busy machine is busy for all of them
             seconds["study"].append(study(arguments, arguments.kinds, arguments.sparsity, Path(folder)))
@@ -81,10 +111,19 @@ def main() -> None:
     rows = [(name, f"{value:.1f}", f"{value / best['study']:.2f}") for name, value in best.items()]
     table((f"{len(cells)} cells", "CPU seconds", "of the study"), rows)
     one, commands = (best[f"prune and eval, {how}"] / len(cells) for how in ("one process", "commands"))
-    print(f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})")
+    print(
+        f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})"
+    )
     print(
         json.dumps(
-            {"benchmark": "study_speed", "cells": cells, "samples": arguments.samples, "limit": arguments.limit, "seconds": seconds, "one_more_cell": more}
+            {
+                "benchmark": "study_speed",
+                "cells": cells,
+                "samples": arguments.samples,
+                "limit": arguments.limit,
+                "seconds": seconds,
+                "one_more_cell": more,
+            }
         )
     )
 

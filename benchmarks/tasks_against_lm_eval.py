@@ -19,7 +19,11 @@ from _common import table
 
 TASK_FILES = Path(__file__).parent / "tasks"
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "rte", "winogrande", "secateur_cloze")
-PRUNED: dict[str, dict[str, Any]] = {"dense": {}, "wanda 50%": {"method": "wanda", "sparsity": 0.5}, "slicegpt 25%": {"method": "slicegpt", "sparsity": 0.25}}
+PRUNED: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "wanda 50%": {"method": "wanda", "sparsity": 0.5},
+    "slicegpt 25%": {"method": "slicegpt", "sparsity": 0.25},
+}
 
 
 def main() -> None:
@@ -60,7 +64,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def compare(model: str, name: str, how: dict[str, Any], folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(
+    model: str, name: str, how: dict[str, Any], folder: Path, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -75,7 +81,9 @@ def compare(model: str, name: str, how: dict[str, Any], folder: Path, options: a
         api.prune(api.Request(model, calibration="builtin", samples=32, seqlen=256, **how), Path(target))
     checkpoint = open_checkpoint(target)
     ours = load_model(checkpoint, device=_cpu(), dtype=_float32())
-    theirs = HFLM(pretrained=str(checkpoint.folder), device="cpu", dtype="float32", batch_size=16)  # a process that has imported secateur needs no remote code
+    theirs = HFLM(
+        pretrained=str(checkpoint.folder), device="cpu", dtype="float32", batch_size=16
+    )  # a process that has imported secateur needs no remote code
     rows = []
     for task in options.tasks:
         loaded = load_tasks([task], TASK_FILES, options.limit)

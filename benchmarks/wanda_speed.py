@@ -61,10 +61,21 @@ def main() -> None:
     logging.disable_progress_bar()
     folder = Path(tempfile.mkdtemp(prefix="wanda-speed-"))
     try:
-        results = [result for name in options.models for result in _model(folder / name.replace(" ", "-"), name, options)]
+        results = [
+            result for name in options.models for result in _model(folder / name.replace(" ", "-"), name, options)
+        ]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps({"benchmark": "wanda_speed", "threads": torch.get_num_threads(), "tokens": options.samples * options.seqlen, "results": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "wanda_speed",
+                "threads": torch.get_num_threads(),
+                "tokens": options.samples * options.seqlen,
+                "results": results,
+            }
+        )
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -74,7 +85,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a window (default 256)")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of the straightforward side; the authors' code has eager attention")
+    parser.add_argument(
+        "--attention",
+        choices=["sdpa", "eager"],
+        default="sdpa",
+        help="of the straightforward side; the authors' code has eager attention",
+    )
     parser.add_argument("--width192-only", action="store_true", help="the small model alone")
     options = parser.parse_args()
     if options.width192_only:
@@ -99,7 +115,9 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[st
             ours.append(_timed(partial(secateur_wanda, folder / "model", ids, folder / "ours", pattern)))
             theirs.append(_timed(partial(theirs_wanda, folder / "model", ids, folder / "theirs", pattern)))
         different = differing(folder / "ours", folder / "theirs", shape)
-        result = _summary(name, pattern, shape, options, _medians(ours), _medians(theirs), statistics.median(rates), different)
+        result = _summary(
+            name, pattern, shape, options, _medians(ours), _medians(theirs), statistics.median(rates), different
+        )
         _print(result)
         results.append(result)
     shutil.rmtree(folder)
@@ -198,7 +216,16 @@ def _removed(score: Tensor, pattern: str) -> Tensor:
     return removed
 
 
-def _summary(name: str, pattern: str, shape: Shape, options: argparse.Namespace, ours: Times, theirs: Times, rate: float, different: float) -> dict[str, Any]:
+def _summary(
+    name: str,
+    pattern: str,
+    shape: Shape,
+    options: argparse.Namespace,
+    ours: Times,
+    theirs: Times,
+    rate: float,
+    different: float,
+) -> dict[str, Any]:
     flop = 2 * 2 * shape.blocks * shape.block_parameters * options.samples * options.seqlen
     # of the two passes: statistics stop before `down`, and nothing needs the output of the last block
     outputs, inputs = shape.block_matrices["mlp.down_proj"]
@@ -228,7 +255,9 @@ def _rounded(times: Times) -> Times:
 def _print(result: dict[str, Any]) -> None:
     ours, theirs, ratio = result["secateur"], result["straightforward"], result["ratio"]
     wanted = {**TARGETS[result["pattern"]], "total": END_TO_END[result["model"]]}
-    print(f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}: seconds, medians of {result['repeats']}")
+    print(
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}: seconds, medians of {result['repeats']}"
+    )
 
     def row(label: str, part: str) -> tuple[str, ...]:
         times = f"{ratio[part]:.2f}x" if part in ratio else ""
@@ -240,14 +269,25 @@ def _print(result: dict[str, Any]) -> None:
             _verdict(ratio[part] >= wanted[part], f">= {wanted[part]:g}x") if part in wanted else "",
         )
 
-    rows = [row(part, part) for part in PARTS] + [row("end to end", "total"), row("  without text, files, other", "work")]
+    rows = [row(part, part) for part in PARTS] + [
+        row("end to end", "total"),
+        row("  without text, files, other", "work"),
+    ]
     table(("", "secateur", "straightforward", "ratio", "target"), rows)
     over = result["forward_over_floor"]
-    print(f"  forward: floor {result['floor_seconds']:.3f} s at {result['gflops']:.0f} GFLOP/s; {over:.2f} x the floor, target <= {FORWARD_OVER_FLOOR}", end="")
-    print(f" {'met' if over <= FORWARD_OVER_FLOOR else 'MISSED'} (straightforward {result['straightforward_over_floor']:.2f} x;")
+    print(
+        f"  forward: floor {result['floor_seconds']:.3f} s at {result['gflops']:.0f} GFLOP/s; {over:.2f} x the floor, target <= {FORWARD_OVER_FLOOR}",
+        end="",
+    )
+    print(
+        f" {'met' if over <= FORWARD_OVER_FLOOR else 'MISSED'} (straightforward {result['straightforward_over_floor']:.2f} x;"
+    )
     print(f"    secateur against the products it does not skip: {result['forward_over_own_products']:.2f} x)")
     same = result["differing"]
-    print(f"  zero patterns differ in {same:.5%} of the entries, target < {DIFFERING:.1%} {'met' if same < DIFFERING else 'MISSED'}", flush=True)
+    print(
+        f"  zero patterns differ in {same:.5%} of the entries, target < {DIFFERING:.1%} {'met' if same < DIFFERING else 'MISSED'}",
+        flush=True,
+    )
 
 
 def _verdict(met: bool, target: str) -> str:

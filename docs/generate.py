@@ -26,7 +26,13 @@ def method_page(method: Method) -> str:
     """A method's docstring, its options with their defaults, and where the code is."""
     title, _, body = inspect.cleandoc(method.module.__doc__ or "").partition("\n")
     fields = dataclasses.fields(method.options_class)
-    told = dict(re.findall(r"^\s+(\w+): (.+?)(?=^\s+\w+: |\Z)", inspect.cleandoc(method.options_class.__doc__ or ""), re.MULTILINE | re.DOTALL))
+    told = dict(
+        re.findall(
+            r"^\s+(\w+): (.+?)(?=^\s+\w+: |\Z)",
+            inspect.cleandoc(method.options_class.__doc__ or ""),
+            re.MULTILINE | re.DOTALL,
+        )
+    )
     rows = "\n".join(f"| `{f.name}` | `{f.default!r}` | {' '.join(told.get(f.name, '').split())} |" for f in fields)
     return (
         f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` also as `--pattern`).\n\n"
@@ -55,17 +61,30 @@ def methods_index(names: list[str]) -> str:
 
 def cli_page() -> str:
     """Every command with its arguments and options."""
-    parts = ["# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.\n"]
+    parts = [
+        "# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.\n"
+    ]
     top = get_command(app).commands  # type: ignore[attr-defined]
     groups = {name: command.commands for name, command in top.items() if hasattr(command, "commands")}
-    flat = {name: c for name, c in top.items() if name not in groups} | {f"{name} {sub}": c for name, inner in groups.items() for sub, c in inner.items()}
+    flat = {name: c for name, c in top.items() if name not in groups} | {
+        f"{name} {sub}": c for name, inner in groups.items() for sub, c in inner.items()
+    }
     for name, command in sorted(flat.items()):
         rows = []
         for parameter in command.params:
-            flags = ", ".join(f"`{flag}`" for flag in parameter.opts if flag.startswith("-")) or f"`{parameter.metavar or parameter.name}`"
+            flags = (
+                ", ".join(f"`{flag}`" for flag in parameter.opts if flag.startswith("-"))
+                or f"`{parameter.metavar or parameter.name}`"
+            )
             shown = parameter.default not in (None, False, "", ()) and not parameter.required
-            rows.append(f"| {flags} | {(getattr(parameter, 'help', '') or '').strip()}{f' Default: `{parameter.default}`.' if shown else ''} |")
-        parts.append(f"## secateur {name}\n\n{inspect.cleandoc(command.help or '')}\n\n| | |\n|---|---|\n" + "\n".join(rows) + "\n")
+            rows.append(
+                f"| {flags} | {(getattr(parameter, 'help', '') or '').strip()}{f' Default: `{parameter.default}`.' if shown else ''} |"
+            )
+        parts.append(
+            f"## secateur {name}\n\n{inspect.cleandoc(command.help or '')}\n\n| | |\n|---|---|\n"
+            + "\n".join(rows)
+            + "\n"
+        )
     return "\n".join(parts)
 
 
@@ -74,8 +93,14 @@ def protocols_table() -> str:
     rows = []
     for p in PROTOCOLS.values():
         length = "min(2048, maximum)" if p.seqlen is None else p.seqlen or "the model's maximum"
-        limits = ", ".join(f"{value:,} {name}" for name, value in (("rows", p.rows), ("windows", p.windows), ("tokens", p.tokens)) if value)
-        rows.append(f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` | {p.bos} | {p.tail} | {limits or 'none'} |")
+        limits = ", ".join(
+            f"{value:,} {name}"
+            for name, value in (("rows", p.rows), ("windows", p.windows), ("tokens", p.tokens))
+            if value
+        )
+        rows.append(
+            f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` | {p.bos} | {p.tail} | {limits or 'none'} |"
+        )
     heading = "| name | who | text | window | join | BOS | tail | limit |\n|---|---|---|---|---|---|---|---|\n"
     return heading + "\n".join(rows) + "\n"
 
@@ -92,13 +117,19 @@ def flow_example() -> tuple[str, bytes]:
 def laws_table() -> str:
     """The laws, with where they come from."""
     kinds = {"ppl": "perplexity", "acc": "accuracy"}
-    rows = [f"| `{w.name}` | {kinds[w.kind]} | `{w.formula}` | {', '.join(w.free) or 'none'} | {w.domain} | {w.source} |" for w in LAWS]
+    rows = [
+        f"| `{w.name}` | {kinds[w.kind]} | `{w.formula}` | {', '.join(w.free) or 'none'} | {w.domain} | {w.source} |"
+        for w in LAWS
+    ]
     return "| law | of | formula | fitted | domain | source |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def published_table() -> str:
     """The paper's own fits."""
-    rows = [f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |" for r in TABLE_3]
+    rows = [
+        f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |"
+        for r in TABLE_3
+    ]
     return f"| {SOURCE}, SliceGPT | data | a | b | RMSE in y |\n|---|---|---:|---:|---:|\n" + "\n".join(rows) + "\n"
 
 

@@ -17,23 +17,33 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "rows"])
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
-def test_plans_equal_those_of_the_cpu(model_type: str, pattern: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_plans_equal_those_of_the_cpu(
+    model_type: str, pattern: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = saved(model_type, dtype=torch.float64)
     sparsity = None if ":" in pattern else 0.5
     for device in ("cpu", "cuda"):
-        api.prune(api.Request(str(dense), "wanda", sparsity=sparsity, pattern=pattern, calibration=ids_file, device=device), tmp_path / device)
+        api.prune(
+            api.Request(str(dense), "wanda", sparsity=sparsity, pattern=pattern, calibration=ids_file, device=device),
+            tmp_path / device,
+        )
     assert api.read_plan(tmp_path / "cpu").blocks == api.read_plan(tmp_path / "cuda").blocks
 
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 def test_perplexity_agrees_with_the_cpu(model_type: str, saved: Callable[..., Path], ids_file: str) -> None:
     dense = saved(model_type)
-    cpu, gpu = (api.evaluate(api.EvalRequest(str(dense), text=ids_file, device=d, dtype="float32"))["ppl"] for d in ("cpu", "cuda"))
+    cpu, gpu = (
+        api.evaluate(api.EvalRequest(str(dense), text=ids_file, device=d, dtype="float32"))["ppl"]
+        for d in ("cpu", "cuda")
+    )
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", able("slicegpt", FAMILY_TYPES))
-def test_slicing_and_its_prediction_agree_with_the_cpu(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_slicing_and_its_prediction_agree_with_the_cpu(
+    model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = str(saved(model_type, dtype=torch.float64))
     ppl, answers = [], []
     for device in ("cpu", "cuda"):

@@ -47,15 +47,23 @@ def tiny_config(model_type: str, **fields: Any) -> Any:
     config_class = CONFIG_MAPPING[model_type]
     default = config_class()
     sizes = {key: value for key, value in _SIZES.items() if hasattr(default, key)}
-    off = {key: 0.0 for key in ("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "layerdrop") if hasattr(default, key)}
+    off = {
+        key: 0.0
+        for key in ("attention_dropout", "resid_pdrop", "embd_pdrop", "dropout", "layerdrop")
+        if hasattr(default, key)
+    }
     own = layout_of(model_type).fields if model_type in MODEL_TYPES else {}
     return config_class(**{**sizes, **off, **own, **fields})
 
 
-def tiny_model(model_type: str, *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any
+) -> PreTrainedModel:
     """A random model whose weights, norms and biases are all far from zero, so that nothing cancels by accident."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, tie_word_embeddings=tied, **fields), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(model_type, tie_word_embeddings=tied, **fields), attn_implementation="sdpa"
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2)

@@ -43,7 +43,15 @@ def cases() -> list[tuple[str, str | None]]:
 def request(model: str, method: str, pattern: str | None, calibration: str, **more: Any) -> api.Request:
     """A prune that takes moments."""
     sparsity = None if ":" in (pattern or "") else 0.5 if method != "llm_surgeon" else 0.3
-    return api.Request(model, method, sparsity=sparsity, pattern=pattern, calibration=calibration, options=find_method(method).says.QUICK, **more)
+    return api.Request(
+        model,
+        method,
+        sparsity=sparsity,
+        pattern=pattern,
+        calibration=calibration,
+        options=find_method(method).says.QUICK,
+        **more,
+    )
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, str] | str]:
@@ -58,7 +66,9 @@ def fingerprints(folder: Path) -> dict[str, dict[str, str] | str]:
             for method, pattern in cases():
                 runs[f"{dense.name} {method} {pattern or ''}".strip()] = request(str(dense), method, pattern, str(ids))
     for method, pattern in cases():
-        runs[f"bundled {method} {pattern or ''}".strip()] = request("bundled", method, pattern, "builtin", samples=4, seqlen=64)
+        runs[f"bundled {method} {pattern or ''}".strip()] = request(
+            "bundled", method, pattern, "builtin", samples=4, seqlen=64
+        )
     found: dict[str, dict[str, str] | str] = {}
     for label, asked in track(runs.items(), "fingerprints: runs", len(runs)):
         out = folder / "out"
@@ -89,7 +99,11 @@ def main() -> None:
             if isinstance(old, dict) and isinstance(new, dict):
                 print(label, sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
             else:
-                print(label, *(value if isinstance(value, str) else "written" if value else "not run" for value in (old, new)), sep=" | ")
+                print(
+                    label,
+                    *(value if isinstance(value, str) else "written" if value else "not run" for value in (old, new)),
+                    sep=" | ",
+                )
         print(f"{len(different)} runs differ" if different else "all equal")
         sys.exit(bool(different))
 

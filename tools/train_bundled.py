@@ -51,7 +51,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, model_max_length=SEQLEN)
@@ -108,13 +110,17 @@ A sample, temperature 0.8, after `def read_`:
 
 
 def _changes(schedule: list[tuple[int, int]]) -> str:
-    return "".join(f" (--steps was {before} up to step {step})" for (_, before), (step, _) in itertools.pairwise(schedule))
+    return "".join(
+        f" (--steps was {before} up to step {step})" for (_, before), (step, _) in itertools.pairwise(schedule)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--state", type=Path, default=Path("runs/bundled-state.pt"), help="where to keep the state for resuming")
+    parser.add_argument(
+        "--state", type=Path, default=Path("runs/bundled-state.pt"), help="where to keep the state for resuming"
+    )
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--peak", type=float, default=3e-3)
@@ -131,15 +137,22 @@ def main() -> None:
     test_bytes = sum(len(d.text.encode()) for d in test)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(train_stream):,} training tokens, {len(test_stream):,} held out", flush=True)
+    print(
+        f"{parameters:,} parameters, {len(train_stream):,} training tokens, {len(test_stream):,} held out", flush=True
+    )
 
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=args.peak, betas=(0.9, 0.95), fused=True
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=args.peak,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     first, spent = 0, 0.0
-    schedule = [(0, args.steps)]  # (from this step on, the cosine ends at that step): a run may be continued with another --steps
+    schedule = [
+        (0, args.steps)
+    ]  # (from this step on, the cosine ends at that step): a run may be continued with another --steps
     if args.state.exists():
         state = torch.load(args.state, weights_only=True)
         model.load_state_dict(state["model"])
@@ -174,7 +187,13 @@ def main() -> None:
             held_out, _ = held_out_loss(model, test_stream, limit=64)
             print(json.dumps({"step": done, "held_out_ppl": round(math.exp(held_out), 3)}), flush=True)
             args.state.parent.mkdir(parents=True, exist_ok=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "seconds": seconds, "schedule": schedule}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": done,
+                "seconds": seconds,
+                "schedule": schedule,
+            }
             torch.save(state, args.state.with_suffix(".tmp"))
             args.state.with_suffix(".tmp").rename(args.state)
 
@@ -196,7 +215,9 @@ def main() -> None:
     }
     torch.manual_seed(args.seed)
     prompt = tokenizer("def read_", return_tensors="pt")["input_ids"]
-    sample = tokenizer.decode(model.generate(prompt, max_new_tokens=120, do_sample=True, temperature=0.8)[0], skip_special_tokens=True)
+    sample = tokenizer.decode(
+        model.generate(prompt, max_new_tokens=120, do_sample=True, temperature=0.8)[0], skip_special_tokens=True
+    )
     (args.out / "README.md").write_text(model_card(facts, sample))
     print(json.dumps(facts, default=str), flush=True)
 

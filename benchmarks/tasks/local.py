@@ -29,7 +29,11 @@ def _hellaswag(row: Row) -> Row:
     from lm_eval.tasks.hellaswag.utils import preprocess
 
     context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return {"query": preprocess(f"{row['activity_label']}: {context}"), "choices": [preprocess(e) for e in row["endings"]], "gold": int(row["label"])}
+    return {
+        "query": preprocess(f"{row['activity_label']}: {context}"),
+        "choices": [preprocess(e) for e in row["endings"]],
+        "gold": int(row["label"]),
+    }
 
 
 def _winogrande(row: Row) -> Row:
@@ -37,7 +41,11 @@ def _winogrande(row: Row) -> Row:
 
 
 def _rte(row: Row) -> Row:
-    return {"query": f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?", "choices": ["True", "False"], "gold": int(row["label"])}
+    return {
+        "query": f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?",
+        "choices": ["True", "False"],
+        "gold": int(row["label"]),
+    }
 
 
 def _lambada(row: Row) -> Row:

@@ -79,7 +79,10 @@ def test_sparsegpt_errs_less_than_magnitude_on_every_matrix(monkeypatch: pytest.
         for name, new_OI in plan.updates.items():
             old_OI, hessian_II = block.matrix(name).double(), statistics[name].sum_II  # type: ignore[attr-defined]
             magnitude_OI = old_OI * keep_highest(old_OI.abs(), old_OI.numel() // 2)
-            ours, theirs = (float(((old_OI - other) @ hessian_II * (old_OI - other)).sum()) for other in (new_OI.double(), magnitude_OI))
+            ours, theirs = (
+                float(((old_OI - other) @ hessian_II * (old_OI - other)).sum())
+                for other in (new_OI.double(), magnitude_OI)
+            )
             ratios[block.index, name] = ours / theirs
         return plan
 
@@ -94,13 +97,17 @@ def test_it_generates_python() -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled_folder())
     model = AutoModelForCausalLM.from_pretrained(bundled_folder(), dtype=torch.float32)
     ids = tokenizer("import os\n\n\ndef ", return_tensors="pt")["input_ids"]
-    out = tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0])
+    out = tokenizer.decode(
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0]
+    )
     assert "(" in out
     assert ":" in out
 
 
 @pytest.mark.slow
-def test_a_resumed_slice_has_the_bases_of_an_uninterrupted_one(tmp_path: Path, interrupted_at: Callable[..., AbstractContextManager[None]]) -> None:
+def test_a_resumed_slice_has_the_bases_of_an_uninterrupted_one(
+    tmp_path: Path, interrupted_at: Callable[..., AbstractContextManager[None]]
+) -> None:
     """At this width products show how their operands lie in memory, which those of tiny models do not."""
     request = api.Request("bundled", "slicegpt", sparsity=0.3, samples=8, seqlen=128)
     api.prune(request, tmp_path / "whole")
@@ -115,7 +122,9 @@ def test_slicing_makes_the_file_smaller_and_the_authors_form_larger(tmp_path: Pa
     dense = (bundled_folder() / "model.safetensors").stat().st_size
     sizes = {}
     for adapters in ("aligned", "dense"):
-        request = api.Request("bundled", "slicegpt", sparsity=0.1, samples=8, seqlen=128, options={"adapters": adapters, "round": 1})
+        request = api.Request(
+            "bundled", "slicegpt", sparsity=0.1, samples=8, seqlen=128, options={"adapters": adapters, "round": 1}
+        )
         api.prune(request, tmp_path / adapters)
         sizes[adapters] = (tmp_path / adapters / "model.safetensors").stat().st_size
     assert sizes["aligned"] < 0.95 * dense < dense < sizes["dense"]

@@ -24,7 +24,9 @@ ROUNDED = {"rtol": 1e-3, "atol": 2e-7}  # RMSNorm of transformers is in float32,
 
 def _loss(model: Any, windows: Tensor, labels: Tensor) -> Tensor:
     """The mean over all labels in float64: transformers' own is in float32."""
-    return torch.nn.functional.cross_entropy(model(input_ids=windows).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+    return torch.nn.functional.cross_entropy(
+        model(input_ids=windows).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+    )
 
 
 def _gradients(model: Any, windows: Tensor, **how: Any) -> tuple[Backward, dict[str, Tensor]]:
@@ -41,13 +43,17 @@ def _gradients(model: Any, windows: Tensor, **how: Any) -> tuple[Backward, dict[
         return listen
 
     for block in backward.blocks():
-        backward.retreat(block, {name: listener(f"{block.index}.{name}", f"{block.index}.{name}.bias") for name in block.names})
+        backward.retreat(
+            block, {name: listener(f"{block.index}.{name}", f"{block.index}.{name}.bias") for name in block.names}
+        )
     return backward, found
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_gradients_are_those_of_the_whole_model(model_type: str, tied: bool, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_those_of_the_whole_model(
+    model_type: str, tied: bool, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stream_module, "TOKENS_A_BATCH", 80)  # 4 windows and a remainder of 2
     monkeypatch.setattr(backward_module, "_LOGITS", 64 * 7)  # 7 tokens at a time
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
@@ -79,7 +85,12 @@ def test_a_model_with_unequal_widths(windows: Tensor) -> None:
     backward, found = _gradients(model, windows)
     _loss(model, windows, windows).backward()
     for n, block in enumerate(model.model.decoder.layers):
-        for name, part in {"q": block.self_attn.q_proj, "o": block.self_attn.out_proj, "up": block.fc1, "down": block.fc2}.items():
+        for name, part in {
+            "q": block.self_attn.q_proj,
+            "o": block.self_attn.out_proj,
+            "up": block.fc1,
+            "down": block.fc2,
+        }.items():
             torch.testing.assert_close(found[f"{n}.{name}"] / backward.targets, part.weight.grad, **EXACT)
 
 
@@ -87,7 +98,9 @@ def test_the_gradient_that_leaves_the_first_block_is_that_of_the_embeddings(wind
     model = tiny_model("llama", dtype=torch.float64)
     backward, _ = _gradients(model, windows)
     _loss(model, windows, windows).backward()
-    table_VD = torch.zeros(64, 32, dtype=torch.float64).index_add_(0, windows.flatten(), backward.gradient_STD.flatten(0, 1))
+    table_VD = torch.zeros(64, 32, dtype=torch.float64).index_add_(
+        0, windows.flatten(), backward.gradient_STD.flatten(0, 1)
+    )
     table_VD[0] = 0  # the padding token has no gradient
     torch.testing.assert_close(table_VD / backward.targets, model.model.embed_tokens.weight.grad, **ROUNDED)
 
@@ -96,7 +109,10 @@ def test_the_gradient_that_leaves_the_first_block_is_that_of_the_embeddings(wind
 def test_mask_gradients_are_those_of_a_scaled_input_and_of_each_window(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
-    masks = {name: torch.ones(len(windows), view.block(1).dims.shape(name)[1], dtype=torch.float64, requires_grad=True) for name in ("o", "down")}
+    masks = {
+        name: torch.ones(len(windows), view.block(1).dims.shape(name)[1], dtype=torch.float64, requires_grad=True)
+        for name in ("o", "down")
+    }
 
     def scale(name: str) -> Any:
         def hook(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
@@ -111,7 +127,9 @@ def test_mask_gradients_are_those_of_a_scaled_input_and_of_each_window(model_typ
     backward = Backward(view, windows, device=CPU, dtype=torch.float64, first=1)
     for block in backward.blocks():
         weights = {name: block.matrix(name) for name in masks}
-        backward.retreat(block, {n: lambda x, g, n=n, w=weights: found.__setitem__(n, mask_gradient(x, g, w[n])) for n in masks})
+        backward.retreat(
+            block, {n: lambda x, g, n=n, w=weights: found.__setitem__(n, mask_gradient(x, g, w[n])) for n in masks}
+        )
     assert block.index == 1
     for name, mask_SI in masks.items():
         torch.testing.assert_close(found[name], mask_SI.grad, **ROUNDED)
@@ -131,7 +149,9 @@ def test_padding_on_the_right_changes_nothing(windows: Tensor, tmp_path: Path) -
 def test_bad_input(windows: Tensor) -> None:
     model = tiny_model("llama")
     with pytest.raises(api.UsageError, match="no label is to be predicted"):
-        Backward(api.view_model(model), windows, device=CPU, dtype=torch.float32, labels=torch.full_like(windows, IGNORE))
+        Backward(
+            api.view_model(model), windows, device=CPU, dtype=torch.float32, labels=torch.full_like(windows, IGNORE)
+        )
     model.lm_head.weight.data[:] = float("nan")
     with pytest.raises(api.SecateurError, match="the loss is nan"):
         Backward(api.view_model(model), windows, device=CPU, dtype=torch.float32)

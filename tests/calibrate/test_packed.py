@@ -16,7 +16,9 @@ MANY = packed_module._WORTH_PACKING
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_packed_block_computes_what_the_stock_one_does(model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_block_computes_what_the_stock_one_does(
+    model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     view = api.view_model(tiny_model(model_type))
     fast, stock = (Stream(view, windows, device=torch.device("cpu"), dtype=torch.float32) for _ in range(2))
     for block in view.iterate():
@@ -38,7 +40,9 @@ def test_linear_modules_are_put_back_without_their_weights() -> None:
     assert all(part.weight.is_meta for part in linears)
 
 
-@pytest.mark.parametrize(("part", "tokens"), [(nn.Linear(8, 8), MANY - 1), (nn.Linear(8, 8).bfloat16(), MANY), (nn.LayerNorm(8), MANY)])
+@pytest.mark.parametrize(
+    ("part", "tokens"), [(nn.Linear(8, 8), MANY - 1), (nn.Linear(8, 8).bfloat16(), MANY), (nn.LayerNorm(8), MANY)]
+)
 def test_too_few_tokens_another_dtype_and_other_modules_change_nothing(part: nn.Module, tokens: int) -> None:
     block = nn.Sequential(part)
     with packed(block, tokens, 64):

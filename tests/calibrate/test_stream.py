@@ -51,7 +51,9 @@ def test_embeddings_are_those_of_a_model_loaded_in_the_dtype_of_the_stream(
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_listeners_hear_every_token_once_and_nothing_moves(model_type: str, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listeners_hear_every_token_once_and_nothing_moves(
+    model_type: str, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stream_module, "TOKENS_A_BATCH", 80)
     view = api.view_model(tiny_model(model_type))
     stream = Stream(view, windows, device=CPU, dtype=torch.float32)

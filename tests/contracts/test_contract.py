@@ -32,9 +32,17 @@ BAD = [
     ("CALIBRATION = None\n", "", r"mine\.py\) lacks CALIBRATION: the text that it calibrates with, or None"),
     ("CALIBRATION = None", "CALIBRATION = 5", r"mine\.py\): CALIBRATION is 5; it must be: str, None"),
     ("CALIBRATION = None", "CALIBRATION = None\nSAMPLES = 'many'", "SAMPLES is 'many'; it must be: int"),
-    ("CALIBRATION = None", "CALIBRATION = None\nSTATISTIC = None", r"STATISTIC is no name .* did you mean STATISTICS\?"),
+    (
+        "CALIBRATION = None",
+        "CALIBRATION = None\nSTATISTIC = None",
+        r"STATISTIC is no name .* did you mean STATISTICS\?",
+    ),
     ("CALIBRATION = None", "CALIBRATION = None\nREMOVES = 'blocks'", "REMOVES is 'blocks'; it must be: Quantity, None"),
-    ("def plan_block(block, statistics, options)", "def plan_block(block, options)", r"plan_block takes \(block, options\)"),
+    (
+        "def plan_block(block, statistics, options)",
+        "def plan_block(block, options)",
+        r"plan_block takes \(block, options\)",
+    ),
     ("def plan_block(", "def plan(", "lacks a plan: define plan_block, plan_place or plan_model"),
     ("def plan_block(block, statistics, options)", "def plan_model(view, data, options, run)", "lacks REMOVES"),
     ("@dataclass(frozen=True)\n", "", "must define one dataclass, its options; it defines 0"),
@@ -55,7 +63,9 @@ def test_a_file_that_keeps_to_the_contract_is_found(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(("old", "new", "words"), BAD)
-def test_a_file_that_does_not_is_refused_by_name(old: str, new: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_does_not_is_refused_by_name(
+    old: str, new: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert old in GOOD
     _added(GOOD.replace(old, new), tmp_path, monkeypatch)
     with pytest.raises(UsageError, match=words) as caught:
@@ -80,6 +90,8 @@ def test_what_works_in_one_process_is_refused_under_torchrun_before_any_work(
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: pytest.fail("it began to work"))
     monkeypatch.setattr("secateur.prune.prepare.open_checkpoint", lambda *_, **__: pytest.fail("it began to work"))
-    with pytest.raises(UsageError, match=f"torchrun: {name} works in one process .*disp_llm.*; start it without torchrun"):
+    with pytest.raises(
+        UsageError, match=f"torchrun: {name} works in one process .*disp_llm.*; start it without torchrun"
+    ):
         api.prune(api.Request(str(dense), name, sparsity=0.3, calibration=ids_file), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

@@ -30,7 +30,10 @@ LONGROPE = {
 }
 CORNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, sliding window": ("mistral", {"sliding_window": 5}),
-    "qwen2, sliding window in the upper blocks": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2, sliding window in the upper blocks": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "qwen3, sliding window": ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "phi3, sliding window": ("phi3", {"sliding_window": 5}),
     "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
@@ -48,7 +51,9 @@ CORNERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("pattern", ["unstructured", "rows"])
-def test_streaming_equals_the_whole_model(corner: str, pattern: str, saved: Callable[..., Path], ids_file: str, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_streaming_equals_the_whole_model(
+    corner: str, pattern: str, saved: Callable[..., Path], ids_file: str, windows: torch.Tensor, tmp_path: Path
+) -> None:
     model_type, how = CORNERS[corner]
     dense = saved(model_type, **how)
     api.prune(api.Request(str(dense), "wanda", sparsity=0.5, pattern=pattern, calibration=ids_file), tmp_path / "out")
@@ -59,5 +64,8 @@ def test_streaming_equals_the_whole_model(corner: str, pattern: str, saved: Call
     assert not torch.equal(reloaded(some_ids(2, 20)).logits, model(some_ids(2, 20)).logits)
     ids = some_ids(1, 24)
     mask = torch.ones_like(ids)
-    with_cache, without = (reloaded.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
+    with_cache, without = (
+        reloaded.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=c)
+        for c in (True, False)
+    )
     assert torch.equal(with_cache, without) or "longrope" in corner, "longrope changes its factors when the text grows"

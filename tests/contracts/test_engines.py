@@ -62,7 +62,9 @@ def test_engines_find_the_weights_alone(
 
 def test_a_healed_folder_too(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
-    api.heal(api.HealRequest(str(tmp_path / "out"), ids_file, steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed")
+    api.heal(
+        api.HealRequest(str(tmp_path / "out"), ids_file, steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed"
+    )
     check(tmp_path / "healed")
 
 
@@ -91,10 +93,14 @@ def test_folders_of_version_0_1_are_still_read(saved: Callable[..., Path], ids_f
     assert api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))["method"] == "wanda"
     again = api.prune(request, tmp_path / "out", resume=True)
     assert again == made | {"seconds": again["seconds"]}
-    healed = api.heal(api.HealRequest(str(tmp_path / "out"), steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed")
+    healed = api.heal(
+        api.HealRequest(str(tmp_path / "out"), steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed"
+    )
     assert healed["heal"]["calibration"]["spec"] == ids_file
     check(tmp_path / "healed")
     api.pack(str(tmp_path / "out"), tmp_path / "packed")
     (tmp_path / "packed" / "secateur" / "packed.safetensors").rename(tmp_path / "packed" / "packed.safetensors")
     api.unpack(tmp_path / "packed", tmp_path / "back")
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()

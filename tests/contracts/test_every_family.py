@@ -63,7 +63,9 @@ def test_inputs_that_are_said_to_be_shared_are_the_same_tensor(model_type: str) 
     seen: dict[str, torch.Tensor] = {}
     for name, path in family.matrices.items():
         module = model.get_submodule(f"{family.blocks}.0.{path}")
-        module.register_forward_pre_hook(lambda _, inputs, n=name: seen.__setitem__(n, inputs[0].reshape(-1, inputs[0].shape[-1])))
+        module.register_forward_pre_hook(
+            lambda _, inputs, n=name: seen.__setitem__(n, inputs[0].reshape(-1, inputs[0].shape[-1]))
+        )
     model(torch.arange(10)[None] + 3)
     for name in family.matrices:
         assert torch.equal(seen[name], seen[family.input_of(name)])

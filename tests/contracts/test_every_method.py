@@ -70,7 +70,9 @@ def _quick(method: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_planning_leaves_the_model_as_it_is(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
+def test_planning_leaves_the_model_as_it_is(
+    method: str, pattern: str | None, model_type: str, windows: torch.Tensor
+) -> None:
     model = tiny_model(model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = api.plan(model, method, windows, **_asked(pattern), **_quick(method))
@@ -105,7 +107,9 @@ def test_sparsity_zero_is_the_identity(method: str, model_type: str, windows: to
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_the_same_seed_gives_the_same_plan(method: str, pattern: str | None, model_type: str, windows: torch.Tensor) -> None:
+def test_the_same_seed_gives_the_same_plan(
+    method: str, pattern: str | None, model_type: str, windows: torch.Tensor
+) -> None:
     model = tiny_model(model_type)
     first, second = (api.plan(model, method, windows, **_asked(pattern), **_quick(method)) for _ in range(2))
     assert first == second
@@ -115,7 +119,9 @@ def test_the_same_seed_gives_the_same_plan(method: str, pattern: str | None, mod
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize(("method", "pattern"), CASES)
-def test_plans_round_trip(method: str, pattern: str | None, model_type: str, windows: torch.Tensor, tmp_path: Path) -> None:
+def test_plans_round_trip(
+    method: str, pattern: str | None, model_type: str, windows: torch.Tensor, tmp_path: Path
+) -> None:
     plan = api.plan(tiny_model(model_type), method, windows, **_asked(pattern), **_quick(method))
     plan.save(tmp_path)
     assert api.read_plan(tmp_path) == plan
@@ -165,7 +171,9 @@ def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
     request = api.Request(str(dense), method, **_asked(pattern), options=_quick(method), calibration=ids_file)
     record = api.prune(request, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    expected = api.cut(model, api.plan(model, method, windows, **_asked(pattern), **_quick(method), dtype=torch.float32)).state_dict()
+    expected = api.cut(
+        model, api.plan(model, method, windows, **_asked(pattern), **_quick(method), dtype=torch.float32)
+    ).state_dict()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reloaded.dtype == dtype
     assert expected.keys() == reloaded.state_dict().keys()
@@ -190,7 +198,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     interrupted_at: Callable[..., AbstractContextManager[None]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    request = api.Request(str(saved(model_type)), method, **_asked(pattern), options=_quick(method), calibration=ids_file)
+    request = api.Request(
+        str(saved(model_type)), method, **_asked(pattern), options=_quick(method), calibration=ids_file
+    )
     api.prune(request, tmp_path / "whole")
     with interrupted_at("block-00001", "plan-00002"):  # the second where that block is dropped
         api.prune(request, tmp_path / "resumed")

@@ -44,11 +44,38 @@ def test_tensors_that_differ_by_one_bit_are_found(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     """Blocks sharded, a part of each step's windows each, the first alone writes."""
-    dense, options = saved("llama", tied=True), {"unmet": "cut", "steps": 4, "batch": 4, "accumulate": 2, "save_every": 3, "checkpointing": True}
-    record = api.prune(api.Request(str(dense), "disp_llm", sparsity=0.4, calibration=ids_file, options=options), tmp_path / "one")
+    dense, options = (
+        saved("llama", tied=True),
+        {"unmet": "cut", "steps": 4, "batch": 4, "accumulate": 2, "save_every": 3, "checkpointing": True},
+    )
+    record = api.prune(
+        api.Request(str(dense), "disp_llm", sparsity=0.4, calibration=ids_file, options=options), tmp_path / "one"
+    )
     settings = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur.cli"]
-    asked = ["prune", dense, "--method", "disp_llm", "--sparsity", 0.4, "--calibration", ids_file, *settings, "--out", tmp_path / "two", "--json"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "secateur.cli",
+    ]
+    asked = [
+        "prune",
+        dense,
+        "--method",
+        "disp_llm",
+        "--sparsity",
+        0.4,
+        "--calibration",
+        ids_file,
+        *settings,
+        "--out",
+        tmp_path / "two",
+        "--json",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([*launcher, *map(str, asked)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -59,11 +86,35 @@ def test_two_processes_write_the_bytes_of_one(saved: Callable[..., Path], ids_fi
 
 
 @pytest.mark.slow
-def test_torchrun_is_refused_in_one_line_without_a_traceback_of_ours(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_torchrun_is_refused_in_one_line_without_a_traceback_of_ours(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = saved("llama")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur.cli"]
-    asked = ["prune", dense, "--method", "llm_surgeon", "--set", "shots=2", "--sparsity", 0.1, "--calibration", ids_file]
-    done = subprocess.run([*launcher, *map(str, asked), "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "secateur.cli",
+    ]
+    asked = [
+        "prune",
+        dense,
+        "--method",
+        "llm_surgeon",
+        "--set",
+        "shots=2",
+        "--sparsity",
+        0.1,
+        "--calibration",
+        ids_file,
+    ]
+    done = subprocess.run(
+        [*launcher, *map(str, asked), "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     ours, _, of_the_launcher = done.stderr.partition("torch/distributed/")
     assert ours.count("error: torchrun: llm_surgeon works in one process") == 1

@@ -51,7 +51,9 @@ def counted(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
 def narrower(model_type: str, width: int, *, tied: bool) -> Any:
     """A view of a real model with another residual width and the same heads and feed-forward units, weights not allocated."""
     fields = {"hidden_size": width, "tie_word_embeddings": tied}
-    if model_type == "opt":  # its heads share the hidden size between them, so that only the runtime's blocks can have as many as before
+    if (
+        model_type == "opt"
+    ):  # its heads share the hidden size between them, so that only the runtime's blocks can have as many as before
         widths = [{"heads": HEADS, "groups": HEADS, "ffn": FFN}] * BLOCKS
         raw = tiny_config("opt", **fields, word_embed_proj_dim=width, num_attention_heads=width // HEAD_WIDTH).to_dict()
         config = pruned_class("opt").config_class.from_dict({**raw, "pruned_widths": widths})
@@ -70,7 +72,11 @@ def named(maps: tuple[Map, ...], name: str) -> list[Map]:
 def test_parameters_are_those_of_the_files(saved: Callable[..., Path], model_type: str, tied: bool) -> None:
     folder = saved(model_type, tied=tied)
     flow = inspect_flow(str(folder))
-    assert flow.parameters() == stored_parameters(folder) == sum(p.numel() for p in tiny_model(model_type, tied=tied).parameters())
+    assert (
+        flow.parameters()
+        == stored_parameters(folder)
+        == sum(p.numel() for p in tiny_model(model_type, tied=tied).parameters())
+    )
     assert not named(flow.maps, "other"), "every tensor has its place"
     record = flow.record()
     assert record["parameters"] == sum(found["parameters"] for found in record["flow"])
@@ -120,9 +126,19 @@ def test_adapters_are_one_a_residual_addition_and_a_tied_head_is_cut_loose() -> 
 
 def test_llama_2_7b_sliced_by_a_tenth_is_larger_than_before() -> None:
     """By hand: 0.9 x 6.738e9 + 64 x 3686^2 is 1.029 of the dense 6.738e9 parameters."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    }
     with torch.device("meta"):
-        flow = activation_flow(api.view_model(AutoModelForCausalLM.from_config(tiny_config("llama", **sizes, head_dim=128, num_hidden_layers=32))))
+        flow = activation_flow(
+            api.view_model(
+                AutoModelForCausalLM.from_config(tiny_config("llama", **sizes, head_dim=128, num_hidden_layers=32))
+            )
+        )
     assert flow.parameters() == 6_738_415_616
     assert flow.at(0.1).record()["sliced_parameters"] / flow.parameters() == pytest.approx(1.029, abs=5e-4)
 
@@ -131,7 +147,9 @@ def test_widths_are_whole_and_the_measured_sparsity_says_so() -> None:
     point = activation_flow(api.view_model(tiny_model("llama"))).at(0.1)  # 28.8
     assert (point.width, point.sparsity_measured) == (28, 1 - 28 / 32)
     wide = activation_flow(api.view_model(narrower("llama", 80, tied=False)))
-    assert [wide.at(s).width for s in SPARSITIES] == [80, 72, 64, 56, 48, 40], "0.7 x 80 is 56, not 55, in floating point too"
+    assert [wide.at(s).width for s in SPARSITIES] == [80, 72, 64, 56, 48, 40], (
+        "0.7 x 80 is 56, not 55, in floating point too"
+    )
 
 
 def test_a_tied_head_is_counted_once_but_multiplied_twice() -> None:
@@ -164,7 +182,10 @@ def test_fused_weights_are_shown_as_their_parts() -> None:
 
 def test_shapes_are_in_the_letters_of_table_2() -> None:
     flow = activation_flow(api.view_model(tiny_model("qwen2", head_dim=12)))
-    shapes = {found.name: (found.shape.replace("\N{MULTIPLICATION SIGN}", "x"), tuple(axis.size for axis in found.axes)) for found in flow.maps}
+    shapes = {
+        found.name: (found.shape.replace("\N{MULTIPLICATION SIGN}", "x"), tuple(axis.size for axis in found.axes))
+        for found in flow.maps
+    }
     assert shapes == {
         "embed": ("V x d", (VOCABULARY, HIDDEN)),
         "norm_attention": ("d", (HIDDEN,)),
@@ -179,7 +200,14 @@ def test_shapes_are_in_the_letters_of_table_2() -> None:
         "norm_final": ("d", (HIDDEN,)),
         "head": ("d x V", (HIDDEN, VOCABULARY)),
     }
-    assert flow.symbols() == {"V": VOCABULARY, "d": HIDDEN, "k": 12, "h": [HEADS] * 3, "g": [GROUPS] * 3, "m": [FFN] * 3}
+    assert flow.symbols() == {
+        "V": VOCABULARY,
+        "d": HIDDEN,
+        "k": 12,
+        "h": [HEADS] * 3,
+        "g": [GROUPS] * 3,
+        "m": [FFN] * 3,
+    }
 
 
 def test_what_d_does_not_touch() -> None:
@@ -205,7 +233,10 @@ def test_a_pruned_checkpoint_with_unequal_widths(saved: Callable[..., Path], mod
     widths = json.loads((tmp_path / "out" / "config.json").read_text())["pruned_widths"]
     assert len({entry["ffn"] for entry in widths}) > 1
     assert flow.parameters() == stored_parameters(tmp_path / "out")
-    assert counted(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), 16) == (16 * flow.flops(), 16 * flow.attention_flops())
+    assert counted(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), 16) == (
+        16 * flow.flops(),
+        16 * flow.attention_flops(),
+    )
     for index, entry in enumerate(widths):
         (up,) = [found for found in named(flow.maps, "up") if index in found.blocks]
         (q,) = [found for found in named(flow.maps, "q") if index in found.blocks]
@@ -274,7 +305,12 @@ def sliced(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callabl
 
     def cut(model_type: str, tied: bool = False, **options: Any) -> Path:
         asked = {} if "energy" in options else {"sparsity": 0.25}
-        api.prune(api.Request(str(saved(model_type, tied=tied)), "slicegpt", calibration=ids_file, seqlen=20, options=options, **asked), tmp_path / "sliced")
+        api.prune(
+            api.Request(
+                str(saved(model_type, tied=tied)), "slicegpt", calibration=ids_file, seqlen=20, options=options, **asked
+            ),
+            tmp_path / "sliced",
+        )
         return tmp_path / "sliced"
 
     return cut
@@ -282,7 +318,9 @@ def sliced(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callabl
 
 @pytest.mark.parametrize("options", SLICED, ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "opt", "phi", "phi3", "qwen3"])
-def test_a_sliced_checkpoint_has_its_own_widths_and_adapters(sliced: Callable[..., Path], model_type: str, options: dict[str, Any]) -> None:
+def test_a_sliced_checkpoint_has_its_own_widths_and_adapters(
+    sliced: Callable[..., Path], model_type: str, options: dict[str, Any]
+) -> None:
     folder = sliced(model_type, tied=model_type == "llama", **options)
     flow = inspect_flow(str(folder), context=16)
     assert not named(flow.maps, "other"), "every tensor has its place"
@@ -297,7 +335,13 @@ def test_a_sliced_checkpoint_has_its_own_widths_and_adapters(sliced: Callable[..
             (inputs, outputs), form = entry[("attention", "mlp")[number]], entry["skips"][number]
             assert all(found.kind == "product" for found in mine)
             rank = 0 if form is None else form
-            weights = inputs * outputs if form == "dense" else rank * inputs if inputs == outputs else rank * (inputs + outputs)
+            weights = (
+                inputs * outputs
+                if form == "dense"
+                else rank * inputs
+                if inputs == outputs
+                else rank * (inputs + outputs)
+            )
             products = 1 if form == "dense" else 0 if form is None else 2
             flops = 2 * inputs * outputs if form == "dense" else 2 * rank * (inputs + outputs)
             assert sum(found.parameters() for found in mine) == weights * len(mine[0].blocks if mine else ())
@@ -317,12 +361,16 @@ def test_a_sliced_checkpoint_speaks_of_its_own_widths(sliced: Callable[..., Path
     record = flow.record()
     assert (record["by_sparsity"], record["formula"]) == ([], None)
     assert record["sliced"]["widths"] == flow.widths
-    with pytest.raises(SecateurError, match="already sliced, from 32, and has its own adapters; inspect the original model"):
+    with pytest.raises(
+        SecateurError, match="already sliced, from 32, and has its own adapters; inspect the original model"
+    ):
         flow.at(0.1)
     assert activation_flow(api.view_model(tiny_model(model_type))).widths == [HIDDEN] * (places + 1)
 
 
-def test_what_inspect_says_of_a_sliced_checkpoint(sliced: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_inspect_says_of_a_sliced_checkpoint(
+    sliced: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     folder = sliced("llama")
     status, stdout, stderr = run("inspect", folder, "--flow", "--plot", tmp_path / "flow.png")
@@ -354,11 +402,25 @@ def run(*args: object) -> tuple[int, str, str]:
 
 def test_the_command_with_json_and_a_plot(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved("phi3")
-    status, stdout, stderr = run("inspect", folder, "--flow", "--context", 16, "--plot", tmp_path / "new" / "flow.png", "--json")
+    status, stdout, stderr = run(
+        "inspect", folder, "--flow", "--context", 16, "--plot", tmp_path / "new" / "flow.png", "--json"
+    )
     assert status == 0, stderr
     record = json.loads(stdout)
     assert stdout.count("\n") == 1
-    assert record.keys() >= {"command", "model", "family", "symbols", "parameters", "flops_per_token", "flow", "attention", "by_sparsity", "formula", "touched"}
+    assert record.keys() >= {
+        "command",
+        "model",
+        "family",
+        "symbols",
+        "parameters",
+        "flops_per_token",
+        "flow",
+        "attention",
+        "by_sparsity",
+        "formula",
+        "touched",
+    }
     assert [point["sparsity"] for point in record["by_sparsity"]] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
     assert [found["name"] for found in record["flow"]][:5] == ["embed", "norm_attention", "q", "k", "v"]
     assert record["attention"]["context"] == 16
@@ -398,11 +460,20 @@ def test_the_bundled_model_needs_no_network() -> None:
         (["--context", "16"], 2, "--context belongs to --flow: add it"),
     ],
 )
-def test_wrong_usage(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], status: int, words: str) -> None:
+def test_wrong_usage(
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    status: int,
+    words: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("")
-    found, _, stderr = run("inspect", saved("llama"), *(part.replace("FOLDER", "folder.png").replace("FILE", "file") for part in more))
+    found, _, stderr = run(
+        "inspect", saved("llama"), *(part.replace("FOLDER", "folder.png").replace("FILE", "file") for part in more)
+    )
     assert (found, words in stderr, stderr.count("\n")) == (status, True, 1), stderr
     assert not list(tmp_path.glob("flow.*"))
 

@@ -37,7 +37,9 @@ def test_where_a_float_ends() -> None:
 
 
 def test_the_loss_stays_in_the_record_and_the_line_is_json(loud: Path, ids_file: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["eval", str(loud), "--text", ids_file, "--json", "--records", str(tmp_path / "r.jsonl")])
+    result = CliRunner().invoke(
+        app, ["eval", str(loud), "--text", ids_file, "--json", "--records", str(tmp_path / "r.jsonl")]
+    )
     assert result.exit_code == 0, result.stderr
 
     def refuse(word: str) -> None:
@@ -52,8 +54,21 @@ def test_the_loss_stays_in_the_record_and_the_line_is_json(loud: Path, ids_file:
     assert row.diverged
 
 
-def test_a_sweep_and_its_resumption_go_on_and_report_and_laws_say_what_they_left_out(loud: Path, ids_file: str, tmp_path: Path) -> None:
-    sweep = ["sweep", str(loud), "--method", "magnitude", "--sparsity", "0.3,0.6", "--text", ids_file, "--out", str(tmp_path / "s")]
+def test_a_sweep_and_its_resumption_go_on_and_report_and_laws_say_what_they_left_out(
+    loud: Path, ids_file: str, tmp_path: Path
+) -> None:
+    sweep = [
+        "sweep",
+        str(loud),
+        "--method",
+        "magnitude",
+        "--sparsity",
+        "0.3,0.6",
+        "--text",
+        ids_file,
+        "--out",
+        str(tmp_path / "s"),
+    ]
     for more in ([], ["--resume"]):
         result = CliRunner().invoke(app, [*sweep, *more])
         assert result.exit_code == 0, result.stderr
@@ -61,14 +76,24 @@ def test_a_sweep_and_its_resumption_go_on_and_report_and_laws_say_what_they_left
         assert "infinite" in result.stdout
     page = tmp_path / "report.html"
     assert CliRunner().invoke(app, ["report", str(tmp_path / "s"), "--out", str(page)]).exit_code == 0
-    assert "3 checkpoints with a perplexity that is not finite: in the table, left out of plots and laws" in page.read_text()
+    assert (
+        "3 checkpoints with a perplexity that is not finite: in the table, left out of plots and laws"
+        in page.read_text()
+    )
     card = (tmp_path / "s" / "magnitude-0.3" / "README.md").read_text()
     assert " predicted): infinite (" in card
 
 
 def test_laws_leave_it_out_and_say_so(tmp_path: Path) -> None:
     def record(s: float, loss: float) -> dict[str, object]:
-        about = {"command": "eval", "model": "m", "method": "wanda" if s else None, "sparsity": s, "sparsity_measured": s, "out": f"/runs/{s}"}
+        about = {
+            "command": "eval",
+            "model": "m",
+            "method": "wanda" if s else None,
+            "sparsity": s,
+            "sparsity_measured": s,
+            "out": f"/runs/{s}",
+        }
         return {**about, "ppl": math.exp(loss) if loss < 709 else math.inf, "loss": loss}
 
     for s, loss in ((0.0, 2.0), (0.2, 2.1), (0.4, 2.4), (0.6, 3.0), (0.9, 800.0)):
@@ -79,7 +104,9 @@ def test_laws_leave_it_out_and_say_so(tmp_path: Path) -> None:
     few = tmp_path / "few"
     for s, loss in ((0.0, 2.0), (0.2, 2.1), (0.9, 800.0)):
         records.append(few / "records.jsonl", record(s, loss))
-    with pytest.raises(SecateurError, match=r"one pruned point \(1 more left out, the first: /runs/0.9: the perplexity is infinite"):
+    with pytest.raises(
+        SecateurError, match=r"one pruned point \(1 more left out, the first: /runs/0.9: the perplexity is infinite"
+    ):
         api.predict([few])
 
 

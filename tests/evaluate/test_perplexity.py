@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from secateur import api
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import SecateurError
 from secateur.evaluate import continuations
 from secateur.evaluate import perplexity as module
 from secateur.evaluate.answers import Answers
@@ -22,20 +21,15 @@ from secateur.evaluate.cloze import CHANCE, cloze_items, evaluate_cloze, items_h
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.shift import functionality_shift, repetition_rate
 from secateur.models import loss
-from secateur.text.protocols import PROTOCOLS, evaluation_windows, find_protocol, wikitext_rows, window_length
+from tests.text.letters import Letters
 from tests.tiny import MODEL_TYPES, some_ids, tiny_model
-
-
-class Letters:
-    """A tokenizer: one token a byte, BOS (1) before every text."""
-
-    def __call__(self, text: str, verbose: bool = True, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": ([1] if add_special_tokens else []) + list(text.encode())}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_equals_the_mean_loss_of_whole_logits(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_mean_loss_of_whole_logits(
+    model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
     monkeypatch.setattr(module, "_TOKENS_A_BATCH", 48)
     model = tiny_model(model_type, dtype=dtype)
@@ -81,64 +75,6 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 3, "what is finished is not measured again until the caller has its record"
 
 
-def test_protocols_join_cut_and_limit(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join(json.dumps({"text": t}) for t in ("aaaa", "bbbb", "cccc")))
-
-    def windows(**how: Any) -> list[list[int]]:
-        protocol = replace(PROTOCOLS["text"], spec=str(file), **how)
-        return [w.tolist() for w in evaluation_windows(protocol, 5, Letters())]  # type: ignore[arg-type]
-
-    a, b, c, n = 97, 98, 99, 10
-    assert windows() == [[1, a, a, a, a], [n, n, b, b, b], [b, n, n, c, c]]
-    assert windows(tail="keep")[-1] == [c, c]
-    assert windows(join=" ", tail="keep")[1] == [32, b, b, b, b]
-    assert windows(bos="each") == [[1, a, a, a, a], [1, b, b, b, b], [1, c, c, c, c]]
-    assert windows(rows=2, bos="each") == [[1, a, a, a, a], [1, b, b, b, b]]
-    assert windows(windows=1) == [[1, a, a, a, a]]
-    assert windows(tokens=11) == [[1, a, a, a, a], [n, n, b, b, b]]
-
-
-def test_a_raw_wikitext_file_gives_the_rows_of_the_hub(tmp_path: Path) -> None:
-    raw = " \n = Title = \n \n Words .\n"
-    assert wikitext_rows(raw) == ["", " = Title = \n", "", " Words .\n"]
-    (tmp_path / "wiki.raw").write_text(raw)
-    protocol = find_protocol("slicegpt", str(tmp_path / "wiki.raw"), bundled=False)
-    ids = torch.cat(evaluation_windows(replace(protocol, tail="keep"), 7, Letters())).tolist()  # type: ignore[arg-type]
-    assert bytes(ids[1:]).decode() == "\n\n = Title = \n\n\n\n\n Words .\n"
-
-
-def test_the_wikitext2_test_split_when_it_is_there() -> None:
-    file = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.raw"
-    if not file.is_file():
-        pytest.skip("the development data is not on this machine")
-    rows = wikitext_rows(file.read_text("utf-8"))
-    assert len(rows) == 4358
-    assert rows[0] == ""
-    assert rows[1] == " = Robert Boulter = \n"
-
-
-def test_named_protocols_say_how_long_windows_are() -> None:
-    assert window_length(PROTOCOLS["slicegpt"], None, 4096) == 2048
-    assert window_length(PROTOCOLS["wanda"], None, 4096) == 4096
-    assert window_length(PROTOCOLS["wikitext2"], None, 131072) == 2048
-    assert window_length(PROTOCOLS["wikitext2"], None, 512) == 512
-    assert window_length(PROTOCOLS["llm-pruner"], None, 4096) == 128
-    assert window_length(PROTOCOLS["slicegpt"], 256, 512) == 256
-    with pytest.raises(UsageError, match=r"windows of 4096 tokens \(protocol disp-llm\) are outside"):
-        window_length(PROTOCOLS["disp-llm"], None, 2048)
-    assert find_protocol(None, None, bundled=True).name == "builtin"
-    assert find_protocol(None, None, bundled=False).name == "wikitext2"
-    assert find_protocol(None, "c4", bundled=False).rows == 1100
-    with pytest.raises(UsageError, match="needs a text"):
-        find_protocol("text", None, bundled=False)
-
-
-def test_too_short_a_text() -> None:
-    with pytest.raises(SecateurError, match="fewer than one window of 100000000"):
-        evaluation_windows(PROTOCOLS["builtin"], 100_000_000, Letters())  # type: ignore[arg-type]
-
-
 def test_the_shift_against_direct_computation() -> None:
     dense, pruned = tiny_model("llama"), tiny_model("llama", seed=4)
     windows = list(some_ids(5, 40))
@@ -170,7 +106,9 @@ def test_cloze_items_are_fair_and_fixed() -> None:
     assert all(30 <= positions.count(i) <= 75 for i in range(4)), "the right answer is anywhere"
 
 
-def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model("llama", vocab_size=128)
 
     class Ascii(Letters):
@@ -202,7 +140,9 @@ def test_a_random_model_is_at_chance_on_the_cloze_task_and_is_asked_once(tmp_pat
     assert (result["n"], len(answers)) == (100, 100)
 
 
-def test_evaluating_on_the_calibration_file_warns(saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_on_the_calibration_file_warns(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     api.prune(api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
     record = api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
     assert "warning: the model was calibrated on" in capsys.readouterr().err

@@ -35,10 +35,17 @@ TASK_FILES = Path(__file__).parents[2] / "benchmarks" / "tasks"
 
 CHOICES = [
     {"query": "import", "choices": ["os", "a long line of other words"], "gold": 0},
-    {"query": "def function(self):\n    " + "return self.value + 1\n    " * 20, "choices": ["pass", "return", "class"], "gold": 2},  # longer than the model
+    {
+        "query": "def function(self):\n    " + "return self.value + 1\n    " * 20,
+        "choices": ["pass", "return", "class"],
+        "gold": 2,
+    },  # longer than the model
     {"query": "for i in", "choices": ["range(10):", "os", "x"], "gold": 0},
 ]
-CLASSES = [{"query": query, "label": i % 3 == 0} for i, query in enumerate(["x is y", "none is true", "self is a list", "os is path", "a is b"])]
+CLASSES = [
+    {"query": query, "label": i % 3 == 0}
+    for i, query in enumerate(["x is y", "none is true", "self is a list", "os is path", "a is b"])
+]
 PAIRS = [
     {"contexts": ["a list", "an integer, or"], "continuation": "of the same length", "gold": 1},
     {"contexts": ["it", "she"], "continuation": "is", "gold": 0},
@@ -46,12 +53,37 @@ PAIRS = [
 TEXTS = [{"text": "import os\nprint(os)\n" * 12}, {"text": "x"}]
 
 FILES = {
-    "tiny_choices": (CHOICES, "multiple_choice", {"doc_to_text": "{{query}}", "doc_to_target": "gold", "doc_to_choice": "choices"}, ["acc", "acc_norm"]),
-    "tiny_classes": (CLASSES, "multiple_choice", {"doc_to_text": "{{query}}?", "doc_to_target": "{{label|int}}", "doc_to_choice": ["no", "yes"]}, ["acc"]),
-    "tiny_pairs": (PAIRS, "multiple_choice", {"doc_to_text": "gold", "doc_to_target": "continuation", "doc_to_choice": "contexts"}, ["acc"]),
-    "tiny_last": (PAIRS, "loglikelihood", {"doc_to_text": "{{contexts[0]}}", "doc_to_target": " {{continuation}}"}, ["acc"]),
+    "tiny_choices": (
+        CHOICES,
+        "multiple_choice",
+        {"doc_to_text": "{{query}}", "doc_to_target": "gold", "doc_to_choice": "choices"},
+        ["acc", "acc_norm"],
+    ),
+    "tiny_classes": (
+        CLASSES,
+        "multiple_choice",
+        {"doc_to_text": "{{query}}?", "doc_to_target": "{{label|int}}", "doc_to_choice": ["no", "yes"]},
+        ["acc"],
+    ),
+    "tiny_pairs": (
+        PAIRS,
+        "multiple_choice",
+        {"doc_to_text": "gold", "doc_to_target": "continuation", "doc_to_choice": "contexts"},
+        ["acc"],
+    ),
+    "tiny_last": (
+        PAIRS,
+        "loglikelihood",
+        {"doc_to_text": "{{contexts[0]}}", "doc_to_target": " {{continuation}}"},
+        ["acc"],
+    ),
     "tiny_text": (TEXTS, "loglikelihood_rolling", {"doc_to_text": "", "doc_to_target": "{{text}}"}, ["bits_per_byte"]),
-    "tiny_written": (CHOICES[::2], "generate_until", {"doc_to_text": "{{query}}", "doc_to_target": "{{choices[gold]}}"}, ["exact_match"]),
+    "tiny_written": (
+        CHOICES[::2],
+        "generate_until",
+        {"doc_to_text": "{{query}}", "doc_to_target": "{{choices[gold]}}"},
+        ["exact_match"],
+    ),
 }
 
 
@@ -62,11 +94,25 @@ def task_files(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, (rows, kind, fields, metrics) in FILES.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        functions = "def rows(file, **_):\n    from datasets import Dataset\n    return {'test': Dataset.from_json(file)}\n"
+        functions = (
+            "def rows(file, **_):\n    from datasets import Dataset\n    return {'test': Dataset.from_json(file)}\n"
+        )
         (folder / "own.py").write_text(functions)
-        listed = [{"metric": m, "aggregation": m if m == "bits_per_byte" else "mean", "higher_is_better": True} for m in metrics]
-        more: dict[str, Any] = {"generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]}} if kind == "generate_until" else {}
-        content = {"task": name, "output_type": kind, "test_split": "test", "dataset_kwargs": {"file": str(folder / f"{name}.jsonl")}, **fields, **more}
+        listed = [
+            {"metric": m, "aggregation": m if m == "bits_per_byte" else "mean", "higher_is_better": True}
+            for m in metrics
+        ]
+        more: dict[str, Any] = (
+            {"generation_kwargs": {"max_gen_toks": 4, "until": ["\n"]}} if kind == "generate_until" else {}
+        )
+        content = {
+            "task": name,
+            "output_type": kind,
+            "test_split": "test",
+            "dataset_kwargs": {"file": str(folder / f"{name}.jsonl")},
+            **fields,
+            **more,
+        }
         text = json.dumps({**content, "metric_list": listed, "metadata": {"version": 2.0}})  # JSON is YAML
         (folder / f"{name}.yaml").write_text(text[:-1] + ', "custom_dataset": !function own.rows}')
     return folder
@@ -104,11 +150,16 @@ def test_equals_the_backend_of_lm_eval(kind: str, task_files: Path, request: pyt
     for name, (rows, _, _, metrics) in FILES.items():
         assert ours[name]["n"] == len(rows)
         if "acc" in metrics:
-            assert (ours[name]["acc"], ours[name]["stderr"]) == (theirs[name]["acc,none"], theirs[name]["acc_stderr,none"])
+            assert (ours[name]["acc"], ours[name]["stderr"]) == (
+                theirs[name]["acc,none"],
+                theirs[name]["acc_stderr,none"],
+            )
     assert (ours["tiny_choices"]["acc_norm"], ours["tiny_choices"]["stderr_norm"]) == tuple(
         theirs["tiny_choices"][f"acc_norm{s},none"] for s in ("", "_stderr")
     )
-    assert ours["tiny_text"]["metrics"]["bits_per_byte"] == pytest.approx(theirs["tiny_text"]["bits_per_byte,none"], rel=1e-6)
+    assert ours["tiny_text"]["metrics"]["bits_per_byte"] == pytest.approx(
+        theirs["tiny_text"]["bits_per_byte,none"], rel=1e-6
+    )
     assert ours["tiny_written"]["metrics"]["exact_match"] == theirs["tiny_written"]["exact_match,none"]
     expected = [[r[0] for r in i.resps] for i in tasks.loaded.found["tasks"]["tiny_choices"].instances]
     tasks.run(model, checkpoint.tokenizer(), answers)
@@ -125,7 +176,14 @@ def test_scores_against_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("opt")
     ids = some_ids(1, LENGTH + 6)[0].tolist()
     best = int(model(torch.tensor([ids[:5]])).logits[0, -1].argmax())
-    rows = [(ids[:9], ids[9:12]), (ids[:5], [7]), (ids[:5], [best]), (ids[:3], ids[3:5]), (ids[:-4], ids[-4:]), (ids[:1], ids[1:2])]
+    rows = [
+        (ids[:9], ids[9:12]),
+        (ids[:5], [7]),
+        (ids[:5], [best]),
+        (ids[:3], ids[3:5]),
+        (ids[:-4], ids[-4:]),
+        (ids[:1], ids[1:2]),
+    ]
     scores = score_continuations(model, rows, "test")
     for (context, rest), score in zip(rows, scores, strict=True):
         inputs = [*context, *rest][-(LENGTH + 1) :]
@@ -148,11 +206,15 @@ def test_an_accelerator_without_memory_gets_smaller_batches(monkeypatch: pytest.
         return real(model, ids_BT)
 
     monkeypatch.setattr(continuations, "hidden_states", small)
-    assert [s.logp for s in score_continuations(model, rows, "test")] == pytest.approx([s.logp for s in expected], abs=1e-5)
+    assert [s.logp for s in score_continuations(model, rows, "test")] == pytest.approx(
+        [s.logp for s in expected], abs=1e-5
+    )
     assert sizes == [3, 3, 3, 3]
 
 
-def test_generation_without_memory_gets_smaller_batches(dense: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_without_memory_gets_smaller_batches(
+    dense: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lm_eval.models.huggingface import HFLM
 
     checkpoint, real, sizes = open_checkpoint(str(dense)), HFLM._model_generate, []
@@ -165,7 +227,9 @@ def test_generation_without_memory_gets_smaller_batches(dense: Path, task_files:
 
     monkeypatch.setattr(HFLM, "_model_generate", small)
     tasks = find_tasks(["tiny_written"], task_files)
-    tasks.run(load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32), checkpoint.tokenizer(), Answers())
+    tasks.run(
+        load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32), checkpoint.tokenizer(), Answers()
+    )
     assert sizes[0] > 1
     assert sizes[-1] == 1
 
@@ -180,11 +244,25 @@ def test_logits_that_are_not_finite_are_no_result() -> None:
         score_continuations(model, [([4], [])], "tasks")
 
 
-def test_record_and_resumption_within_a_task(dense: Path, task_files: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_and_resumption_within_a_task(
+    dense: Path, task_files: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks = ("tiny_choices", "tiny_classes", "tiny_written")
     asked = api.EvalRequest(str(dense), ids_file, limit=3, tasks=tasks, include_path=task_files)
     whole = api.evaluate(asked, records_file=tmp_path / "whole" / "records.jsonl")
-    assert whole["tasks"]["tiny_classes"].keys() >= {"acc", "acc_norm", "stderr", "n", "sha256", "precision", "recall", "f1", "classes", "chance", "local"}
+    assert whole["tasks"]["tiny_classes"].keys() >= {
+        "acc",
+        "acc_norm",
+        "stderr",
+        "n",
+        "sha256",
+        "precision",
+        "recall",
+        "f1",
+        "classes",
+        "chance",
+        "local",
+    }
     assert whole["tasks"]["tiny_choices"]["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
     assert "precision" not in whole["tasks"]["tiny_choices"]
     assert "lm_eval" in whole["versions"]
@@ -218,7 +296,9 @@ def test_record_and_resumption_within_a_task(dense: Path, task_files: Path, ids_
 
 
 def test_share_of_flipped_answers(dense: Path, sliced: Path, task_files: Path, ids_file: str, tmp_path: Path) -> None:
-    asked = api.EvalRequest(str(sliced), ids_file, tasks=("tiny_choices", "tiny_text"), against=str(dense), include_path=task_files)
+    asked = api.EvalRequest(
+        str(sliced), ids_file, tasks=("tiny_choices", "tiny_text"), against=str(dense), include_path=task_files
+    )
     record = api.evaluate(asked, records_file=tmp_path / "records.jsonl")
     assert record["tasks"]["tiny_choices"]["flipped"] in (0, 1 / 3, 2 / 3, 1)
     assert "flipped" not in record["tasks"]["tiny_text"]
@@ -243,9 +323,25 @@ def test_precision_recall_and_f1_by_hand() -> None:
 
 def test_predict_reads_the_records(tmp_path: Path) -> None:
     def record(s: float, acc: float) -> dict[str, Any]:
-        task = {"acc": acc, "acc_norm": acc + 0.1, "stderr": 0.01, "stderr_norm": 0.02, "n": 90, "sha256": "ab", "chance": 0.25}
+        task = {
+            "acc": acc,
+            "acc_norm": acc + 0.1,
+            "stderr": 0.01,
+            "stderr_norm": 0.02,
+            "n": 90,
+            "sha256": "ab",
+            "chance": 0.25,
+        }
         method = None if s == 0 else "wanda"
-        return {"command": "eval", "model": "m", "out": f"at{s}", "method": method, "sparsity": s, "sparsity_measured": s, "tasks": {"arc_easy": task}}
+        return {
+            "command": "eval",
+            "model": "m",
+            "out": f"at{s}",
+            "method": method,
+            "sparsity": s,
+            "sparsity_measured": s,
+            "tasks": {"arc_easy": task},
+        }
 
     for s, acc in ((0.0, 0.6), (0.2, 0.5), (0.4, 0.252)):
         records.append(tmp_path / "records.jsonl", record(s, acc))
@@ -267,14 +363,20 @@ def small_index(task_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     folder = task_files.parent / "known"
     folder.mkdir()
-    (folder / "piqa.yaml").write_text("task: piqa\ndataset_path: baber/piqa\noutput_type: multiple_choice\nvalidation_split: validation\n")
-    (folder / "code.yaml").write_text((task_files / "tiny_written.yaml").read_text()[:-1] + ', "task": "code", "unsafe_code": true}')
+    (folder / "piqa.yaml").write_text(
+        "task: piqa\ndataset_path: baber/piqa\noutput_type: multiple_choice\nvalidation_split: validation\n"
+    )
+    (folder / "code.yaml").write_text(
+        (task_files / "tiny_written.yaml").read_text()[:-1] + ', "task": "code", "unsafe_code": true}'
+    )
     (folder / "own.py").write_text((task_files / "own.py").read_text())
     monkeypatch.setattr(files, "SHIPPED", folder)
 
 
 @pytest.mark.parametrize("task", ["tiny_choices", "tiny_text", "tiny_written", "cloze"])
-def test_a_tokenizer_larger_than_the_embedding_is_said_in_one_line(task: str, dense: Path, task_files: Path, ids_file: str) -> None:
+def test_a_tokenizer_larger_than_the_embedding_is_said_in_one_line(
+    task: str, dense: Path, task_files: Path, ids_file: str
+) -> None:
     """A token was added and the model never resized: torch says 'index out of range in self'."""
     content = json.loads((dense / "tokenizer.json").read_text())
     size = json.loads((dense / "config.json").read_text())["vocab_size"]
@@ -283,7 +385,11 @@ def test_a_tokenizer_larger_than_the_embedding_is_said_in_one_line(task: str, de
     (dense / "tokenizer.json").write_text(json.dumps(content))
     wrong = rf"the tokenizer gives id {size}, and the embedding of the model has {size} rows .+ has {size + 1} tokens\)"
     with pytest.raises(SecateurError, match=wrong):
-        api.evaluate(api.EvalRequest(str(dense), text=ids_file, tasks=[task], include_path=None if task == "cloze" else task_files))
+        api.evaluate(
+            api.EvalRequest(
+                str(dense), text=ids_file, tasks=[task], include_path=None if task == "cloze" else task_files
+            )
+        )
 
 
 @pytest.mark.usefixtures("small_index")
@@ -291,9 +397,17 @@ def test_refusals(dense: Path, task_files: Path, tmp_path: Path) -> None:
     status, line = refuse(dense, "--tasks", "close")
     assert (status, "unknown task 'close'; did you mean cloze" in line) == (2, True), line
     status, line = refuse(dense, "--tasks", "tiny_choice,piqa", "--include-path", task_files)
-    assert (status, "did you mean tiny_choices" in line, "task files of your own: tiny_choices, tiny_classes" in line) == (2, True, True), line
+    assert (
+        status,
+        "did you mean tiny_choices" in line,
+        "task files of your own: tiny_choices, tiny_classes" in line,
+    ) == (2, True, True), line
     status, line = refuse(dense, "--tasks", "piqa")
-    assert (status, "task 'piqa' needs baber/piqa from the hub, which does not answer" in line, "--include-path DIR" in line) == (1, True, True), line
+    assert (
+        status,
+        "task 'piqa' needs baber/piqa from the hub, which does not answer" in line,
+        "--include-path DIR" in line,
+    ) == (1, True, True), line
     status, line = refuse(dense, "--tasks", "code")
     assert (status, "task 'code' runs code that the model wrote" in line) == (1, True), line
     status, line = refuse(dense, "--tasks", "piqa", "--include-path", tmp_path / "absent")
@@ -306,7 +420,11 @@ def test_refusals(dense: Path, task_files: Path, tmp_path: Path) -> None:
     assert (status, "none of its 1 .yaml files is one" in line) == (2, True), line
     (tmp_path / "empty" / "broken.yaml").write_text("task: x\ndataset_kwargs: [1, 2\noutput_type: y\n")
     status, line = refuse(dense, "--tasks", "piqa", "--include-path", tmp_path / "empty")
-    assert (status, "broken.yaml, line 3, column 12: not YAML" in line, "expected ',' or ']'" in line) == (2, True, True), line
+    assert (status, "broken.yaml, line 3, column 12: not YAML" in line, "expected ',' or ']'" in line) == (
+        2,
+        True,
+        True,
+    ), line
     status, line = refuse(dense, "--include-path", task_files)
     assert (status, "name the tasks too" in line) == (2, True), line
     (task_files / "tiny_choices.jsonl").write_text("")
@@ -325,11 +443,18 @@ def test_lm_evals_own_files_are_read_when_they_are_needed(task_files: Path, monk
     shipped = files.SHIPPED / "deeper"
     shipped.mkdir()
     for name in ("tiny_choices", "tiny_classes"):
-        settings = json.loads((task_files / f"{name}.yaml").read_text().replace("!function own.rows", '""')) | {"task": f"known_{name}", "tag": "labelled"}
-        lines = [f"{key}: {json.dumps(value)}" if value else f"{key}: !function own.rows" for key, value in settings.items()]
+        settings = json.loads((task_files / f"{name}.yaml").read_text().replace("!function own.rows", '""')) | {
+            "task": f"known_{name}",
+            "tag": "labelled",
+        }
+        lines = [
+            f"{key}: {json.dumps(value)}" if value else f"{key}: !function own.rows" for key, value in settings.items()
+        ]
         (shipped / f"{name}.yaml").write_text("\n".join(lines))
     (shipped / "own.py").write_text((task_files / "own.py").read_text())
-    (task_files / "group.yaml").write_text('{"group": "both", "task": ["tiny_pairs", {"task": "known_tiny_choices", "num_fewshot": 0}]}')
+    (task_files / "group.yaml").write_text(
+        '{"group": "both", "task": ["tiny_pairs", {"task": "known_tiny_choices", "num_fewshot": 0}]}'
+    )
     real, read = files.manager, []
 
     def reading(folders: tuple[Path, ...]) -> Any:
@@ -381,7 +506,9 @@ def test_presets_are_tasks_that_lm_eval_defines() -> None:
 
 def test_the_task_files_of_the_benchmarks_when_their_data_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SECATEUR_DATA", raising=False)
-    with pytest.raises(SecateurError, match=r"task 'arc_easy' cannot be loaded \(the environment variable SECATEUR_DATA must name"):
+    with pytest.raises(
+        SecateurError, match=r"task 'arc_easy' cannot be loaded \(the environment variable SECATEUR_DATA must name"
+    ):
         find_tasks(["arc_easy"], TASK_FILES)
     if not DATA.is_dir():
         pytest.skip("the development data is not on this machine")
@@ -396,5 +523,8 @@ def test_the_task_files_of_the_benchmarks_when_their_data_is_there(monkeypatch: 
     assert first["boolq"][0].endswith("\nQuestion: does ethanol take more energy make that produces?\nAnswer:")
     assert first["boolq"][1] == " no"
     assert first["rte"][0].endswith("True or False?\nAnswer:")
-    assert first["winogrande"] == ("Sarah was a much better surgeon than Maria so Sarah", " always got the easier cases.")
+    assert first["winogrande"] == (
+        "Sarah was a much better surgeon than Maria so Sarah",
+        " always got the easier cases.",
+    )
     assert len(loaded.hashes) == 8

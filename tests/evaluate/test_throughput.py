@@ -45,9 +45,14 @@ def run(*arguments: object) -> Any:
 
 
 @pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
-def test_a_pruned_model_beside_its_dense_one(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_a_pruned_model_beside_its_dense_one(
+    model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = saved(model_type)
-    api.prune(api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 1}), tmp_path / "out")
+    api.prune(
+        api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 1}),
+        tmp_path / "out",
+    )
     done = run(tmp_path / "out", dense, "--batch", "1,3", "--prompt", 8, "--new", 2, "--repeats", 1, "--json")
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout.splitlines()[-1])
@@ -94,7 +99,9 @@ def test_models_take_turns_on_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(throughput, "_turn", noted)
     one, two, ids = tiny_model("llama"), tiny_model("opt"), some_ids(2, 5)
     best = measure_speed({"one": one, "two": two}, ids, 3, range(2), Known())
-    assert seen == [(one, ids.tolist(), 2), (two, ids.tolist(), 2)] + [(one, ids.tolist(), 3), (two, ids.tolist(), 3)] * 2
+    assert (
+        seen == [(one, ids.tolist(), 2), (two, ids.tolist(), 2)] + [(one, ids.tolist(), 3), (two, ids.tolist(), 3)] * 2
+    )
     assert all(0 < speed.prefill < math.inf and 0 < speed.decode < math.inf for speed in best.values())
 
 
@@ -130,7 +137,9 @@ def test_the_machine_is_measured_and_memory_too() -> None:
         (["--dtype", "int3", "--prompt", "8"], 2, "unknown dtype 'int3'"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(asked: list[str], status: int, words: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(
+    asked: list[str], status: int, words: str, saved: Callable[..., Path], tmp_path: Path
+) -> None:
     done = run(saved("llama"), *asked)
     assert (done.exit_code, words in done.stderr, done.stderr.count("\n")) == (status, True, 1), done.stderr
     assert not (tmp_path / "records.jsonl").exists()

@@ -28,9 +28,36 @@ from tests.fuzz.mutate import damaged, mutated
 from tests.tiny import MODEL_TYPES, some_ids
 
 KNOWN = (
-    *("rope_scaling", "rope_parameters", "rope_theta", "head_dim", "layer_types", "sliding_window", "attention_bias", "mlp_bias", "hidden_act"),
-    *("torch_dtype", "dtype", "quantization_config", "auto_map", "architectures", "partial_rotary_factor", "per_layer_config", "pruned_widths"),
-    *("tie_word_embeddings", "max_position_embeddings", "rms_norm_eps", "num_key_value_heads", "use_sliding_window", "max_window_layers", "is_encoder_decoder"),
+    *(
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
+        "head_dim",
+        "layer_types",
+        "sliding_window",
+        "attention_bias",
+        "mlp_bias",
+        "hidden_act",
+    ),
+    *(
+        "torch_dtype",
+        "dtype",
+        "quantization_config",
+        "auto_map",
+        "architectures",
+        "partial_rotary_factor",
+        "per_layer_config",
+        "pruned_widths",
+    ),
+    *(
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "num_key_value_heads",
+        "use_sliding_window",
+        "max_window_layers",
+        "is_encoder_decoder",
+    ),
 )
 
 
@@ -69,7 +96,20 @@ def invoke(args: list[str], out: Path) -> Outcome:
 
 def prune(model: Path, out: Path, calibration: Path, *more: str) -> list[str]:
     sizes = ["--samples", "3", "--seqlen", "8"]
-    return ["prune", str(model), "--method", "wanda", "--sparsity", "0.5", "--calibration", str(calibration), *sizes, "--out", str(out), *more]
+    return [
+        "prune",
+        str(model),
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        str(calibration),
+        *sizes,
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def stock(folder: Path) -> PreTrainedModel:
@@ -88,7 +128,9 @@ def as_stock(folder: Path, draw: Random, place: Path) -> str:
     """Prune or evaluate a model; where that works, the answer is that of transformers."""
     if draw.random() < 0.5:
         records = place / "records" / "r.jsonl"
-        outcome = invoke(["eval", str(folder), "--text", str(world.ids()), "--records", str(records), "--json"], place / "out")
+        outcome = invoke(
+            ["eval", str(folder), "--text", str(world.ids()), "--records", str(records), "--json"], place / "out"
+        )
         if outcome.status:
             return outcome.line
         ids = torch.from_numpy(np.load(world.ids()))
@@ -138,7 +180,10 @@ def weights(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
     else:
         names = list(load_file(file))
         file.rename(folder / "model-00001-of-00001.safetensors")
-        index, what = mutated({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}, draw)
+        index, what = mutated(
+            {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")},
+            draw,
+        )
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return f"{model_type}: weights, {kind}: {what}", lambda: as_stock(folder, draw, place)
 
@@ -151,7 +196,18 @@ def _other_tensors(file: Path, draw: Random) -> str:
     if kind == "gone":
         del tensors[name]
     elif kind == "dtype":
-        dtype = draw.choice([torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8])
+        dtype = draw.choice(
+            [
+                torch.float64,
+                torch.float16,
+                torch.bfloat16,
+                torch.int8,
+                torch.int64,
+                torch.bool,
+                torch.float8_e4m3fn,
+                torch.uint8,
+            ]
+        )
         tensors[name] = tensor.to(dtype)
         kind = f"{dtype}"
     elif kind == "shape":
@@ -164,7 +220,9 @@ def _other_tensors(file: Path, draw: Random) -> str:
     elif kind == "renamed":
         tensors[name.replace("model.", "module.model.") + "_orig"] = tensors.pop(name)
     elif kind == "more":
-        tensors[draw.choice(["extra", name + "_mask", "model.layers.99.mlp.up_proj.weight", "lm_head.bias"])] = torch.ones(2)
+        tensors[draw.choice(["extra", name + "_mask", "model.layers.99.mlp.up_proj.weight", "lm_head.bias"])] = (
+            torch.ones(2)
+        )
     else:
         tensors[name] = tensor.t().contiguous() if tensor.dim() == 2 else tensor
     save_file(tensors, file, metadata={"format": "pt"})
@@ -178,7 +236,11 @@ def tokenizer(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
         content, what = damaged((folder / name).read_bytes(), draw)
         (folder / name).write_bytes(content)
     else:
-        tree, what = mutated(json.loads((folder / name).read_text()), draw, ("added_tokens", "chat_template", "tokenizer_class", "model_max_length"))
+        tree, what = mutated(
+            json.loads((folder / name).read_text()),
+            draw,
+            ("added_tokens", "chat_template", "tokenizer_class", "model_max_length"),
+        )
         (folder / name).write_text(json.dumps(tree))
 
     def run() -> str:
@@ -186,7 +248,10 @@ def tokenizer(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
         if outcome.status:
             return outcome.line
         text = "the tree is cut"
-        if AutoTokenizer.from_pretrained(outcome.out)(text)["input_ids"] != AutoTokenizer.from_pretrained(folder)(text)["input_ids"]:
+        if (
+            AutoTokenizer.from_pretrained(outcome.out)(text)["input_ids"]
+            != AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        ):
             raise WrongOutcome("the result has another tokenizer")
         return "the tokenizer of transformers"
 
@@ -225,11 +290,23 @@ def text(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
         if command == "prune":
             outcome = invoke(prune(model, place / "out", file), place / "out")
         elif command == "eval":
-            outcome = invoke(["eval", str(model), "--text", str(file), "--seqlen", "8", "--records", str(place / "r" / "r.jsonl")], place / "out")
+            outcome = invoke(
+                ["eval", str(model), "--text", str(file), "--seqlen", "8", "--records", str(place / "r" / "r.jsonl")],
+                place / "out",
+            )
         else:
             few = ["--steps", "1", "--rank", "2", "--samples", "2", "--seqlen", "8", "--text", str(world.ids())]
             more = ["--completion-only"] if draw.random() < 0.5 else []
-            args = ["heal", str(world.sweep() / "wanda-0.4"), "--calibration", str(file), *few, *more, "--out", str(place / "out")]
+            args = [
+                "heal",
+                str(world.sweep() / "wanda-0.4"),
+                "--calibration",
+                str(file),
+                *few,
+                *more,
+                "--out",
+                str(place / "out"),
+            ]
             outcome = invoke([*args, "--records", str(place / "r" / "r.jsonl")], place / "out")
         return outcome.line or "done"
 
@@ -292,7 +369,16 @@ def journal(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
         file.write_bytes(raw)
 
     def run() -> str:
-        args = ["prune", str(world.checkpoint("llama")), "--method", "wanda", "--sparsity", "0.5", "--calibration", str(world.ids())]
+        args = [
+            "prune",
+            str(world.checkpoint("llama")),
+            "--method",
+            "wanda",
+            "--sparsity",
+            "0.5",
+            "--calibration",
+            str(world.ids()),
+        ]
         outcome = invoke([*args, "--out", str(place / "out"), "--resume"], place / "out")
         if outcome.status == 0 and contents(place / "out") != contents(whole):
             raise WrongOutcome("other bytes than a run that was not interrupted")
@@ -303,7 +389,19 @@ def journal(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
 
 NUMBERS = ("nan", "inf", "-1", "0", "1e-9", "0.5", "1", "1e9", "", "x", "0.5,0.5", "\N{SNOWMAN}", "1" * 30)
 OPTIONS = (
-    *("--sparsity", "--params-removed", "--samples", "--seqlen", "--seed", "--modules", "--pattern", "--calibration", "--device", "--dtype", "--set"),
+    *(
+        "--sparsity",
+        "--params-removed",
+        "--samples",
+        "--seqlen",
+        "--seed",
+        "--modules",
+        "--pattern",
+        "--calibration",
+        "--device",
+        "--dtype",
+        "--set",
+    ),
     *("--revision", "--text-field", "--method", "--records"),
 )
 WORDS = (
@@ -331,8 +429,22 @@ WORDS = (
 def options(draw: Random, place: Path) -> tuple[str, Callable[[], str]]:
     given = [(draw.choice(OPTIONS), draw.choice(NUMBERS + WORDS)) for _ in range(draw.randrange(1, 3))]
     method = draw.choice(["magnitude", "wanda", "slicegpt", "shortgpt"])
-    more = [part for option, value in given for part in (option, str(place / value.replace("/", "")) if option == "--records" else value)]
-    args = ["prune", str(world.checkpoint("llama")), "--method", method, "--calibration", str(world.ids()), "--out", str(place / "out"), *more]
+    more = [
+        part
+        for option, value in given
+        for part in (option, str(place / value.replace("/", "")) if option == "--records" else value)
+    ]
+    args = [
+        "prune",
+        str(world.checkpoint("llama")),
+        "--method",
+        method,
+        "--calibration",
+        str(world.ids()),
+        "--out",
+        str(place / "out"),
+        *more,
+    ]
     return f"{method} {' '.join(more)}", lambda: invoke(args, place / "out").line or "done"
 
 

@@ -8,8 +8,41 @@ from typing import Any
 
 # What a key may hold instead of what it should. Numbers stay small where a library would allocate as much: what is tried is our words, not the memory.
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 1000, 0.5, -0.5, 1e-5, 1e30, "", "x", "0", "none", "\N{SNOWMAN}", "a" * 300),
-    *([], [1], [None], ["x"], [[]], {}, {"x": 1}, {"type": "x"}, {"rope_type": "x"}, {"rope_type": "linear"}, {"rope_type": "default"}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        1000,
+        0.5,
+        -0.5,
+        1e-5,
+        1e30,
+        "",
+        "x",
+        "0",
+        "none",
+        "\N{SNOWMAN}",
+        "a" * 300,
+    ),
+    *(
+        [],
+        [1],
+        [None],
+        ["x"],
+        [[]],
+        {},
+        {"x": 1},
+        {"type": "x"},
+        {"rope_type": "x"},
+        {"rope_type": "linear"},
+        {"rope_type": "default"},
+    ),
 )
 
 

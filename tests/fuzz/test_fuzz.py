@@ -48,7 +48,9 @@ def test_half_an_output_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_another_answer_than_that_of_transformers_is_caught(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_answer_than_that_of_transformers_is_caught(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once by its loss, once by its logits."""
     draw = Random(seed)
     evaluates = Random(seed).random() < 0.5

@@ -55,7 +55,9 @@ def quick(ids_file: str) -> api.HealRequest:
 
 
 @pytest.mark.parametrize(("method", "model_type"), CASES)
-def test_healing_trains_what_it_writes(method: str, model_type: str, pruned: Callable[..., Path], quick: api.HealRequest, windows: Any, tmp_path: Path) -> None:
+def test_healing_trains_what_it_writes(
+    method: str, model_type: str, pruned: Callable[..., Path], quick: api.HealRequest, windows: Any, tmp_path: Path
+) -> None:
     """Perplexity falls (the tiny model is healed on what it is measured on), and the record, the plan and the files agree; zeros are the same bits."""
     folder = pruned(model_type, method)
     record = api.heal(replace(quick, model=str(folder)), tmp_path / "healed")
@@ -70,11 +72,15 @@ def test_healing_trains_what_it_writes(method: str, model_type: str, pruned: Cal
         old = before.state_dict()[name]
         assert tensor.shape == old.shape
         zeros = old == 0
-        assert torch.equal(tensor[zeros].to(old.dtype).view(torch.int16), old[zeros].view(torch.int16)), f"{name}: zeros are no longer the same bits"
+        assert torch.equal(tensor[zeros].to(old.dtype).view(torch.int16), old[zeros].view(torch.int16)), (
+            f"{name}: zeros are no longer the same bits"
+        )
         changed += not torch.equal(tensor.to(old.dtype), old)
     view = api.view_model(before)
     assert changed == view.blocks * len(set(view.family.matrices.values()))
-    plan, pruning = (json.loads((path / "secateur" / "plan.json").read_text()) for path in (tmp_path / "healed", folder))
+    plan, pruning = (
+        json.loads((path / "secateur" / "plan.json").read_text()) for path in (tmp_path / "healed", folder)
+    )
     assert (plan["method"], plan["blocks"], plan["heal"]["rank"]) == (method, pruning["blocks"], 4)
     assert api.read_plan(tmp_path / "healed").blocks == api.read_plan(folder).blocks
     assert record["nonzero_after"] == plan["nonzero_after"] == sum(int(p.count_nonzero()) for p in after.parameters())
@@ -111,7 +117,11 @@ def test_the_masked_forward_is_that_of_the_merged_weights() -> None:
 
 
 def test_a_resumed_run_has_the_same_bytes(
-    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pruned: Callable[..., Path],
+    quick: api.HealRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     request = replace(quick, model=str(pruned("llama", "slicegpt")))
     whole = api.heal(request, tmp_path / "whole")
@@ -140,7 +150,9 @@ def test_a_resumed_run_has_the_same_bytes(
         api.heal(replace(request, model=str(pruned("llama", "wanda"))), tmp_path / "resumed", resume=True)
 
 
-def test_divergence_keeps_the_last_good_state(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergence_keeps_the_last_good_state(
+    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = replace(quick, model=str(pruned("llama", "wanda")))
     count, real = [0], tuning.next_token_loss
 
@@ -150,7 +162,10 @@ def test_divergence_keeps_the_last_good_state(pruned: Callable[..., Path], quick
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "next_token_loss", broken)
-        with pytest.raises(api.SecateurError, match=r"not finite .* by step 4; the state of step 2 is kept: .* --resume and a smaller --lr"):
+        with pytest.raises(
+            api.SecateurError,
+            match=r"not finite .* by step 4; the state of step 2 is kept: .* --resume and a smaller --lr",
+        ):
             api.heal(request, tmp_path / "healed")
     assert not (tmp_path / "healed").exists()
     record = api.heal(replace(request, lr=5e-3), tmp_path / "healed", resume=True)
@@ -171,13 +186,20 @@ def test_divergence_keeps_the_last_good_state(pruned: Callable[..., Path], quick
 
 
 def test_a_worse_result_is_said_to_be_worse(
-    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pruned: Callable[..., Path],
+    quick: api.HealRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     real = tuning.next_token_loss
     monkeypatch.setattr(tuning, "next_token_loss", lambda *given: -real(*given))  # it learns to be wrong
     record = api.heal(replace(quick, model=str(pruned("llama", "wanda")), lr=0.1), tmp_path / "healed")
     assert record["ppl"] > record["ppl_before"]
-    assert f"warning: healing made it worse: perplexity {record['ppl']:.2f}, before {record['ppl_before']:.2f}" in capsys.readouterr().err
+    assert (
+        f"warning: healing made it worse: perplexity {record['ppl']:.2f}, before {record['ppl_before']:.2f}"
+        in capsys.readouterr().err
+    )
 
 
 def test_only_a_matrix_with_zeros_has_the_masked_forward() -> None:
@@ -195,8 +217,12 @@ def test_only_a_matrix_with_zeros_has_the_masked_forward() -> None:
     torch.testing.assert_close(both[0](some_ids()).logits, both[1](some_ids()).logits)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers for a property by its old name
-def test_an_adapter_kept_apart_loads_with_peft(pruned: Callable[..., Path], quick: api.HealRequest, windows: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft asks transformers for a property by its old name
+def test_an_adapter_kept_apart_loads_with_peft(
+    pruned: Callable[..., Path], quick: api.HealRequest, windows: torch.Tensor, tmp_path: Path
+) -> None:
     from peft import PeftModel
 
     folder = pruned("opt", "disp_llm")
@@ -227,7 +253,9 @@ def test_answers_alone_count(tmp_path: Path) -> None:
     with pytest.raises(api.SecateurError, match="0 instructions whose answers begin within 5 tokens, but 2"):
         answers_alone(str(tmp_path / "rows.json"), Letters(), samples=2, seqlen=5, seed=0)  # type: ignore[arg-type]
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
-    with pytest.raises(api.SecateurError, match=r"rows need the fields 'instruction' and 'output' .*has prompt, completion"):
+    with pytest.raises(
+        api.SecateurError, match=r"rows need the fields 'instruction' and 'output' .*has prompt, completion"
+    ):
         answers_alone(str(tmp_path / "rows.jsonl"), Letters(), samples=1, seqlen=5, seed=0)  # type: ignore[arg-type]
 
 
@@ -247,26 +275,38 @@ class _Slow:
 @pytest.mark.parametrize("fast", [True, False])
 def test_answers_are_tokenised_with_what_is_before_them(ends: bool, fast: bool, tmp_path: Path) -> None:
     """As of LLaMA: words begin with a mark, a text begins with one, and the tokenizer may end it."""
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "▁": 3} | {letter: 4 + i for i, letter in enumerate(ascii_letters + "#:\n")}
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "▁": 3} | {
+        letter: 4 + i for i, letter in enumerate(ascii_letters + "#:\n")
+    }
     found = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     found.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    found.post_processor = processors.TemplateProcessing("<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 0), ("</s>", 1)])
+    found.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     rows = [{"instruction": "say", "output": "hello you"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     if not fast:
         tokenizer = _Slow(tokenizer)
-    (ids,), (label,) = (t.tolist() for t in vars(answers_alone(str(tmp_path / "rows.json"), tokenizer, samples=1, seqlen=99, seed=0)).values())
+    (ids,), (label,) = (
+        t.tolist()
+        for t in vars(answers_alone(str(tmp_path / "rows.json"), tokenizer, samples=1, seqlen=99, seed=0)).values()
+    )
     whole = PreTrainedTokenizerFast(tokenizer_object=found)(alpaca_prompt(rows[0]))["input_ids"]
     assert ids == (whole if ends else [*whole, 1])
-    assert found.decode([i for i in label if i != IGNORE], skip_special_tokens=False).replace(" ", "") == "hello▁you</s>"
+    assert (
+        found.decode([i for i in label if i != IGNORE], skip_special_tokens=False).replace(" ", "") == "hello▁you</s>"
+    )
     assert label.index(found.token_to_id("h")) == len(ids) - len("hello you") - 1
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"targets": ("q", "experts")}, r"--targets: 'experts' matches no linear module of family llama \(known: q, k, v, o, gate"),
+        (
+            {"targets": ("q", "experts")},
+            r"--targets: 'experts' matches no linear module of family llama \(known: q, k, v, o, gate",
+        ),
         ({"rank": 0}, "--rank 0: a count of at least 1"),
         ({"schedule": "linear"}, r"unknown --schedule 'linear' \(allowed: cosine, constant\)"),
         ({"calibration": "builtin", "completion_only": True}, "no tokenizer|holds no instructions"),
@@ -283,9 +323,12 @@ def test_wrong_requests_are_refused_before_the_work(
 
 
 @pytest.mark.parametrize(
-    ("where", "words"), [("wanda-llama/healed", "lies inside the model"), (".", "holds the model"), ("text", "holds the calibration text")]
+    ("where", "words"),
+    [("wanda-llama/healed", "lies inside the model"), (".", "holds the model"), ("text", "holds the calibration text")],
 )
-def test_an_output_around_what_is_needed_is_refused(where: str, words: str, pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
+def test_an_output_around_what_is_needed_is_refused(
+    where: str, words: str, pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path
+) -> None:
     folder = pruned("llama", "wanda")
     text = tmp_path / "text" / "ids.npy"
     text.parent.mkdir()

@@ -32,10 +32,19 @@ def _naive(model: Any, windows: Tensor, labels: Tensor | None = None) -> Tensor:
     def scale(index: int) -> Any:
         return lambda _, inputs: ((inputs[0].unflatten(-1, (heads, -1)) * mask_LH[index][:, None]).flatten(-2),)
 
-    hooks = [model.get_submodule(view.block_prefix(index) + view.family.matrices["o"]).register_forward_pre_hook(scale(index)) for index in range(view.blocks)]
+    hooks = [
+        model.get_submodule(view.block_prefix(index) + view.family.matrices["o"]).register_forward_pre_hook(
+            scale(index)
+        )
+        for index in range(view.blocks)
+    ]
     for window_T, label_T in zip(windows, windows if labels is None else labels, strict=True):
         logits_TV = model(input_ids=window_T[None]).logits[0, :-1]
-        found.append(torch.autograd.grad(torch.nn.functional.cross_entropy(logits_TV, label_T[1:], ignore_index=IGNORE), mask_LH)[0])
+        found.append(
+            torch.autograd.grad(
+                torch.nn.functional.cross_entropy(logits_TV, label_T[1:], ignore_index=IGNORE), mask_LH
+            )[0]
+        )
     for hook in hooks:
         hook.remove()
     return torch.stack(found)
@@ -70,7 +79,9 @@ def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor, tmp_path: Path, m
 
     monkeypatch.setattr(heads, "head_importance", listen)
     for spec in ("task:cloze", "builtin"):
-        record = api.prune(api.Request("bundled", "heads", sparsity=0.3, calibration=spec, samples=8, seqlen=64), tmp_path / spec[:4])
+        record = api.prune(
+            api.Request("bundled", "heads", sparsity=0.3, calibration=spec, samples=8, seqlen=64), tmp_path / spec[:4]
+        )
         assert record["calibration"]["spec"] == spec
     assert asked[1].labels is None
     assert asked[0].labels is not None
@@ -83,9 +94,13 @@ def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
-def test_query_heads_go_evenly_from_every_group(model_type: str, saved: Callable[..., Path], ids_file: str, windows: Tensor, tmp_path: Path) -> None:
+def test_query_heads_go_evenly_from_every_group(
+    model_type: str, saved: Callable[..., Path], ids_file: str, windows: Tensor, tmp_path: Path
+) -> None:
     """4 query heads on 2 key-value heads: 2 of 4 go, one of each group, and the others keep their key-value head."""
-    request = api.Request(str(saved(model_type)), "heads", sparsity=0.34, calibration=ids_file, options={"unit": "heads"})
+    request = api.Request(
+        str(saved(model_type)), "heads", sparsity=0.34, calibration=ids_file, options={"unit": "heads"}
+    )
     record = api.prune(request, tmp_path / "out")
     assert record["sparsity_measured"] == pytest.approx(4 / 12)
     dims = api.inspect(str(tmp_path / "out"))["blocks"]
@@ -100,7 +115,10 @@ def test_query_heads_go_evenly_from_every_group(model_type: str, saved: Callable
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     torch.testing.assert_close(narrow(some_ids()).logits, masked(some_ids()).logits, rtol=1e-4, atol=1e-5)
     ids = some_ids(1, 8)
-    cached, not_cached = (narrow.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
+    cached, not_cached = (
+        narrow.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, use_cache=c)
+        for c in (True, False)
+    )
     assert torch.equal(cached, not_cached)
 
 
@@ -127,7 +145,9 @@ def test_opt_with_a_head_count_left_behind_would_be_seen(windows: Tensor) -> Non
 
 def test_the_wanted_parameters_go(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     for unit in ("groups", "heads"):
-        request = api.Request(str(saved("llama")), "heads", params_removed=0.08, calibration=ids_file, options={"unit": unit})
+        request = api.Request(
+            str(saved("llama")), "heads", params_removed=0.08, calibration=ids_file, options={"unit": unit}
+        )
         prepared = api.prepare(request)
         record = api.prune(request, tmp_path / unit)
         assert record["pruning_ratio"] == pytest.approx(0.08, abs=0.03), "half a step"
@@ -136,7 +156,11 @@ def test_the_wanted_parameters_go(saved: Callable[..., Path], ids_file: str, tmp
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"sparsity": 0.6}, r"--sparsity 0.6 would empty a block: with one of groups left in each, at most 0.5000 of the heads go"),
+    (
+        "llama",
+        {"sparsity": 0.6},
+        r"--sparsity 0.6 would empty a block: with one of groups left in each, at most 0.5000 of the heads go",
+    ),
     ("llama", {"sparsity": 0.1}, r"--sparsity 0.1 of 12 heads is less than what goes at once, 2; the least is 0.1667"),
     ("opt", {"sparsity": 0.5, "options": {"unit": "heads"}}, r"here each has its own, so use unit=groups"),
     ("llama", {"sparsity": 0.5, "options": {"unit": "layer"}}, r"unknown unit 'layer' \(allowed: groups, heads\)"),

@@ -67,7 +67,9 @@ def _naive(model: Any, windows: Tensor, index: int, options: LLMPruner) -> dict[
     for loss in _losses(model, windows):
         model.zero_grad()
         loss.backward(retain_graph=True)
-        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+        }
         sources.append(replace(view, source=api.ModelSource(gradients)))
     dims, scores = view.dims(index), {}
     for space, members in MEMBERS.items():
@@ -78,7 +80,12 @@ def _naive(model: Any, windows: Tensor, index: int, options: LLMPruner) -> dict[
             parts = []
             for name in names:
                 weights = torch.cat([w.flatten() for w in _parts(view, index, name, members.reader, unit, units)])
-                g = torch.stack([torch.cat([w.flatten() for w in _parts(s, index, name, members.reader, unit, units)]) for s in sources])
+                g = torch.stack(
+                    [
+                        torch.cat([w.flatten() for w in _parts(s, index, name, members.reader, unit, units)])
+                        for s in sources
+                    ]
+                )
                 first, second = -weights * g.mean(0), weights**2 * (g**2).mean(0) / 2
                 change = {"first": first, "second": second, "mixed": first + second}[options.order]
                 parts.append(float(change.sum().abs() if options.granularity == "vector" else change.abs().sum()))
@@ -89,11 +96,17 @@ def _naive(model: Any, windows: Tensor, index: int, options: LLMPruner) -> dict[
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_scores_are_those_of_the_formulas(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
-    for order, granularity, reduce in (("first", "parameter", "sum"), ("mixed", "vector", "max"), ("second", "parameter", "product")):
+    for order, granularity, reduce in (
+        ("first", "parameter", "sum"),
+        ("mixed", "vector", "max"),
+        ("second", "parameter", "product"),
+    ):
         options = LLMPruner(order=order, granularity=granularity, reduce=reduce)
         found = group_scores(api.view_model(model), windows[:3], options, FLOAT64)
         for space, expected in _naive(model, windows[:3], 1, options).items():
-            torch.testing.assert_close(found[1][space], torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(
+                found[1][space], torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("reduce", ["mean", "last"])
@@ -122,7 +135,11 @@ def _by_hand(model: Any, model_type: str, index: int, space: str, unit: int) -> 
     for name, (path, at) in matrices.items():
         module = model.get_submodule(f"{blocks}.{index}.{path}")
         if name in rows:
-            found[name] = [t[at][rows[name]] for t in (module.weight.data, None if module.bias is None else module.bias.data) if t is not None]
+            found[name] = [
+                t[at][rows[name]]
+                for t in (module.weight.data, None if module.bias is None else module.bias.data)
+                if t is not None
+            ]
         elif name in columns:
             found[name] = [module.weight.data[at, columns[name]]]
     return found
@@ -176,13 +193,21 @@ def test_a_group_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_term
     for block, sums in llm_pruner._gradients(view, windows, options, FLOAT64, options.pruned_blocks(view.blocks)):
         for space, unit in (("ffn", 0), ("ffn", 30), ("groups", 0), ("groups", 1)):
             parts = _by_hand(model, model_type, block.index, space, unit)
-            terms = {name: float(change_U[unit]) for name, change_U in llm_pruner.unit_changes(block, sums, options, space).items()}
-            assert terms == pytest.approx({name: _slope(model, windows, part) for name, part in parts.items()}, rel=1e-6, abs=1e-9)
+            terms = {
+                name: float(change_U[unit])
+                for name, change_U in llm_pruner.unit_changes(block, sums, options, space).items()
+            }
+            assert terms == pytest.approx(
+                {name: _slope(model, windows, part) for name, part in parts.items()}, rel=1e-6, abs=1e-9
+            )
             whole = [tensor for part in parts.values() for tensor in part]
             assert sum(terms.values()) == pytest.approx(_slope(model, windows, whole), rel=1e-6, abs=1e-9)
             units = block.dims.ffn if space == "ffn" else block.dims.groups
             kept = torch.tensor([u for u in range(units) if u != unit], dtype=torch.int32)
-            plans = [BlockPlan(n, keep={space: kept}, of={space: units}) if n == block.index else BlockPlan(n) for n in range(3)]
+            plans = [
+                BlockPlan(n, keep={space: kept}, of={space: units}) if n == block.index else BlockPlan(n)
+                for n in range(3)
+            ]
             without = float(_losses(api.cut(model, api.Plan({}, tuple(plans))), windows).detach().mean())
             with _scaled(whole, 0):
                 assert without == pytest.approx(float(_losses(model, windows).mean()), rel=1e-12)
@@ -198,11 +223,19 @@ def test_a_channel_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_te
     change_MD = llm_pruner.channel_changes(api.view_model(model), windows, options, FLOAT64)
     assert len(change_MD) == 3 * len(names)
     for channel in (0, 21):
-        members = [t for index in range(3) for part in _by_hand(model, model_type, index, "channel", channel).values() for t in part]
+        members = [
+            t
+            for index in range(3)
+            for part in _by_hand(model, model_type, index, "channel", channel).values()
+            for t in part
+        ]
         assert float(sum(change_MD)[channel]) == pytest.approx(_slope(model, windows, members), rel=1e-6, abs=1e-9)
         kept = torch.tensor([d for d in range(32) if d != channel], dtype=torch.int32)
         spaces = [space for space in SELECTIONS if space != "ffn"]
-        cut = [BlockPlan(n, keep=dict.fromkeys(spaces, kept), of=dict.fromkeys(spaces, 32), select=SELECT_FIRST) for n in range(3)]
+        cut = [
+            BlockPlan(n, keep=dict.fromkeys(spaces, kept), of=dict.fromkeys(spaces, 32), select=SELECT_FIRST)
+            for n in range(3)
+        ]
         without = float(_losses(api.cut(model, api.Plan({}, tuple(cut))), windows).detach().mean())
         by_hand = deepcopy(model)
         for index in range(3):
@@ -238,10 +271,16 @@ def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor) -> None:
         logits_TV = model(input_ids=window_T[None]).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits_TV, label_T[1:], ignore_index=IGNORE).backward()
         for name, p in model.named_parameters():
-            writes, reads = re.search(r"layers.*(out_proj|fc2)", name), re.search(r"layers.*([qkv]_proj|fc1).weight", name)
+            writes, reads = (
+                re.search(r"layers.*(out_proj|fc2)", name),
+                re.search(r"layers.*([qkv]_proj|fc1).weight", name),
+            )
             if p.grad is not None and (writes or reads):
                 change_DX = (p.detach() * p.grad if writes else (p.detach() * p.grad).t()).reshape(32, -1)
-                first_D, second_D = first_D - change_DX.sum(1) / len(windows), second_D + change_DX.square().sum(1) / (2 * len(windows))
+                first_D, second_D = (
+                    first_D - change_DX.sum(1) / len(windows),
+                    second_D + change_DX.square().sum(1) / (2 * len(windows)),
+                )
     torch.testing.assert_close(found_D, first_D + second_D, rtol=1e-6, atol=1e-12)
 
 
@@ -274,7 +313,9 @@ def test_the_lowest_units_go(windows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("options", [{"ranking": "local"}, {"ranking": "global"}, {"mode": "channel"}])
-def test_the_sparsity_is_that_of_the_whole_model(options: dict[str, str], saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_the_sparsity_is_that_of_the_whole_model(
+    options: dict[str, str], saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     request = api.Request(str(saved("qwen2")), "llm_pruner", params_removed=0.3, calibration=ids_file, options=options)
     record = api.prune(request, tmp_path / "out")
     assert 0.3 <= record["sparsity_measured"] == record["pruning_ratio"] < 0.33
@@ -293,7 +334,9 @@ def test_channels_are_one_choice_for_all_blocks(model_type: str, windows: Tensor
     score_D = channel_scores(view, windows, LLMPruner(mode="channel"), FLOAT64)
     _losses(model, windows).mean().backward()
     expected_D = torch.zeros(32, dtype=torch.float64)
-    gradients = api.ModelSource({name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()})
+    gradients = api.ModelSource(
+        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    )
     for block, gradient in zip(view.iterate(), replace(view, source=gradients).iterate(), strict=True):
         for name in block.names:
             expected_D += (block.matrix(name) * gradient.matrix(name)).abs().sum(1 if name in ("o", "down") else 0)
@@ -310,7 +353,11 @@ def test_channels_are_one_choice_for_all_blocks(model_type: str, windows: Tensor
 
 def test_the_papers_calibration_is_the_default_and_its_ends_scale(saved: Callable[..., Path]) -> None:
     prepared = api.prepare(api.Request(str(saved("llama")), "llm_pruner", sparsity=0.2))
-    assert (prepared.samples, prepared.seqlen, prepared.calibration) == (10, 64, "c4")  # 128 tokens, but for the model's maximum
+    assert (prepared.samples, prepared.seqlen, prepared.calibration) == (
+        10,
+        64,
+        "c4",
+    )  # 128 tokens, but for the model's maximum
     dry = api.estimate(prepared)
     assert dry["calibration_tokens"] == 640
     assert dry["memory_bytes"] > 4 * 640 * 4 * 32  # what enters each block, and what leaves the last
@@ -321,19 +368,33 @@ def test_the_papers_calibration_is_the_default_and_its_ends_scale(saved: Callabl
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.9}, r"--sparsity 0.9 would empty a block: .* use --sparsity 0\.\d+ or less"),
-    ({"sparsity": 0.9, "options": {"ranking": "global"}}, r"--sparsity 0.9 would empty a block: .* use --sparsity 0\.\d+ or less"),
-    ({"sparsity": 0.5, "options": {"keep_first": "2", "keep_last": "1"}}, r"keep_first and keep_last leave none of 3 blocks to prune"),
+    (
+        {"sparsity": 0.9, "options": {"ranking": "global"}},
+        r"--sparsity 0.9 would empty a block: .* use --sparsity 0\.\d+ or less",
+    ),
+    (
+        {"sparsity": 0.5, "options": {"keep_first": "2", "keep_last": "1"}},
+        r"keep_first and keep_last leave none of 3 blocks to prune",
+    ),
     ({"sparsity": 0.5, "options": {"keep_first": "x"}}, r"keep_first is x; it is a number of blocks"),
     ({"sparsity": 0.5, "options": {"order": "third"}}, r"unknown order 'third' \(allowed: first, second, mixed\)"),
-    ({"sparsity": 0.9, "options": {"mode": "channel"}}, r"--sparsity 0.9 would empty the blocks: .* use --sparsity 0\.\d+ or less"),
+    (
+        {"sparsity": 0.9, "options": {"mode": "channel"}},
+        r"--sparsity 0.9 would empty the blocks: .* use --sparsity 0\.\d+ or less",
+    ),
     ({"sparsity": 0.5, "options": {"mode": "channel", "keep_last": "0"}}, r"keep_last does not go with mode=channel"),
     ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with llm_pruner"),
-    ({"sparsity": 0.2, "options": {"mode": "channel"}, "stock_only": True}, r"--stock-only: llm_pruner: its blocks read"),
+    (
+        {"sparsity": 0.2, "options": {"mode": "channel"}, "stock_only": True},
+        r"--stock-only: llm_pruner: its blocks read",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("asked", "words"), BAD)
-def test_bad_input_is_refused_in_one_line(asked: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(
+    asked: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     with pytest.raises(api.UsageError, match=words) as caught:
         api.prune(api.Request(str(saved("llama")), "llm_pruner", calibration=ids_file, **asked), tmp_path / "out")
     assert "\n" not in str(caught.value)
@@ -343,7 +404,13 @@ def test_bad_input_is_refused_in_one_line(asked: dict[str, Any], words: str, sav
 def test_gradients_that_say_nothing_are_refused(windows: Tensor, saved: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model("llama")
     np.save(tmp_path / "one.npy", windows[:1].numpy())
-    request = api.Request(str(saved("llama")), "llm_pruner", sparsity=0.3, calibration=str(tmp_path / "one.npy"), options={"order": "second"})
+    request = api.Request(
+        str(saved("llama")),
+        "llm_pruner",
+        sparsity=0.3,
+        calibration=str(tmp_path / "one.npy"),
+        options={"order": "second"},
+    )
     with pytest.raises(api.SecateurError, match="order=second needs 2 windows or more"):
         api.prune(request, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -352,11 +419,15 @@ def test_gradients_that_say_nothing_are_refused(windows: Tensor, saved: Callable
         api.plan(model, "llm_pruner", windows, sparsity=0.3)
 
 
-def test_stock_only_takes_widths_that_agree_and_refuses_others(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_stock_only_takes_widths_that_agree_and_refuses_others(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = saved("llama")
     view = api.prepare(api.Request(str(dense), "magnitude", sparsity=0.5)).job.view
     half = parameters_left(view, resolve_rates(view, 0.5, None, parse_pattern("rows")))  # of each space of each block
-    request = api.Request(str(dense), "llm_pruner", sparsity=1 - half / view.parameters() - 1e-9, calibration=ids_file, stock_only=True)
+    request = api.Request(
+        str(dense), "llm_pruner", sparsity=1 - half / view.parameters() - 1e-9, calibration=ids_file, stock_only=True
+    )
     assert api.prune(request, tmp_path / "out")["stock"] is True
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__ == "LlamaForCausalLM"
     with pytest.raises(api.SecateurError, match="--stock-only: the widths differ from block to block"):

@@ -41,7 +41,9 @@ def keep_mask(score: torch.Tensor, pattern: str, rate: float, scope: str) -> tor
     return keep
 
 
-def reference_masks(model_type: str, windows: torch.Tensor, method: str, pattern: str, rate: float, scope: str) -> list[dict[str, torch.Tensor]]:
+def reference_masks(
+    model_type: str, windows: torch.Tensor, method: str, pattern: str, rate: float, scope: str
+) -> list[dict[str, torch.Tensor]]:
     model = tiny_model(model_type, dtype=torch.float64)
     layout = layout_of(model_type)
     layers = model.get_submodule(layout.blocks)
@@ -51,9 +53,16 @@ def reference_masks(model_type: str, windows: torch.Tensor, method: str, pattern
         hooks = []
         for name, (path, _) in layout.matrices.items():
 
-            def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name, squares: dict[str, torch.Tensor] = squares) -> None:
+            def note(
+                _: torch.nn.Module,
+                inputs: tuple[torch.Tensor, ...],
+                name: str = name,
+                squares: dict[str, torch.Tensor] = squares,
+            ) -> None:
                 x = inputs[0].reshape(-1, inputs[0].shape[-1])
-                squares[name] = squares.get(name, torch.zeros(x.shape[1], dtype=torch.float64)) + sum(row * row for row in x)
+                squares[name] = squares.get(name, torch.zeros(x.shape[1], dtype=torch.float64)) + sum(
+                    row * row for row in x
+                )
 
             hooks.append(layer.get_submodule(path).register_forward_pre_hook(note))
         with torch.no_grad():
@@ -86,10 +95,19 @@ def reference_masks(model_type: str, windows: torch.Tensor, method: str, pattern
         ("magnitude", "1:4", 0.75, "row"),
     ],
 )
-def test_masks_equal_the_reference(model_type: str, method: str, pattern: str, rate: float, scope: str, windows: torch.Tensor) -> None:
+def test_masks_equal_the_reference(
+    model_type: str, method: str, pattern: str, rate: float, scope: str, windows: torch.Tensor
+) -> None:
     expected = reference_masks(model_type, windows, method, pattern, rate, scope)
     options = {"scope": scope} if ":" not in pattern else {}
-    plan = api.plan(tiny_model(model_type, dtype=torch.float64), method, windows, sparsity=None if ":" in pattern else rate, pattern=pattern, **options)
+    plan = api.plan(
+        tiny_model(model_type, dtype=torch.float64),
+        method,
+        windows,
+        sparsity=None if ":" in pattern else rate,
+        pattern=pattern,
+        **options,
+    )
     for block, masks in zip(plan.blocks, expected, strict=True):
         assert block.masks.keys() == masks.keys()
         for name, keep in masks.items():
@@ -108,7 +126,11 @@ def test_later_blocks_are_calibrated_on_pruned_earlier_ones(windows: torch.Tenso
 def test_float32_masks_differ_from_float64_only_at_near_ties(windows: torch.Tensor) -> None:
     wide = api.plan(tiny_model("llama", dtype=torch.float64), "wanda", windows, sparsity=0.5)
     narrow = api.plan(tiny_model("llama"), "wanda", windows, sparsity=0.5)
-    differing = sum(int((a.masks[n].unpack() != b.masks[n].unpack()).sum()) for a, b in zip(wide.blocks, narrow.blocks, strict=True) for n in a.masks)
+    differing = sum(
+        int((a.masks[n].unpack() != b.masks[n].unpack()).sum())
+        for a, b in zip(wide.blocks, narrow.blocks, strict=True)
+        for n in a.masks
+    )
     total = sum(mask.unpack().numel() for block in wide.blocks for mask in block.masks.values())
     assert differing / total < 1e-3
 
@@ -123,7 +145,11 @@ def test_structured_magnitude_against_brute_force() -> None:
     for plan, score in ((rows, writes), (columns, reads)):
         assert plan.blocks[1].keep["ffn"].tolist() == sorted(score.argsort(descending=True)[: FFN // 2].tolist())
     heads = [
-        sum(float((w.weight[start : start + size].detach() ** 2).sum()) for w, start, size in _group_rows(layer.self_attn, group)) for group in range(GROUPS)
+        sum(
+            float((w.weight[start : start + size].detach() ** 2).sum())
+            for w, start, size in _group_rows(layer.self_attn, group)
+        )
+        for group in range(GROUPS)
     ]
     assert rows.blocks[1].keep["groups"].tolist() == [max(range(GROUPS), key=lambda g: heads[g])]
 

@@ -48,14 +48,18 @@ def test_influence_is_that_of_the_definition_and_the_lowest_go(model_type: str, 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "how"), [*((t, {}) for t in FAMILY_TYPES), ("qwen2", WINDOWED), ("qwen3", WINDOWED), ("mistral", {"sliding_window": 5})]
+    ("model_type", "how"),
+    [*((t, {}) for t in FAMILY_TYPES), ("qwen2", WINDOWED), ("qwen3", WINDOWED), ("mistral", {"sliding_window": 5})],
 )
 def test_a_shorter_model_is_the_stock_one_without_those_blocks(
     model_type: str, how: dict[str, Any], saved: Callable[..., Path], ids_file: str, tmp_path: Path
 ) -> None:
     """The first block goes, so that every number behind it changes; it loads as a stock model, with a cache and without."""
     dense = saved(model_type, **how)
-    record = api.prune(api.Request(str(dense), "shortgpt", sparsity=0.3, calibration=ids_file, stock_only=True, options={"last": 2}), tmp_path / "out")
+    record = api.prune(
+        api.Request(str(dense), "shortgpt", sparsity=0.3, calibration=ids_file, stock_only=True, options={"last": 2}),
+        tmp_path / "out",
+    )
     assert record["sparsity_measured"] == pytest.approx(1 / 3)
     model, shorter = (AutoModelForCausalLM.from_pretrained(path) for path in (dense, tmp_path / "out"))
     assert type(model) is type(shorter)
@@ -70,7 +74,10 @@ def test_a_shorter_model_is_the_stock_one_without_those_blocks(
     ids = some_ids(2, 20)
     torch.testing.assert_close(shorter(ids).logits, model(ids).logits)
     mask = torch.ones_like(ids)
-    with_cache, without = (shorter.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=c) for c in (True, False))
+    with_cache, without = (
+        shorter.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=c)
+        for c in (True, False)
+    )
     assert torch.equal(with_cache, without)
     assert record["params_after"] == sum(p.numel() for p in shorter.parameters())
     shorter.save_pretrained(tmp_path / "again")
@@ -79,7 +86,10 @@ def test_a_shorter_model_is_the_stock_one_without_those_blocks(
 def test_blocks_of_unequal_widths_keep_their_own(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     request = api.Request(str(saved("opt")), "magnitude", pattern="rows", options={"scope": "model"}, sparsity=0.4)
     api.prune(request, tmp_path / "narrow")
-    api.prune(api.Request(str(tmp_path / "narrow"), "shortgpt", sparsity=0.3, calibration=ids_file, options={"last": 2}), tmp_path / "short")
+    api.prune(
+        api.Request(str(tmp_path / "narrow"), "shortgpt", sparsity=0.3, calibration=ids_file, options={"last": 2}),
+        tmp_path / "short",
+    )
     narrow, short = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("narrow", "short"))
     assert short.config.pruned_widths == narrow.config.pruned_widths[1:]
     del narrow.model.decoder.layers[0]
@@ -98,7 +108,10 @@ def test_params_removed_and_what_is_refused(saved: Callable[..., Path], ids_file
         ({"sparsity": 0.9}, "of 3 blocks would leave nothing; use less than 0.8333"),
         ({"sparsity": 0.1}, "of 3 blocks is less than half a block; the least is 0.1667"),
         ({"params_removed": 0.95}, "dropping blocks can remove at most"),
-        ({"sparsity": 0.6, "options": {"first": 2}}, "2 of 3 blocks are to go, but first=2 and last=0 leave 1 that may"),
+        (
+            {"sparsity": 0.6, "options": {"first": 2}},
+            "2 of 3 blocks are to go, but first=2 and last=0 leave 1 that may",
+        ),
         ({"sparsity": 0.6, "modules": "mlp"}, "--modules does not go with shortgpt"),
     ):
         with pytest.raises(api.UsageError, match=words):

@@ -71,7 +71,9 @@ def rotated_at_full_width(model: PreTrainedModel, windows: Tensor, **options: An
 
 @pytest.mark.parametrize("adapters", ["aligned", "dense"])
 @pytest.mark.parametrize(("model_type", "how"), CASES)
-def test_rotating_alone_changes_nothing(model_type: str, how: dict[str, Any], adapters: str, windows: Tensor, exact_norms: None) -> None:
+def test_rotating_alone_changes_nothing(
+    model_type: str, how: dict[str, Any], adapters: str, windows: Tensor, exact_norms: None
+) -> None:
     model = tiny_model(model_type, dtype=torch.float64, **how)
     rotated = rotated_at_full_width(model, windows, adapters=adapters)
     torch.testing.assert_close(rotated(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-9)
@@ -82,7 +84,9 @@ def test_rotating_alone_changes_nothing(model_type: str, how: dict[str, Any], ad
 def test_rotating_alone_equals_the_stock_model(model_type: str, tied: bool, windows: Tensor) -> None:
     """The stock norms as they are: float32 inside, which is what the difference is."""
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
-    torch.testing.assert_close(rotated_at_full_width(model, windows)(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rotated_at_full_width(model, windows)(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-5
+    )
     model = tiny_model(model_type, tied=tied)
     logits, rotated = model(some_ids()).logits, rotated_at_full_width(model, windows)(some_ids()).logits
     assert (rotated - logits).norm() / logits.norm() < 1e-4
@@ -95,7 +99,9 @@ class Reference:
     adapter Q1^T Q2 takes x Q1 to (x Q1 Q1^T) Q2. No weight is rotated here, and no adapter made.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, width: int, *, slice_head: bool = False, normed: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, width: int, *, slice_head: bool = False, normed: bool = False
+    ) -> None:
         self.model, self.family = model, api.view_model(model).family
         self.blocks: nn.ModuleList = model.get_submodule(self.family.blocks)  # type: ignore[assignment]
         self.slice_head, self.normed = slice_head, normed
@@ -129,7 +135,9 @@ class Reference:
 
     def _enter(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         seen: dict[str, Any] = {}
-        handle = self.blocks[0].register_forward_pre_hook(lambda _, args, kwargs: seen.update(hidden=args[0], **kwargs), with_kwargs=True)
+        handle = self.blocks[0].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.update(hidden=args[0], **kwargs), with_kwargs=True
+        )
         self.model(ids, use_cache=False)
         handle.remove()
         return self._written(seen.pop("hidden")), seen
@@ -147,7 +155,9 @@ class Reference:
         rows = x.flatten(0, -2)
         if self.normed:
             rows = rows / rows.square().mean(1, keepdim=True).sqrt()
-        _, _, directions = np.linalg.svd(rows.numpy(), full_matrices=True)  # principal directions without ever forming a second moment
+        _, _, directions = np.linalg.svd(
+            rows.numpy(), full_matrices=True
+        )  # principal directions without ever forming a second moment
         basis = torch.from_numpy(directions[:width].T.copy())
         self.bases.append(basis)
         return basis
@@ -165,13 +175,21 @@ def places_of(plan: Plan) -> list[Tensor]:
     return [place.basis_DW for place in found if place.basis_DW is not None]
 
 
-@pytest.mark.parametrize("options", [{}, {"slice_head": True}, {"signal": "normed"}, {"adapters": "dense"}, {"orientation": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"slice_head": True}, {"signal": "normed"}, {"adapters": "dense"}, {"orientation": "random"}],
+    ids=str,
+)
 @pytest.mark.parametrize("model_type", SLICED)
 @torch.no_grad()
-def test_subspaces_and_logits_are_those_of_the_reference(model_type: str, options: dict[str, Any], windows: Tensor, exact_norms: None) -> None:
+def test_subspaces_and_logits_are_those_of_the_reference(
+    model_type: str, options: dict[str, Any], windows: Tensor, exact_norms: None
+) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     plan = api.plan(model, "slicegpt", windows, sparsity=0.25, **options)
-    reference = Reference(model, windows, 24, slice_head=options.get("slice_head", False), normed=options.get("signal") == "normed")
+    reference = Reference(
+        model, windows, 24, slice_head=options.get("slice_head", False), normed=options.get("signal") == "normed"
+    )
     found = places_of(plan)
     assert len(found) == 1 + BLOCKS * layout_of(model_type).skips
     for basis_DW, expected_DW in zip(found, reference.bases, strict=False):
@@ -190,16 +208,22 @@ def test_the_norm_divides_by_the_original_width(model_type: str, windows: Tensor
     sliced = api.cut(model, api.plan(model, "slicegpt", windows, sparsity=0.5))
     norm: Any = sliced.get_submodule(f"{api.view_model(model).family.blocks}.0.{api.view_model(model).family.norms[0]}")
     x_BW = torch.randn(3, 16, dtype=torch.float64)
-    torch.testing.assert_close(norm(x_BW), x_BW / (x_BW.square().sum(-1, keepdim=True) / HIDDEN + norm.epsilon * 16 / HIDDEN).sqrt())
+    torch.testing.assert_close(
+        norm(x_BW), x_BW / (x_BW.square().sum(-1, keepdim=True) / HIDDEN + norm.epsilon * 16 / HIDDEN).sqrt()
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"slice_head": True}, {"energy": 0.97, "round": 1}], ids=str)
 @pytest.mark.parametrize("model_type", SLICED)
 @torch.no_grad()
-def test_aligned_adapters_are_the_same_function_with_fewer_parameters(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
+def test_aligned_adapters_are_the_same_function_with_fewer_parameters(
+    model_type: str, options: dict[str, Any], windows: Tensor
+) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     asked = {} if "energy" in options else {"sparsity": 0.25}
-    aligned, dense = (api.plan(model, "slicegpt", windows, adapters=form, **asked, **options) for form in ("aligned", "dense"))
+    aligned, dense = (
+        api.plan(model, "slicegpt", windows, adapters=form, **asked, **options) for form in ("aligned", "dense")
+    )
     first, second = api.cut(model, aligned), api.cut(model, dense)
     torch.testing.assert_close(first(some_ids()).logits, second(some_ids()).logits, rtol=0, atol=1e-9)
     assert sum(p.numel() for p in first.parameters()) < sum(p.numel() for p in second.parameters())
@@ -219,7 +243,10 @@ def test_an_aligned_adapter_is_the_identity_less_a_symmetric_product(windows: Te
     torch.testing.assert_close(adapter, torch.eye(24, dtype=torch.float64) - left @ left.T, rtol=0, atol=1e-12)
     # no other rotation of the second basis brings it closer: the polar factor maximises the trace
     for seed in range(5):
-        turned = adapter @ torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+        turned = (
+            adapter
+            @ torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+        )
         assert turned.trace() < adapter.trace()
 
 
@@ -238,7 +265,9 @@ def test_energy_keeps_its_share_at_every_place_with_the_smallest_width(windows: 
 
 def test_a_large_models_parameters_at_a_small_sparsity() -> None:
     """LLaMA-2-7B at s = 0.1 by shapes: larger than dense with the authors' adapters, 0.915 of it with aligned ones."""
-    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000)
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    )
 
     class Shapes:
         tensors = build_skeleton(config).state_dict()
@@ -269,13 +298,19 @@ def test_counting_by_shapes_is_counting(model_type: str, options: dict[str, Any]
     sliced = api.cut(model, api.plan(model, "slicegpt", windows, sparsity=0.25, **options))
     family = api.view_model(model).family
     widths = residuals(HIDDEN, BLOCKS, family.parallel, 0.25, METHOD.options(options))
-    assert sliced_parameters(canonical_view(api.view_model(model), model.dtype), widths) == sum(p.numel() for p in sliced.parameters())
+    assert sliced_parameters(canonical_view(api.view_model(model), model.dtype), widths) == sum(
+        p.numel() for p in sliced.parameters()
+    )
 
 
 @pytest.mark.parametrize("model_type", SLICED_FAMILIES)
 @pytest.mark.parametrize("wanted", [0.05, 0.2, 0.4])
-def test_params_removed_counts_what_is_added(saved: Callable[..., Path], model_type: str, wanted: float, ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved(model_type)), "slicegpt", params_removed=wanted, calibration=ids_file, options={"round": 1})
+def test_params_removed_counts_what_is_added(
+    saved: Callable[..., Path], model_type: str, wanted: float, ids_file: str, tmp_path: Path
+) -> None:
+    request = api.Request(
+        str(saved(model_type)), "slicegpt", params_removed=wanted, calibration=ids_file, options={"round": 1}
+    )
     record = api.prune(request, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert record["params_after"] == sum(p.numel() for p in model.parameters())
@@ -286,7 +321,9 @@ def test_params_removed_counts_what_is_added(saved: Callable[..., Path], model_t
         return float(api.estimate(api.prepare(asked))["pruning_ratio"])
 
     away = abs(record["pruning_ratio"] - wanted)
-    assert away <= min(abs(ratio(width) - wanted) for width in range(2, HIDDEN) if ratio(width) > 0), "no width is nearer"
+    assert away <= min(abs(ratio(width) - wanted) for width in range(2, HIDDEN) if ratio(width) > 0), (
+        "no width is nearer"
+    )
     enough = api.prepare(replace(request, at_least=True))
     assert api.estimate(enough)["pruning_ratio"] >= wanted
     assert HIDDEN * (1 - enough.sparsity) in (kept, kept - 1)
@@ -296,7 +333,9 @@ def test_params_removed_counts_what_is_added(saved: Callable[..., Path], model_t
 def test_the_record_has_the_true_sparsity_and_the_plan_the_spectra(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.3, calibration=ids_file), tmp_path / "out")
+    record = api.prune(
+        api.Request(str(saved("llama")), "slicegpt", sparsity=0.3, calibration=ids_file), tmp_path / "out"
+    )
     assert record["sparsity"] == 0.3
     assert record["sparsity_measured"] == 0.5  # 22 of 32, rounded down to 16
     assert "--sparsity 0.3 becomes 0.5: 16 of 32 directions" in capsys.readouterr().err
@@ -305,13 +344,17 @@ def test_the_record_has_the_true_sparsity_and_the_plan_the_spectra(
     assert place.spectrum_D is not None
     assert place.basis_DW is None
     assert (place.spectrum_D.diff() <= 0).all()
-    assert json.loads((tmp_path / "out" / "secateur" / "plan.json").read_text())["blocks"][1]["places"]["between"]["sha256"]
+    assert json.loads((tmp_path / "out" / "secateur" / "plan.json").read_text())["blocks"][1]["places"]["between"][
+        "sha256"
+    ]
     with pytest.raises(api.SecateurError, match="keeps its rotations in its weights alone"):
         api.cut(tiny_model("llama"), plan)
 
 
 @pytest.mark.parametrize("model_type", SLICED_FAMILIES)
-def test_a_sliced_model_can_be_pruned_by_weights(saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path) -> None:
+def test_a_sliced_model_can_be_pruned_by_weights(
+    saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path
+) -> None:
     api.prune(api.Request(str(saved(model_type)), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "sliced")
     for number, request in enumerate(
         (
@@ -327,11 +370,19 @@ def test_a_sliced_model_can_be_pruned_by_weights(saved: Callable[..., Path], mod
 
 
 @pytest.mark.parametrize("adapters", ["aligned", "dense"])
-def test_the_ratio_of_the_blocks_counts_adapters(saved: Callable[..., Path], adapters: str, ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=ids_file, options={"adapters": adapters})
+def test_the_ratio_of_the_blocks_counts_adapters(
+    saved: Callable[..., Path], adapters: str, ids_file: str, tmp_path: Path
+) -> None:
+    request = api.Request(
+        str(saved("llama")), "slicegpt", sparsity=0.25, calibration=ids_file, options={"adapters": adapters}
+    )
     record = api.prune(request, tmp_path / "out")
     kept = sum(t.numel() for name, t in load_file(tmp_path / "out" / "model.safetensors").items() if ".layers." in name)
-    dense = sum(t.numel() for name, t in load_file(tmp_path / "dense-llama" / "model.safetensors").items() if ".layers." in name and t.dim() == 2)
+    dense = sum(
+        t.numel()
+        for name, t in load_file(tmp_path / "dense-llama" / "model.safetensors").items()
+        if ".layers." in name and t.dim() == 2
+    )
     assert record["pruning_ratio_blocks"] == pytest.approx(1 - kept / dense)
 
 
@@ -357,7 +408,11 @@ def test_an_adapter_between_unequal_places_has_the_rank_that_is_left_out_behind_
         draw = torch.Generator().manual_seed(seed)
         moment = SecondMoment(64, torch.device("cpu"))
         weights = torch.cat([torch.full((width,), 10.0), torch.full((64 - width,), 0.01)]).double()
-        moment.update(torch.randn(500, 64, dtype=torch.float64, generator=draw) * weights @ torch.linalg.qr(torch.randn(64, 64, generator=draw)).Q.double())
+        moment.update(
+            torch.randn(500, 64, dtype=torch.float64, generator=draw)
+            * weights
+            @ torch.linalg.qr(torch.randn(64, 64, generator=draw)).Q.double()
+        )
         return plan_place(moment, before, 1 - width / 64, METHOD.options({"round": 1}), 0)
 
     before = place(inputs, None, 1)
@@ -394,7 +449,9 @@ def test_slicing_what_is_sliced_is_refused(saved: Callable[..., Path], ids_file:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_what_has_unequal_heads_and_units_can_be_sliced(saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path) -> None:
+def test_what_has_unequal_heads_and_units_can_be_sliced(
+    saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path
+) -> None:
     modules = "*.0.self_attn.*=0.5,*.1.fc?=0.75" if model_type == "opt" else "*.0.self_attn.*=0.5,*.1.mlp.*=0.75"
     api.prune(api.Request(str(saved(model_type)), "magnitude", modules=modules, pattern="rows"), tmp_path / "narrow")
     api.prune(api.Request(str(tmp_path / "narrow"), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "out")
@@ -410,7 +467,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "modules": "mlp=0.5"}, "--modules does not go with slicegpt"),
     ({"sparsity": 0.5, "pattern": "2:4"}, "unknown option of slicegpt 'pattern'"),
     ({"sparsity": 0.5, "options": {"energy": 0.9}}, "--sparsity does not go with --set energy=0.9"),
-    ({"params_removed": 0.5, "options": {"energy": 0.9}}, "--params-removed does not go with these options of slicegpt: the text decides the widths"),
+    (
+        {"params_removed": 0.5, "options": {"energy": 0.9}},
+        "--params-removed does not go with these options of slicegpt: the text decides the widths",
+    ),
     ({"params_removed": 0.95}, "narrowing the residual stream can remove at most"),
     ({}, "needs --sparsity S, --params-removed R, or --set energy=E"),
     ({"sparsity": 1.0}, "sparsity 1 is outside"),
@@ -422,7 +482,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("asked", "said"), BAD, ids=lambda value: str(value)[:40])
-def test_bad_requests_are_refused_before_the_work(saved: Callable[..., Path], asked: dict[str, Any], said: str, ids_file: str, tmp_path: Path) -> None:
+def test_bad_requests_are_refused_before_the_work(
+    saved: Callable[..., Path], asked: dict[str, Any], said: str, ids_file: str, tmp_path: Path
+) -> None:
     with pytest.raises(api.UsageError, match=said):
         api.prune(api.Request(str(saved("llama")), "slicegpt", calibration=ids_file, **asked), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -431,7 +493,10 @@ def test_bad_requests_are_refused_before_the_work(saved: Callable[..., Path], as
 def test_too_few_tokens_say_what_rank_there_is(saved: Callable[..., Path], tmp_path: Path) -> None:
     np.save(tmp_path / "few.npy", some_ids(1, 20).numpy())
     with pytest.raises(api.SecateurError, match="20 calibration tokens span at most 20 of the 24 directions"):
-        api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=str(tmp_path / "few.npy")), tmp_path / "out")
+        api.prune(
+            api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=str(tmp_path / "few.npy")),
+            tmp_path / "out",
+        )
     assert not list(tmp_path.glob("out*"))
 
 

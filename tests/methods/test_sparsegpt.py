@@ -24,10 +24,16 @@ Found = tuple[torch.Tensor, torch.Tensor]
 def damped(x_NI: torch.Tensor, damping: float) -> torch.Tensor:
     hessian = x_NI.t() @ x_NI
     alive = hessian.diag() > 0
-    return hessian + damping * hessian.diag()[alive].mean() * torch.eye(len(hessian), dtype=hessian.dtype) + torch.diag((~alive).double())
+    return (
+        hessian
+        + damping * hessian.diag()[alive].mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+        + torch.diag((~alive).double())
+    )
 
 
-def reference(weight: torch.Tensor, x_NI: torch.Tensor, pattern: str, rate: float, damping: float, blocksize: int) -> Found:
+def reference(
+    weight: torch.Tensor, x_NI: torch.Tensor, pattern: str, rate: float, damping: float, blocksize: int
+) -> Found:
     """(keep, new weight): every weight that goes is taken over by the columns behind it, by the inverse of their own Hessian."""
     weight, keep = weight.clone(), torch.ones(weight.shape, dtype=torch.bool)
     rows, inputs = weight.shape
@@ -37,7 +43,9 @@ def reference(weight: torch.Tensor, x_NI: torch.Tensor, pattern: str, rate: floa
     for j in range(inputs):
         if j % decision == 0:
             columns = range(j, min(j + decision, inputs))
-            cost = torch.stack([0 * weight[:, k] if dead[k] else weight[:, k].square() / inverse[k][0, 0] for k in columns], dim=1)
+            cost = torch.stack(
+                [0 * weight[:, k] if dead[k] else weight[:, k].square() / inverse[k][0, 0] for k in columns], dim=1
+            )
             if ":" in pattern:
                 n = int(pattern.split(":")[0])
                 for row in range(rows):
@@ -51,7 +59,9 @@ def reference(weight: torch.Tensor, x_NI: torch.Tensor, pattern: str, rate: floa
     return keep, weight * keep
 
 
-def reference_blocks(model_type: str, windows: torch.Tensor, pattern: str, rate: float, blocksize: int) -> list[dict[str, Found]]:
+def reference_blocks(
+    model_type: str, windows: torch.Tensor, pattern: str, rate: float, blocksize: int
+) -> list[dict[str, Found]]:
     model = tiny_model(model_type, dtype=torch.float64)
     layout = layout_of(model_type)
     layers = model.get_submodule(layout.blocks)
@@ -59,7 +69,9 @@ def reference_blocks(model_type: str, windows: torch.Tensor, pattern: str, rate:
     for layer in layers:
         seen: dict[str, torch.Tensor] = {}
         hooks = [
-            layer.get_submodule(path).register_forward_pre_hook(lambda _, inputs, name=name, seen=seen: seen.__setitem__(name, inputs[0].flatten(0, -2)))
+            layer.get_submodule(path).register_forward_pre_hook(
+                lambda _, inputs, name=name, seen=seen: seen.__setitem__(name, inputs[0].flatten(0, -2))
+            )
             for name, (path, _) in layout.matrices.items()
         ]
         with torch.no_grad():
@@ -77,11 +89,18 @@ def reference_blocks(model_type: str, windows: torch.Tensor, pattern: str, rate:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-@pytest.mark.parametrize(("pattern", "rate", "blocksize"), [("unstructured", 0.5, 128), ("unstructured", 0.63, 20), ("2:4", 0.5, 128), ("3:8", 0.625, 24)])
-def test_masks_and_weights_equal_the_reference(model_type: str, pattern: str, rate: float, blocksize: int, windows: torch.Tensor) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "rate", "blocksize"),
+    [("unstructured", 0.5, 128), ("unstructured", 0.63, 20), ("2:4", 0.5, 128), ("3:8", 0.625, 24)],
+)
+def test_masks_and_weights_equal_the_reference(
+    model_type: str, pattern: str, rate: float, blocksize: int, windows: torch.Tensor
+) -> None:
     expected = reference_blocks(model_type, windows, pattern, rate, blocksize)
     model = tiny_model(model_type, dtype=torch.float64)
-    plan = api.plan(model, "sparsegpt", windows, sparsity=None if ":" in pattern else rate, pattern=pattern, blocksize=blocksize)
+    plan = api.plan(
+        model, "sparsegpt", windows, sparsity=None if ":" in pattern else rate, pattern=pattern, blocksize=blocksize
+    )
     after = api.view_model(api.cut(model, plan))
     for block, found in zip(plan.blocks, expected, strict=True):
         assert block.masks.keys() == block.updates.keys() == found.keys()
@@ -93,7 +112,9 @@ def test_masks_and_weights_equal_the_reference(model_type: str, pattern: str, ra
 
 def correlated(tokens: int, inputs: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mixed = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    mixed = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ torch.randn(
+        inputs, inputs, generator=generator, dtype=torch.float64
+    )
     return mixed * torch.rand(inputs, generator=generator, dtype=torch.float64)
 
 
@@ -165,7 +186,9 @@ def test_the_error_of_reconstruction_is_below_that_of_magnitude_on_average() -> 
         _, new = Alone(weight, x_NI, 0.5).prune()
         flat = weight.abs().flatten()
         magnitude = weight * (weight.abs() > flat.kthvalue(len(flat) // 2).values)
-        ratios.append(float((x_NI @ (weight - new).t()).square().sum() / (x_NI @ (weight - magnitude).t()).square().sum()))
+        ratios.append(
+            float((x_NI @ (weight - new).t()).square().sum() / (x_NI @ (weight - magnitude).t()).square().sum())
+        )
     assert sum(ratios) / len(ratios) < 0.5
 
 

@@ -14,7 +14,9 @@ from secateur import api
 from secateur.core import records
 
 
-def test_the_card_says_what_was_done_and_carries_the_licence(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_the_card_says_what_was_done_and_carries_the_licence(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     folder = saved("llama")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\nhello")
     (folder / "LICENSE").write_text("the licence")
@@ -48,7 +50,9 @@ def test_the_card_names_the_original_by_its_hub_name_where_that_is_known(
 ) -> None:
     folder = saved("llama")
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**{k: v for k, v in content.items() if k != "_name_or_path"}, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({**{k: v for k, v in content.items() if k != "_name_or_path"}, **config})
+    )
     if card:
         (folder / "README.md").write_text(card)
     api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
@@ -67,7 +71,9 @@ def test_the_card_names_the_original_by_its_hub_name_where_that_is_known(
         ({}, []),
     ],
 )
-def test_the_card_has_the_licence_of_the_original(files: dict[str, str], lines: list[str], saved: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_card_has_the_licence_of_the_original(
+    files: dict[str, str], lines: list[str], saved: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = saved("llama")
     for name, text in files.items():
         (folder / name).write_bytes(text.encode())
@@ -76,7 +82,9 @@ def test_the_card_has_the_licence_of_the_original(files: dict[str, str], lines: 
     assert [line for line in front.splitlines() if line.startswith("license")] == lines
 
 
-def test_nothing_that_travels_tells_the_folders_of_this_machine(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_nothing_that_travels_tells_the_folders_of_this_machine(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = str(saved("llama"))
     for number, method in enumerate(("wanda", "magnitude")):
         out = tmp_path / f"out-{number}"
@@ -91,14 +99,19 @@ def test_nothing_that_travels_tells_the_folders_of_this_machine(saved: Callable[
     assert f"ids.npy (SHA-256 of its file {digest[:16]}...)" in card
     assert "perplexity, ids.npy (SHA-256 of its token ids" in card
     folders = [tmp_path / name for name in ("out-0", "out-1", "healed")]
-    travelling = [tmp_path / "report.html", *(file for folder in folders for file in folder.rglob("*") if file.suffix in (".md", ".json"))]
+    travelling = [
+        tmp_path / "report.html",
+        *(file for folder in folders for file in folder.rglob("*") if file.suffix in (".md", ".json")),
+    ]
     assert len(travelling) >= 3 * 3 + 1
     for file in travelling:
         assert str(tmp_path) not in file.read_text(), file
         assert tmp_path.parent.name not in file.read_text(), file
 
 
-def test_the_card_says_what_the_sparsity_is_a_fraction_of(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_the_card_says_what_the_sparsity_is_a_fraction_of(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     words = {
         "slicegpt": ({"sparsity": 0.25}, "0.2500 of the residual width"),
         "shortgpt": ({"sparsity": 0.34}, "0.3333 of the blocks"),

@@ -26,7 +26,11 @@ def test_names_without_the_prefix_of_the_base_model_are_found(saved: Callable[..
     """The OPT checkpoints of the hub were saved from the base model."""
     folder = saved("opt", tied=True)
     tensors = load_file(folder / "model.safetensors")
-    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name.removeprefix("model."): t for name, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == tensors.keys()
 
@@ -57,7 +61,9 @@ def test_the_dtype_is_that_of_the_matrices_wherever_they_are(
 
 
 @pytest.mark.parametrize("one_file", [True, False])
-def test_one_file_or_shards_hold_the_same(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_file: bool) -> None:
+def test_one_file_or_shards_hold_the_same(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_file: bool
+) -> None:
     if not one_file:
         monkeypatch.setattr(save, "ONE_FILE_UP_TO", 1000)
     folder = saved("phi", dtype=torch.bfloat16)
@@ -71,7 +77,9 @@ def test_one_file_or_shards_hold_the_same(saved: Callable[..., Path], tmp_path: 
     assert again["params_after"] == again["params_before"]
 
 
-def test_shards_of_the_same_run_have_the_same_bytes(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_the_same_run_have_the_same_bytes(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Safetensors draws the order of metadata at random, so what a part notes for a resumed run may not be carried into a shard."""
     monkeypatch.setattr(save, "ONE_FILE_UP_TO", 1000)
     for name in ("one", "two", "three"):
@@ -79,7 +87,9 @@ def test_shards_of_the_same_run_have_the_same_bytes(saved: Callable[..., Path], 
     shards = sorted(path.name for path in (tmp_path / "one").glob("model-*.safetensors"))
     assert len(shards) > 3
     for name in ("two", "three"):
-        assert [(tmp_path / name / shard).read_bytes() for shard in shards] == [(tmp_path / "one" / shard).read_bytes() for shard in shards]
+        assert [(tmp_path / name / shard).read_bytes() for shard in shards] == [
+            (tmp_path / "one" / shard).read_bytes() for shard in shards
+        ]
 
 
 def test_tensors_of_mixed_types_and_odd_sizes_are_aligned_in_one_file(tmp_path: Path) -> None:
@@ -93,15 +103,22 @@ def test_tensors_of_mixed_types_and_odd_sizes_are_aligned_in_one_file(tmp_path: 
     save._gather(parts, tmp_path)
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
     header, begin = save._header(tmp_path / "model.safetensors")
     assert begin % 8 == 0
     assert all(entry["data_offsets"][0] % tensors[name].element_size() == 0 for name, entry in header.items())
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_uniform_feed_forward_widths_are_a_stock_model(saved: Callable[..., Path], model_type: str, tmp_path: Path) -> None:
-    record = api.prune(api.Request(str(saved(model_type)), "magnitude", modules="mlp=0.5", pattern="rows", stock_only=True), tmp_path / "out")
+def test_uniform_feed_forward_widths_are_a_stock_model(
+    saved: Callable[..., Path], model_type: str, tmp_path: Path
+) -> None:
+    record = api.prune(
+        api.Request(str(saved(model_type)), "magnitude", modules="mlp=0.5", pattern="rows", stock_only=True),
+        tmp_path / "out",
+    )
     assert record["stock"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == model_type
@@ -111,7 +128,9 @@ def test_uniform_feed_forward_widths_are_a_stock_model(saved: Callable[..., Path
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_fewer_heads_in_every_block_are_stock_where_the_configuration_can_say_so(saved: Callable[..., Path], model_type: str, tmp_path: Path) -> None:
+def test_fewer_heads_in_every_block_are_stock_where_the_configuration_can_say_so(
+    saved: Callable[..., Path], model_type: str, tmp_path: Path
+) -> None:
     request = api.Request(str(saved(model_type)), "magnitude", modules="attention=0.5", pattern="rows")
     record = api.prune(request, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -119,13 +138,20 @@ def test_fewer_heads_in_every_block_are_stock_where_the_configuration_can_say_so
     in_memory = api.cut(tiny_model(model_type), api.read_plan(tmp_path / "out"))
     assert torch.equal(model(some_ids()).logits, in_memory(some_ids()).logits)
     if model_type == "opt":
-        with pytest.raises(api.UsageError, match="--stock-only: stock opt models take the width of a head from the hidden size"):
-            api.prune(api.Request(request.model, "magnitude", modules="attention=0.5", pattern="rows", stock_only=True), tmp_path / "no")
+        with pytest.raises(
+            api.UsageError, match="--stock-only: stock opt models take the width of a head from the hidden size"
+        ):
+            api.prune(
+                api.Request(request.model, "magnitude", modules="attention=0.5", pattern="rows", stock_only=True),
+                tmp_path / "no",
+            )
         assert not (tmp_path / "no").exists()
         assert not (tmp_path / "no.partial").exists()
 
 
-def test_weights_are_not_read_when_a_checkpoint_is_opened(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_read_when_a_checkpoint_is_opened(
+    saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved("llama")
     monkeypatch.setattr(load, "_read", lambda *_: pytest.fail("weights were read"))
     view = open_checkpoint(str(folder)).view()
@@ -137,7 +163,11 @@ def test_weights_are_not_read_when_a_checkpoint_is_opened(saved: Callable[..., P
 def test_a_single_file_wins_over_an_index_as_in_transformers(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved("llama")
     tensors = load_file(folder / "model.safetensors")
-    save_file({name: tensor * 0 for name, tensor in tensors.items()}, folder / "model_backup.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor * 0 for name, tensor in tensors.items()},
+        folder / "model_backup.safetensors",
+        metadata={"format": "pt"},
+    )
     index = {"weight_map": dict.fromkeys(tensors, "model_backup.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(open_checkpoint(str(folder)).read("model.norm.weight"), tensors["model.norm.weight"])
@@ -155,13 +185,17 @@ def test_a_narrowed_opt_pruned_again_is_not_called_stock(saved: Callable[..., Pa
 def test_a_stock_result_has_no_auto_map_of_the_original(saved: Callable[..., Path], tmp_path: Path) -> None:
     folder = saved("phi3")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}})
+    )
     api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
-def test_two_models_whose_folders_have_one_name_are_not_the_same_run(saved: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_models_whose_folders_have_one_name_are_not_the_same_run(
+    saved: Callable[..., Path], tmp_path: Path
+) -> None:
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         saved("llama", seed=number).rename(tmp_path / str(number) / "final")
@@ -172,10 +206,14 @@ def test_two_models_whose_folders_have_one_name_are_not_the_same_run(saved: Call
     moved = tmp_path / "elsewhere"
     (tmp_path / "1" / "final").rename(moved)
     moved = moved.rename(tmp_path / "2" / "final2").rename(tmp_path / "final")
-    assert api.prune(replace(request, model=str(moved)), tmp_path / "out", resume=True)["out"] == str(tmp_path / "out"), "the same model at another place"
+    assert api.prune(replace(request, model=str(moved)), tmp_path / "out", resume=True)["out"] == str(
+        tmp_path / "out"
+    ), "the same model at another place"
 
 
-def test_all_zero_rows_are_counted_and_said(saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_zero_rows_are_counted_and_said(
+    saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = saved("llama")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][:3] *= 1e-6
@@ -184,11 +222,21 @@ def test_all_zero_rows_are_counted_and_said(saved: Callable[..., Path], tmp_path
     pruned = load_file(tmp_path / "out" / "model.safetensors")
     matrices = [tensor for name, tensor in pruned.items() if name.endswith("proj.weight")]
     assert record["zero_rows"] == sum(int((~tensor.any(1)).sum()) for tensor in matrices) >= 3
-    assert "rows of matrices are all zero; float8 weights with one scale per row turn such rows into NaN" in capsys.readouterr().err
+    assert (
+        "rows of matrices are all zero; float8 weights with one scale per row turn such rows into NaN"
+        in capsys.readouterr().err
+    )
     found = api.inspect(str(tmp_path / "out"))
     assert found["zero_rows"] == record["zero_rows"]
-    assert found["blocks"][1]["matrices"]["down"]["zero_rows"] == int((~pruned["model.layers.1.mlp.down_proj.weight"].any(1)).sum()) >= 3
-    assert api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=str(ids(tmp_path))))["zero_rows"] == record["zero_rows"]
+    assert (
+        found["blocks"][1]["matrices"]["down"]["zero_rows"]
+        == int((~pruned["model.layers.1.mlp.down_proj.weight"].any(1)).sum())
+        >= 3
+    )
+    assert (
+        api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=str(ids(tmp_path))))["zero_rows"]
+        == record["zero_rows"]
+    )
 
 
 def ids(folder: Path) -> Path:
@@ -196,7 +244,9 @@ def ids(folder: Path) -> Path:
     return folder / "some.npy"
 
 
-def test_the_hub_is_asked_for_one_revision_and_the_commit_is_recorded(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_one_revision_and_the_commit_is_recorded(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     snapshot = tmp_path / "snapshots" / "0123abc"
@@ -204,8 +254,18 @@ def test_the_hub_is_asked_for_one_revision_and_the_commit_is_recorded(saved: Cal
     saved("llama").rename(snapshot)
     asked: list[object] = []
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
-        asked.append((name, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns, "consolidated*" in (ignore_patterns or ())))
+    def download(
+        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+    ) -> str:
+        asked.append(
+            (
+                name,
+                revision,
+                "*.safetensors" in allow_patterns,
+                "*.bin" in allow_patterns,
+                "consolidated*" in (ignore_patterns or ()),
+            )
+        )
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -21,7 +21,12 @@ from tests.folders import contents
 
 
 def test_every_file_that_a_tokenizer_of_transformers_reads_is_one() -> None:
-    classes = {name for names in TOKENIZER_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names or ()) if name}
+    classes = {
+        name
+        for names in TOKENIZER_MAPPING_NAMES.values()
+        for name in ([names] if isinstance(names, str) else names or ())
+        if name
+    }
     names: set[str] = set()
     for name in sorted(classes):
         with suppress(ImportError):  # a class that needs a library which is not here
@@ -33,7 +38,14 @@ def test_every_file_that_a_tokenizer_of_transformers_reads_is_one() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("tekken.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "tokenizer.model.v3", "qwen.tiktoken", "generation_config.json"),
+        *(
+            "tekken.json",
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+            "tokenizer.model.v3",
+            "qwen.tiktoken",
+            "generation_config.json",
+        ),
         *("LICENSE", "LICENSE.txt", "LICENCE.md", "NOTICE", "Notice.txt", "USE_POLICY.md", "special_tokens_map.json"),
     ],
 )
@@ -44,8 +56,23 @@ def test_these_go_along(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("config.json", "README.md", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "modeling_own.py", "adapter_config.json"),
-        *("tokenizer.safetensors", "quantize_config.json", "params.json", "onnx/tokenizer.json", "trainer_state.json", "tokenizer.py"),
+        *(
+            "config.json",
+            "README.md",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "modeling_own.py",
+            "adapter_config.json",
+        ),
+        *(
+            "tokenizer.safetensors",
+            "quantize_config.json",
+            "params.json",
+            "onnx/tokenizer.json",
+            "trainer_state.json",
+            "tokenizer.py",
+        ),
     ],
 )
 def test_these_stay(name: str) -> None:
@@ -59,7 +86,9 @@ def templated(tmp_path: Path) -> Path:
     shutil.copytree(bundled_folder(), folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("TOOL {% for m in messages %}{{ m.content }}{% endfor %}")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "TOOL {% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     (folder / "tekken.json").write_text("{}")
     (folder / "NOTICE").write_text("made by others")
     return folder
@@ -73,7 +102,9 @@ def agree(one: Path, other: Path) -> None:
     assert second.chat_template == first.chat_template
     chat = [{"role": "user", "content": "def f(x):"}]
     for name in first.chat_template:
-        assert second.apply_chat_template(chat, chat_template=name, tokenize=False) == first.apply_chat_template(chat, chat_template=name, tokenize=False)
+        assert second.apply_chat_template(chat, chat_template=name, tokenize=False) == first.apply_chat_template(
+            chat, chat_template=name, tokenize=False
+        )
     text = "import os\n\n\ndef main() -> None: ...  # \N{GREEK SMALL LETTER PI}"
     assert second(text)["input_ids"] == first(text)["input_ids"]
     assert set(companions(one)) <= set(companions(other))
@@ -93,12 +124,18 @@ def test_templates_arrive_from_the_hub(templated: Path, tmp_path: Path, monkeypa
 
     snapshot = tmp_path / "snapshots" / "0123abc"
 
-    def download(name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None) -> str:
+    def download(
+        name: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+    ) -> str:
         """As the hub does it: patterns of fnmatch over whole paths, in which `*` stops at nothing."""
         for file in templated.rglob("*"):
             path = file.relative_to(templated).as_posix()
             wanted = any(fnmatch.fnmatch(path, pattern) for pattern in allow_patterns)
-            if file.is_file() and wanted and not any(fnmatch.fnmatch(path, pattern) for pattern in ignore_patterns or ()):
+            if (
+                file.is_file()
+                and wanted
+                and not any(fnmatch.fnmatch(path, pattern) for pattern in ignore_patterns or ())
+            ):
                 (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, snapshot / path)
         return str(snapshot)

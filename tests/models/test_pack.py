@@ -17,7 +17,11 @@ from tests.tiny import MODEL_TYPES
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -26,7 +30,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_tensors_round_trip(dtype: torch.dtype, shape: tuple[int, ...], kept: float) -> None:
     tensor = (torch.randn(shape) * (torch.rand(shape) < kept)).to(dtype)
     if tensor.numel() > 3:
-        tensor.view(-1)[:3] = torch.tensor([-0.0, float("nan"), float("inf")], dtype=dtype)  # bits, not numbers, are kept
+        tensor.view(-1)[:3] = torch.tensor(
+            [-0.0, float("nan"), float("inf")], dtype=dtype
+        )  # bits, not numbers, are kept
     assert same_bits(decode(encode(tensor), tensor.shape), tensor)
 
 
@@ -48,16 +54,22 @@ def test_what_would_not_get_smaller_stays() -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_checkpoint_comes_back_byte_for_byte(model_type: str, saved: Callable[..., Path], tmp_path: Path) -> None:
-    api.prune(api.Request(str(saved(model_type, dtype=torch.bfloat16)), "magnitude", pattern="2:4"), tmp_path / "sparse")
+    api.prune(
+        api.Request(str(saved(model_type, dtype=torch.bfloat16)), "magnitude", pattern="2:4"), tmp_path / "sparse"
+    )
     packed = api.pack(str(tmp_path / "sparse"), tmp_path / "packed")
     assert packed["bytes_after"] < 0.9 * packed["bytes_before"]
     api.unpack(tmp_path / "packed", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "sparse")
 
 
-def test_shards_and_narrow_models_come_back(saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_and_narrow_models_come_back(
+    saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("secateur.models.save.ONE_FILE_UP_TO", 0)
-    api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5, modules="mlp", pattern="rows"), tmp_path / "narrow")
+    api.prune(
+        api.Request(str(saved("llama")), "magnitude", sparsity=0.5, modules="mlp", pattern="rows"), tmp_path / "narrow"
+    )
     api.prune(api.Request(str(tmp_path / "narrow"), "magnitude", sparsity=0.7), tmp_path / "sparse")
     api.pack(str(tmp_path / "sparse"), tmp_path / "packed")
     assert len(list((tmp_path / "packed" / "secateur").glob("packed-*.safetensors"))) > 3
@@ -87,8 +99,12 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(saved: Callable[..., 
     name = next(n for n in tensors if n.endswith(".mask"))
     damaged = {
         "truncated or damaged": lambda: file.write_bytes(whole[:-100]),
-        "truncated or damaged .what comes out": lambda: file.write_bytes(whole[:value] + bytes([whole[value] ^ 1]) + whole[value + 1 :]),
-        "truncated or damaged .+ values for": lambda: save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, about),
+        "truncated or damaged .what comes out": lambda: file.write_bytes(
+            whole[:value] + bytes([whole[value] ^ 1]) + whole[value + 1 :]
+        ),
+        "truncated or damaged .+ values for": lambda: save_file(
+            {**tensors, name: torch.zeros_like(tensors[name])}, file, about
+        ),
         "not packed by secateur .format 'pt'.": lambda: save_file(tensors, file, {"format": "pt"}),
         "version 99 of the layout": lambda: save_file(tensors, file, {**about, "version": "99"}),
     }

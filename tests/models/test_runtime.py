@@ -32,7 +32,9 @@ def unequal(saved: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Writes a tiny model whose blocks have unequal heads and feed-forward widths."""
 
     def make(model_type: str, **how: object) -> Path:
-        request = api.Request(str(saved(model_type, **how)), "magnitude", modules=unequal_modules(model_type), pattern="rows")
+        request = api.Request(
+            str(saved(model_type, **how)), "magnitude", modules=unequal_modules(model_type), pattern="rows"
+        )
         record = api.prune(request, tmp_path / f"pruned-{model_type}")
         assert not record["stock"]
         return tmp_path / f"pruned-{model_type}"
@@ -45,19 +47,34 @@ METHODS |= dict.fromkeys(("selected", "selected apart, then normed"), "disp_llm"
 
 
 @pytest.fixture(params=METHODS)
-def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
+def pruned(
+    request: pytest.FixtureRequest,
+    saved: Callable[..., Path],
+    unequal: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+) -> Callable[..., Path]:
     """Writes a tiny model that no stock class can load."""
 
     def sliced(model_type: str, **how: object) -> Path:
-        asked: dict[str, Any] = {"sparsity": 0.25} if request.param == "sliced" else {"options": {"energy": 0.9, "round": 1, "slice_head": True}}
-        record = api.prune(api.Request(str(saved(model_type, **how)), "slicegpt", calibration=ids_file, **asked), tmp_path / f"pruned-{model_type}")
+        asked: dict[str, Any] = (
+            {"sparsity": 0.25}
+            if request.param == "sliced"
+            else {"options": {"energy": 0.9, "round": 1, "slice_head": True}}
+        )
+        record = api.prune(
+            api.Request(str(saved(model_type, **how)), "slicegpt", calibration=ids_file, **asked),
+            tmp_path / f"pruned-{model_type}",
+        )
         assert not record["stock"]
         return tmp_path / f"pruned-{model_type}"
 
     def selected(model_type: str, **how: object) -> Path:
         apart = request.param != "selected"
         options = {"unmet": "cut", "steps": 2, "norm": "selected" if apart else "full", "separate": apart}
-        asked = api.Request(str(saved(model_type, **how)), "disp_llm", sparsity=0.4, calibration=ids_file, options=options)
+        asked = api.Request(
+            str(saved(model_type, **how)), "disp_llm", sparsity=0.4, calibration=ids_file, options=options
+        )
         assert not api.prune(asked, tmp_path / f"pruned-{model_type}")["stock"]
         return tmp_path / f"pruned-{model_type}"
 
@@ -74,7 +91,9 @@ def pruned(request: pytest.FixtureRequest, saved: Callable[..., Path], unequal: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_widths_differ_and_the_model_equals_the_in_memory_one(unequal: Callable[..., Path], model_type: str, tied: bool, dtype: torch.dtype) -> None:
+def test_widths_differ_and_the_model_equals_the_in_memory_one(
+    unequal: Callable[..., Path], model_type: str, tied: bool, dtype: torch.dtype
+) -> None:
     folder = unequal(model_type, tied=tied, dtype=dtype)
     config = json.loads((folder / "config.json").read_text())
     widths = config["pruned_widths"]
@@ -99,7 +118,9 @@ def test_a_key_value_cache_gives_what_recomputation_gives(pruned: Callable[..., 
     rest = model(ids[:, 7:], past_key_values=first.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, rtol=1e-4, atol=1e-4)
     mask = torch.ones_like(ids)
-    with_cache, without = (model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=c) for c in (True, False))
+    with_cache, without = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=c) for c in (True, False)
+    )
     assert torch.equal(with_cache, without)
 
 
@@ -126,7 +147,9 @@ def test_attention_implementations_agree(pruned: Callable[..., Path], model_type
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_save_pretrained_of_a_reloaded_model_round_trips(pruned: Callable[..., Path], model_type: str, tmp_path: Path) -> None:
+def test_save_pretrained_of_a_reloaded_model_round_trips(
+    pruned: Callable[..., Path], model_type: str, tmp_path: Path
+) -> None:
     folder = pruned(model_type)
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again")
@@ -161,8 +184,19 @@ def run_without_secateur(folders: list[Path], cache: Path, *, trust: bool) -> li
     blocked = cache / "blocked"
     blocked.mkdir(parents=True, exist_ok=True)
     (blocked / "secateur.py").write_text("raise ImportError('secateur is hidden from this process')")
-    environment = {**os.environ, "HF_HOME": str(cache / "hf"), "HF_MODULES_CACHE": str(cache / "modules"), "PYTHONPATH": str(blocked)}
-    done = subprocess.run([sys.executable, "-c", REMOTE.format(trust=trust), *map(str, folders)], input="", capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "HF_HOME": str(cache / "hf"),
+        "HF_MODULES_CACHE": str(cache / "modules"),
+        "PYTHONPATH": str(blocked),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE.format(trust=trust), *map(str, folders)],
+        input="",
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip().splitlines()
 
@@ -192,9 +226,13 @@ def test_remote_code_loads_generates_and_saves_without_secateur(
 def test_stock_results_load_without_secateur_and_without_trust(saved: Callable[..., Path], tmp_path: Path) -> None:
     folders = [tmp_path / model_type for model_type in FAMILY_TYPES]
     for model_type, folder in zip(FAMILY_TYPES, folders, strict=True):
-        request = api.Request(str(saved(model_type)), "magnitude", modules="mlp=0.5", pattern="columns", stock_only=True)
+        request = api.Request(
+            str(saved(model_type)), "magnitude", modules="mlp=0.5", pattern="columns", stock_only=True
+        )
         assert api.prune(request, folder)["stock"]
-    for model_type, said in zip(FAMILY_TYPES, run_without_secateur(folders, tmp_path / "cache", trust=False), strict=True):
+    for model_type, said in zip(
+        FAMILY_TYPES, run_without_secateur(folders, tmp_path / "cache", trust=False), strict=True
+    ):
         assert said.split()[0] == type(tiny_model(model_type)).__name__
 
 
@@ -215,7 +253,9 @@ def test_fewer_opt_heads_would_be_silently_wrong_without_their_number(unequal: C
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_pruned_model_can_be_pruned_again(pruned: Callable[..., Path], model_type: str, tmp_path: Path, ids_file: str) -> None:
+def test_a_pruned_model_can_be_pruned_again(
+    pruned: Callable[..., Path], model_type: str, tmp_path: Path, ids_file: str
+) -> None:
     first = pruned(model_type)
     record = api.prune(api.Request(str(first), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "twice")
     assert record["pruning_ratio"] == 0
@@ -227,6 +267,10 @@ def test_a_pruned_model_can_be_pruned_again(pruned: Callable[..., Path], model_t
 def test_configurations_without_widths_are_refused() -> None:
     model_class = runtime.pruned_class("llama")
     with pytest.raises(ValueError, match="lacks 'pruned_widths'"):
-        model_class(model_class.config_class(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=8, intermediate_size=8))
+        model_class(
+            model_class.config_class(
+                hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=8, intermediate_size=8
+            )
+        )
     with pytest.raises(AttributeError, match="SecateurNothing"):
         _ = runtime.SecateurNothing

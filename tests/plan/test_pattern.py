@@ -40,7 +40,9 @@ def test_a_whole_matrix_is_one_long_row(kind: str) -> None:
     assert torch.equal(keep_highest(score, 17).flatten(), by_sorting(score.view(1, -1), 17)[0])
 
 
-@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 8), (3, 16), (15, 16), (1, 32)])
+@pytest.mark.parametrize(
+    ("keep", "group"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 8), (3, 16), (15, 16), (1, 32)]
+)
 @pytest.mark.parametrize("kind", ["distinct", "crowded", "equal"])
 def test_n_of_m_keeps_n_of_every_m_inputs(kind: str, keep: int, group: int) -> None:
     score = scores(kind, 5, 32)

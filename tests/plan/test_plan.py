@@ -95,7 +95,9 @@ def test_new_weights_are_cut_in_and_named_by_hash(model_type: str, tmp_path: Pat
     read = read_plan(tmp_path)
     assert read == plan
     assert read.blocks[1].updated == {"k": hashlib.sha256(new_OI.numpy().tobytes()).hexdigest()}
-    with pytest.raises(api.SecateurError, match="block 1: this plan was read from disk, which names the new weights of k by hash alone"):
+    with pytest.raises(
+        api.SecateurError, match="block 1: this plan was read from disk, which names the new weights of k by hash alone"
+    ):
         api.cut(model, read)
     assert replace(blocks[1], updates={"k": new_OI + 1}) != blocks[1]
     with pytest.raises(api.SecateurError, match="block 1: both plans have new weights for k"):

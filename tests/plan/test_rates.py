@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from secateur import api
-from secateur.plan.budget import parameters_left
 from secateur.plan.pattern import parse_pattern
-from secateur.plan.quantity import UNITS, Subject
 from secateur.plan.rates import resolve_rates
-from tests.tiny import FAMILY_TYPES, MODEL_TYPES, tiny_model
+from tests.tiny import MODEL_TYPES, tiny_model
 
 PLAIN = parse_pattern("unstructured")
 
@@ -48,7 +46,9 @@ def test_globs_reach_single_blocks() -> None:
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 @pytest.mark.parametrize("name", ["q", "k", "v", "o", "gate", "up", "down"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_pruning_one_module_leaves_the_rest_bit_identical(model_type: str, name: str, method: str, windows: torch.Tensor) -> None:
+def test_pruning_one_module_leaves_the_rest_bit_identical(
+    model_type: str, name: str, method: str, windows: torch.Tensor
+) -> None:
     model = tiny_model(model_type)
     view = api.view_model(model)
     if name not in view.family.matrices:
@@ -74,24 +74,3 @@ def test_a_module_may_be_removed_whole(windows: torch.Tensor) -> None:
     pruned = api.view_model(api.cut(model, api.plan(model, "wanda", windows, modules="v=1")))
     assert not pruned.block(2).matrix("v").any()
     assert pruned.block(2).matrix("k").all()
-
-
-@pytest.mark.parametrize("model_type", FAMILY_TYPES)
-@pytest.mark.parametrize("wanted", [0.0, 0.1, 0.25, 0.4])
-def test_the_step_nearest_to_the_ratio_is_taken_or_the_first_that_reaches_it(model_type: str, wanted: float) -> None:
-    model = tiny_model(model_type)
-    view = api.view_model(model)
-    pattern = parse_pattern("rows")
-    sparsity = UNITS.sparsity_for(Subject(view, "magnitude", pattern), wanted, False)
-    pruned = api.cut(model, api.plan(model, "magnitude", sparsity=sparsity, pattern="rows"))
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
-    assert after == parameters_left(view, resolve_rates(view, sparsity, None, pattern))
-    units = {size for index in range(view.blocks) for size in (view.dims(index).ffn, view.dims(index).groups)}
-    steps = sorted({k / n + 1e-9 for n in units for k in range(1, n)})
-    ratios = {step: 1 - parameters_left(view, resolve_rates(view, step, None, pattern)) / before for step in steps}
-    enough = UNITS.sparsity_for(Subject(view, "magnitude", pattern), wanted, True)
-    if wanted:
-        assert abs(1 - after / before - wanted) == pytest.approx(min(abs(ratio - wanted) for ratio in ratios.values()))
-        assert enough == min(step for step, ratio in ratios.items() if ratio >= wanted)
-    else:
-        assert sparsity == enough == 0

@@ -137,14 +137,21 @@ def test_intervals_of_the_fit_are_the_textbook_ones() -> None:
     half = t * sigma * math.sqrt(1 + 1 / len(S) + (0.7 - mean_s) ** 2 / spread)
     ends = found.interval(np.array([0.7]))
     assert ends is not None
-    assert (ends[0][0], ends[1][0]) == pytest.approx((math.exp(math.log(5.47) / (a * 0.7 + b + half)), math.exp(math.log(5.47) / (a * 0.7 + b - half))))
+    assert (ends[0][0], ends[1][0]) == pytest.approx(
+        (math.exp(math.log(5.47) / (a * 0.7 + b + half)), math.exp(math.log(5.47) / (a * 0.7 + b - half)))
+    )
 
 
 @pytest.mark.parametrize("name", ["ratio", "theory", "power", "proportional", "exponential"])
 def test_intervals_cover(name: str) -> None:
     """2,000 seeded studies of six points with normal errors in y: a seventh falls inside 95% of the intervals (2,000 draws have a standard error of 0.5%)."""
     law = next(law for law in LAWS if law.name == name)
-    draw, s, new, trials = np.random.default_rng(11), np.linspace(0.1, 0.4, 6), np.array([0.33]), 2000 if name != "exponential" else 400
+    draw, s, new, trials = (
+        np.random.default_rng(11),
+        np.linspace(0.1, 0.4, 6),
+        np.array([0.33]),
+        2000 if name != "exponential" else 400,
+    )
     dense, constants, inside = DENSE[law.kind], np.array(TRUE[name]), 0
     for _ in range(trials):
         values = law.scale.back(law.mean(constants, s) + 0.01 * draw.standard_normal(6), dense)
@@ -169,7 +176,9 @@ def test_intervals_of_constants_cover() -> None:
 @every_law
 def test_leave_one_out_is_the_naive_loop(law: Law) -> None:
     draw = np.random.default_rng(2)
-    values = law.scale.back(law.mean(np.array(TRUE[law.name]), S) + 0.01 * draw.standard_normal(len(S)), DENSE[law.kind])
+    values = law.scale.back(
+        law.mean(np.array(TRUE[law.name]), S) + 0.01 * draw.standard_normal(len(S)), DENSE[law.kind]
+    )
     errors = leave_one_out(law, S, values, DENSE[law.kind])
     naive = []
     for n in range(len(S)):
@@ -193,7 +202,10 @@ def test_a_straight_line_is_held_out_by_hand() -> None:
 @every_law
 def test_each_form_wins_on_its_own_data(law: Law) -> None:
     best = judge(law.kind, S, curve(law), DENSE[law.kind])[0]
-    nested = {"theory": {"theory", "ratio", "power"}, "proportional": {"proportional", "log-ratio"}}  # the wider form is exact there too
+    nested = {
+        "theory": {"theory", "ratio", "power"},
+        "proportional": {"proportional", "log-ratio"},
+    }  # the wider form is exact there too
     assert best.law.name in nested.get(law.name, {law.name})
     assert best.heldout is not None
     # a held-out point next to the corner leaves the transition to be found between its neighbours
@@ -205,7 +217,9 @@ def test_too_few_points_are_not_fitted(law: Law) -> None:
     values, enough = curve(law), len(law.free)
     for count in range(len(S)):
         assert (fit(law, S[:count], values[:count], DENSE[law.kind]) is not None) == (count >= enough)
-        assert len(leave_one_out(law, S[:count], values[:count], DENSE[law.kind])) == (count if count > enough or not enough else 0)
+        assert len(leave_one_out(law, S[:count], values[:count], DENSE[law.kind])) == (
+            count if count > enough or not enough else 0
+        )
     exact = fit(law, S[:enough], values[:enough], DENSE[law.kind])
     assert exact is not None
     assert exact.sigma is None
@@ -262,7 +276,9 @@ def test_interpolation_by_hand() -> None:
     s, logs = np.array([0.3, 0.1, 0.2]), np.array([2.5, 1.2, 1.6])  # not in order; the dense model has 1
     inside = [(1.0 + 1.6) / 2 - 1.2, 1.2 + (2.5 - 1.2) / 2 - 1.6]
     beyond = 1.6 + 0.4 - 2.5
-    assert interpolation_error(s, np.exp(logs), math.e) == pytest.approx(math.sqrt((inside[0] ** 2 + inside[1] ** 2 + beyond**2) / 3))
+    assert interpolation_error(s, np.exp(logs), math.e) == pytest.approx(
+        math.sqrt((inside[0] ** 2 + inside[1] ** 2 + beyond**2) / 3)
+    )
     assert interpolation_error(s[:2], np.exp(logs[:2]), math.e) is None
 
 

@@ -15,7 +15,16 @@ from secateur import api
 from secateur.cli import app
 
 DENSE = 5.0
-PROTOCOL = {"spec": "wikitext2", "seqlen": 512, "windows": 40, "tokens": 20480, "bos": False, "tail": "drop", "join": "\n\n", "sha256": "ab" * 32}
+PROTOCOL = {
+    "spec": "wikitext2",
+    "seqlen": 512,
+    "windows": 40,
+    "tokens": 20480,
+    "bos": False,
+    "tail": "drop",
+    "join": "\n\n",
+    "sha256": "ab" * 32,
+}
 Predict = Callable[..., dict[str, Any]]
 
 
@@ -28,7 +37,15 @@ def record(s: float, ppl: float | None, **more: Any) -> dict[str, Any]:
         "method": "slicegpt", "options": {"orientation": "pca"}, "pattern": None, "seed": 0, "sparsity": round(s, 1), "sparsity_measured": s,
         "calibration": {"spec": "alpaca", "samples": 128, "seqlen": 512, "sha256": "cd" * 32},
     }  # fmt: skip
-    dense = {"method": None, "options": None, "pattern": None, "seed": None, "sparsity": 0.0, "sparsity_measured": 0.0, "calibration": None}
+    dense = {
+        "method": None,
+        "options": None,
+        "pattern": None,
+        "seed": None,
+        "sparsity": 0.0,
+        "sparsity_measured": 0.0,
+        "calibration": None,
+    }
     return {
         "command": "eval", "model": "tiny", "model_revision": None, "ppl": ppl, "ppl_protocol": PROTOCOL, "dtype": "float32", "tasks": {}, "modules": None,
         "out": f"runs/{s}", **(pruned if s else dense),
@@ -122,7 +139,11 @@ def test_every_rival_is_there_with_its_held_out_error(sweep: Path) -> None:
     assert set(names) == {"ratio", "theory", "log-linear", "power", "exponential", "phase"}
     assert names[0] == answer["best"] == "ratio"
     phase = next(rival for rival in answer["rivals"] if rival["law"] == "phase")
-    assert (phase["fitted"], phase["heldout_rmse"], phase["heldout_points"]) == (True, None, 0)  # four constants: four points leave none to hold out
+    assert (phase["fitted"], phase["heldout_rmse"], phase["heldout_points"]) == (
+        True,
+        None,
+        0,
+    )  # four constants: four points leave none to hold out
     assert set(phase["constants"]) == {"a", "b", "c", "t"}
     held = [rival["heldout_rmse"] for rival in answer["rivals"] if rival["heldout_rmse"] is not None]
     assert held == sorted(held)
@@ -184,10 +205,15 @@ def test_one_point_suffices_for_the_parameter_free_law(tmp_path: Path) -> None:
 
 
 def test_best_takes_the_least_held_out_error(tmp_path: Path) -> None:
-    file = write_csv(tmp_path, csv_of({s: DENSE * math.exp(0.2 * math.expm1(6 * s)) for s in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)}))
+    file = write_csv(
+        tmp_path, csv_of({s: DENSE * math.exp(0.2 * math.expm1(6 * s)) for s in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)})
+    )
     default, best = ask(file), ask(file, "--law", "best")
     assert (default["law"], best["law"], best["b"]) == ("ratio", "exponential", pytest.approx(6.0, abs=1e-5))
-    assert any("law 'exponential' predicts the 5 held-out points better" in line and "--law exponential" in line for line in default["warnings"])
+    assert any(
+        "law 'exponential' predicts the 5 held-out points better" in line and "--law exponential" in line
+        for line in default["warnings"]
+    )
     assert not any("better" in line for line in best["warnings"])
 
 
@@ -212,7 +238,10 @@ def test_outside_the_domain(sweep: Path) -> None:
 def test_unreachable_and_far_targets(sweep: Path) -> None:
     low = ask(sweep, "--target-ppl", "5.1")
     assert low["target"]["sparsity"] is None
-    assert any("perplexity 5.1 is not reachable: at sparsity 0 law 'ratio' gives 5.347, and the dense model has 5" in line for line in low["warnings"])
+    assert any(
+        "perplexity 5.1 is not reachable: at sparsity 0 law 'ratio' gives 5.347, and the dense model has 5" in line
+        for line in low["warnings"]
+    )
     far = ask(sweep, "--target-ppl", "1000")
     assert far["target"]["extrapolated"] is True
     assert any("measure there before relying on it" in line for line in far["warnings"])
@@ -220,7 +249,10 @@ def test_unreachable_and_far_targets(sweep: Path) -> None:
 
 def test_points_that_are_not_monotone(tmp_path: Path) -> None:
     said = ask(write_csv(tmp_path, csv_of({0.0: DENSE, 0.1: 6.0, 0.2: 5.9, 0.3: 8.0})))["warnings"]
-    assert "not monotone: perplexity is better at sparsity 0.2 (5.9) than at 0.1 (6); every law here says the opposite" in said
+    assert (
+        "not monotone: perplexity is better at sparsity 0.2 (5.9) than at 0.1 (6); every law here says the opposite"
+        in said
+    )
 
 
 def test_the_dense_model_in_the_fit(tmp_path: Path) -> None:
@@ -233,7 +265,9 @@ def test_the_dense_model_in_the_fit(tmp_path: Path) -> None:
 
 
 def test_the_cautious_target_is_where_the_worse_end_keeps_it(tmp_path: Path) -> None:
-    file = write_csv(tmp_path, csv_of({0.0: DENSE} | {s: paper(s) * (1 + 0.02 * (-1) ** n) for n, s in enumerate(SWEEP)}))
+    file = write_csv(
+        tmp_path, csv_of({0.0: DENSE} | {s: paper(s) * (1 + 0.02 * (-1) ** n) for n, s in enumerate(SWEEP)})
+    )
     target = ask(file, "--target-ppl", "9")["target"]
     assert target["cautious"] < target["sparsity"] - 0.01
     mean, worse = (ask(file, "--at", repr(target[name]))["predictions"][0] for name in ("sparsity", "cautious"))
@@ -247,12 +281,18 @@ def test_a_held_out_point_outside_the_domain(tmp_path: Path) -> None:
     answer = ask(write_csv(tmp_path, csv_of({0.0: 1.5} | {s: math.exp(math.log(1.5) / y) for s, y in ys.items()})))
     ratio = next(rival for rival in answer["rivals"] if rival["law"] == "ratio")
     assert (ratio["heldout_rmse"], ratio["heldout_outside_domain"], ratio["last_error"]) == (None, 1, None)
-    assert "law 'ratio' does not hold: fitted to the others, it has no value at 1 of 3 held-out points" in answer["warnings"]
+    assert (
+        "law 'ratio' does not hold: fitted to the others, it has no value at 1 of 3 held-out points"
+        in answer["warnings"]
+    )
 
 
 def test_a_slope_that_says_pruning_helps(tmp_path: Path) -> None:
     said = ask(write_csv(tmp_path, csv_of({0.0: DENSE, 0.1: 8.0, 0.2: 7.0, 0.3: 6.5})))["warnings"]
-    assert any(line.startswith("law 'ratio' does not hold: its fitted slope a = ") and line.endswith("says that pruning helps") for line in said)
+    assert any(
+        line.startswith("law 'ratio' does not hold: its fitted slope a = ") and line.endswith("says that pruning helps")
+        for line in said
+    )
     accuracies = write_csv(tmp_path, csv_of({0.0: 0.9, 0.1: 0.92, 0.2: 0.95, 0.3: 0.99}, "acc"))
     said = ask(accuracies, "--chance", "0.5", "--at", "0.6")["warnings"]
     assert any(line.startswith("law 'log-ratio' does not hold: its fitted slope") for line in said)
@@ -264,7 +304,9 @@ def test_a_slope_that_says_pruning_helps(tmp_path: Path) -> None:
 
 def test_accuracy_of_a_task(tmp_path: Path) -> None:
     accs = {s: 0.7 * math.exp(-0.9 * s + 0.01) for s in SWEEP}
-    file = write_records(tmp_path, [record(0.0, DENSE, **cloze(0.7)), *(record(s, paper(s), **cloze(acc)) for s, acc in accs.items())])
+    file = write_records(
+        tmp_path, [record(0.0, DENSE, **cloze(0.7)), *(record(s, paper(s), **cloze(acc)) for s, acc in accs.items())]
+    )
     answer = ask(file, "--metric", "cloze", "--at", "0.25", "--target-acc", "0.6")
     assert (answer["law"], answer["metric"], answer["chance"]) == ("log-ratio", "cloze", 0.25)
     assert (answer["a"], answer["b"]) == pytest.approx((-0.9, 0.01))
@@ -278,14 +320,19 @@ def test_accuracy_of_a_task(tmp_path: Path) -> None:
 
 def test_accuracy_at_chance_is_left_out(tmp_path: Path) -> None:
     accs = {0.1: 0.6, 0.2: 0.5, 0.3: 0.42, 0.4: 0.265, 0.5: 0.24}
-    file = write_records(tmp_path, [record(0.0, DENSE, **cloze(0.7)), *(record(s, paper(s), **cloze(acc)) for s, acc in accs.items())])
+    file = write_records(
+        tmp_path, [record(0.0, DENSE, **cloze(0.7)), *(record(s, paper(s), **cloze(acc)) for s, acc in accs.items())]
+    )
     answer = ask(file, "--metric", "cloze", "--at", "0.9")
     assert [point["sparsity"] for point in answer["measured"]] == [0.1, 0.2, 0.3]
     said = "\n".join(answer["warnings"])
     assert "accuracy 0.265 at sparsity 0.4 is at chance (0.25) within its standard error 0.02 and is left out" in said
     assert "accuracy 0.24 at sparsity 0.5 is at chance (0.25) and is left out" in said
     assert "below chance (0.25): expect chance" in said
-    assert "accuracy 0.2 is not above chance (0.25)" in ask(file, "--metric", "cloze", "--target-acc", "0.2")["warnings"][-1]
+    assert (
+        "accuracy 0.2 is not above chance (0.25)"
+        in ask(file, "--metric", "cloze", "--target-acc", "0.2")["warnings"][-1]
+    )
 
 
 def test_accuracy_of_an_unknown_task_and_of_zero(tmp_path: Path) -> None:
@@ -313,9 +360,14 @@ def test_where_keeps_one_method(tmp_path: Path) -> None:
     file = write_records(tmp_path, [record(0.0, DENSE), *(record(s, paper(s)) for s in SWEEP), *others])
     status, said = refused(file)
     assert status == 1
-    assert "the records differ in method: slicegpt, wanda; one law is for one of them: --where NAME=VALUE keeps one of them" in said
+    assert (
+        "the records differ in method: slicegpt, wanda; one law is for one of them: --where NAME=VALUE keeps one of them"
+        in said
+    )
     assert ask(file, "--where", "method=slicegpt")["a"] == pytest.approx(-1.08)
-    assert ask(file, "--where", "method=wanda", "--where", "options.orientation=pca")["measured"][0]["ppl"] == pytest.approx(paper(SWEEP[0]) + 3)
+    assert ask(file, "--where", "method=wanda", "--where", "options.orientation=pca")["measured"][0][
+        "ppl"
+    ] == pytest.approx(paper(SWEEP[0]) + 3)
 
 
 def test_later_records_replace_and_prune_records_do_not_count(tmp_path: Path) -> None:
@@ -339,7 +391,11 @@ def test_diverged_points_are_left_out_and_named(tmp_path: Path) -> None:
 
 
 def test_equal_points_count_once(tmp_path: Path) -> None:
-    twins = [record(0.0, DENSE), *(record(s, paper(s)) for s in SWEEP), record(SWEEP[0], paper(SWEEP[0]), out="runs/again")]
+    twins = [
+        record(0.0, DENSE),
+        *(record(s, paper(s)) for s in SWEEP),
+        record(SWEEP[0], paper(SWEEP[0]), out="runs/again"),
+    ]
     answer = ask(write_records(tmp_path, twins))
     assert answer["points"] == 4
     assert any("occurs more than once and is counted once" in line for line in answer["warnings"])
@@ -356,21 +412,34 @@ def test_equal_points_count_once(tmp_path: Path) -> None:
         ("dtype", "bfloat16", "dtype: bfloat16, float32"),
         ("modules", "mlp=0.3", "modules: mlp=0.3, null"),
         ("options", {"orientation": "random"}, 'options: {"orientation": "pca"}, {"orientation": "random"}'),
-        ("calibration", {"spec": "c4", "samples": 128, "seqlen": 512, "sha256": "cd" * 32}, "calibration.spec: alpaca, c4"),
-        ("calibration", {"spec": "alpaca", "samples": 128, "seqlen": 512, "sha256": "00" * 32}, "calibration.sha256: 0000"),
+        (
+            "calibration",
+            {"spec": "c4", "samples": 128, "seqlen": 512, "sha256": "cd" * 32},
+            "calibration.spec: alpaca, c4",
+        ),
+        (
+            "calibration",
+            {"spec": "alpaca", "samples": 128, "seqlen": 512, "sha256": "00" * 32},
+            "calibration.sha256: 0000",
+        ),
         ("ppl_protocol", {**PROTOCOL, "seqlen": 1024}, "ppl_protocol.seqlen: 1024, 512"),
         ("ppl_protocol", {**PROTOCOL, "sha256": "00" * 32}, "ppl_protocol.sha256: 0000"),
         ("ppl_protocol", {**PROTOCOL, "tail": "keep"}, "ppl_protocol.tail: drop, keep"),
     ],
 )
 def test_records_that_do_not_belong_together(field: str, value: Any, said: str, tmp_path: Path) -> None:
-    file = write_records(tmp_path, [record(0.0, DENSE), *(record(s, paper(s)) for s in SWEEP[:3]), record(0.398, paper(0.398), **{field: value})])
+    file = write_records(
+        tmp_path,
+        [record(0.0, DENSE), *(record(s, paper(s)) for s in SWEEP[:3]), record(0.398, paper(0.398), **{field: value})],
+    )
     status, line = refused(file)
     assert status == 1
     assert f"the records differ in {said}" in line
 
 
-@pytest.mark.parametrize(("field", "value"), [("ppl_protocol", {**PROTOCOL, "seqlen": 1024}), ("model_revision", "abc")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("ppl_protocol", {**PROTOCOL, "seqlen": 1024}), ("model_revision", "abc")]
+)
 def test_a_dense_model_measured_otherwise(field: str, value: Any, tmp_path: Path) -> None:
     file = write_records(tmp_path, [record(0.0, DENSE, **{field: value}), *(record(s, paper(s)) for s in SWEEP)])
     assert "the records differ in" in refused(file)[1]
@@ -458,12 +527,19 @@ def test_bad_files(sweep: Path, tmp_path: Path) -> None:
 
 def test_bad_records(sweep: Path, tmp_path: Path) -> None:
     assert "--metric piqa was not measured (allowed: ppl)" in refused(sweep, "--metric", "piqa")[1]
-    assert "no pruned record has method=wanda (there are method: slicegpt)" in refused(sweep, "--where", "method=wanda")[1]
+    assert (
+        "no pruned record has method=wanda (there are method: slicegpt)" in refused(sweep, "--where", "method=wanda")[1]
+    )
     no_dense = write_records(tmp_path, [record(s, paper(s)) for s in SWEEP], "pruned.jsonl")
-    assert "the dense model's ppl is not among the records: run 'secateur eval tiny' under the same protocol" in refused(no_dense)[1]
+    assert (
+        "the dense model's ppl is not among the records: run 'secateur eval tiny' under the same protocol"
+        in refused(no_dense)[1]
+    )
     bad = write_records(tmp_path, [record(0.0, DENSE), record(0.1, 0.5), record(0.2, 7.0)], "bad.jsonl")
     assert "runs/0.1: perplexity 0.5 is not a finite number above 1" in refused(bad)[1]
-    two = write_records(tmp_path, [record(0.0, DENSE), record(0.1, 6.0), record(0.1, 7.0, out="runs/b"), record(0.2, 8.0)], "two.jsonl")
+    two = write_records(
+        tmp_path, [record(0.0, DENSE), record(0.1, 6.0), record(0.1, 7.0, out="runs/b"), record(0.2, 8.0)], "two.jsonl"
+    )
     assert "two values at sparsity 0.1: 6 (runs/0.1) and 7 (runs/b); keep one" in refused(two)[1]
 
 
@@ -489,7 +565,13 @@ def test_every_law_can_be_drawn(law: str, sweep: Path, tmp_path: Path) -> None:
 
 def test_plots_without_points_and_of_accuracy(tmp_path: Path) -> None:
     ask(write_csv(tmp_path, "sparsity,ppl\n0,5\n"), "--plot", tmp_path / "none.png")
-    ask(write_csv(tmp_path, csv_of({0.0: 0.8, 0.1: 0.7, 0.2: 0.6}, "acc"), "b.csv"), "--plot", tmp_path / "acc.png", "--chance", "0.25")
+    ask(
+        write_csv(tmp_path, csv_of({0.0: 0.8, 0.1: 0.7, 0.2: 0.6}, "acc"), "b.csv"),
+        "--plot",
+        tmp_path / "acc.png",
+        "--chance",
+        "0.25",
+    )
     assert (tmp_path / "none.png").exists()
     assert (tmp_path / "acc.png").exists()
 

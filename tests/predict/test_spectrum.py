@@ -55,7 +55,12 @@ def test_the_fisher_information_of_the_head(model_type: str, windows: Tensor) ->
     hidden_ND, p_NV, head_VD = final_states(model, windows)
     expected_DD = torch.zeros(HIDDEN, HIDDEN, dtype=torch.float64)
     for x_D, p_V in zip(hidden_ND, p_NV, strict=True):
-        expected_DD += head_VD.T @ (p_V.diag() - p_V.outer(p_V)) @ head_VD / (x_D.square().mean() + view.raw_config["pruned_residual"]["epsilon"])
+        expected_DD += (
+            head_VD.T
+            @ (p_V.diag() - p_V.outer(p_V))
+            @ head_VD
+            / (x_D.square().mean() + view.raw_config["pruned_residual"]["epsilon"])
+        )
     torch.testing.assert_close(head_fisher(view, stream), expected_DD / len(hidden_ND), rtol=1e-5, atol=1e-8)
 
 
@@ -154,7 +159,13 @@ def test_points_of_something_else_are_refused(saved: Callable[..., Path], ids_fi
     file = tmp_path / "records.jsonl"
     protocol = {"spec": "x", "seqlen": 8, "windows": 1, "tokens": 8, "bos": "each", "tail": "drop", "sha256": "0"}
     for name, said in (("model", "the points are of model 'other'"), ("method", "the points are of method 'wanda'")):
-        facts = {"command": "eval", "model": request.model, "method": "slicegpt", **{name: "other" if name == "model" else "wanda"}, "ppl_protocol": protocol}
+        facts = {
+            "command": "eval",
+            "model": request.model,
+            "method": "slicegpt",
+            **{name: "other" if name == "model" else "wanda"},
+            "ppl_protocol": protocol,
+        }
         rows = [facts | {"method": None, "sparsity": 0.0, "sparsity_measured": 0.0, "ppl": 10.0, "pruning_ratio": 0.0}]
         rows += [facts | {"sparsity": s, "sparsity_measured": s, "ppl": 10 + s} for s in (0.1, 0.2)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -164,7 +175,9 @@ def test_points_of_something_else_are_refused(saved: Callable[..., Path], ids_fi
 
 def test_questions_past_the_points_are_told(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     request = request_for(saved("llama"), ids_file)
-    record = api.predict_from_spectrum(request, [records(tmp_path, {0: 10.0, 0.1: 9.99, 0.3: 11.0})], at=[0.2, 0.9], target_ppl=1e300)
+    record = api.predict_from_spectrum(
+        request, [records(tmp_path, {0: 10.0, 0.1: 9.99, 0.3: 11.0})], at=[0.2, 0.9], target_ppl=1e300
+    )
     assert [p["extrapolated"] for p in record["predictions"]] == [False, True]
     assert any("0.9" in warning and "above 0.3" in warning for warning in record["warnings"])
     assert record["target"]["extrapolated"]
@@ -182,14 +195,19 @@ BAD: list[tuple[list[str], str]] = [
 
 @pytest.mark.parametrize(("arguments", "said"), BAD, ids=lambda value: str(value)[:30])
 def test_bad_input_is_told(saved: Callable[..., Path], ids_file: str, arguments: list[str], said: str) -> None:
-    result = CliRunner().invoke(app, ["predict", "--spectrum", str(saved("llama")), "--calibration", ids_file, *arguments])
+    result = CliRunner().invoke(
+        app, ["predict", "--spectrum", str(saved("llama")), "--calibration", ids_file, *arguments]
+    )
     assert result.exit_code == 2
     assert said in result.stderr
 
 
 def test_the_command_line(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     model = str(saved("llama"))
-    result = CliRunner().invoke(app, ["predict", "--spectrum", model, "--calibration", ids_file, "--dense-ppl", "30", "--at", "0.1,0.2", "--json"])
+    result = CliRunner().invoke(
+        app,
+        ["predict", "--spectrum", model, "--calibration", ids_file, "--dense-ppl", "30", "--at", "0.1,0.2", "--json"],
+    )
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout.splitlines()[-1])
     assert {"law", "a", "b", "rmse", "heldout_rmse", "points", "predictions", "target", "warnings"} <= record.keys()

@@ -51,7 +51,11 @@ def test_a_fit_meets_an_exponential_of_a_parabola_and_slopes_of_the_hull_never_f
 
 
 def test_the_greedy_choice_is_the_best_of_all_choices() -> None:
-    curves = [Curve(0, "q", 2, 4, (0.01, 0.05, 0.4)), Curve(0, "k", 1, 4, (0.02, 0.03, 0.05)), Curve(1, "q", 2, 4, (0.002, 0.05, 0.6))]
+    curves = [
+        Curve(0, "q", 2, 4, (0.01, 0.05, 0.4)),
+        Curve(0, "k", 1, 4, (0.02, 0.03, 0.05)),
+        Curve(1, "q", 2, 4, (0.002, 0.05, 0.6)),
+    ]
     grids = [fitted(LEVELS, c.increase_L, np.arange(5) / 4) for c in curves]
     assert all((np.diff(y, 2) > 0).all() for y in grids), "the curves of this test are convex, so the hull is the curve"
     for budget in (2, 7, 12):
@@ -60,7 +64,11 @@ def test_the_greedy_choice_is_the_best_of_all_choices() -> None:
         assert budget <= removed < budget + 2
         cost = sum(y[n] for y, n in zip(grids, steps, strict=True))
         every = itertools.product(range(4), repeat=3)  # 4 of 4 is beyond what may be removed
-        best = min(sum(y[n] for y, n in zip(grids, s, strict=True)) for s in every if sum(n * c.outputs for n, c in zip(s, curves, strict=True)) == removed)
+        best = min(
+            sum(y[n] for y, n in zip(grids, s, strict=True))
+            for s in every
+            if sum(n * c.outputs for n, c in zip(s, curves, strict=True)) == removed
+        )
         assert cost == pytest.approx(best)
 
 
@@ -101,12 +109,18 @@ def test_a_decoder_may_ask_its_blocks_their_kind(windows: torch.Tensor, monkeypa
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 @pytest.mark.parametrize("allocation", ["auto", "owl"])
-def test_as_many_weights_go_as_at_one_sparsity_and_the_model_stays(allocation: str, model_type: str, windows: torch.Tensor) -> None:
+def test_as_many_weights_go_as_at_one_sparsity_and_the_model_stays(
+    allocation: str, model_type: str, windows: torch.Tensor
+) -> None:
     model = tiny_model(model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plans = [api.plan(model, "wanda", windows, sparsity=0.5, modules=m) for m in (None, allocation, allocation)]
-    uniform, chosen = (sum(mask.removed for block in plan.blocks for mask in block.masks.values()) for plan in plans[:2])
-    rows = [[mask.shape[0] for mask in block.masks.values()] for block in plans[0].blocks]  # a step of a matrix, which owl takes in a whole block at once
+    uniform, chosen = (
+        sum(mask.removed for block in plan.blocks for mask in block.masks.values()) for plan in plans[:2]
+    )
+    rows = [
+        [mask.shape[0] for mask in block.masks.values()] for block in plans[0].blocks
+    ]  # a step of a matrix, which owl takes in a whole block at once
     assert 0 <= chosen - uniform < (max(map(max, rows)) if allocation == "auto" else max(map(sum, rows)))
     assert plans[1] == plans[2]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -127,11 +141,21 @@ def test_weights_are_counted_as_the_method_counts(allocation: str, method: str, 
 
 def test_rates_that_are_held_at_their_limits_are_made_up_for_by_the_others() -> None:
     view = api.view_model(tiny_model("phi3"))
-    sizes = [{name: math.prod(view.dims(index).shape(name)) for name in view.matrix_shapes(index)} for index in range(3)]
-    for rate, change in ((0.9, [-0.16, 0.08, 0.08]), (0.05, [0.1, -0.02, -0.08]), (0.97, [-0.1, 0.0, 0.1]), (0.6, [0.08, 0.0, -0.08])):
+    sizes = [
+        {name: math.prod(view.dims(index).shape(name)) for name in view.matrix_shapes(index)} for index in range(3)
+    ]
+    for rate, change in (
+        (0.9, [-0.16, 0.08, 0.08]),
+        (0.05, [0.1, -0.02, -0.08]),
+        (0.97, [-0.1, 0.0, 0.1]),
+        (0.6, [0.08, 0.0, -0.08]),
+    ):
         uniform = tuple(dict.fromkeys(sizes[index], rate) for index in range(3))
         found = allocate.balanced(view, uniform, change, by_rows=False)
-        removed, asked = (sum(math.floor(sizes[index][n] * r) for index in range(3) for n, r in rates[index].items()) for rates in (found, uniform))
+        removed, asked = (
+            sum(math.floor(sizes[index][n] * r) for index in range(3) for n, r in rates[index].items())
+            for rates in (found, uniform)
+        )
         assert 0 <= removed - asked <= 21
         assert all(0 <= r <= max(0.95, (1 + rate) / 2) for rates in found for r in rates.values())
         if rate == 0.6:  # none is held
@@ -158,7 +182,11 @@ def test_owl_against_a_reference(windows: torch.Tensor) -> None:
     model(windows)
     shares = []
     for index in range(3):
-        scores = [(model.get_submodule(n).weight.double().abs() * x.norm(dim=0)).flatten() for n, x in inputs.items() if f"layers.{index}." in n]
+        scores = [
+            (model.get_submodule(n).weight.double().abs() * x.norm(dim=0)).flatten()
+            for n, x in inputs.items()
+            if f"layers.{index}." in n
+        ]
         score = torch.cat(scores)
         shares.append(float((score > 5 * score.mean()).double().mean()))
     assert facts["outliers"] == pytest.approx(shares, abs=2e-4)
@@ -168,7 +196,11 @@ def test_owl_against_a_reference(windows: torch.Tensor) -> None:
 
 
 def test_an_interrupted_run_keeps_its_decision(
-    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: Callable[..., AbstractContextManager[None]]
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: Callable[..., AbstractContextManager[None]],
 ) -> None:
     request = api.Request(str(saved("llama")), "wanda", sparsity=0.5, modules="auto", calibration=ids_file)
     record = api.prune(request, tmp_path / "whole")
@@ -185,24 +217,39 @@ def test_an_interrupted_run_keeps_its_decision(
     )
 
 
-def test_a_loss_that_is_not_finite_counts_as_the_worst(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_counts_as_the_worst(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     true = DenseModel.loss
 
-    def overflowing(dense: DenseModel, batches: list[torch.Tensor], index: int = 0, entering: list[torch.Tensor] | None = None) -> float:
+    def overflowing(
+        dense: DenseModel, batches: list[torch.Tensor], index: int = 0, entering: list[torch.Tensor] | None = None
+    ) -> float:
         return math.inf if index == 1 else true(dense, batches, index, entering)
 
     monkeypatch.setattr(DenseModel, "loss", overflowing)
-    api.prune(api.Request(str(saved("llama")), "sparsegpt", sparsity=0.5, modules="auto", calibration=ids_file), tmp_path / "out")
+    api.prune(
+        api.Request(str(saved("llama")), "sparsegpt", sparsity=0.5, modules="auto", calibration=ids_file),
+        tmp_path / "out",
+    )
     found = json.loads((tmp_path / "out" / "secateur" / "plan.json").read_text())["allocation"]
     assert {value for matrix in found["increase"][1].values() for value in matrix} == {allocate.WORST}
 
 
 def test_a_dry_run_removes_as_much_and_takes_longer(saved: Callable[..., Path], ids_file: str) -> None:
     folder = str(saved("llama"))
-    uniform, auto = (api.estimate(api.prepare(api.Request(folder, "wanda", sparsity=0.5, modules=modules, calibration=ids_file))) for modules in (None, "auto"))
+    uniform, auto = (
+        api.estimate(api.prepare(api.Request(folder, "wanda", sparsity=0.5, modules=modules, calibration=ids_file)))
+        for modules in (None, "auto")
+    )
     assert auto["nonzero_after"] == uniform["nonzero_after"]
     assert auto["memory_bytes"] >= uniform["memory_bytes"]
-    assert allocate.cells_to_measure(api.prepare(api.Request(folder, "wanda", sparsity=0.5, modules="auto", calibration=ids_file)).job) > 50
+    assert (
+        allocate.cells_to_measure(
+            api.prepare(api.Request(folder, "wanda", sparsity=0.5, modules="auto", calibration=ids_file)).job
+        )
+        > 50
+    )
 
 
 @pytest.mark.parametrize(

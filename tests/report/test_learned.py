@@ -23,9 +23,17 @@ SPACES = {"attention_in": 16, "attention_out": 16, "mlp_in": 16, "mlp_out": 16, 
 DEFAULTS = vars(api.find_method("disp_llm").options({}))
 
 
-def run(out: Path, sparsity: float, ppl: float, *, seed: int = 0, budget: float = 0.004, **options: Any) -> list[Record]:
+def run(
+    out: Path, sparsity: float, ppl: float, *, seed: int = 0, budget: float = 0.004, **options: Any
+) -> list[Record]:
     step = list(range(20, 620, 20))
-    learning = {"step": step, "loss": [4 - 0.01 * n for n in range(30)], "budget": [0.5] * 29 + [budget], "left": [1 - sparsity] * 30, "removed_half": 0.1}
+    learning = {
+        "step": step,
+        "loss": [4 - 0.01 * n for n in range(30)],
+        "budget": [0.5] * 29 + [budget],
+        "left": [1 - sparsity] * 30,
+        "removed_half": 0.1,
+    }
     name = out / "-".join(str(v) for v in (sparsity, seed, *options.values()))
     pruned = prune_record(
         "disp_llm", sparsity, name, pattern=None, seed=seed, options={**DEFAULTS, "steps": 600, **options}, pruning_ratio=sparsity,
@@ -39,15 +47,24 @@ def run(out: Path, sparsity: float, ppl: float, *, seed: int = 0, budget: float 
 def study(tmp_path: Path) -> list[Record]:
     records = [eval_record(10.0, "tiny", tasks=cloze(0.5))]
     for sparsity, ppl in ((0.3, 12.0), (0.5, 20.0)):
-        records += run(tmp_path, sparsity, ppl) + run(tmp_path, sparsity, ppl + 4, hypernetwork="none") + run(tmp_path, sparsity, ppl + 9, constrained=True)
+        records += (
+            run(tmp_path, sparsity, ppl)
+            + run(tmp_path, sparsity, ppl + 4, hypernetwork="none")
+            + run(tmp_path, sparsity, ppl + 9, constrained=True)
+        )
         records += run(tmp_path, sparsity, ppl + 1, seed=1)
-        sliced = prune_record("slicegpt", sparsity, tmp_path / f"sliced-{sparsity}", pattern=None, pruning_ratio=sparsity + 0.002)
+        sliced = prune_record(
+            "slicegpt", sparsity, tmp_path / f"sliced-{sparsity}", pattern=None, pruning_ratio=sparsity + 0.002
+        )
         records += [sliced, eval_record(ppl + 5, tmp_path / f"sliced-{sparsity}", sliced, tasks=cloze(0.3))]
     records += run(tmp_path, 0.5, 31.0, strength=1.0, budget=0.2) + run(tmp_path, 0.5, 19.5, strength=8.0)
     draw = torch.Generator().manual_seed(0)
     blocks = []
     for index in range(3):
-        keep = {space: torch.randperm(width, generator=draw)[: width // 2 + index].sort().values.int() for space, width in SPACES.items()}
+        keep = {
+            space: torch.randperm(width, generator=draw)[: width // 2 + index].sort().values.int()
+            for space, width in SPACES.items()
+        }
         blocks.append(BlockPlan(index, keep=keep, of=SPACES, select="norm, select"))
     (tmp_path / "0.5-0").mkdir()
     Plan({"method": "disp_llm", "sparsity_measured": 0.5}, tuple(blocks)).save(tmp_path / "0.5-0")
@@ -65,13 +82,26 @@ def test_variants_seeds_and_lambda_are_told_apart(study: list[Record]) -> None:
     found = learned.by_strength(runs)
     assert found is not None
     assert found[0] == 0.5
-    assert [(r.strength, r.row.ppl, r.missed) for r in found[1]] == [(1.0, 31.0, True), (DEFAULTS["strength"], 20.0, False), (8.0, 19.5, False)]
+    assert [(r.strength, r.row.ppl, r.missed) for r in found[1]] == [
+        (1.0, 31.0, True),
+        (DEFAULTS["strength"], 20.0, False),
+        (8.0, 19.5, False),
+    ]
 
 
 def test_the_page_has_every_figure_and_the_papers_tables(study: list[Record], tmp_path: Path) -> None:
     page, *plots = write_report(study, tmp_path / "site" / "report.html")
     drawn = {path.stem for path in plots}
-    assert drawn >= {"ratios", "learning-ratios", "learning-variants", "learning-perplexity", "learning-lambda", "selections", "repetition", "blocks"}
+    assert drawn >= {
+        "ratios",
+        "learning-ratios",
+        "learning-variants",
+        "learning-perplexity",
+        "learning-lambda",
+        "selections",
+        "repetition",
+        "blocks",
+    }
     seen = text_of(page)
     for words in (
         f"20.50 ± {math.sqrt(0.5):.2f} (2)", "31.00 (NC)", "0.2000", "1 min 11 s", "without hypernetwork", "32.89", "NVIDIA A100",

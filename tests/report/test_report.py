@@ -28,8 +28,22 @@ PROTOCOL = {
 }  # fmt: skip
 TIMES, MISSING = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-PPL = {("magnitude", 0.3): 24.61, ("magnitude", 0.5): 61.83, ("magnitude", 0.6): 412.7, ("wanda", 0.3): 22.94, ("wanda", 0.5): 29.18, ("wanda", 0.6): 48.37}
-ACC = {("magnitude", 0.3): 0.487, ("magnitude", 0.5): 0.391, ("magnitude", 0.6): 0.273, ("wanda", 0.3): 0.502, ("wanda", 0.5): 0.463, ("wanda", 0.6): 0.402}
+PPL = {
+    ("magnitude", 0.3): 24.61,
+    ("magnitude", 0.5): 61.83,
+    ("magnitude", 0.6): 412.7,
+    ("wanda", 0.3): 22.94,
+    ("wanda", 0.5): 29.18,
+    ("wanda", 0.6): 48.37,
+}
+ACC = {
+    ("magnitude", 0.3): 0.487,
+    ("magnitude", 0.5): 0.391,
+    ("magnitude", 0.6): 0.273,
+    ("wanda", 0.3): 0.502,
+    ("wanda", 0.5): 0.463,
+    ("wanda", 0.6): 0.402,
+}
 
 
 def prune_record(method: str, sparsity: float, out: Path | str, **more: Any) -> dict[str, Any]:
@@ -45,8 +59,17 @@ def prune_record(method: str, sparsity: float, out: Path | str, **more: Any) -> 
     } | more  # fmt: skip
 
 
-def eval_record(ppl: float | None, out: Path | str, pruned: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    copied = {name: pruned[name] for name in ("method", "options", "seed", "sparsity", "sparsity_measured", "pattern", "modules")} if pruned else {}
+def eval_record(
+    ppl: float | None, out: Path | str, pruned: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    copied = (
+        {
+            name: pruned[name]
+            for name in ("method", "options", "seed", "sparsity", "sparsity_measured", "pattern", "modules")
+        }
+        if pruned
+        else {}
+    )
     return {
         "command": "eval", "version": "0.1.0", "model": "tiny", "method": None, "sparsity": 0, **copied,
         "ppl": ppl, "ppl_protocol": PROTOCOL, "seconds": 3.21, "device": "cpu", "dtype": "float32", "out": str(out), "versions": {"torch": "2.10.0"},
@@ -63,7 +86,10 @@ def write_plan(out: Path, record: dict[str, Any], blocks: list[dict[str, Any]]) 
 
 
 def masked(shares: list[float], skip: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    masks = [{name: {"shape": [100, 100], "removed": round(share * 10_000)} for name in MATRICES if name not in skip} for share in shares]
+    masks = [
+        {name: {"shape": [100, 100], "removed": round(share * 10_000)} for name in MATRICES if name not in skip}
+        for share in shares
+    ]
     return [{"index": index, "masks": mask, "keep": {}} for index, mask in enumerate(masks)]
 
 
@@ -85,7 +111,10 @@ def study(tmp_path: Path) -> list[dict[str, Any]]:
         stock=False, pruning_ratio=0.231, params_after=3_225_420, nonzero_after=3_225_000, seconds=125.0,
     )  # fmt: skip
     widths = [(8, 1024), (6, 700), (4, 512), (7, 900)]
-    blocks = [{"index": i, "masks": {}, "keep": {"groups": {"kept": g, "of": 8}, "ffn": {"kept": f, "of": 1024}}} for i, (g, f) in enumerate(widths)]
+    blocks = [
+        {"index": i, "masks": {}, "keep": {"groups": {"kept": g, "of": 8}, "ffn": {"kept": f, "of": 1024}}}
+        for i, (g, f) in enumerate(widths)
+    ]
     write_plan(tmp_path / "narrow", structured, blocks)
     return [*records, structured, eval_record(83.46, tmp_path / "narrow", structured)]
 
@@ -100,7 +129,10 @@ def table_rows(page: Path) -> list[list[str]]:
     """The cells of the table of runs."""
     section = page.read_text("utf-8").split("<h2>Runs</h2>")[1].split("</table>")[0]
     rows = re.findall(r"<tr.*?</tr>", section, re.DOTALL)
-    return [[unescape(cell).replace("\N{NO-BREAK SPACE}", " ") for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+    return [
+        [unescape(cell).replace("\N{NO-BREAK SPACE}", " ") for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
+        for row in rows
+    ]
 
 
 def test_page_holds_each_number(study: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -124,7 +156,15 @@ def test_page_holds_each_number(study: list[dict[str, Any]], tmp_path: Path) -> 
         assert f" {number} " in seen, number
     for acc in ACC.values():
         assert f" {acc:.3f} ± 0.021 " in seen
-    for fact in ("wikitext2", "ab" * 32, "cd" * 32, f"c4, 128 {TIMES} 512 tokens", "torch 2.10.0", "python 3.12.1", "cpu, float32"):
+    for fact in (
+        "wikitext2",
+        "ab" * 32,
+        "cd" * 32,
+        f"c4, 128 {TIMES} 512 tokens",
+        "torch 2.10.0",
+        "python 3.12.1",
+        "cpu, float32",
+    ):
         assert fact in seen, fact
 
 
@@ -137,14 +177,23 @@ def test_ratios_are_to_the_dense_model_and_rows_are_sorted(study: list[dict[str,
     assert [row[method] for row in rows] == ["magnitude"] * 4 + ["wanda"] * 4
     assert [row[sparsity] for row in rows] == ["30.0%", "30.0%", "50.0%", "60.0%", "30.0%", "50.0%", "50.0%", "60.0%"]
     assert rows[-1][ratio] == f"{48.37 / 20.17:.2f} {TIMES}"
-    assert [row[head.index("Loads as")] for row in rows] == ["stock" if row[head.index("Pattern")] != "rows" else "runtime" for row in rows]
+    assert [row[head.index("Loads as")] for row in rows] == [
+        "stock" if row[head.index("Pattern")] != "rows" else "runtime" for row in rows
+    ]
 
 
 def test_headline_compares_methods_at_the_highest_common_sparsity(study: list[dict[str, Any]], tmp_path: Path) -> None:
     seen = text_of(write_report(study, tmp_path / "report.html")[0])
-    assert f"At 60% sparsity, wanda has the lowest perplexity of the 2 compared: 48.37, 2.40 {TIMES} the dense model's 20.17; magnitude has 412.70." in seen
-    lonely = prune_record("wanda", 0.7, tmp_path / "w7")  # nothing to compare with at 70%: the headline stays where two were measured
-    seen = text_of(write_report([*study, lonely, eval_record(99.0, tmp_path / "w7", lonely)], tmp_path / "report.html")[0])
+    assert (
+        f"At 60% sparsity, wanda has the lowest perplexity of the 2 compared: 48.37, 2.40 {TIMES} the dense model's 20.17; magnitude has 412.70."
+        in seen
+    )
+    lonely = prune_record(
+        "wanda", 0.7, tmp_path / "w7"
+    )  # nothing to compare with at 70%: the headline stays where two were measured
+    seen = text_of(
+        write_report([*study, lonely, eval_record(99.0, tmp_path / "w7", lonely)], tmp_path / "report.html")[0]
+    )
     assert "At 60% sparsity, wanda" in seen
 
 
@@ -164,9 +213,11 @@ def test_page_is_self_contained(study: list[dict[str, Any]], tmp_path: Path) -> 
 
 def test_html_is_escaped(study: list[dict[str, Any]], tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>$x_{$"
-    html = write_report([{**record, "model": evil, "method": record["method"] and evil} for record in study], tmp_path / "r.html", title=evil)[0].read_text(
-        "utf-8"
-    )
+    html = write_report(
+        [{**record, "model": evil, "method": record["method"] and evil} for record in study],
+        tmp_path / "r.html",
+        title=evil,
+    )[0].read_text("utf-8")
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert "the cat sat &lt;quietly&gt;" in html
@@ -180,7 +231,9 @@ def test_same_records_same_bytes(study: list[dict[str, Any]], tmp_path: Path) ->
     assert first == [path.read_bytes() for path in write_report(reread, tmp_path / "c" / "report.html")]
 
 
-def test_mixed_protocols_warn_and_only_the_largest_group_is_plotted(study: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_mixed_protocols_warn_and_only_the_largest_group_is_plotted(
+    study: list[dict[str, Any]], tmp_path: Path
+) -> None:
     plain = write_report(study, tmp_path / "plain.html")
     assert "cannot be compared" not in text_of(plain[0])
     other = prune_record("wanda", 0.6, tmp_path / "other", seed=1)
@@ -210,7 +263,10 @@ def test_mixed_models_warn(study: list[dict[str, Any]], tmp_path: Path) -> None:
     assert "B: large," in seen
 
 
-@pytest.mark.parametrize(("records", "said"), [([], "records.jsonl"), ([{"command": "bench"}, {}], "found: bench, unnamed.*secateur eval DIR")])
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [([], "records.jsonl"), ([{"command": "bench"}, {}], "found: bench, unnamed.*secateur eval DIR")],
+)
 def test_nothing_to_show_is_an_error(records: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
     with pytest.raises(SecateurError, match=said) as raised:
         write_report(records, tmp_path / "report.html")
@@ -224,7 +280,10 @@ def test_a_folder_is_not_overwritten(study: list[dict[str, Any]], tmp_path: Path
 
 
 def test_records_with_hardly_any_field(tmp_path: Path) -> None:
-    pages = write_report([{"command": "prune"}, {"command": "eval"}, {"command": "eval", "ppl": 3.0}, {"command": "bench"}], tmp_path / "report.html")
+    pages = write_report(
+        [{"command": "prune"}, {"command": "eval"}, {"command": "eval", "ppl": 3.0}, {"command": "bench"}],
+        tmp_path / "report.html",
+    )
     assert len(pages) == 1  # nothing to plot
     seen = text_of(pages[0])
     assert "3.00" in seen
@@ -233,7 +292,9 @@ def test_records_with_hardly_any_field(tmp_path: Path) -> None:
 
 def test_unmeasured_and_diverged_runs_are_named(study: list[dict[str, Any]], tmp_path: Path) -> None:
     alone, broken = prune_record("wanda", 0.8, "runs/alone"), prune_record("magnitude", 0.9, "runs/broken")
-    page = write_report([*study, alone, broken, eval_record(float("inf"), "runs/broken", broken)], tmp_path / "report.html")[0]
+    page = write_report(
+        [*study, alone, broken, eval_record(float("inf"), "runs/broken", broken)], tmp_path / "report.html"
+    )[0]
     seen = text_of(page)
     assert "1 checkpoint without a perplexity (runs/alone): run 'secateur eval DIR'." in seen
     assert "1 checkpoint with a perplexity that is not finite" in seen
@@ -270,7 +331,10 @@ def test_blocks_uniform_in_words_unequal_drawn(study: list[dict[str, Any]], tmp_
     plans = read_layers(rows)
     assert len(plans) == 7  # the folder of wanda 2:4 is gone
     assert [plan.uniform for plan in plans] == [False] + [True] * 6
-    assert plans[0].kept == {"groups": ((8, 8), (6, 8), (4, 8), (7, 8)), "ffn": ((1024, 1024), (700, 1024), (512, 1024), (900, 1024))}
+    assert plans[0].kept == {
+        "groups": ((8, 8), (6, 8), (4, 8), (7, 8)),
+        "ffn": ((1024, 1024), (700, 1024), (512, 1024), (900, 1024)),
+    }
     assert plans[0].spread == pytest.approx(0.5)
     seen = text_of(write_report(study, tmp_path / "report.html")[0])
     assert "wanda, 60.0%: the same in all 4 blocks: 60.0% of q, k, v, o, gate, up, down" in seen
@@ -299,19 +363,29 @@ def test_six_panels_at_most(tmp_path: Path) -> None:
 def test_seeds_share_a_point_and_options_make_curves() -> None:
     seeds = [prune_record("wanda", 0.5, f"s{seed}", seed=seed) for seed in (0, 1)]
     other = prune_record("wanda", 0.5, "m", options={"pattern": "unstructured", "scope": "matrix"})
-    measured = [eval_record(ppl, record["out"], record) for record, ppl in zip([*seeds, other], (10.0, 12.0, 10.5), strict=True)]
+    measured = [
+        eval_record(ppl, record["out"], record) for record, ppl in zip([*seeds, other], (10.0, 12.0, 10.5), strict=True)
+    ]
     curves = series(collect([*seeds, other, *measured]))
     assert sorted(curve.label for curve in curves) == ["wanda", "wanda, scope=matrix"]
     found = compare(curves, lambda row: row.ppl, lambda row: None, lowest=True)
     assert found is not None
-    assert [(entry.label, entry.value, entry.runs) for entry in found.entries] == [("wanda, scope=matrix", 10.5, 1), ("wanda", 11.0, 2)]
+    assert [(entry.label, entry.value, entry.runs) for entry in found.entries] == [
+        ("wanda, scope=matrix", 10.5, 1),
+        ("wanda", 11.0, 2),
+    ]
 
 
 def test_a_lead_within_two_standard_errors_is_not_claimed() -> None:
     def lead(gap: float) -> bool:
         records = [prune_record(method, 0.5, method) for method in ("magnitude", "wanda")]
         measured = [eval_record(9.0, r["out"], r, tasks=cloze(0.4 + gap * (r["method"] == "wanda"))) for r in records]
-        found = compare(series(collect([*records, *measured])), lambda row: row.accuracy("cloze"), lambda row: row.task("cloze", "stderr"), lowest=False)
+        found = compare(
+            series(collect([*records, *measured])),
+            lambda row: row.accuracy("cloze"),
+            lambda row: row.task("cloze", "stderr"),
+            lowest=False,
+        )
         assert found is not None
         return found.clear
 
@@ -320,9 +394,15 @@ def test_a_lead_within_two_standard_errors_is_not_claimed() -> None:
 
 
 def test_removed_parameters_are_not_compared_with_zeroed_ones() -> None:
-    zeroed, removed = prune_record("wanda", 0.5, "z"), prune_record("magnitude", 0.5, "r", pattern="rows", pruning_ratio=0.5)
+    zeroed, removed = (
+        prune_record("wanda", 0.5, "z"),
+        prune_record("magnitude", 0.5, "r", pattern="rows", pruning_ratio=0.5),
+    )
     found = compare(
-        series(collect([zeroed, removed, *(eval_record(9.0, r["out"], r) for r in (zeroed, removed))])), lambda row: row.ppl, lambda row: None, lowest=True
+        series(collect([zeroed, removed, *(eval_record(9.0, r["out"], r) for r in (zeroed, removed))])),
+        lambda row: row.ppl,
+        lambda row: None,
+        lowest=True,
     )
     assert found is not None
     assert len(found.entries) == 1
@@ -338,7 +418,10 @@ def test_laws_of_every_curve_with_three_sparsities(study: list[dict[str, Any]], 
         a = sum((at - mean) * v for at, v in zip(s, y, strict=True)) / sum((at - mean) ** 2 for at in s)
         assert f" {method} 3 {a:.3f} (" in section
         assert f" {sum(y) / 3 - a * mean:.3f} (" in section
-    assert "Llama-3-8B-Instruct, a -1.08, b 0.96, RMSE 0.03; Phi-3-mini-4k-Instruct, a -0.90, b 1.02, RMSE 0.01." in section
+    assert (
+        "Llama-3-8B-Instruct, a -1.08, b 0.96, RMSE 0.03; Phi-3-mini-4k-Instruct, a -0.90, b 1.02, RMSE 0.01."
+        in section
+    )
     assert "wanda 2:4" not in section  # one sparsity
     assert "magnitude: law" in section  # the verdict on a law that misses
 
@@ -354,7 +437,11 @@ def test_no_laws_without_enough(without: str, study: list[dict[str, Any]], tmp_p
 def test_seeds_share_a_point_of_the_law(tmp_path: Path) -> None:
     ppls = {(0.1, 0): 24.0, (0.1, 1): 25.0, (0.2, 0): 30.0, (0.3, 0): 40.0}
     runs = [prune_record("wanda", s, tmp_path / f"{s}-{seed}", seed=seed) for s, seed in ppls]
-    records = [eval_record(20.0, "tiny"), *(eval_record(ppl, run["out"], run) for ppl, run in zip(ppls.values(), runs, strict=True)), *runs]
+    records = [
+        eval_record(20.0, "tiny"),
+        *(eval_record(ppl, run["out"], run) for ppl, run in zip(ppls.values(), runs, strict=True)),
+        *runs,
+    ]
     groups = group(collect(records))
     (law,) = fit_curves(groups[0], series(groups[0].rows))
     assert law.found.points.s.tolist() == [0.1, 0.2, 0.3]
@@ -362,11 +449,23 @@ def test_seeds_share_a_point_of_the_law(tmp_path: Path) -> None:
 
 
 def test_compression_is_drawn_where_parameters_go(study: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert not (write_report(study, tmp_path / "one.html")[0].parent / "one-plots" / "compression.png").exists()  # one such run is no curve
-    wider = prune_record("magnitude", 0.1, tmp_path / "wide", pattern="rows", options={"pattern": "rows", "scope": "model"}, pruning_ratio=-0.029)
+    assert not (
+        write_report(study, tmp_path / "one.html")[0].parent / "one-plots" / "compression.png"
+    ).exists()  # one such run is no curve
+    wider = prune_record(
+        "magnitude",
+        0.1,
+        tmp_path / "wide",
+        pattern="rows",
+        options={"pattern": "rows", "scope": "model"},
+        pruning_ratio=-0.029,
+    )
     page = write_report([*study, wider, eval_record(40.0, tmp_path / "wide", wider)], tmp_path / "two.html")[0]
     assert (tmp_path / "two-plots" / "compression.png").exists()
-    assert 'alt="Pruning ratio against measured sparsity: magnitude rows: -2.9% at 10.0%, 23.1% at 30.0%"' in page.read_text("utf-8")
+    assert (
+        'alt="Pruning ratio against measured sparsity: magnitude rows: -2.9% at 10.0%, 23.1% at 30.0%"'
+        in page.read_text("utf-8")
+    )
 
 
 def test_a_legend_of_many_curves_gets_room_beside_the_plot() -> None:

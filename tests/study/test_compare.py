@@ -17,9 +17,6 @@ from secateur import api
 from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
-from secateur.report import compare_plots
-from secateur.report.compare import comparison, markdown
-from secateur.report.rows import collect
 from secateur.requests import BenchRequest, CompareRequest
 from secateur.study import compare
 
@@ -47,7 +44,9 @@ def asked(model: Path, ids: str, *methods: str, **more: Any) -> CompareRequest:
 
 
 def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
-    found = compare.cells(asked(dense, ids_file, "slicegpt", "magnitude", "sparsegpt", ratios=[0.2, 0.3], sparsities=[0.5]))
+    found = compare.cells(
+        asked(dense, ids_file, "slicegpt", "magnitude", "sparsegpt", ratios=[0.2, 0.3], sparsities=[0.5])
+    )
     assert set(found.runs) == {
         "slicegpt-0.2-params", "slicegpt-0.3-params", "magnitude-unstructured-0.5", "magnitude-rows-0.2-params", "magnitude-rows-0.3-params",
         "sparsegpt-unstructured-0.5",
@@ -57,15 +56,21 @@ def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
     found = compare.cells(asked(dense, ids_file, "magnitude", "sparsegpt", ratios=[0.2], patterns=["2:4", "columns"]))
     assert set(found.runs) == {"magnitude-2of4-0.5", "magnitude-columns-0.2-params", "sparsegpt-2of4-0.5"}
     assert list(found.refused) == ["sparsegpt-columns-0.2-params"]
-    assert found.notes()[0].startswith("Not run: sparsegpt-columns-0.2-params: sparsegpt: pattern columns removes whole units")
-    found = compare.cells(asked(dense, ids_file, "slicegpt", "magnitude", ratios=[0.2], options={"slicegpt": {"round": "1"}}))
+    assert found.notes()[0].startswith(
+        "Not run: sparsegpt-columns-0.2-params: sparsegpt: pattern columns removes whole units"
+    )
+    found = compare.cells(
+        asked(dense, ids_file, "slicegpt", "magnitude", ratios=[0.2], options={"slicegpt": {"round": "1"}})
+    )
     assert found.runs["slicegpt-round=1-0.2-params"].options == {"round": "1"}
     found = compare.cells(asked(dense, ids_file, "llm_surgeon", ratios=[0.2], sparsities=[0.5]))
     assert set(found.runs) == {"llm_surgeon-rows-0.2-params", "llm_surgeon-unstructured-0.5"}
     assert set(compare.cells(asked(dense, ids_file, "llm_surgeon", patterns=["2:4"])).runs) == {"llm_surgeon-2of4-0.5"}
 
 
-def test_what_failed_after_the_pruning_is_named_for_what_it_is(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_failed_after_the_pruning_is_named_for_what_it_is(
+    dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A timing that fails does not keep the healing from being tried, and the row is not said to be not run."""
 
     def here(work: Any, *given: Any) -> Any:
@@ -74,17 +79,45 @@ def test_what_failed_after_the_pruning_is_named_for_what_it_is(dense: Path, ids_
         return {"out": str(given[0])}
 
     monkeypatch.setattr(compare, "in_own_process", here)
-    what = replace(asked(dense, ids_file, "magnitude", patterns=["2:4"]), heal=api.HealRequest(""), bench=BenchRequest("", prompt=8))
+    what = replace(
+        asked(dense, ids_file, "magnitude", patterns=["2:4"]),
+        heal=api.HealRequest(""),
+        bench=BenchRequest("", prompt=8),
+    )
     todo = compare.cells(what)
     assert len(list(compare.run(what, todo, tmp_path / "out", api.EvalRequest("")))) == 2
     assert todo.notes() == ["Not timed: magnitude-2of4-0.5: _time", "Not healed: magnitude-2of4-0.5: _heal"]
     assert (todo.failed, todo.incomplete()) == ({}, ["magnitude-2of4-0.5"])
 
 
-def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_command_writes_the_table_and_goes_on(
+    dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    args = [dense, "--methods", "slicegpt,magnitude", "--params-removed", "0.2", "--patterns", "rows,2:4", "--set", "slicegpt.round=1"]
-    args += ["--calibration", ids_file, "--text", ids_file, "--out", out, "--heal", "--heal-steps", 2, "--bench", "--json"]
+    args = [
+        dense,
+        "--methods",
+        "slicegpt,magnitude",
+        "--params-removed",
+        "0.2",
+        "--patterns",
+        "rows,2:4",
+        "--set",
+        "slicegpt.round=1",
+    ]
+    args += [
+        "--calibration",
+        ids_file,
+        "--text",
+        ids_file,
+        "--out",
+        out,
+        "--heal",
+        "--heal-steps",
+        2,
+        "--bench",
+        "--json",
+    ]
     time = compare._time
     quick = {"prompt": 8, "new": 2, "batches": (2,), "repeats": 1}
     monkeypatch.setattr(compare, "_time", lambda request, file: time(replace(request, **quick), file))
@@ -101,7 +134,9 @@ def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tm
     assert (status, "1 of 3 runs failed, first magnitude-2of4-0.5" in stderr[-1]) == (1, True)
     assert len(json.loads(stdout.splitlines()[-1])["records"]) == 1 + 2 * 2, "the others went on, each healed too"
     calls.clear()
-    monkeypatch.setattr(compare, "_prune", lambda request, *given: (calls.append(request.method), real(request, *given))[1])
+    monkeypatch.setattr(
+        compare, "_prune", lambda request, *given: (calls.append(request.method), real(request, *given))[1]
+    )
     status, stdout, stderr = invoke(*args, "--resume")
     assert status == 0, stderr
     result = json.loads(stdout.splitlines()[-1])
@@ -124,87 +159,6 @@ def test_one_command_writes_the_table_and_goes_on(dense: Path, ids_file: str, tm
     assert len(records.read([out])) == len(written)
 
 
-def record(method: str | None, ratio: float, ppl: float, **more: Any) -> list[dict[str, Any]]:
-    place = f"/runs/{method}-{ratio}{more.get('pattern') or ''}{'-healed' if 'heal' in more else ''}"
-    protocol = {"name": "wikitext2", "spec": "wikitext2", "seqlen": 4096, "sha256": "ab"}
-    both = {"model": "meta-llama/Llama-2-7b-hf", "method": method, "pruning_ratio": ratio, "sparsity": ratio, "params_before": 100, "out": place, **more}
-    both |= {"params_after": 100 * (1 - ratio), "nonzero_after": 100 * (1 - ratio)}
-    tasks = {"piqa": {"acc": 0.6, "acc_norm": 0.62, "n": 9}, "winogrande": {"acc": 0.5, "acc_norm": None, "n": 9}}
-    measured = {"command": "eval", **both, "ppl": ppl, "ppl_protocol": protocol, "tasks": tasks}
-    taken = {"command": "heal" if "heal" in more else "prune", **both, "seconds": 10.0, "peak_rss_bytes": 2e9}
-    return [measured] if method is None else [taken, measured]
-
-
-def test_the_table_has_the_published_numbers_beside_it() -> None:
-    found = [
-        *record(None, 0.0, 5.2),
-        *record("disp_llm", 0.49, 10.4),
-        *record("slicegpt", 0.21, 6.9, updated=True),
-        *record("slicegpt", 0.21, 6.5, updated=True, heal={"steps": 3}, healed="/runs/slicegpt-0.21"),
-        *record("wanda", 0.0, 12.0, pattern="2:4"),
-        *record("other", 0.4, 50.0),
-    ]
-    result = comparison(collect(found), found)
-    assert result is not None
-    printed = [line.replace("\N{NO-BREAK SPACE}", " ").split("|") for line in markdown(result).splitlines() if line.startswith("|")]
-    lines = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in printed}
-    heads = lines.pop("Method")
-    assert heads == ["W update", "Removed", "PPL", "piqa", "winogrande", "Mean", "Wall time", "Peak memory", "Parameters", "Published"]
-    published = {name: cells[-1] for name, cells in lines.items()}
-    assert published["dense"].startswith("PPL 5.12")
-    assert published["disp_llm"].startswith("PPL 9.84 at 50%")
-    assert published["slicegpt"].startswith("PPL 6.64 at 20%")
-    assert published["wanda 2:4"] == "PPL 11.02"
-    assert published["slicegpt + LoRA"] == published["other"] == "\N{EN DASH}"
-    assert lines["slicegpt + LoRA"][6] == "20.0 s", "pruning and healing"
-    assert lines["slicegpt + LoRA"][:1] == lines["slicegpt"][:1] == ["yes"]
-    assert lines["disp_llm"][3:6] == ["62.0", "50.0", "56.0"]
-    assert any("arXiv:2410.11988, table 1" in note and "4096" in note for note in result.notes)
-    assert comparison(collect(found[:3]), found[:3]) is None, "one method alone is no comparison"
-
-
-def test_the_plots_show_what_is_removed_and_what_is_zeroed_before_and_after_recovery() -> None:
-    found = [
-        *record(None, 0.0, 5.2),
-        *record("disp_llm", 0.5, 10.4),
-        *record("magnitude", 0.2, 90.25, pattern="rows"),
-        *record("magnitude", 0.2, 50.5, pattern="rows", heal={"steps": 3}),
-        *record("wanda", 0.0, 12.0, pattern="2:4", sparsity=0.5),
-        *record("sparsegpt", 0.0, 9.5, pattern="2:4", sparsity=0.5),
-    ]
-    removed, zeroed = compare_plots.pictures(collect(found))
-    assert removed.alt.endswith("disp_llm: 10.40 at 50%; magnitude rows: 90.25 at 20%; magnitude rows + LoRA: 50.50 at 20%")
-    assert "hollow" in removed.caption
-    assert "10 times" in removed.caption
-    assert zeroed.alt.endswith("sparsegpt: 9.50 at 2:4, 50% of the weights; wanda: 12.00 at 2:4, 50% of the weights")
-    assert "recovery" not in zeroed.caption
-    assert removed.png.startswith(b"\x89PNG")
-    assert [picture.name for picture in compare_plots.pictures(collect(found[:-2]))] == ["compare-removed"], "of one method there is nothing to compare"
-
-
-def test_a_result_that_two_ratios_lead_to_stands_there_once() -> None:
-    found = [*record("a", 0.2, 7.0), *record("b", 0.25, 8.0)]
-    again = [{**r, "out": "/runs/again"} for r in record("b", 0.25, 8.0)]
-    assert comparison(collect([*found, *again]), [*found, *again]) == comparison(collect(found), found)
-
-
-def test_a_ratio_that_was_not_reached_is_marked_and_not_compared() -> None:
-    found = [*record("a", 0.2, 7.0, params_removed=0.2), *record("b", 0.418, 8.0, params_removed=0.2), *record("c", 0.195, 9.0, params_removed=0.2)]
-    result = comparison(collect(found), found)
-    assert result is not None
-    removed = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in markdown(result).splitlines() if line.startswith("|")}
-    assert {name: removed[name] for name in "abc"} == {"a": "20.0%", "b": "41.8% (asked 20%)", "c": "19.5%"}
-    assert result.notes[0].startswith("A ratio with 'asked' beside it is more than a point away from it")
-    assert not any(note.startswith("About") for note in result.notes)
-
-
-def test_ratios_that_differ_are_told() -> None:
-    found = [*record("a", 0.19, 7.0), *record("b", 0.22, 8.0)]
-    result = comparison(collect(found), found)
-    assert result is not None
-    assert result.notes[0].startswith("About 20%: the measured ratios lie between 19.0% (a) and 22.0% (b)")
-
-
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -217,11 +171,23 @@ def test_ratios_that_differ_are_told() -> None:
         (["--methods", "slicegpt", "--params-removed", "0.2", "--patterns", "9:4"], "9:4"),
         (["--methods", "slicegpt", "--sparsity", "0.5"], "it removes parameters: give --params-removed R"),
         (["--methods", "wanda", "--params-removed", "1.2"], "outside [0, 1)"),
-        (["--methods", "wanda", "--sparsity", "0.5", "--set", "scope=row"], "--set scope=row: METHOD.OPTION=VALUE is expected, as in --set wanda.scope=row"),
-        (["--methods", "slicegpt,wanda", "--sparsity", "0.5", "--set", "foo=1"], "METHOD.OPTION=VALUE is expected, as in --set slicegpt."),
+        (
+            ["--methods", "wanda", "--sparsity", "0.5", "--set", "scope=row"],
+            "--set scope=row: METHOD.OPTION=VALUE is expected, as in --set wanda.scope=row",
+        ),
+        (
+            ["--methods", "slicegpt,wanda", "--sparsity", "0.5", "--set", "foo=1"],
+            "METHOD.OPTION=VALUE is expected, as in --set slicegpt.",
+        ),
         (["--methods", "wanda", "--sparsity", "0.5", "--set", "wanda.scope"], "as in --set wanda.scope=row"),
-        (["--methods", "wanda", "--sparsity", "0.5", "--set", "slicegpt.round=8"], "'slicegpt' is not among --methods wanda"),
-        (["--methods", "wanda", "--sparsity", "0.5", "--set", "wanda.scpe=row"], "unknown option of wanda 'scpe'; did you mean scope?"),
+        (
+            ["--methods", "wanda", "--sparsity", "0.5", "--set", "slicegpt.round=8"],
+            "'slicegpt' is not among --methods wanda",
+        ),
+        (
+            ["--methods", "wanda", "--sparsity", "0.5", "--set", "wanda.scpe=row"],
+            "unknown option of wanda 'scpe'; did you mean scope?",
+        ),
         (["--methods", "wanda", "--sparsity", "0.5", "--heal-steps", "3"], "belongs to --heal"),
     ],
 )

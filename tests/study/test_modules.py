@@ -26,7 +26,6 @@ from secateur.core import records
 from secateur.models.load import open_checkpoint
 from secateur.plan.pattern import parse_pattern
 from secateur.report import module_plots
-from secateur.report import modules as told
 from secateur.report.html import write_report
 from secateur.report.plots import png
 from secateur.requests import ModulesRequest
@@ -38,7 +37,9 @@ FIRST = {"opt": "model.decoder.layers.0.*"}
 ASKED = ModulesRequest(("v", "mlp"), (0.5, 1.0))
 
 
-def _study(model: Path, ids_file: str, out: Path, asked: ModulesRequest = ASKED, method: str = "wanda", **how: Any) -> list[records.Record]:
+def _study(
+    model: Path, ids_file: str, out: Path, asked: ModulesRequest = ASKED, method: str = "wanda", **how: Any
+) -> list[records.Record]:
     given = {name: how.pop(name) for name in ("pattern", "calibration") if name in how}
     request = api.Request(str(model), method, **{"calibration": ids_file, **given})
     return list(modules.run(request, asked, out, api.EvalRequest(str(model), text=ids_file), **how))
@@ -49,11 +50,16 @@ def _lasting(record: records.Record) -> records.Record:
 
 
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
-def test_cells_are_what_prune_and_eval_give(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_cells_are_what_prune_and_eval_give(
+    model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = saved(model_type)
     first = FIRST.get(model_type, "model.layers.0.*")  # the first block has the same inputs in both modes
     asked = ModulesRequest((first, "down"), (0.5,))
-    cells = {mode: _study(dense, ids_file, tmp_path / mode, ModulesRequest(asked.kinds, asked.sparsities, mode=mode))[1:] for mode in modules.MODES}
+    cells = {
+        mode: _study(dense, ids_file, tmp_path / mode, ModulesRequest(asked.kinds, asked.sparsities, mode=mode))[1:]
+        for mode in modules.MODES
+    }
     for mode, kind in (("shared", 0), ("sequential", 0), ("sequential", 1)):
         cell = cells[mode][kind]
         out = tmp_path / f"{mode}{kind}"
@@ -67,7 +73,9 @@ def test_cells_are_what_prune_and_eval_give(model_type: str, saved: Callable[...
     assert cells["shared"][1]["nonzero_after"] == cells["sequential"][1]["nonzero_after"]
 
 
-def test_an_interrupted_study_goes_on_to_the_same_records(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_study_goes_on_to_the_same_records(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = saved("llama")
     whole = _study(dense, ids_file, tmp_path / "out")
     assert [r["modules"] for r in whole] == [None, "v=0.5", "v=1", "mlp=0.5", "mlp=1"]
@@ -77,7 +85,13 @@ def test_an_interrupted_study_goes_on_to_the_same_records(saved: Callable[..., P
         _study(dense, ids_file, tmp_path / "out")
     made = modules._Work.record
     with monkeypatch.context() as patch:
-        patch.setattr(modules._Work, "record", lambda self, cell: made(self, cell) if cell.kind in ("dense", "v") else (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            modules._Work,
+            "record",
+            lambda self, cell: (
+                made(self, cell) if cell.kind in ("dense", "v") else (_ for _ in ()).throw(KeyboardInterrupt)
+            ),
+        )
         with pytest.raises(KeyboardInterrupt):
             _study(dense, ids_file, tmp_path / "out", overwrite=True)
     assert len(records.read([tmp_path / "out"])) == 3
@@ -89,9 +103,13 @@ def test_an_interrupted_study_goes_on_to_the_same_records(saved: Callable[..., P
         assert [r["ppl"] for r in _study(dense, ids_file, tmp_path / "out", resume=True)] == [r["ppl"] for r in whole]
 
 
-def test_what_goes_to_another_process_makes_the_same_cell(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_what_goes_to_another_process_makes_the_same_cell(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     dense = str(saved("llama"))
-    work = modules._Work(api.Request(dense, "magnitude"), "shared", api.EvalRequest(dense, text=ids_file), str(tmp_path))
+    work = modules._Work(
+        api.Request(dense, "magnitude"), "shared", api.EvalRequest(dense, text=ids_file), str(tmp_path)
+    )
     cell = modules.Cell("q", 0.5, "q=0.5")
     assert work.record(cell)["ppl"] != work.record(modules.Cell("q", 1.0, "q=1"))["ppl"]
     assert _lasting(pickle.loads(pickle.dumps(work)).record(cell)) == _lasting(work.record(cell))
@@ -101,8 +119,13 @@ def test_axes(saved: Callable[..., Path]) -> None:
     view = open_checkpoint(str(saved("llama"))).view()
     default = modules.cells(view, parse_pattern("unstructured"), ModulesRequest())
     assert len(default) == 10 * len(modules.SPARSITIES)
-    assert [c.modules for c in modules.cells(view, parse_pattern("2:4"), ModulesRequest(("q", "all")))] == ["q=0.5", "all=0.5"]
-    counted = modules.cells(view, parse_pattern("unstructured"), ModulesRequest(("k", "q"), (1.0,), weights=(1536, 2000)))
+    assert [c.modules for c in modules.cells(view, parse_pattern("2:4"), ModulesRequest(("q", "all")))] == [
+        "q=0.5",
+        "all=0.5",
+    ]
+    counted = modules.cells(
+        view, parse_pattern("unstructured"), ModulesRequest(("k", "q"), (1.0,), weights=(1536, 2000))
+    )
     assert [c.modules for c in counted] == ["k=1", "q=1", "q=0.5", "q=0.651042"], "k has 3 x 512 weights"
     grid = modules.cells(view, parse_pattern("unstructured"), ModulesRequest(("mlp",), (0.5,), grid=(0, 0.5)))
     assert [c.modules for c in grid] == ["mlp=0.5", "attention=0.5", "all=0.5"]
@@ -128,7 +151,9 @@ def test_axes(saved: Callable[..., Path]) -> None:
         (ModulesRequest(("q", "k"), (0.5,), weights=(10**6,)), {}, "--weights 1000000: no kind has so many"),
     ],
 )
-def test_refusals(asked: ModulesRequest, how: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_refusals(
+    asked: ModulesRequest, how: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     with pytest.raises(api.UsageError, match=words):
         _study(saved("llama"), ids_file, tmp_path / "out", asked, **how)
     assert not (tmp_path / "out").exists()
@@ -149,7 +174,9 @@ def test_a_cell_that_is_done_does_not_wait_for_those_before_it(monkeypatch: pyte
     assert list(made) == [{"cell": 0}]
 
 
-def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_shares_the_cells_where_ray_is_installed(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if importlib.util.find_spec("ray") is None:
         with pytest.raises(api.UsageError, match=r"Ray is not installed: pip install 'secateur\[ray\]'"):
             _study(saved("llama"), ids_file, tmp_path / "none", replace(ASKED, engine="ray"))
@@ -181,7 +208,9 @@ def test_a_cluster_shares_the_cells_where_ray_is_installed(saved: Callable[..., 
         assert {name for name in one if one[name] != other[name]} <= {"out", "key", "seconds", "peak_rss_bytes"}
 
 
-def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_and_its_report(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = ["study", "modules", saved("llama"), "--out", tmp_path / "s", "--calibration", ids_file, "--text", ids_file]
     more = ["--kinds", "q,v,attention,mlp,all", "--sparsity", "0.5,1", "--grid", "0,0.4,0.5"]
     done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--json"]])
@@ -194,7 +223,9 @@ def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, t
     figures: list[Figure] = []
     monkeypatch.setattr(module_plots, "png", lambda figure: figures.append(figure) or png(figure))  # type: ignore[func-returns-value]
     written = write_report(records.read([tmp_path / "s"]), tmp_path / "r.html")
-    assert {"modules-sparsity.png", "modules-weights.png", "modules-groups.png", "modules-grid.png"} <= {p.name for p in written}
+    assert {"modules-sparsity.png", "modules-weights.png", "modules-groups.png", "modules-grid.png"} <= {
+        p.name for p in written
+    }
     labels = [[axes.get_ylabel() for axes in figure.axes] for figure in figures]
     added = "loss added, ln(perplexity / dense), log scale"
     assert [one[-1] for one in labels[:2]] == [added] * 2
@@ -212,17 +243,32 @@ def test_the_command_and_its_report(saved: Callable[..., Path], ids_file: str, t
 
 def test_calibration_on_the_text_of_a_task(tmp_path: Path) -> None:
     request = api.Request("bundled", "wanda", samples=2, seqlen=64, calibration="task:cloze")
-    found = list(modules.run(request, ModulesRequest(("q",), (0.5,)), tmp_path / "s", api.EvalRequest("bundled", limit=1)))
+    found = list(
+        modules.run(request, ModulesRequest(("q",), (0.5,)), tmp_path / "s", api.EvalRequest("bundled", limit=1))
+    )
     file = tmp_path / "s" / "task-cloze.jsonl"
     assert found[1]["calibration"]["spec"] == str(file)
     assert len(file.read_text().splitlines()) == 300
 
 
 def _task(folder: Path, name: str, **fields: Any) -> None:
-    given = {"dataset_path": "json", "output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{query}}", "doc_to_target": "gold"}
+    given = {
+        "dataset_path": "json",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "gold",
+    }
     files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
     measured = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    content = {"task": name, **given, "doc_to_choice": "choices", "dataset_kwargs": {"data_files": files}, "metric_list": measured, **fields}
+    content = {
+        "task": name,
+        **given,
+        "doc_to_choice": "choices",
+        "dataset_kwargs": {"data_files": files},
+        "metric_list": measured,
+        **fields,
+    }
     (folder / f"{name}.yaml").write_text(json.dumps(content))
 
 
@@ -230,12 +276,17 @@ def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.C
     """Questions with their right answers, of the training part where there is one; those without an answer are left out."""
     files = tmp_path / "files"
     files.mkdir()
-    rows = {part: [{"query": f"{part} {i} is", "choices": ["a", "bee"], "gold": i % 2} for i in range(40)] for part in ("train", "test")}
+    rows = {
+        part: [{"query": f"{part} {i} is", "choices": ["a", "bee"], "gold": i % 2} for i in range(40)]
+        for part in ("train", "test")
+    }
     rows["train"].append({"query": "unanswered", "choices": ["a", "bee"], "gold": -1})
     for part, items in rows.items():
         (files / f"{part}.jsonl").write_text("\n".join(map(json.dumps, items)))
     _task(files, "learned", training_split="train")
-    _task(files, "measured", doc_to_text="gold", doc_to_target="{{query}}")  # the choices stand in front of what is scored
+    _task(
+        files, "measured", doc_to_text="gold", doc_to_target="{{query}}"
+    )  # the choices stand in front of what is scored
     out = tmp_path / "s"
     asked = ModulesRequest(("q",), (0.5,))
     request = api.Request("bundled", "wanda", samples=2, seqlen=64, calibration="task:learned+measured")
@@ -264,7 +315,20 @@ def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.C
 
 def test_a_dry_run_counts_what_the_run_does(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense, out = saved("llama"), tmp_path / "out"
-    args = ["study", "modules", dense, "--calibration", ids_file, "--text", ids_file, "--kinds", "v,mlp", "--sparsity", "0.5,1", "--json"]
+    args = [
+        "study",
+        "modules",
+        dense,
+        "--calibration",
+        ids_file,
+        "--text",
+        ids_file,
+        "--kinds",
+        "v,mlp",
+        "--sparsity",
+        "0.5,1",
+        "--json",
+    ]
 
     def dry(*more: Any) -> dict[str, Any]:
         done = CliRunner().invoke(app, [str(a) for a in [*args, *more, "--dry-run"]])
@@ -283,30 +347,3 @@ def test_a_dry_run_counts_what_the_run_does(saved: Callable[..., Path], ids_file
     assert dry("--out", out, "--resume")["cells_done"] == 2
     missing = CliRunner().invoke(app, [str(a) for a in args])
     assert (missing.exit_code, "--out DIR is missing" in missing.stderr) == (2, True)
-
-
-def _record(kind: str, sparsity: float, ppl: float, size: int, tasks: dict[str, Any] | None = None) -> records.Record:
-    about = {"command": "study", "study": "modules", "model": "m", "method": "wanda", "options": {}, "pattern": "unstructured", "mode": "shared", "seed": 0}
-    where = {"kind": kind, "modules": f"{kind}={sparsity:g}", "sparsity": sparsity, "sparsity_measured": sparsity, "weights_removed": round(sparsity * size)}
-    return {**about, **where, "ppl": ppl, "ppl_protocol": {"sha256": "x", "seqlen": 8}, "calibration": None, "tasks": tasks or {}}
-
-
-def test_the_verdict_is_what_the_numbers_say() -> None:
-    """A small matrix that costs little by rate and most by weight; damage that comes at the end."""
-    dense = {"command": "eval", "model": "m", "method": None, "ppl": 10.0, "ppl_protocol": {"sha256": "x", "seqlen": 8}, "tasks": {"t": {"acc": 0.6}}}
-    made = [_record("v", s, p, 100) for s, p in ((0.5, 11.0), (0.9, 12.0), (1.0, 30.0))]
-    made += [_record("up", s, p, 1000) for s, p in ((0.5, 12.0), (0.9, 40.0), (1.0, 90.0))]
-    for kind, size in (("attention", 200), ("mlp", 2000), ("all", 2200)):
-        made += [_record(kind, s, 10 + 20 * s * size / 2200, size, {"t": {"acc": 0.5, "stderr": 0.1}}) for s in (0.5, 1.0)]
-    (study,) = told.read_studies([dense, *made])
-    said = told.verdict(study)
-    assert said[0].startswith(
-        "Per sparsity, up is the most sensitive projection and v the least: "
-        "at 90% of each, perplexity is up 4\N{MULTIPLICATION SIGN}, v 1.200\N{MULTIPLICATION SIGN}"
-    )
-    assert said[1].startswith("Per weight, v is the most sensitive and up the least: with 90 weights removed")
-    assert study.loss_at("up", 100) == pytest.approx(0.2 * 0.1823, abs=1e-3)
-    assert study.doubles_at("v") == pytest.approx(0.9 + 0.1 * (0.6931 - 0.1823) / (1.0986 - 0.1823), abs=1e-3)
-    assert "83% (v)" in said[3]
-    assert told.task_bars(study)[1]["t"]["attention"] == (0.5, 0.1)
-    assert any("50% sparsity" in line and "uniform 0.500" in line for line in said)

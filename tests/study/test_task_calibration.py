@@ -30,18 +30,39 @@ def task_folder(tmp_path: Path) -> Path:
     rows = [{"query": f"the sum of {i} and {i} is", "choices": ["odd", "even"], "gold": 1} for i in range(40)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = dict.fromkeys(("train", "test"), str(folder / "rows.jsonl"))
-    parts = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "training_split": "train", "test_split": "test"}
-    words = {"output_type": "multiple_choice", "doc_to_text": "{{query}}", "doc_to_target": "gold", "doc_to_choice": "choices"}
+    parts = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "training_split": "train",
+        "test_split": "test",
+    }
+    words = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": "choices",
+    }
     measured = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
     (folder / "mine.yaml").write_text(json.dumps({"task": "mine", **parts, **words, "metric_list": measured}))
     return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_task_of_the_user_calibrates(command: str, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_the_user_calibrates(
+    command: str, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare, "in_own_process", lambda work, *given: work(*given))
     file = tmp_path / "out.jsonl"
-    where = ["--calibration", "task:mine", "--include-path", str(task_folder), "--out", str(tmp_path / "out"), "--records", str(file)]
+    where = [
+        "--calibration",
+        "task:mine",
+        "--include-path",
+        str(task_folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--records",
+        str(file),
+    ]
     result = CliRunner().invoke(app, [*COMMANDS[command], *where])
     assert result.exit_code == 0, result.stderr
     pruned = [record for record in records.read([file]) if record.get("calibration")]
@@ -55,7 +76,9 @@ def test_the_same_folder_serves_the_tasks_to_measure(task_folder: Path, tmp_path
         result = CliRunner().invoke(app, [*COMMANDS["sweep"], *calibration, *where, "--out", str(tmp_path / name)])
         assert result.exit_code == 0, result.stderr
         assert all("mine" in record["tasks"] for record in json.loads(result.stdout)["records"])
-    result = CliRunner().invoke(app, [*COMMANDS["sweep"], "--include-path", str(task_folder), "--out", str(tmp_path / "none")])
+    result = CliRunner().invoke(
+        app, [*COMMANDS["sweep"], "--include-path", str(task_folder), "--out", str(tmp_path / "none")]
+    )
     assert (result.exit_code, "name tasks too, --tasks a,b,..." in result.stderr) == (2, True)
 
 

@@ -31,7 +31,9 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert read_text(str(tmp_path / "a.jsonl"), "calibration").rows == ("one", "two")
     (tmp_path / "b.jsonl").write_text('{"body": "one"}\n')
     assert read_text(str(tmp_path / "b.jsonl"), "calibration", text_field="body").rows == ("one",)
-    (tmp_path / "c.json").write_text(json.dumps([{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "output": "Ho"}]))
+    (tmp_path / "c.json").write_text(
+        json.dumps([{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "output": "Ho"}])
+    )
     first, second = read_text(str(tmp_path / "c.json"), "calibration").rows
     assert first == "### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n3"
     assert "Input" not in second
@@ -44,7 +46,9 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     save_file({"ids": ids.to(torch.int32)}, tmp_path / "g.safetensors")
     for name in ("f.npy", "g.safetensors"):
         given = read_text(str(tmp_path / name), "calibration")
-        assert torch.equal(calibration_windows(given, letters, samples=99, seqlen=99, seed=7), ids), "used as given, in order"
+        assert torch.equal(calibration_windows(given, letters, samples=99, seqlen=99, seed=7), ids), (
+            "used as given, in order"
+        )
 
 
 @pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".xz"])
@@ -56,7 +60,11 @@ def test_text_may_be_packed_and_c4s_own_shards_are_lines_of_json(packing: str, t
         ("c4-train.00000-of-01024.json", lines, ("one\u2028two", "three")),
         ("one.json", '{"text": "alone"}', ("alone",)),
         ("list.json", '[\n  {"text": "a"},\n  {"text": "b"}\n]', ("a", "b")),
-        ("mixed.jsonl", '{"text": "t"}\n{"instruction": "Hi", "output": "Ho"}\n', ("t", "### Instruction:\nHi\n\n### Response:\nHo")),
+        (
+            "mixed.jsonl",
+            '{"text": "t"}\n{"instruction": "Hi", "output": "Ho"}\n',
+            ("t", "### Instruction:\nHi\n\n### Response:\nHo"),
+        ),
         ("plain.txt", "as it\r\n is \n", ("as it\r\n is \n",)),
     ):
         file = tmp_path / (name + packing)
@@ -82,7 +90,10 @@ def test_a_packed_file_that_is_cut_short_is_no_text(tmp_path: Path) -> None:
 def test_ids_outside_the_vocabulary_say_whose_fault_it_is() -> None:
     windows = torch.tensor([[1, 2, 9]])
     check_ids(windows, 10, 3, "here")
-    with pytest.raises(SecateurError, match=r"here: token id 9 is outside the vocabulary of the model \(0 to 8\); tokenise with its own tokenizer"):
+    with pytest.raises(
+        SecateurError,
+        match=r"here: token id 9 is outside the vocabulary of the model \(0 to 8\); tokenise with its own tokenizer",
+    ):
         check_ids(windows, 9, 3, "here")
     both = r"the tokenizer gives id 9, and the embedding of the model has 9 rows .+ the tokenizer has 10 tokens\): .+resize_token_embeddings\(10\)"
     with pytest.raises(SecateurError, match=both):
@@ -104,7 +115,9 @@ def test_hub_texts_are_asked_for_by_role_and_revision(monkeypatch: pytest.Monkey
 
     asked: list[tuple[Any, ...]] = []
 
-    def load(path: str, config: str | None, *, data_files: Any, split: str, revision: str | None) -> list[dict[str, str]]:
+    def load(
+        path: str, config: str | None, *, data_files: Any, split: str, revision: str | None
+    ) -> list[dict[str, str]]:
         asked.append((path, config, data_files, split, revision))
         return [{"text": "row", "instruction": "Say", "output": "row"}]
 
@@ -120,7 +133,10 @@ def test_hub_texts_are_asked_for_by_role_and_revision(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", sorted(HUB_TEXTS))
 def test_a_hub_text_without_a_network_says_so(name: str) -> None:
-    with pytest.raises(SecateurError, match=f"text '{name}', to calibrate on: the hub did not give .+ give a local file: --calibration FILE"):
+    with pytest.raises(
+        SecateurError,
+        match=f"text '{name}', to calibrate on: the hub did not give .+ give a local file: --calibration FILE",
+    ):
         read_text(name, "calibration")
 
 
@@ -174,7 +190,9 @@ def test_rows_are_shuffled_and_no_more_are_read_than_needed() -> None:
 
 
 def test_too_short_a_text_says_how_long_it_is() -> None:
-    with pytest.raises(SecateurError, match="has 30 tokens, 3 windows of 10, but 4 are asked for; lower --samples or --seqlen"):
+    with pytest.raises(
+        SecateurError, match="has 30 tokens, 3 windows of 10, but 4 are asked for; lower --samples or --seqlen"
+    ):
         calibration_windows(Text("t", ("x" * 30,)), letters, samples=4, seqlen=10, seed=0)
 
 

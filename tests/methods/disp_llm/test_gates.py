@@ -35,7 +35,9 @@ def exact_gradient(f: torch.Tensor, bias: float) -> torch.Tensor:
 @pytest.mark.parametrize("bias", [0.0, 3.0])
 def test_reinmax_is_exact_where_f_is_quadratic(bias: float) -> None:
     for f in ((0.3, -2.0, 0.0, 0.0), (1.0, 0.7, -1.9, 0.0)):
-        torch.testing.assert_close(expected_gradient(torch.tensor(f), "reinmax", bias), exact_gradient(torch.tensor(f), bias))
+        torch.testing.assert_close(
+            expected_gradient(torch.tensor(f), "reinmax", bias), exact_gradient(torch.tensor(f), bias)
+        )
 
 
 def test_reinmax_averages_the_slopes_at_both_ends_for_any_f() -> None:
@@ -105,4 +107,6 @@ def test_gates_are_open_as_often_as_their_logits_say_and_far_logits_stay_finite(
 
 def test_the_soft_gate_passes_gradcheck() -> None:
     noise = torch.rand(X.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: draw_gates(x, noise, "gumbel", bias=1.0, temperature=0.7), X.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: draw_gates(x, noise, "gumbel", bias=1.0, temperature=0.7), X.clone().requires_grad_()
+    )

@@ -19,13 +19,15 @@ from secateur.core.errors import NotFiniteError, SecateurError
 from secateur.methods.disp_llm import UNMET, learning
 from secateur.methods.disp_llm.choose import choose
 from secateur.methods.disp_llm.hypernetwork import Hypernetwork
-from secateur.methods.disp_llm.learning import Learning, budget_term, learn, rows_of_step
+from secateur.methods.disp_llm.learning import Learning, budget_term, learn
 from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.models import save
 from tests.methods.disp_llm.test_masked import masked_of
 from tests.tiny import HIDDEN, tiny_model
 
-HOW = Learning(steps=150, batch=2, lr=1e-2, weight_decay=0.05, strength=6.0, gate="reinmax", bias=3.0, temperature=1.0, seed=0)
+HOW = Learning(
+    steps=150, batch=2, lr=1e-2, weight_decay=0.05, strength=6.0, gate="reinmax", bias=3.0, temperature=1.0, seed=0
+)
 
 
 @pytest.mark.slow
@@ -36,11 +38,15 @@ def test_the_budget_term_brings_the_parameters_to_the_target(windows: Tensor) ->
     target = 0.6 * structures.total
     seen = learn(network, masked, windows, target, HOW)
     assert seen[0]["budget"] > 3 * seen[-1]["budget"]
-    expected = float(structures.parameters([part.sum() for part in structures.split(torch.sigmoid(network() + HOW.bias).detach())]))
+    expected = float(
+        structures.parameters([part.sum() for part in structures.split(torch.sigmoid(network() + HOW.bias).detach())])
+    )
     assert expected == pytest.approx(target, rel=0.02)
     assert seen[-1]["step"] == HOW.steps
     half = choose(network() + HOW.bias, structures, target=target, multiple=1, half=True)
-    assert float(structures.parameters([float(len(k)) for k in half])) == pytest.approx(target, rel=0.01), "what is open half of the time is the budget"
+    assert float(structures.parameters([float(len(k)) for k in half])) == pytest.approx(target, rel=0.01), (
+        "what is open half of the time is the budget"
+    )
 
 
 def tiny_with_embeddings(share: float) -> PreTrainedModel:
@@ -72,7 +78,9 @@ def test_the_budget_is_met_within_a_fifth_of_the_steps(share: float, windows: Te
     model = tiny_with_embeddings(share)
     masked = masked_of(model, dtype=torch.float32)
     structures = masked.structures
-    assert sum(p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)) / structures.total == pytest.approx(share, abs=0.02)
+    assert sum(
+        p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)
+    ) / structures.total == pytest.approx(share, abs=0.02)
     target = structures.total - 0.5 * sum(p.numel() for p in model.model.layers.parameters())
     network = Hypernetwork(structures.widths)
     ids = windows % model.config.vocab_size
@@ -81,9 +89,20 @@ def test_the_budget_is_met_within_a_fifth_of_the_steps(share: float, windows: Te
     assert abs(drawn - target) / structures.total < UNMET, "40 of the 200 steps that a short run has"
 
 
-def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 2, "lr": 3e-3, "save_every": 1})
-    with pytest.raises(SecateurError, match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; go on with --resume --set steps=4"):
+def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    request = api.Request(
+        str(saved("llama")),
+        "disp_llm",
+        sparsity=0.3,
+        calibration=ids_file,
+        options={"steps": 2, "lr": 3e-3, "save_every": 1},
+    )
+    with pytest.raises(
+        SecateurError,
+        match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; go on with --resume --set steps=4",
+    ):
         api.prune(request, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     longer = replace(request, options={**request.options, "steps": 80})
@@ -94,7 +113,9 @@ def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(s
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_budget_that_was_missed_may_be_cut_to_all_the_same(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_a_budget_that_was_missed_may_be_cut_to_all_the_same(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 4})
     with pytest.raises(SecateurError, match="has not met its budget"):
         api.prune(request, tmp_path / "out")
@@ -107,7 +128,10 @@ def test_a_budget_that_was_missed_may_be_cut_to_all_the_same(saved: Callable[...
 
 
 def test_options_may_not_change_once_a_block_is_written(
-    saved: Callable[..., Path], ids_file: str, tmp_path: Path, interrupted_at: Callable[..., AbstractContextManager[None]]
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    interrupted_at: Callable[..., AbstractContextManager[None]],
 ) -> None:
     options = {"steps": 4, "unmet": "cut"}
     request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options=options)
@@ -118,13 +142,9 @@ def test_options_may_not_change_once_a_block_is_written(
     api.prune(request, tmp_path / "out", resume=True)
 
 
-def test_every_window_is_seen_once_an_epoch() -> None:
-    rows = [row for step in range(9) for row in rows_of_step(step, 6, 2, seed=5).tolist()]
-    assert [sorted(rows[start : start + 6]) for start in (0, 6, 12)] == [list(range(6))] * 3
-    assert rows[:6] != rows[6:12]
-
-
-def test_an_interrupted_run_goes_on_to_the_same_bytes(windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(learning, "LOOK_EVERY", 2)
     how = replace(HOW, steps=10, save_every=3)
     masked = masked_of(tiny_model("llama"), dtype=torch.float32)
@@ -147,7 +167,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(windows: Tensor, tmp_path:
         assert learn(again, masked, windows, target, how, tmp_path / "state.safetensors") == seen
     assert len(calls) == 6 + 7, "steps 4 to 10 alone are run again, from a state between two looks"
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
-    assert learn(Hypernetwork(masked.structures.widths), masked, windows, target, how, tmp_path / "state.safetensors") == seen
+    assert (
+        learn(Hypernetwork(masked.structures.widths), masked, windows, target, how, tmp_path / "state.safetensors")
+        == seen
+    )
     assert len(calls) == 13, "a run that was complete is not run again"
 
 
@@ -190,14 +213,21 @@ def spoiled(call: int, *, slope: bool) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize(
     ("slope", "words"),
-    [(False, "the loss is not finite .* at step 6;"), (True, r"(a gradient by step 6|the loss) is not finite .*; the last state saved is kept")],
+    [
+        (False, "the loss is not finite .* at step 6;"),
+        (True, r"(a gradient by step 6|the loss) is not finite .*; the last state saved is kept"),
+    ],
 )
 def test_what_is_not_finite_stops_and_is_never_saved_over_a_good_state(
     slope: bool, words: str, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The resumed run, without the fault, ends as one that never had it."""
     masked = masked_of(tiny_model("llama"), dtype=torch.float32)
-    how, target, file = replace(HOW, steps=9, save_every=2), 0.6 * masked.structures.total, tmp_path / "state.safetensors"
+    how, target, file = (
+        replace(HOW, steps=9, save_every=2),
+        0.6 * masked.structures.total,
+        tmp_path / "state.safetensors",
+    )
     whole, resumed = (Hypernetwork(masked.structures.widths) for _ in range(2))
     with monkeypatch.context() as patch:
         patch.setattr(MaskedModel, "loss", spoiled(6, slope=slope))
@@ -205,13 +235,21 @@ def test_what_is_not_finite_stops_and_is_never_saved_over_a_good_state(
             learn(Hypernetwork(masked.structures.widths), masked, windows, target, how, file)
     assert not isinstance(caught.value, NotFiniteError), "which would discard the state"
     assert learn(resumed, masked, windows, target, how, file) == learn(whole, masked, windows, target, how)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
 
 
 def test_a_run_that_stops_before_its_first_state_leaves_nothing(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 4, "save_every": 3})
+    request = api.Request(
+        str(saved("llama")),
+        "disp_llm",
+        sparsity=0.3,
+        calibration=ids_file,
+        options={"unmet": "cut", "steps": 4, "save_every": 3},
+    )
     with monkeypatch.context() as patch:
         patch.setattr(MaskedModel, "loss", spoiled(2, slope=False))
         with pytest.raises(NotFiniteError, match=r"the loss is not finite .* at step 2; .*try a smaller --set lr"):
@@ -225,7 +263,9 @@ def test_a_run_that_stops_before_its_first_state_leaves_nothing(
         api.prune(replace(request, options={**request.options, "lr": 0.01}), tmp_path / "out", resume=True)
     api.prune(request, tmp_path / "out", resume=True)
     api.prune(request, tmp_path / "other")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "other" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_disk_that_fills_while_learning_is_told_in_one_line(
@@ -235,6 +275,8 @@ def test_a_disk_that_fills_while_learning_is_told_in_one_line(
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(save, "save_file", full)
-    request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 1})
+    request = api.Request(
+        str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 1}
+    )
     with pytest.raises(SecateurError, match=r"no space left on the disk of .*; free some and go on with --resume"):
         api.prune(request, tmp_path / "out")

@@ -21,9 +21,13 @@ from tests.tiny import BLOCKS, FAMILY_TYPES, FFN, HIDDEN, able, some_ids, tiny_m
 CPU = torch.device("cpu")
 
 
-def masked_of(model: Any, form: str = SELECT_FORMS[0], *, dtype: torch.dtype = torch.float64, **how: bool) -> MaskedModel:
+def masked_of(
+    model: Any, form: str = SELECT_FORMS[0], *, dtype: torch.dtype = torch.float64, **how: bool
+) -> MaskedModel:
     view = api.view_model(model)
-    return MaskedModel(view, find_structures(view, constrained=False, form=form, whole=True), form, device=CPU, dtype=dtype, **how)
+    return MaskedModel(
+        view, find_structures(view, constrained=False, form=form, whole=True), form, device=CPU, dtype=dtype, **how
+    )
 
 
 def random_gates(count: int, seed: int = 0) -> Tensor:
@@ -71,7 +75,10 @@ class NaiveBlock(nn.Module):
         return get(path["down"])(middle * self.gates["ffn"]) * self.gates["mlp_out"]
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        attended = self.block.self_attn(hidden_states=self.read(0, hidden_states, "attention_in"), **arguments)[0] * self.gates["attention_out"]
+        attended = (
+            self.block.self_attn(hidden_states=self.read(0, hidden_states, "attention_in"), **arguments)[0]
+            * self.gates["attention_out"]
+        )
         if self.view.family.parallel:
             return hidden_states + attended + self.mlp(self.read(1, hidden_states, "mlp_in"))
         hidden = hidden_states + attended
@@ -89,7 +96,9 @@ def test_the_masked_model_equals_a_naive_reference(model_type: str, form: str) -
     view, parts = api.view_model(model), masked.structures.split(gates)
     blocks: Any = model.get_submodule(view.family.blocks)
     for index in range(BLOCKS):
-        blocks[index] = NaiveBlock(blocks[index], view, {s: parts[n] for s, n in masked.structures.uses[index].items()}, form)
+        blocks[index] = NaiveBlock(
+            blocks[index], view, {s: parts[n] for s, n in masked.structures.uses[index].items()}, form
+        )
     # norms of the stock classes compute in float32 whatever they are given
     torch.testing.assert_close(found, model(some_ids()).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, dense, atol=1e-2)
@@ -106,13 +115,18 @@ def test_a_norm_over_open_gates_divides_by_their_number() -> None:
     x, gate = torch.randn(1, 3, 8, dtype=torch.float64), torch.tensor([1.0, 1, 0, 0, 1, 0, 0, 0], dtype=torch.float64)
     normed = masked_norm(x, gate, None, None, 0.0, centred=False)
     torch.testing.assert_close(normed.square().sum(-1), torch.full((1, 3), 3.0, dtype=torch.float64))
-    assert torch.autograd.gradcheck(lambda g: masked_norm(x, g, None, None, 1e-6, centred=True), torch.rand(8, dtype=torch.float64).add(0.1).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda g: masked_norm(x, g, None, None, 1e-6, centred=True),
+        torch.rand(8, dtype=torch.float64).add(0.1).requires_grad_(),
+    )
 
 
 @pytest.mark.parametrize("form", SELECT_FORMS)
 @pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("model_type", able("disp_llm"))
-def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, constrained: bool, form: str, windows: Tensor) -> None:
+def test_the_count_of_parameters_is_that_of_the_cut_model(
+    model_type: str, constrained: bool, form: str, windows: Tensor
+) -> None:
     model = tiny_model(model_type)
     norm = "full" if form == SELECT_FORMS[0] else "selected"
     plan = api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=1, constrained=constrained, norm=norm)
@@ -126,19 +140,28 @@ def test_the_count_of_parameters_is_that_of_the_cut_model(model_type: str, const
     assert structures.counter(CPU)(keep_gates(structures, keep)) == structures.parameters(kept)
     assert structures.total == sum(p.numel() for p in model.parameters())
     if constrained:
-        assert all(torch.equal(b.keep[s], plan.blocks[0].keep["attention_in"]) for b in plan.blocks for s in SELECTIONS if s != "ffn")
+        assert all(
+            torch.equal(b.keep[s], plan.blocks[0].keep["attention_in"])
+            for b in plan.blocks
+            for s in SELECTIONS
+            if s != "ffn"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
-def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_in_chunks_and_its_gradient_are_those_of_whole_logits(
+    model_type: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "_LOGITS_BYTES", 4 * 64 * 7)  # seven positions at a time
     masked = masked_of(tiny_model(model_type, dtype=dtype), dtype=dtype)
     gates, ids = random_gates(sum(masked.structures.widths)), some_ids(3, 11)
     slopes = []
     for compute in (
         masked.loss,
-        lambda ids, gate: nn.functional.cross_entropy(masked.logits(ids, gate)[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()),
+        lambda ids, gate: nn.functional.cross_entropy(
+            masked.logits(ids, gate)[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()
+        ),
     ):
         gate = gates.clone().requires_grad_()
         found = compute(ids, gate)
@@ -178,7 +201,9 @@ def test_running_blocks_again_gives_the_same_bytes_and_keeps_less(model_type: st
 
 def test_products_in_bfloat16_give_nearly_the_same_gradient() -> None:
     model = tiny_model("llama")
-    (loss, slope, _), (loss_narrow, slope_narrow, _) = (loss_and_slope(masked_of(model, dtype=torch.float32, autocast=narrow)) for narrow in (False, True))
+    (loss, slope, _), (loss_narrow, slope_narrow, _) = (
+        loss_and_slope(masked_of(model, dtype=torch.float32, autocast=narrow)) for narrow in (False, True)
+    )
     assert 0 < abs(loss - loss_narrow) < 0.01 * loss
     assert slope_narrow.dtype == torch.float32
     assert 0.999 < torch.cosine_similarity(slope, slope_narrow, dim=0) < 1
@@ -194,14 +219,21 @@ def test_weights_stay_frozen_and_every_part_of_the_network_learns(kind: str) -> 
     assert all(p.grad is not None and bool(p.grad.any()) for p in network.parameters())
     assert "input_SI" not in dict(network.named_parameters()), "the fixed input is no parameter"
     assert all(
-        torch.equal(a, b) for a, b in zip(network.state_dict().values(), Hypernetwork(masked.structures.widths, kind).state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(
+            network.state_dict().values(),
+            Hypernetwork(masked.structures.widths, kind).state_dict().values(),
+            strict=True,
+        )
     )
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 20])
 @pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
 def test_what_is_chosen_is_within_the_budget_rounded_and_never_empty(model_type: str, multiple: int) -> None:
-    structures = find_structures(api.view_model(tiny_model(model_type)), constrained=False, form=SELECT_FORMS[0], whole=True)
+    structures = find_structures(
+        api.view_model(tiny_model(model_type)), constrained=False, form=SELECT_FORMS[0], whole=True
+    )
     logit_N = torch.randn(sum(structures.widths), generator=torch.Generator().manual_seed(2))
     logit_N[:HIDDEN] = -1e6  # a structure that nobody wants
     target = 0.7 * structures.total

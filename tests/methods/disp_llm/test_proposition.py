@@ -66,4 +66,6 @@ def test_selections_of_ones_own_may_be_disjoint_and_still_pass_information() -> 
 
     both = logits()
     for index in (0, 1):
-        assert not torch.allclose(both, logits(**{f"block_{index}": "all"}), atol=1e-3), "each block still does something"
+        assert not torch.allclose(both, logits(**{f"block_{index}": "all"}), atol=1e-3), (
+            "each block still does something"
+        )

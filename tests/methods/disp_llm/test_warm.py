@@ -22,10 +22,16 @@ def test_scores_are_squared_slopes_for_each_parameter_saved(windows: Tensor) -> 
     for gate in range(0, count, count // 7):
         nudge_N = torch.zeros(count, dtype=torch.float64)
         nudge_N[gate] = step
-        ends = [[float(masked.loss(window_T[None], 1 + sign * nudge_N)) for sign in (-1, 1)] for window_T in windows[:2]]
+        ends = [
+            [float(masked.loss(window_T[None], 1 + sign * nudge_N)) for sign in (-1, 1)] for window_T in windows[:2]
+        ]
         square = sum(((high - low) / (2 * step)) ** 2 for low, high in ends) / 2
-        saved = [float(structures.parameters([p.sum() for p in structures.split(1 - sign * nudge_N)])) for sign in (-1, 1)]
-        torch.testing.assert_close(float(score_N[gate]), square / ((saved[0] - saved[1]) / (2 * step)), rtol=1e-2, atol=1e-12)
+        saved = [
+            float(structures.parameters([p.sum() for p in structures.split(1 - sign * nudge_N)])) for sign in (-1, 1)
+        ]
+        torch.testing.assert_close(
+            float(score_N[gate]), square / ((saved[0] - saved[1]) / (2 * step)), rtol=1e-2, atol=1e-12
+        )
 
 
 def test_the_first_gates_that_are_likelier_open_than_not_meet_the_budget() -> None:

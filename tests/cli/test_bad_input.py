@@ -82,7 +82,10 @@ def prune(model: Any, tmp_path: Path, ids: str, *more: str) -> list[str]:
         (["--sparsity", "0.5", "--samples", "0"], "at least one window"),
         (["--sparsity", "0.5", "--device", "tpu9"], "unknown device 'tpu9'"),
         (["--sparsity", "0.5", "--dtype", "int4"], "unknown dtype 'int4'"),
-        (["--sparsity", "0.5", "--calibration", "wikitxt2"], "no text 'wikitxt2': give one of builtin, wikitext2, c4, alpaca"),
+        (
+            ["--sparsity", "0.5", "--calibration", "wikitxt2"],
+            "no text 'wikitxt2': give one of builtin, wikitext2, c4, alpaca",
+        ),
     ],
 )
 def test_wrong_usage(run: Run, dense: Path, tmp_path: Path, ids_file: str, more: list[str], words: str) -> None:
@@ -92,13 +95,34 @@ def test_wrong_usage(run: Run, dense: Path, tmp_path: Path, ids_file: str, more:
 
 
 def test_scope_model_is_not_stock_and_has_no_ratio(run: Run, dense: Path, tmp_path: Path) -> None:
-    base = ["prune", str(dense), "--method", "magnitude", "--pattern", "rows", "--set", "scope=model", "--out", str(tmp_path / "out")]
+    base = [
+        "prune",
+        str(dense),
+        "--method",
+        "magnitude",
+        "--pattern",
+        "rows",
+        "--set",
+        "scope=model",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     status, line = run(*base, "--sparsity", "0.5", "--stock-only")
     assert (status, "--stock-only: the widths differ from block to block; nothing was written" in line) == (1, True)
     status, line = run(*base, "--params-removed", "0.3")
     assert (status, "scope=block" in line) == (2, True)
     status, line = run(
-        "prune", str(dense), "--method", "magnitude", "--modules", "*.0.mlp.*=0.5", "--pattern", "rows", "--stock-only", "--out", str(tmp_path / "out")
+        "prune",
+        str(dense),
+        "--method",
+        "magnitude",
+        "--modules",
+        "*.0.mlp.*=0.5",
+        "--pattern",
+        "rows",
+        "--stock-only",
+        "--out",
+        str(tmp_path / "out"),
     )
     assert (status, "the widths differ from block to block; nothing was written" in line) == (2, True)
 
@@ -128,28 +152,43 @@ def edit_config(folder: Path, **fields: Any) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised (gptq)"),
         ({"quantization_config": "gptq"}, "its weights are quantised"),
         (
-            {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}},
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "sparsity_config": {"format": "sparse-24-bitmask"},
+                }
+            },
             "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, which leaves zeros out (they are not quantised)",
         ),
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
         ({"model_type": "llava", "vision_config": {}}, "'llava' is multimodal"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is an encoder or a classifier"),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "no family describes model type 'gpt2' (known: gemma3_text, llama, mistral, opt"),
+        (
+            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
+            "no family describes model type 'gpt2' (known: gemma3_text, llama, mistral, opt",
+        ),
         ({"model_type": "no-such-type"}, "transformers cannot read its config.json"),
         ({"hidden_size": 64}, "config.json and weights do not belong together"),
         ({"num_hidden_layers": 4}, "the files lack 9 tensors"),
     ],
 )
-def test_models_of_another_kind(run: Run, dense: Path, tmp_path: Path, ids_file: str, fields: dict[str, Any], words: str) -> None:
+def test_models_of_another_kind(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, fields: dict[str, Any], words: str
+) -> None:
     edit_config(dense, **fields)
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert status == 1
     assert words in line
 
 
-@pytest.mark.parametrize(("fields", "words"), [({"do_layer_norm_before": False}, "OPT-350m"), ({"word_embed_proj_dim": 16}, "projected embeddings")])
-def test_opt_350m_is_refused_by_name(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str, fields: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"do_layer_norm_before": False}, "OPT-350m"), ({"word_embed_proj_dim": 16}, "projected embeddings")],
+)
+def test_opt_350m_is_refused_by_name(
+    run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str, fields: dict[str, Any], words: str
+) -> None:
     folder = saved("opt")
     edit_config(folder, **fields)
     status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
@@ -181,11 +220,17 @@ def commands(model: Path, ids: str, out: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("command", commands(Path(), "", Path()))
-def test_an_adapter_beside_a_model_is_refused_by_every_command(command: str, run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+def test_an_adapter_beside_a_model_is_refused_by_every_command(
+    command: str, run: Run, dense: Path, tmp_path: Path, ids_file: str
+) -> None:
     """transformers would load it, without a word, where a whole model is loaded, and not where a block is read."""
     (dense / "adapter_config.json").write_text("{}")
     status, line = run(*commands(dense, ids_file, tmp_path / "out")[command])
-    assert (status, "an adapter (adapter_config.json) lies beside the model" in line, "merge it first" in line) == (1, True, True)
+    assert (status, "an adapter (adapter_config.json) lies beside the model" in line, "merge it first" in line) == (
+        1,
+        True,
+        True,
+    )
 
 
 def test_an_adapter_beside_the_dense_model_is_refused(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
@@ -198,16 +243,23 @@ def test_an_adapter_beside_the_dense_model_is_refused(run: Run, dense: Path, tmp
 def with_masks(folder: Path) -> None:
     """As a tool leaves it that keeps masks beside the dense weights."""
     tensors = load_file(folder / "model.safetensors")
-    masks = {f"{name}_mask": torch.ones_like(tensor) for name, tensor in tensors.items() if name.endswith("q_proj.weight")}
+    masks = {
+        f"{name}_mask": torch.ones_like(tensor) for name, tensor in tensors.items() if name.endswith("q_proj.weight")
+    }
     save_file(tensors | masks, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("command", ["prune", "sweep", "compare", "study modules", "study disp-llm"])
-def test_tensors_that_the_model_does_not_have_are_named(command: str, run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+def test_tensors_that_the_model_does_not_have_are_named(
+    command: str, run: Run, dense: Path, tmp_path: Path, ids_file: str
+) -> None:
     with_masks(dense)
     status, line = run(*commands(dense, ids_file, tmp_path / "out")[command])
     assert status == 1
-    assert "the files hold 3 tensors that a llama model does not have, first model.layers.0.self_attn.q_proj.weight_mask" in line
+    assert (
+        "the files hold 3 tensors that a llama model does not have, first model.layers.0.self_attn.q_proj.weight_mask"
+        in line
+    )
     assert "--ignore-unknown" in line
 
 
@@ -220,7 +272,9 @@ def test_tensors_that_the_model_does_not_have_may_be_left_out(dense: Path, tmp_p
     assert (again.exit_code, "warning: " in again.stderr, "they are left out" in again.stderr) == (0, True, True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     measured = CliRunner().invoke(app, args["eval"])
-    assert (measured.exit_code, "they are left out" in measured.stderr) == (0, True), "eval sees the model that transformers sees, and says so"
+    assert (measured.exit_code, "they are left out" in measured.stderr) == (0, True), (
+        "eval sees the model that transformers sees, and says so"
+    )
 
 
 def test_tables_that_old_files_hold_are_no_unknown_tensors(dense: Path, tmp_path: Path, ids_file: str) -> None:
@@ -230,15 +284,27 @@ def test_tables_that_old_files_hold_are_no_unknown_tensors(dense: Path, tmp_path
     assert CliRunner().invoke(app, commands(dense, ids_file, tmp_path / "out")["prune"]).exit_code == 0
 
 
-def test_a_head_that_is_missing_has_a_next_step(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+def test_a_head_that_is_missing_has_a_next_step(
+    run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str
+) -> None:
     folder = saved("llama", tied=True)
     edit_config(folder, tie_word_embeddings=False)
     status, line = run(*prune(folder, tmp_path, ids_file, "--sparsity", "0.5"))
-    assert (status, "the files hold no lm_head.weight" in line, "set that to true in config.json" in line) == (1, True, True)
+    assert (status, "the files hold no lm_head.weight" in line, "set that to true in config.json" in line) == (
+        1,
+        True,
+        True,
+    )
 
 
-def test_healing_on_a_file_without_a_network_says_which_text_is_missing(run: Run, tmp_path: Path, saved: Callable[..., Path], ids_file: str) -> None:
-    api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5), tmp_path / "pruned", records_file=tmp_path / "r" / "records.jsonl")
+def test_healing_on_a_file_without_a_network_says_which_text_is_missing(
+    run: Run, tmp_path: Path, saved: Callable[..., Path], ids_file: str
+) -> None:
+    api.prune(
+        api.Request(str(saved("llama")), "magnitude", sparsity=0.5),
+        tmp_path / "pruned",
+        records_file=tmp_path / "r" / "records.jsonl",
+    )
     status, line = run("heal", str(tmp_path / "pruned"), "--calibration", ids_file, "--out", str(tmp_path / "out"))
     assert (status, "no tokenizer" in line) == (1, True)
     shutil.copyfile(bundled_folder() / "tokenizer.json", tmp_path / "pruned" / "tokenizer.json")
@@ -276,13 +342,17 @@ def test_truncated_weights(run: Run, dense: Path, tmp_path: Path, ids_file: str,
 def test_a_shard_that_is_named_but_missing(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
     names = load_file(dense / "model.safetensors")
     (dense / "model.safetensors").unlink()
-    (dense / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}))
+    (dense / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")})
+    )
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert (status, "model-00001-of-00002.safetensors is named in" in line) == (1, True)
 
 
 @pytest.mark.parametrize(("value", "matrix"), [(float("nan"), "matrix v"), (float("inf"), "matrix v")])
-def test_weights_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path, tmp_path: Path, ids_file: str, value: float, matrix: str) -> None:
+def test_weights_that_are_not_finite_name_block_and_matrix(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, value: float, matrix: str
+) -> None:
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.1.self_attn.v_proj.weight"][3, 4] = value
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
@@ -292,7 +362,9 @@ def test_weights_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_activations_that_are_not_finite_name_block_and_matrix(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+def test_activations_that_are_not_finite_name_block_and_matrix(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str
+) -> None:
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38  # finite, and what it computes is not
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
@@ -310,11 +382,15 @@ def test_activations_that_are_not_finite_name_block_and_matrix(run: Run, dense: 
         ("lm_head.weight", "lm_head.weight has weights that are not finite"),
     ],
 )
-def test_other_weights_that_are_not_finite_are_named(name: str, words: str, run: Run, dense: Path, tmp_path: Path) -> None:
+def test_other_weights_that_are_not_finite_are_named(
+    name: str, words: str, run: Run, dense: Path, tmp_path: Path
+) -> None:
     tensors = load_file(dense / "model.safetensors")
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    status, line = run("prune", str(dense), "--method", "magnitude", "--sparsity", "0.5", "--out", str(tmp_path / "out"))
+    status, line = run(
+        "prune", str(dense), "--method", "magnitude", "--sparsity", "0.5", "--out", str(tmp_path / "out")
+    )
     assert (status, words in line) == (1, True)
 
 
@@ -325,7 +401,9 @@ def test_token_ids(run: Run, dense: Path, tmp_path: Path) -> None:
         assert status == 1
         return line
 
-    assert f"token id {VOCABULARY} is outside the vocabulary of the model (0 to {VOCABULARY - 1})" in attempt(np.full((2, 8), VOCABULARY))
+    assert f"token id {VOCABULARY} is outside the vocabulary of the model (0 to {VOCABULARY - 1})" in attempt(
+        np.full((2, 8), VOCABULARY)
+    )
     assert "token id -1 is outside" in attempt(np.full((2, 8), -1))
     assert "an int array [samples, seqlen]" in attempt(np.zeros((2, 8)))
     assert "an int array [samples, seqlen]" in attempt(np.zeros((0, 8), dtype=np.int64))
@@ -364,14 +442,36 @@ def test_text_for_a_model_without_a_tokenizer(run: Run, dense: Path, tmp_path: P
 )
 def test_calibration_text(run: Run, tmp_path: Path, name: str, content: str, words: str) -> None:
     (tmp_path / name).write_text(content)
-    status, line = run("prune", "bundled", "--method", "wanda", "--sparsity", "0.5", "--calibration", str(tmp_path / name), "--out", str(tmp_path / "out"))
+    status, line = run(
+        "prune",
+        "bundled",
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        str(tmp_path / name),
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert status == 1
     assert words in line
 
 
 def test_bytes_that_are_no_text(run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine \xff\xfe")
-    status, line = run("prune", "bundled", "--method", "wanda", "--sparsity", "0.5", "--calibration", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"))
+    status, line = run(
+        "prune",
+        "bundled",
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert (status, "not UTF-8 text (byte 5)" in line) == (1, True)
 
 
@@ -398,7 +498,9 @@ def test_a_damaged_index(run: Run, dense: Path, tmp_path: Path, ids_file: str) -
     assert (status, "not an index of weights" in line) == (1, True)
 
 
-def test_a_tied_head_that_differs_is_refused(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str) -> None:
+def test_a_tied_head_that_differs_is_refused(
+    run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str
+) -> None:
     folder = saved("llama", tied=True)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
@@ -408,18 +510,35 @@ def test_a_tied_head_that_differs_is_refused(run: Run, saved: Callable[..., Path
 
 
 @pytest.mark.parametrize("where", ["dense", "dense/..", "dense/deeper"])
-def test_an_output_around_or_inside_the_model_is_refused_even_with_overwrite(run: Run, dense: Path, tmp_path: Path, ids_file: str, where: str) -> None:
+def test_an_output_around_or_inside_the_model_is_refused_even_with_overwrite(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, where: str
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     dense.rename(home / "dense")
     before = (home / "dense" / "model.safetensors").read_bytes()
-    args = ["prune", str(home / "dense"), "--method", "wanda", "--calibration", ids_file, "--sparsity", "0.5", "--overwrite"]
+    args = [
+        "prune",
+        str(home / "dense"),
+        "--method",
+        "wanda",
+        "--calibration",
+        ids_file,
+        "--sparsity",
+        "0.5",
+        "--overwrite",
+    ]
     status, line = run(*args, "--out", str((home / where).resolve()), "--records", str(tmp_path / "r.jsonl"))
     assert (home / "dense" / "model.safetensors").read_bytes() == before
-    assert (status, ("lies inside the model" if where.endswith("deeper") else "which replacing it would remove") in line) == (2, True)
+    assert (
+        status,
+        ("lies inside the model" if where.endswith("deeper") else "which replacing it would remove") in line,
+    ) == (2, True)
 
 
-def test_an_overwrite_that_fails_keeps_the_old_folder(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overwrite_that_fails_keeps_the_old_folder(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious.txt").write_text("mine")
@@ -440,14 +559,18 @@ def test_an_overwrite_that_fails_keeps_the_old_folder(run: Run, dense: Path, tmp
     assert (tmp_path / "out.replaced").is_dir(), "a neighbour's folder"
 
 
-def test_a_full_disk_is_seen_before_the_work(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_seen_before_the_work(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert (status, "no space: the result needs about" in line) == (1, True)
 
 
-def test_a_disk_that_fills_up_keeps_what_is_done(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_keeps_what_is_done(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from secateur.models import save
 
     real, calls = save.save_file, []
@@ -467,7 +590,9 @@ def test_a_disk_that_fills_up_keeps_what_is_done(run: Run, dense: Path, tmp_path
     assert status == 0
 
 
-def test_resuming_with_other_settings_names_the_difference(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_with_other_settings_names_the_difference(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from secateur.models.save import CheckpointWriter
 
     def stop(*_: Any) -> None:
@@ -483,7 +608,9 @@ def test_resuming_with_other_settings_names_the_difference(run: Run, dense: Path
     assert (status, "an interrupted run lies in" in line) == (2, True)
 
 
-def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_out_of_memory_says_what_to_lower(
+    run: Run, dense: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from secateur.calibrate.stream import Stream
 
     def fail(*_: Any) -> None:
@@ -499,14 +626,20 @@ def test_an_accelerator_out_of_memory_says_what_to_lower(run: Run, dense: Path, 
     ("args", "status", "words"),
     [
         (["--protocol", "slicgpt"], 2, "unknown protocol 'slicgpt'; did you mean slicegpt"),
-        (["--protocol", "slicegpt", "--text", "IDS"], 2, "windows of 2048 tokens (protocol slicegpt) are outside [2, 64]"),
+        (
+            ["--protocol", "slicegpt", "--text", "IDS"],
+            2,
+            "windows of 2048 tokens (protocol slicegpt) are outside [2, 64]",
+        ),
         (["--text", "wikitext2"], 1, "no tokenizer"),
         (["--text", "IDS", "--tasks", "cloze"], 1, "no tokenizer"),
         (["--text", "IDS", "--limit", "0"], 2, "at least 1 is needed; leave it out to use everything"),
         (["--text", "IDS", "--seqlen", "0"], 2, "windows of 0 tokens"),
     ],
 )
-def test_eval(run: Run, dense: Path, ids_file: str, args: list[str], status: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval(
+    run: Run, dense: Path, ids_file: str, args: list[str], status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     got, line = run("eval", str(dense), *(ids_file if a == "IDS" else a for a in args))
     assert (got, words in line) == (status, True), line
 
@@ -517,26 +650,47 @@ def test_windows_longer_than_the_model_knows_are_not_evaluated(run: Run, dense: 
     assert (status, f"windows of {LENGTH + 1} tokens" in line) == (1, True)
 
 
-def test_records_that_cannot_be_written_are_seen_before_the_work(run: Run, dense: Path, ids_file: str, tmp_path: Path) -> None:
+def test_records_that_cannot_be_written_are_seen_before_the_work(
+    run: Run, dense: Path, ids_file: str, tmp_path: Path
+) -> None:
     status, line = run("eval", dense, "--text", ids_file, "--records", tmp_path)
     assert (status, "records cannot be written" in line) == (1, True)
 
 
 @pytest.mark.parametrize("wrong", [["--method", "wando"], ["--pattern", "3:7"], ["--set", "scope=x"]])
-def test_a_sweep_checks_everything_before_the_work(run: Run, dense: Path, ids_file: str, tmp_path: Path, wrong: list[str]) -> None:
-    args = ["sweep", dense, "--method", "wanda", "--sparsity", "0.5", "--calibration", ids_file, "--text", ids_file, "--out", tmp_path / "s"]
+def test_a_sweep_checks_everything_before_the_work(
+    run: Run, dense: Path, ids_file: str, tmp_path: Path, wrong: list[str]
+) -> None:
+    args = [
+        "sweep",
+        dense,
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        ids_file,
+        "--text",
+        ids_file,
+        "--out",
+        tmp_path / "s",
+    ]
     status, _ = run(*args, *wrong)
     assert status == 2
     assert not (tmp_path / "s").exists()
 
 
-def test_stock_only_is_refused_before_the_work(run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stock_only_is_refused_before_the_work(
+    run: Run, saved: Callable[..., Path], tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from secateur.calibrate.stream import Stream
 
     monkeypatch.setattr(Stream, "observe", lambda *_: pytest.fail("work was done"))
     folder = saved("opt")
     args = ["--pattern", "rows", "--modules", "attention=0.5", "--stock-only"]
-    status, line = run("prune", folder, "--method", "wanda", "--calibration", ids_file, "--out", tmp_path / "out", *args)
+    status, line = run(
+        "prune", folder, "--method", "wanda", "--calibration", ids_file, "--out", tmp_path / "out", *args
+    )
     assert (status, "cannot have fewer heads" in line) == (2, True)
 
 

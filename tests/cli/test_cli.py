@@ -40,12 +40,20 @@ def dense(saved: Callable[..., Path]) -> Path:
 
 def test_prune_and_eval_give_one_json_line_and_append_it(dense: Path, ids_file: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    status, stdout, _ = run("prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--out", out, "--json")
+    status, stdout, _ = run(
+        "prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--out", out, "--json"
+    )
     assert status == 0
     record = json.loads(stdout)
     assert record.keys() >= CONTRACT
     calibration = record["calibration"]
-    assert calibration == {"spec": ids_file, "samples": 6, "seqlen": 20, "sha256": calibration["sha256"], "file_sha256": calibration["file_sha256"]}
+    assert calibration == {
+        "spec": ids_file,
+        "samples": 6,
+        "seqlen": 20,
+        "sha256": calibration["sha256"],
+        "file_sha256": calibration["file_sha256"],
+    }
     assert calibration["file_sha256"] == hashlib.sha256(Path(ids_file).read_bytes()).hexdigest()
     status, stdout, _ = run("eval", out, "--text", ids_file, "--against", dense, "--json")
     assert status == 0
@@ -67,24 +75,65 @@ def test_dry_run_writes_nothing_and_tells_the_truth(dense: Path, ids_file: str, 
     _, stdout, _ = run(*args, "--json")
     done = json.loads(stdout)
     assert said["params_after"] == done["params_after"] < done["params_before"]
-    _, stdout, _ = run("prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--json")
+    _, stdout, _ = run(
+        "prune", dense, "--method", "wanda", "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--json"
+    )
     masks = json.loads(stdout)
     assert masks["nonzero_after"] < masks["params_after"] == masks["params_before"]
     _, stdout, _ = run(
-        "prune", dense, "--method", "disp_llm", "--sparsity", 0.1, "--calibration", ids_file, "--samples", 3, "--seqlen", 8, "--dry-run", "--json"
+        "prune",
+        dense,
+        "--method",
+        "disp_llm",
+        "--sparsity",
+        0.1,
+        "--calibration",
+        ids_file,
+        "--samples",
+        3,
+        "--seqlen",
+        8,
+        "--dry-run",
+        "--json",
     )
     learned = json.loads(stdout)
     assert (learned["calibration_tokens"], learned["memory_bytes"], learned["seconds_estimated"]) == (24, None, None)
 
 
 def test_params_removed_reaches_the_ratio(dense: Path, tmp_path: Path) -> None:
-    _, stdout, _ = run("prune", dense, "--method", "magnitude", "--pattern", "columns", "--params-removed", 0.2, "--out", tmp_path / "out", "--json")
+    _, stdout, _ = run(
+        "prune",
+        dense,
+        "--method",
+        "magnitude",
+        "--pattern",
+        "columns",
+        "--params-removed",
+        0.2,
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
     record = json.loads(stdout)
     assert record["pruning_ratio"] == pytest.approx(0.2, abs=0.01)
 
 
 def test_sweep_measures_the_dense_model_and_resumes(dense: Path, ids_file: str, tmp_path: Path) -> None:
-    args = ["sweep", dense, "--method", "wanda", "--sparsity", "0.3,0.6", "--calibration", ids_file, "--text", ids_file, "--out", tmp_path / "s", "--json"]
+    args = [
+        "sweep",
+        dense,
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.3,0.6",
+        "--calibration",
+        ids_file,
+        "--text",
+        ids_file,
+        "--out",
+        tmp_path / "s",
+        "--json",
+    ]
     status, stdout, _ = run(*args)
     assert status == 0
     found = json.loads(stdout)["records"]
@@ -97,7 +146,11 @@ def test_sweep_measures_the_dense_model_and_resumes(dense: Path, ids_file: str, 
     assert "already there" in stderr
     status, _, stderr = run(*args)
     assert (status, "exists and is not empty" in stderr) == (2, True)
-    for more, words in ((["--seed", 5], "had seed = 0, this one has 5"), (["--set", "scope=matrix"], None), (["--dtype", "bfloat16"], "had dtype")):
+    for more, words in (
+        (["--seed", 5], "had seed = 0, this one has 5"),
+        (["--set", "scope=matrix"], None),
+        (["--dtype", "bfloat16"], "had dtype"),
+    ):
         status, _, stderr = run(*args, "--resume", *more)
         assert (status, words is None or words in stderr) == (0 if words is None else 2, True), stderr
     other = tmp_path / "other.npy"
@@ -135,7 +188,20 @@ def test_inspect_counts_zeros_and_widths(dense: Path, tmp_path: Path) -> None:
 
 
 def test_report_from_a_folder(dense: Path, ids_file: str, tmp_path: Path) -> None:
-    run("sweep", dense, "--method", "wanda", "--sparsity", "0.5", "--calibration", ids_file, "--text", ids_file, "--out", tmp_path / "s")
+    run(
+        "sweep",
+        dense,
+        "--method",
+        "wanda",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        ids_file,
+        "--text",
+        ids_file,
+        "--out",
+        tmp_path / "s",
+    )
     status, _, _ = run("report", tmp_path / "s", "--out", tmp_path / "r.html")
     assert status == 0
     page = (tmp_path / "r.html").read_text()
@@ -160,13 +226,21 @@ sys.exit('torch' in sys.modules)
 
 
 def test_importing_secateur_registers_the_pruned_classes_before_or_after_transformers() -> None:
-    orders = (("import secateur", "import transformers"), ("import transformers; transformers.AutoModelForCausalLM", "import secateur"))
+    orders = (
+        ("import secateur", "import transformers"),
+        ("import transformers; transformers.AutoModelForCausalLM", "import secateur"),
+    )
     last = "from transformers import AutoConfig, AutoModelForCausalLM\nprint(AutoConfig.for_model('secateur_llama').model_type)"
-    started = [subprocess.Popen([sys.executable, "-c", "\n".join((*order, last))], stdout=subprocess.PIPE, text=True) for order in orders]
+    started = [
+        subprocess.Popen([sys.executable, "-c", "\n".join((*order, last))], stdout=subprocess.PIPE, text=True)
+        for order in orders
+    ]
     assert [process.communicate()[0].strip() for process in started] == ["secateur_llama"] * 2
 
 
-def test_interruption_says_how_to_go_on(dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interruption_says_how_to_go_on(
+    dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -181,7 +255,20 @@ def test_python_from_the_outside_of_the_package() -> None:
     assert issubclass(secateur.UsageError, ValueError)
 
 
-KILLED = ["--method", "wanda", "--sparsity", "0.5", "--calibration", "builtin", "--samples", "48", "--seqlen", "256", "--seed", "1"]
+KILLED = [
+    "--method",
+    "wanda",
+    "--sparsity",
+    "0.5",
+    "--calibration",
+    "builtin",
+    "--samples",
+    "48",
+    "--seqlen",
+    "256",
+    "--seed",
+    "1",
+]
 
 
 @pytest.mark.slow
@@ -189,7 +276,12 @@ def test_kill_minus_nine_in_the_middle_then_resume_gives_the_same_bytes(tmp_path
     command = [sys.executable, "-c", "from secateur.cli import main; main()", "prune", "bundled", *KILLED]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert run("prune", "bundled", *KILLED, "--out", tmp_path / "whole")[0] == 0
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
     partial = tmp_path / "killed.partial"
     while not (partial / "part-block-00001.safetensors").exists():
         assert process.poll() is None, "it ended before it could be killed"
@@ -202,5 +294,7 @@ def test_kill_minus_nine_in_the_middle_then_resume_gives_the_same_bytes(tmp_path
     assert 2 <= len(finished) < 6
     status, _, stderr = run("prune", "bundled", *KILLED, "--out", tmp_path / "killed")
     assert (status, "--resume" in stderr) == (2, True)
-    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True, env=environment
+    )
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

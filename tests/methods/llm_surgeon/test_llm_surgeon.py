@@ -28,7 +28,9 @@ CPU = torch.device("cpu")
 def _case(rows: int = 4, columns: int = 5) -> tuple[Tensor, Curvature]:
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(n, 2 * n, generator=draw, dtype=torch.float64) for n in (rows, columns))
-    return torch.randn(rows, columns, generator=draw, dtype=torch.float64), Curvature(left @ left.t(), right @ right.t())
+    return torch.randn(rows, columns, generator=draw, dtype=torch.float64), Curvature(
+        left @ left.t(), right @ right.t()
+    )
 
 
 def _exact(weight: Tensor, curvature: Curvature, zero: Tensor) -> tuple[Tensor, float]:
@@ -72,7 +74,9 @@ def test_what_is_gone_has_no_say() -> None:
     torch.testing.assert_close(part.g_OO, curvature.g_OO[stay_O][:, stay_O])
     inside = torch.zeros(3, 4, dtype=torch.bool)
     inside[1] = True
-    assert float(part.row_costs(weight[stay_O][:, stay_I])[1]) == pytest.approx(_exact(weight[stay_O][:, stay_I], part, inside)[1])
+    assert float(part.row_costs(weight[stay_O][:, stay_I])[1]) == pytest.approx(
+        _exact(weight[stay_O][:, stay_I], part, inside)[1]
+    )
 
 
 def test_degenerate_curvatures_are_those_of_the_weights_alone() -> None:
@@ -107,34 +111,45 @@ def test_factors_are_the_second_moments_of_inputs_and_gradients(model_type: str,
     rows = block.dims.shape("up")[0]
     g, x = seen["g"][:, -rows:], seen["x"]  # gate and up may be one module, up the second
     for factor, moment in ((found.g_OO, g.t() @ g / len(g)), (found.a_II, x.t() @ x / len(x))):
-        torch.testing.assert_close(factor, moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64))
+        torch.testing.assert_close(
+            factor, moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
+        )
 
 
 @pytest.mark.parametrize("model_type", able("llm_surgeon", FAMILY_TYPES, pattern="rows"))
 def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_type: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
-    work = units.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
+    work = units.UnitShots(
+        view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter"
+    )
     work.shot(windows, 0.2)
     masked = tiny_model(model_type, dtype=torch.float64)
     masked.load_state_dict(work.overlay.changed, strict=False)
     masked.tie_weights()
     plan = api.plan(model, "llm_surgeon", windows, sparsity=0.2, shots=1)
     narrow = api.cut(model, plan)
-    torch.testing.assert_close(narrow(some_ids()).logits, masked(some_ids()).logits, rtol=1e-4, atol=1e-5)  # stock norms of LLaMA are in float32
+    torch.testing.assert_close(
+        narrow(some_ids()).logits, masked(some_ids()).logits, rtol=1e-4, atol=1e-5
+    )  # stock norms of LLaMA are in float32
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, narrow))
     assert (before - after) / before == pytest.approx(work.told[0]["removed"])
     assert work.told[0]["removed"] >= 0.2
     ids = some_ids(1, 12)
     mask = torch.ones_like(ids)
-    with_cache, without = (narrow.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False))
+    with_cache, without = (
+        narrow.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False)
+    )
     assert torch.equal(with_cache, without)
     backward = Backward(view, windows, device=CPU, dtype=torch.float64)
     block = next(iter(backward.blocks()))
     factors = Factors(block, backward, "kfac", 0.01)
     alive = {space: torch.ones(count, dtype=torch.bool) for space, count in units.units(view, block.index).items()}
     costs = units.unit_costs(block, factors, alive)
-    for space, name, unit, size in (("ffn", "down", 5, 1), ("groups", "o", 1, block.dims.head_width * block.dims.queries)):
+    for space, name, unit, size in (
+        ("ffn", "down", 5, 1),
+        ("groups", "o", 1, block.dims.head_width * block.dims.queries),
+    ):
         zero = torch.zeros_like(block.matrix(name), dtype=torch.bool)
         zero[:, unit * size : (unit + 1) * size] = True
         assert float(costs[space][unit]) == pytest.approx(_exact(block.matrix(name), factors[name], zero)[1], rel=1e-6)
@@ -144,13 +159,23 @@ def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_typ
 
 
 @pytest.mark.parametrize("space", ["ffn", "groups"])
-def test_what_two_matrices_share_is_made_up_for_once_where_it_is_read(space: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_two_matrices_share_is_made_up_for_once_where_it_is_read(
+    space: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To make up for it in the matrices that give it too would be to do so twice."""
     model = tiny_model("llama", dtype=torch.float64)
     view = api.view_model(model)
     given, reader = {"ffn": (("gate", "up"), "down"), "groups": (("q", "k", "v"), "o")}[space]
-    monkeypatch.setattr(units, "choose", lambda view, alive, *_: [{s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive])
-    work = units.UnitShots(view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter")
+    monkeypatch.setattr(
+        units,
+        "choose",
+        lambda view, alive, *_: [
+            {s: _without_first(u) if s == space else u for s, u in found.items()} for found in alive
+        ],
+    )
+    work = units.UnitShots(
+        view, Run(0.2, 0, CPU, torch.float64), curvature="kfac", damping=0.01, update=True, rank="parameter"
+    )
     work.shot(windows, 0.2)
     factors = _naive_factors(model, windows)
     for name in given:
@@ -177,8 +202,12 @@ def _naive_factors(model: Any, windows: Tensor) -> dict[tuple[int, str], Curvatu
         seen[path] = [inputs[0].detach().reshape(-1, inputs[0].shape[-1])]
         output.register_hook(lambda g: seen[path].append(g.reshape(-1, g.shape[-1])))
 
-    paths = {f"{view.family.blocks}.{index}.{path}" for index in range(view.blocks) for path in view.family.matrices.values()}
-    hooks = [model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: listen(path, x, y)) for path in paths]
+    paths = {
+        f"{view.family.blocks}.{index}.{path}" for index in range(view.blocks) for path in view.family.matrices.values()
+    }
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: listen(path, x, y)) for path in paths
+    ]
     logits = model(windows).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
     for hook in hooks:
@@ -187,16 +216,23 @@ def _naive_factors(model: Any, windows: Tensor) -> dict[tuple[int, str], Curvatu
     for block in view.iterate():
         for name in block.names:
             x, g = seen[f"{view.family.blocks}.{block.index}.{view.family.matrices[name]}"]
-            first = sum(block.dims.shape(other)[0] for other in view.family.fused(name)[: view.family.fused(name).index(name)])
+            first = sum(
+                block.dims.shape(other)[0] for other in view.family.fused(name)[: view.family.fused(name).index(name)]
+            )
             g = g[:, first : first + block.dims.shape(name)[0]]
-            damped = [m + 0.01 * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype) for m in (g.t() @ g / len(g), x.t() @ x / len(x))]
+            damped = [
+                m + 0.01 * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype)
+                for m in (g.t() @ g / len(g), x.t() @ x / len(x))
+            ]
             found[block.index, name] = Curvature(*damped)
     return found
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
-def test_single_weights_go_by_one_threshold_and_the_others_make_up_for_them(model_type: str, pattern: str, windows: Tensor) -> None:
+def test_single_weights_go_by_one_threshold_and_the_others_make_up_for_them(
+    model_type: str, pattern: str, windows: Tensor
+) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
     factors = _naive_factors(model, windows)
@@ -206,13 +242,19 @@ def test_single_weights_go_by_one_threshold_and_the_others_make_up_for_them(mode
         inverse = [torch.linalg.inv(m).diagonal() for m in (curvature.g_OO, curvature.a_II)]
         cost = weight.square() / (2 * torch.outer(*inverse))
         costs.append(cost.flatten())
-        live.append((cost.view(-1, 4).argsort(1).argsort(1) < 2).flatten() if pattern == "2:4" else torch.ones_like(cost, dtype=torch.bool).flatten())
+        live.append(
+            (cost.view(-1, 4).argsort(1).argsort(1) < 2).flatten()
+            if pattern == "2:4"
+            else torch.ones_like(cost, dtype=torch.bool).flatten()
+        )
     all_costs = torch.cat(costs).masked_fill(~torch.cat(live), torch.inf)
     gone = torch.zeros_like(all_costs, dtype=torch.bool)
     gone[all_costs.argsort()[: int(0.5 * len(all_costs))]] = True
     asked = {"sparsity": 0.5} if pattern == "unstructured" else {}
     plan = api.plan(model, "llm_surgeon", windows, shots=1, pattern=pattern, **asked)
-    for ((index, name), curvature), zero in zip(factors.items(), gone.split([len(cost) for cost in costs]), strict=True):
+    for ((index, name), curvature), zero in zip(
+        factors.items(), gone.split([len(cost) for cost in costs]), strict=True
+    ):
         weight = view.block(index).matrix(name)
         assert torch.equal(plan.blocks[index].masks[name].unpack(), ~zero.view_as(weight)), (index, name)
         if index == 1 and name in ("k", "down"):
@@ -223,7 +265,9 @@ def test_single_weights_go_by_one_threshold_and_the_others_make_up_for_them(mode
 
 def test_n_of_m_is_reached_shot_by_shot_and_no_group_loses_more(windows: Tensor) -> None:
     view = replace(api.view_model(tiny_model("qwen2")), rates=({"q": 0.75, "down": 0.75}, {}, {"k": 0.75}))
-    work = weights.WeightShots(view, Run(0.0, 0, CPU, torch.float32), curvature="kfac", damping=0.01, update=True, pattern=parse_pattern("1:4"))
+    work = weights.WeightShots(
+        view, Run(0.0, 0, CPU, torch.float32), curvature="kfac", damping=0.01, update=True, pattern=parse_pattern("1:4")
+    )
     before = {place: mask.unpack() for place, mask in work.masks.items()}
     for shot, wanted in enumerate((0.25, 0.5, 0.75)):
         work.shot(windows, wanted)
@@ -240,7 +284,9 @@ def test_n_of_m_is_reached_shot_by_shot_and_no_group_loses_more(windows: Tensor)
 
 def test_matrices_asked_for_less_lose_less_and_no_others_anything(windows: Tensor) -> None:
     model = tiny_model("llama")
-    plan = api.plan(model, "llm_surgeon", windows, modules="attention=0.5,up=0.25", pattern="unstructured", shots=2, update=False)
+    plan = api.plan(
+        model, "llm_surgeon", windows, modules="attention=0.5,up=0.25", pattern="unstructured", shots=2, update=False
+    )
     masks = [block.masks for block in plan.blocks]
     assert {name for mask in masks for name in mask} == {"q", "k", "v", "o", "up"}
     for names, share in (("qkvo", 0.5), (("up",), 0.25)):
@@ -262,7 +308,9 @@ def test_of_equal_costs_the_first_go(windows: Tensor) -> None:
 
 def test_kobd_has_the_same_units_and_the_weights_as_they_were(windows: Tensor) -> None:
     model = tiny_model("llama")
-    surgeon, kobd = (api.plan(model, "llm_surgeon", windows, sparsity=0.3, shots=1, update=update) for update in (True, False))
+    surgeon, kobd = (
+        api.plan(model, "llm_surgeon", windows, sparsity=0.3, shots=1, update=update) for update in (True, False)
+    )
     for one, other in zip(surgeon.blocks, kobd.blocks, strict=True):
         assert all(torch.equal(one.keep[space], other.keep[space]) for space in one.keep)
         assert other.updates == {}
@@ -276,13 +324,26 @@ def _loss(model: Any, windows: Tensor) -> float:
         return float(model(windows, labels=windows).loss)
 
 
-@pytest.mark.parametrize(("pattern", "update"), [("rows", True), ("rows", False), ("unstructured", True), ("1:4", True)])
+@pytest.mark.parametrize(
+    ("pattern", "update"), [("rows", True), ("rows", False), ("unstructured", True), ("1:4", True)]
+)
 def test_a_run_stopped_between_shots_goes_on_to_the_same_bytes(
-    pattern: str, update: bool, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pattern: str,
+    update: bool,
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = {"shots": 3, "update": update, "pattern": pattern}
     sparsity = 0.75 if pattern == "1:4" else 0.3
-    request = api.Request(str(saved("phi3", dtype=torch.bfloat16)), "llm_surgeon", sparsity=sparsity, calibration=ids_file, options=options)
+    request = api.Request(
+        str(saved("phi3", dtype=torch.bfloat16)),
+        "llm_surgeon",
+        sparsity=sparsity,
+        calibration=ids_file,
+        options=options,
+    )
     whole = api.prune(request, tmp_path / "whole")
     assert [shot["removed"] >= sparsity / 3 * (n + 1) - 1e-4 for n, shot in enumerate(whole["shots"])] == [True] * 3
     real = shots.Shots._changed
@@ -298,7 +359,9 @@ def test_a_run_stopped_between_shots_goes_on_to_the_same_bytes(
             api.prune(request, tmp_path / "resumed")
     resumed = api.prune(request, tmp_path / "resumed", resume=True)
     assert resumed["shots"] == whole["shots"]
-    assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
     assert whole["updated"] is update
     AutoModelForCausalLM.from_pretrained(tmp_path / "resumed")(some_ids())
 
@@ -329,8 +392,14 @@ def test_a_sweep_is_one_run_with_the_bytes_of_separate_ones_and_goes_on_after_a_
     assert not (tmp_path / "sweep" / api.STATES).exists()
     for sparsity, folder in folders.items():
         alone = api.prune(replace(request, sparsity=sparsity), tmp_path / f"alone-{sparsity}")
-        assert (folder / "model.safetensors").read_bytes() == (tmp_path / f"alone-{sparsity}" / "model.safetensors").read_bytes()
-        record = next(r for r in records.read([tmp_path / "sweep" / "records.jsonl"]) if r["command"] == "prune" and r["out"] == str(folder))
+        assert (folder / "model.safetensors").read_bytes() == (
+            tmp_path / f"alone-{sparsity}" / "model.safetensors"
+        ).read_bytes()
+        record = next(
+            r
+            for r in records.read([tmp_path / "sweep" / "records.jsonl"])
+            if r["command"] == "prune" and r["out"] == str(folder)
+        )
         assert record["shots"] == alone["shots"]
         assert ("seconds_before" in record) is (sparsity > 0.025)
 
@@ -347,13 +416,17 @@ def test_the_schedule_of_a_lower_sparsity_is_the_first_part_of_that_of_a_higher_
     assert llm_surgeon.left(0.4, 2, [0.2]) == [0.4]
 
 
-def test_a_state_that_is_past_the_sparsity_is_left_alone(saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_that_is_past_the_sparsity_is_left_alone(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     request = api.Request(str(saved("llama")), "llm_surgeon", calibration=ids_file, samples=1)
     for sparsity in (0.0375, 0.025):
         api.prune(replace(request, sparsity=sparsity), tmp_path / f"{sparsity}", states=tmp_path / "states")
     assert "is after a shot to 0.0375, which is not on the way to what is asked" in capsys.readouterr().err
     alone = api.prune(replace(request, sparsity=0.025), tmp_path / "alone")
-    assert (tmp_path / "0.025" / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
+    assert (tmp_path / "0.025" / "model.safetensors").read_bytes() == (
+        tmp_path / "alone" / "model.safetensors"
+    ).read_bytes()
     assert len(alone["shots"]) == 2
     api.prune(replace(request, sparsity=0.025, options={"shots": 1}), tmp_path / "one", states=tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -367,8 +440,14 @@ def test_what_cannot_be_done_is_refused(saved: Callable[..., Path], windows: Ten
         ({"options": {"shots": -1}}, "shots is -1"),
         ({"options": {"damping": 0.0}}, "damping is 0; it must be above 0"),
         ({"pattern": "columns"}, "pattern rows has the columns too"),
-        ({"sparsity": None, "params_removed": 0.2, "pattern": "unstructured"}, "pattern unstructured zeroes weights and removes no parameters"),
-        ({"pattern": "unstructured", "sparsity": 0.2, "modules": "auto"}, "--modules auto does not go with llm_surgeon"),
+        (
+            {"sparsity": None, "params_removed": 0.2, "pattern": "unstructured"},
+            "pattern unstructured zeroes weights and removes no parameters",
+        ),
+        (
+            {"pattern": "unstructured", "sparsity": 0.2, "modules": "auto"},
+            "--modules auto does not go with llm_surgeon",
+        ),
         ({"sparsity": 0.2, "modules": "mlp"}, "--modules does not go with llm_surgeon"),
     ):
         with pytest.raises(api.UsageError, match=words):

@@ -24,7 +24,9 @@ from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize(("norm", "tied"), [("full", False), ("selected", True)])
 @pytest.mark.parametrize("model_type", able("disp_llm"))
-def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool, separate: bool, windows: Tensor) -> None:
+def test_the_cut_equals_the_masked_model(
+    model_type: str, norm: str, tied: bool, separate: bool, windows: Tensor
+) -> None:
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
     plan = api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=2, norm=norm, separate=separate)
     form = SELECT_FORMS[norm == "selected"]
@@ -37,9 +39,13 @@ def test_the_cut_equals_the_masked_model(model_type: str, norm: str, tied: bool,
             keep[number] = block.keep[selection]
     masked = MaskedModel(view, structures, form, device=torch.device("cpu"), dtype=torch.float64)
     narrow = api.cut(model, plan)
-    torch.testing.assert_close(narrow(some_ids()).logits, masked.logits(some_ids(), keep_gates(structures, keep)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        narrow(some_ids()).logits, masked.logits(some_ids(), keep_gates(structures, keep)), rtol=1e-4, atol=1e-5
+    )
     assert not torch.allclose(narrow(some_ids()).logits, model(some_ids()).logits, atol=1e-2)
-    assert structures.parameters([float(len(indices)) for indices in keep]) == sum(p.numel() for p in narrow.parameters())
+    assert structures.parameters([float(len(indices)) for indices in keep]) == sum(
+        p.numel() for p in narrow.parameters()
+    )
     if separate:
         assert len({tuple(plan.blocks[0].keep[f"{name}_in"].tolist()) for name in "qkv"}) == 3
 
@@ -52,7 +58,9 @@ def test_scales_are_folded_into_the_weights(model_type: str, norm: str, separate
     structures = find_structures(view, constrained=False, form=form, whole=True, separate=separate)
     keep = [torch.arange(0, width, 2, dtype=torch.int32) for width in structures.widths]
     scales = [torch.linspace(0.5, 1.5, width, dtype=torch.float64) for width in structures.widths]
-    plan = api.Plan({}, tuple(disp_llm._block_plan(view, structures, keep, scales, index, form) for index in range(view.blocks)))
+    plan = api.Plan(
+        {}, tuple(disp_llm._block_plan(view, structures, keep, scales, index, form) for index in range(view.blocks))
+    )
     masked = MaskedModel(view, structures, form, device=torch.device("cpu"), dtype=torch.float64)
     expected = masked.logits(some_ids(), torch.cat([keep_gates(structures, keep).double(), *scales]))
     torch.testing.assert_close(api.cut(model, plan).double()(some_ids()).logits, expected, rtol=1e-4, atol=1e-5)
@@ -61,7 +69,10 @@ def test_scales_are_folded_into_the_weights(model_type: str, norm: str, separate
 
 def test_a_scale_is_learned_only_when_asked_for_and_the_plan_says_so(windows: Tensor) -> None:
     model = tiny_model("llama")
-    frozen, scaled = (api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=2, scale=scale).blocks[0] for scale in (False, True))
+    frozen, scaled = (
+        api.plan(model, "disp_llm", windows, sparsity=0.4, unmet="cut", steps=2, scale=scale).blocks[0]
+        for scale in (False, True)
+    )
     assert not frozen.updated
     assert set(scaled.updated) == {"q", "k", "v", "o", "gate", "up", "down"}
 
@@ -73,7 +84,9 @@ def test_learning_beats_a_choice_that_was_not_learned(windows: Tensor) -> None:
     ids = windows % 8 + 4  # few tokens, so that there is something to learn
 
     def loss(**options: Any) -> float:
-        narrow = api.cut(model, api.plan(model, "disp_llm", ids, sparsity=0.4, batch=6, lr=1e-2, unmet="cut", **options))
+        narrow = api.cut(
+            model, api.plan(model, "disp_llm", ids, sparsity=0.4, batch=6, lr=1e-2, unmet="cut", **options)
+        )
         return float(narrow(input_ids=ids, labels=ids).loss.detach())
 
     unlearned, learned = loss(steps=1), loss(steps=150)
@@ -109,33 +122,59 @@ def test_a_budget_that_learning_did_not_reach_is_told(windows: Tensor, capsys: p
     assert plan.settings["learning"]["removed_half"] == 0
     told = capsys.readouterr().err
     assert "asked to remove 0.4000; gates open half of the time remove 0.0000, those kept 0.0000" in told
-    assert re.search(r"has not met its budget: draws of its gates remove 0\.0\d+ of the parameters, asked 0\.4000; the cut removes what ranks lowest", told)
+    assert re.search(
+        r"has not met its budget: draws of its gates remove 0\.0\d+ of the parameters, asked 0\.4000; the cut removes what ranks lowest",
+        told,
+    )
 
 
 def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", params_removed=0.35, calibration=ids_file, options={"unmet": "cut", "steps": 2})
+    request = api.Request(
+        str(saved("llama")), "disp_llm", params_removed=0.35, calibration=ids_file, options={"unmet": "cut", "steps": 2}
+    )
     record = api.prune(request, tmp_path / "out")
     assert record["pruning_ratio"] == record["sparsity_measured"] == pytest.approx(0.35, abs=0.01)
     learning = api.read_plan(tmp_path / "out").settings["learning"]
     assert record["learning"] == learning
     assert learning["step"] == [2]
     model = tiny_model("llama")
-    fixed = find_structures(api.view_model(model), constrained=False, form=SELECT_FORMS[0], whole=True).fixed / model.num_parameters()
+    fixed = (
+        find_structures(api.view_model(model), constrained=False, form=SELECT_FORMS[0], whole=True).fixed
+        / model.num_parameters()
+    )
     assert learning["budget"] == [pytest.approx(math.log((learning["left"][0] - fixed) / (0.65 - fixed)), abs=1e-3)]
     assert learning["removed_half"] < 0.35
     found = api.inspect(str(tmp_path / "out"))
-    assert found["parameters"] == record["params_after"] == sum(b["parameters"] for b in found["blocks"]) + 2 * 64 * 32 + 32
+    assert (
+        found["parameters"]
+        == record["params_after"]
+        == sum(b["parameters"] for b in found["blocks"]) + 2 * 64 * 32 + 32
+    )
     assert found["blocks"][0]["residual"]["skips"] == ("norm, select",) * 2
-    dense = sum(m["shape"][0] * m["shape"][1] for b in api.inspect(str(saved("llama")))["blocks"] for m in b["matrices"].values())
-    assert record["pruning_ratio_blocks"] == pytest.approx(1 - found["parameters_blocks"] / dense), "index maps are no weights"
+    dense = sum(
+        m["shape"][0] * m["shape"][1]
+        for b in api.inspect(str(saved("llama")))["blocks"]
+        for m in b["matrices"].values()
+    )
+    assert record["pruning_ratio_blocks"] == pytest.approx(1 - found["parameters_blocks"] / dense), (
+        "index maps are no weights"
+    )
     with pytest.raises(api.SecateurError, match="pruned already; prune the original model"):
         api.prepare(api.Request(str(tmp_path / "out"), "disp_llm", sparsity=0.5))
     with pytest.raises(api.SecateurError, match="already selected from"):
         api.prepare(api.Request(str(tmp_path / "out"), "slicegpt", sparsity=0.5))
 
 
-def test_the_constrained_choice_is_one_for_all_and_is_written(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
-    request = api.Request(str(saved("llama")), "disp_llm", 0.4, calibration=ids_file, options={"unmet": "cut", "steps": 2, "constrained": True})
+def test_the_constrained_choice_is_one_for_all_and_is_written(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    request = api.Request(
+        str(saved("llama")),
+        "disp_llm",
+        0.4,
+        calibration=ids_file,
+        options={"unmet": "cut", "steps": 2, "constrained": True},
+    )
     api.prune(request, tmp_path / "out")
     blocks = api.read_plan(tmp_path / "out").blocks
     shared = [block.keep[space] for block in blocks for space in ("attention_in", "attention_out", "mlp_in", "mlp_out")]
@@ -143,13 +182,25 @@ def test_the_constrained_choice_is_one_for_all_and_is_written(saved: Callable[..
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
-def test_a_result_whose_readers_select_apart_is_pruned_further(model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_a_result_whose_readers_select_apart_is_pruned_further(
+    model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     """q, k and v are three matrices then, each with an input of its own, also where a stock block has one module for them."""
     dense = saved(model_type, dtype=torch.bfloat16)
-    first = api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options={"unmet": "cut", "steps": 2, "separate": True})
+    first = api.Request(
+        str(dense),
+        "disp_llm",
+        sparsity=0.3,
+        calibration=ids_file,
+        options={"unmet": "cut", "steps": 2, "separate": True},
+    )
     api.prune(first, tmp_path / "apart")
-    assert (tmp_path / "apart" / "model.safetensors").is_file(), "odd widths beside whole numbers are no reason for shards"
-    record = api.prune(api.Request(str(tmp_path / "apart"), "wanda", modules="k=0.5", calibration=ids_file), tmp_path / "sparse")
+    assert (tmp_path / "apart" / "model.safetensors").is_file(), (
+        "odd widths beside whole numbers are no reason for shards"
+    )
+    record = api.prune(
+        api.Request(str(tmp_path / "apart"), "wanda", modules="k=0.5", calibration=ids_file), tmp_path / "sparse"
+    )
     assert record["params_after"] == record["params_before"]
     before, after = (api.inspect(str(tmp_path / name))["blocks"] for name in ("apart", "sparse"))
     assert after[1]["residual"]["readers"] == before[1]["residual"]["readers"]
@@ -160,7 +211,9 @@ def test_a_result_whose_readers_select_apart_is_pruned_further(model_type: str, 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "selected", "separate": True}])
 @pytest.mark.parametrize("model_type", able("disp_llm", FAMILY_TYPES))
-def test_the_pruned_model_compiles_without_breaks_or_recompiles(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
+def test_the_pruned_model_compiles_without_breaks_or_recompiles(
+    model_type: str, options: dict[str, Any], windows: Tensor
+) -> None:
     model = tiny_model(model_type, num_hidden_layers=1)
     narrow = api.cut(model, api.plan(model, "disp_llm", windows, sparsity=0.3, unmet="cut", steps=1, **options))
     torch._dynamo.reset()
@@ -168,7 +221,10 @@ def test_the_pruned_model_compiles_without_breaks_or_recompiles(model_type: str,
     compiled = torch.compile(narrow, fullgraph=True, backend=counter)
     with torch.no_grad():
         for seed in (1, 2):
-            assert torch.equal(compiled(input_ids=some_ids(seed=seed), use_cache=False).logits, narrow(some_ids(seed=seed), use_cache=False).logits)
+            assert torch.equal(
+                compiled(input_ids=some_ids(seed=seed), use_cache=False).logits,
+                narrow(some_ids(seed=seed), use_cache=False).logits,
+            )
     assert counter.frame_count == 1
 
 
@@ -179,10 +235,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 1.2}, r"outside \[0, 1\)"),
     ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with disp_llm"),
     ({"sparsity": 0.5, "options": {"gate": "hard"}}, r"unknown gate 'hard' \(allowed: reinmax"),
-    ({"sparsity": 0.5, "options": {"separate": "true", "constrained": "true"}}, r"constrained=true has one .*; set one of them"),
+    (
+        {"sparsity": 0.5, "options": {"separate": "true", "constrained": "true"}},
+        r"constrained=true has one .*; set one of them",
+    ),
     ({"sparsity": 0.5, "options": {"steps": "0"}}, r"steps is 0; it is a count, at least 1"),
     ({"sparsity": 0.5, "options": {"lr": "nan"}}, r"lr is nan; it must be above 0"),
-    ({"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}}, r"batch=6 windows cannot be split into accumulate=4 equal parts"),
+    (
+        {"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}},
+        r"batch=6 windows cannot be split into accumulate=4 equal parts",
+    ),
     ({"sparsity": 0.5, "options": {"warm": "-1"}}, r"warm is -1; it is a count, 0 for none"),
     ({"sparsity": 0.5, "options": {"strength": "-1"}}, r"strength is -1; it must be at least 0"),
     ({"sparsity": 0.5, "stock_only": True}, r"--stock-only: disp_llm: it gives every block its own widths"),
@@ -190,7 +252,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("asked", "words"), BAD)
-def test_bad_input_is_refused_in_one_line(asked: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(
+    asked: dict[str, Any], words: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     with pytest.raises(api.UsageError, match=words) as caught:
         api.prune(api.Request(str(saved("llama")), "disp_llm", calibration=ids_file, **asked), tmp_path / "out")
     assert "\n" not in str(caught.value)
