@@ -51,10 +51,15 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     if plan.places:
         return replace(dims, residual=residual_after(plan))
     if plan.select:
-        reads, writes = ([len(plan.keep[space]) if space in plan.keep else dims.hidden for space in spaces] for spaces in (READS, WRITES))
+        reads, writes = (
+            [len(plan.keep[space]) if space in plan.keep else dims.hidden for space in spaces]
+            for spaces in (READS, WRITES)
+        )
         q, k, v = (len(plan.keep.get(space, ())) for space in OWN_COLUMNS.values())
         readers = (q, k, v) if separates(plan) else None
-        dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers))
+        dims = replace(
+            dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers)
+        )
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
     queries = len(plan.keep["heads"]) // dims.groups if "heads" in plan.keep else dims.queries
@@ -96,7 +101,11 @@ def _own_copy(tensor: Tensor) -> Tensor:
 def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
     rows, columns = _kept_rows_and_columns(block, plan)
     family = family_after(block.family, plan)
-    tensors = {name: tensor for name, tensor in block.tensors.items() if name.rpartition(".")[0] not in block.family.matrices.values()}
+    tensors = {
+        name: tensor
+        for name, tensor in block.tensors.items()
+        if name.rpartition(".")[0] not in block.family.matrices.values()
+    }
     for path in dict.fromkeys(family.matrices.values()):
         members = [name for name in block.names if family.matrices[name] == path]
         tensors[f"{path}.weight"] = _stack([_pick(block.matrix(n), rows[n], columns[n]) for n in members])

@@ -41,7 +41,9 @@ def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
     for number, place in enumerate(places):
         tensors |= {f"skips.{number}.{name}": tensor for name, tensor in place.skip.items()}
     dims = replace(block.dims, residual=residual_after(plan))
-    return replace(block, dims=dims, tensors={name: tensor.to(block.dtype).contiguous() for name, tensor in tensors.items()})
+    return replace(
+        block, dims=dims, tensors={name: tensor.to(block.dtype).contiguous() for name, tensor in tensors.items()}
+    )
 
 
 def residual_after(plan: BlockPlan) -> Residual:
@@ -68,5 +70,7 @@ def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tenso
 
 def _basis(place: Place, like: Tensor) -> Tensor:
     if place.basis_DW is None:
-        raise SecateurError("this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that checkpoint instead")
+        raise SecateurError(
+            "this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that checkpoint instead"
+        )
     return place.basis_DW.to(like)

@@ -187,7 +187,9 @@ class Family:
         """As seen in a checkpoint whose q, k and v select for themselves what they read (see `runtime.Reader`)."""
         if self.separate:
             return self
-        own = {name: f"{self.matrices[name]}{f'.{name}' * (len(self.fused(name)) > 1)}.linear" for name in ATTENTION[:3]}
+        own = {
+            name: f"{self.matrices[name]}{f'.{name}' * (len(self.fused(name)) > 1)}.linear" for name in ATTENTION[:3]
+        }
         return replace(self, matrices={**self.matrices, **own}, separate=True)
 
     def input_of(self, name: str, *, apart: bool = False) -> str:
@@ -204,7 +206,9 @@ class Family:
 @cache
 def all_families() -> dict[str, Family]:
     """Every family by name: the files of `models/families`, and those that other packages add (`secateur.families`)."""
-    modules = [importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)]
+    modules = [
+        importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)
+    ]
     found = [module.FAMILY for module in modules] + [entry.load() for entry in entry_points(group="secateur.families")]
     return {family.name: family for family in found}
 
@@ -250,11 +254,22 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
             if reason := family.refuse(config) or _other_kind(family, config):
                 raise SecateurError(f"{source}: {reason}")
             heads, groups = getattr(config, family.heads), getattr(config, family.groups)
-            sizes = {family.heads: heads, family.groups: groups, family.ffn: getattr(config, family.ffn), "num_hidden_layers": config.num_hidden_layers}
+            sizes = {
+                family.heads: heads,
+                family.groups: groups,
+                family.ffn: getattr(config, family.ffn),
+                "num_hidden_layers": config.num_hidden_layers,
+            }
             if wrong := [name for name, size in sizes.items() if not isinstance(size, int) or size < 1]:
-                raise SecateurError(f"{source}: config.json has {wrong[0]} = {sizes[wrong[0]]!r}; it is a count, at least 1")
+                raise SecateurError(
+                    f"{source}: config.json has {wrong[0]} = {sizes[wrong[0]]!r}; it is a count, at least 1"
+                )
             if heads % groups:
-                raise SecateurError(f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not divide; no such model runs")
+                raise SecateurError(
+                    f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not divide; no such model runs"
+                )
             return family.separated() if is_pruned(config) and "readers" in config.pruned_widths[0] else family
     known = sorted(t for family in all_families().values() for t in family.model_types)
-    raise SecateurError(f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: docs/add-a-family.md")
+    raise SecateurError(
+        f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: docs/add-a-family.md"
+    )

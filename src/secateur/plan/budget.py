@@ -12,7 +12,9 @@ from secateur.plan.allocate import units_left
 from secateur.plan.rates import Rates
 
 
-def nearest(steps: Iterable[float], ratio: Callable[[float], float], wanted: float, *, at_least: bool, what: str) -> float:
+def nearest(
+    steps: Iterable[float], ratio: Callable[[float], float], wanted: float, *, at_least: bool, what: str
+) -> float:
     """The step whose pruning ratio is nearest to the one wanted; of two as near, the one that removes less, but not nothing.
 
     Args:

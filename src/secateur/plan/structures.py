@@ -49,7 +49,13 @@ class Structures:
 
     def parameters(self, kept: Sequence[float]) -> float:
         """T(s): the parameters left with so many open gates in each structure."""
-        return sum((cost.parameters({s: kept[n] for s, n in uses.items()}) for cost, uses in zip(self.costs, self.uses, strict=True)), float(self.fixed))
+        return sum(
+            (
+                cost.parameters({s: kept[n] for s, n in uses.items()})
+                for cost, uses in zip(self.costs, self.uses, strict=True)
+            ),
+            float(self.fixed),
+        )
 
     def counter(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """T(s) as a function of gates [N], with gradients, in a handful of operations however many blocks there are."""
@@ -71,7 +77,9 @@ class Structures:
         return left
 
 
-def find_structures(view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False) -> Structures:
+def find_structures(
+    view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False
+) -> Structures:
     """The gates of a model.
 
     Args:

@@ -50,8 +50,13 @@ SHARDS = True  # windows and blocks are shared among processes, and all learn th
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
 QUICK = {"steps": 2, "unmet": "cut"}
-MAY_CHANGE = ("steps", "unmet")  # where an interrupted run goes on: the rate is constant, so more steps are the same run, longer
-UNMET = 0.02  # of all parameters that are counted: learning that ends further from its budget has not done what was asked
+MAY_CHANGE = (
+    "steps",
+    "unmet",
+)  # where an interrupted run goes on: the rate is constant, so more steps are the same run, longer
+UNMET = (
+    0.02  # of all parameters that are counted: learning that ends further from its budget has not done what was asked
+)
 
 _FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
 _CHOICES = {
@@ -125,7 +130,9 @@ class DispLLM:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.constrained and self.separate:
-            raise UsageError("disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and v; set one of them")
+            raise UsageError(
+                "disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and v; set one of them"
+            )
         for name in ("steps", "batch", "accumulate", "round", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name)}; it is a count, at least 1")
@@ -138,7 +145,9 @@ class DispLLM:
             if not getattr(self, name) >= 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be at least 0")
         if self.batch % self.accumulate:
-            raise UsageError(f"disp_llm: batch={self.batch} windows cannot be split into accumulate={self.accumulate} equal parts")
+            raise UsageError(
+                f"disp_llm: batch={self.batch} windows cannot be split into accumulate={self.accumulate} equal parts"
+            )
 
 
 def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
@@ -191,11 +200,14 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         _FORMS[options.norm],
         device=run.device,
         dtype=run.dtype,
-        autocast=options.autocast == "on" or (options.autocast == "auto" and run.device.type != "cpu" and run.dtype == torch.float32),
+        autocast=options.autocast == "on"
+        or (options.autocast == "auto" and run.device.type != "cpu" and run.dtype == torch.float32),
         checkpointing=options.checkpointing,
     )
     begin_N = begin(importance(masked, data[: options.warm]), masked, target) - options.bias if options.warm else None
-    network = Hypernetwork(structures.widths, options.hypernetwork, seed=run.seed, begin_N=begin_N, scaled=options.scale).to(run.device)
+    network = Hypernetwork(
+        structures.widths, options.hypernetwork, seed=run.seed, begin_N=begin_N, scaled=options.scale
+    ).to(run.device)
     how = Learning(
         steps=options.steps,
         batch=options.batch,
@@ -216,11 +228,19 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
     half = _tell(logit_N, structures, keep, target, options)
     run.notes["learning"] = {**history(seen, structures.total), "removed_half": half}
     scales = None if (scale_N := network.scales()) is None else structures.split(scale_N.detach().cpu())
-    return tuple(_block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks))
+    return tuple(
+        _block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks)
+    )
 
 
 def _structures(view: ModelView, options: DispLLM) -> Structures:
-    return find_structures(view, constrained=options.constrained, form=_FORMS[options.norm], whole=options.budget == "model", separate=options.separate)
+    return find_structures(
+        view,
+        constrained=options.constrained,
+        form=_FORMS[options.norm],
+        whole=options.budget == "model",
+        separate=options.separate,
+    )
 
 
 def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float, options: DispLLM) -> float:
@@ -230,9 +250,16 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
         SecateurError: too far, and `unmet=refuse`.
     """
     halves = [float((part > 0).sum()) for part in structures.split(logit_N)]
-    learned, chosen = (1 - float(structures.parameters(kept)) / structures.total for kept in (halves, [float(len(indices)) for indices in keep]))
-    say(f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}")
-    drawn = float(structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach())))  # draws are independent: of products of counts, too
+    learned, chosen = (
+        1 - float(structures.parameters(kept)) / structures.total
+        for kept in (halves, [float(len(indices)) for indices in keep])
+    )
+    say(
+        f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}"
+    )
+    drawn = float(
+        structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach()))
+    )  # draws are independent: of products of counts, too
     asked, removed = 1 - target / structures.total, 1 - drawn / structures.total
     if abs(removed - asked) > UNMET:
         missed = f"disp_llm: learning has not met its budget: draws of its gates remove {removed:.4f} of the parameters, asked {asked:.4f}"
@@ -245,11 +272,22 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
     return learned
 
 
-def _block_plan(view: ModelView, structures: Structures, keep: list[Tensor], scales: list[Tensor] | None, index: int, form: str) -> BlockPlan:
+def _block_plan(
+    view: ModelView, structures: Structures, keep: list[Tensor], scales: list[Tensor] | None, index: int, form: str
+) -> BlockPlan:
     uses = structures.uses[index]
     # a choice that several selections share is written once for each
-    plan = BlockPlan(index, keep={s: keep[n].clone() for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)
-    return plan if scales is None else replace(plan, updates=_folded(view.block(index), {s: scales[n] for s, n in uses.items()}))
+    plan = BlockPlan(
+        index,
+        keep={s: keep[n].clone() for s, n in uses.items()},
+        of={s: structures.widths[n] for s, n in uses.items()},
+        select=form,
+    )
+    return (
+        plan
+        if scales is None
+        else replace(plan, updates=_folded(view.block(index), {s: scales[n] for s, n in uses.items()}))
+    )
 
 
 def _folded(block: BlockView, scale: dict[str, Tensor]) -> dict[str, Tensor]:

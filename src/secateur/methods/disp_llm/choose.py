@@ -39,7 +39,9 @@ def smallest(structures: Structures, multiple: int) -> float:
     return float(structures.parameters([float(_rounded(0, width, multiple)) for width in structures.widths]))
 
 
-def _within(logits: list[Tensor], orders: list[Tensor], structures: Structures, target: float, multiple: int) -> list[int]:
+def _within(
+    logits: list[Tensor], orders: list[Tensor], structures: Structures, target: float, multiple: int
+) -> list[int]:
     """How many to keep of each structure: the gates with the highest logits of all, as many as the target allows."""
     owner_N = torch.cat([torch.full((len(part),), number) for number, part in enumerate(logits)])
     ranked_N = owner_N[torch.sort(torch.cat(logits), descending=True, stable=True).indices]
@@ -51,7 +53,10 @@ def _within(logits: list[Tensor], orders: list[Tensor], structures: Structures, 
 
     while low < high:
         middle = (low + high + 1) // 2
-        kept = [float(_rounded(count, width, multiple)) for count, width in zip(counts(middle), structures.widths, strict=True)]
+        kept = [
+            float(_rounded(count, width, multiple))
+            for count, width in zip(counts(middle), structures.widths, strict=True)
+        ]
         low, high = (middle, high) if float(structures.parameters(kept)) <= target else (low, middle - 1)
     return counts(low)
 

@@ -23,7 +23,9 @@ from torch import Tensor
 GATES = ("reinmax", "reinmax-printed", "straight-through", "gumbel")
 
 
-def draw_gates(x_N: Tensor, noise_N: Tensor, gate: str = "reinmax", *, bias: float = 3.0, temperature: float = 1.0) -> Tensor:
+def draw_gates(
+    x_N: Tensor, noise_N: Tensor, gate: str = "reinmax", *, bias: float = 3.0, temperature: float = 1.0
+) -> Tensor:
     """One draw of gates.
 
     Args:

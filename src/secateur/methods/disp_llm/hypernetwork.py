@@ -34,7 +34,15 @@ class Hypernetwork(nn.Module):
     input_SI: Tensor
     begin_N: Tensor | None
 
-    def __init__(self, widths: Sequence[int], kind: str = "gru", *, seed: int = 0, begin_N: Tensor | None = None, scaled: bool = False) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        kind: str = "gru",
+        *,
+        seed: int = 0,
+        begin_N: Tensor | None = None,
+        scaled: bool = False,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.register_buffer("begin_N", begin_N)

@@ -64,7 +64,14 @@ def budget_term(left: Tensor | float, target: float, fixed: float = 0.0) -> Tens
     return torch.log((torch.as_tensor(left) - fixed) / (target - fixed)).abs()
 
 
-def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None = None) -> list[dict[str, float]]:
+def learn(
+    network: Hypernetwork,
+    masked: MaskedModel,
+    windows: Tensor,
+    target: float,
+    how: Learning,
+    checkpoint: Path | None = None,
+) -> list[dict[str, float]]:
     """Train the network in place.
 
     Args:
@@ -88,7 +95,9 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
     done = learner.resume()
     if done > how.steps:
         steps = f"{done} steps, more than the {how.steps} asked for"
-        raise SecateurError(f"disp_llm: the interrupted run has done {steps}; give --set steps={done}, or start again with --overwrite")
+        raise SecateurError(
+            f"disp_llm: the interrupted run has done {steps}; give --set steps={done}, or start again with --overwrite"
+        )
     if done:
         say(f"disp_llm: going on from step {done} of {how.steps}")
     for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=learner.status):
@@ -109,7 +118,15 @@ def with_scales(gate_N: Tensor, network: Hypernetwork) -> Tensor:
 class Learner:
     """What a step changes, and what it needs."""
 
-    def __init__(self, network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None) -> None:
+    def __init__(
+        self,
+        network: Hypernetwork,
+        masked: MaskedModel,
+        windows: Tensor,
+        target: float,
+        how: Learning,
+        checkpoint: Path | None,
+    ) -> None:
         self.network, self.masked, self.target, self.how, self.checkpoint = network, masked, target, how, checkpoint
         self.device = next(network.parameters()).device
         self.windows = windows.to(self.device, torch.int32)
@@ -157,14 +174,20 @@ class Learner:
         """Bring the losses to the host, and stop where they are not finite."""
         self._check(step)
         since = step - (int(self.seen[-1]["step"]) if self.seen else 0)
-        self.seen.append({"step": step, "loss": float(self.loss) / since, "budget": float(self.budget), "left": float(self.left)})
+        self.seen.append(
+            {"step": step, "loss": float(self.loss) / since, "budget": float(self.budget), "left": float(self.left)}
+        )
         self.loss = torch.zeros_like(self.loss)
 
     def save(self, step: int, file: Path) -> None:
         """Write the state, but never one that is not finite over one that is."""
         self._check(step)
         check_same(self.network.state_dict().values(), f"disp_llm: step {step}: the hypernetwork")
-        on_first(lambda: save_state(file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen}))
+        on_first(
+            lambda: save_state(
+                file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen}
+            )
+        )
 
     def resume(self) -> int:
         """Go on from the saved state, where there is one; the number of steps that are done."""
@@ -189,7 +212,11 @@ class Learner:
         wrong = int(self.wrong)
         if not wrong and all_finite(self.network):
             return
-        found = f"the loss is not finite (NaN or infinity) at step {wrong}" if wrong else f"a gradient by step {step} is not finite (NaN or infinity)"
+        found = (
+            f"the loss is not finite (NaN or infinity) at step {wrong}"
+            if wrong
+            else f"a gradient by step {step} is not finite (NaN or infinity)"
+        )
         why = (
             f"disp_llm: {found}; the checkpoint is damaged, its dtype is too narrow (try --dtype float32), "
             "or the learning rate is too high (try a smaller --set lr=...)"

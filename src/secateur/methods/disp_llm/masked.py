@@ -80,7 +80,9 @@ class MaskedModel:
     def _load(self, view: ModelView, module: nn.Module, prefix: str) -> None:
         """Put the weights in that are not there yet."""
         missing = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
-        names = [name for name in view.source.names() if name.startswith(prefix) and name.removeprefix(prefix) in missing]
+        names = [
+            name for name in view.source.names() if name.startswith(prefix) and name.removeprefix(prefix) in missing
+        ]
         state = {name.removeprefix(prefix): view.source.read(name).to(self.device, self.dtype) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
 
@@ -116,7 +118,9 @@ class MaskedModel:
         family = view.family
 
         def write(selection: str) -> Any:
-            return lambda module, inputs, output: self._stretched(output, index, selection, module.bias) * self._gate(index, selection)
+            return lambda module, inputs, output: (
+                self._stretched(output, index, selection, module.bias) * self._gate(index, selection)
+            )
 
         def middle(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (self._stretched(inputs[0], index, "ffn") * self._gate(index, "ffn"), *inputs[1:])
@@ -124,10 +128,14 @@ class MaskedModel:
         def read(selection: str, *, also: str | None = None) -> Any:
             def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 if also is not None:
-                    self._second[index] = self._stretched(self._read(norm, inputs[0], output, self._gate(index, also)), index, also)
+                    self._second[index] = self._stretched(
+                        self._read(norm, inputs[0], output, self._gate(index, also)), index, also
+                    )
                 if selection not in self.structures.uses[index]:  # q, k and v read for themselves
                     return inputs[0] if self.form == SELECT_FIRST else output
-                return self._stretched(self._read(norm, inputs[0], output, self._gate(index, selection)), index, selection)
+                return self._stretched(
+                    self._read(norm, inputs[0], output, self._gate(index, selection)), index, selection
+                )
 
             return hook
 
@@ -136,7 +144,9 @@ class MaskedModel:
             self._separate(block, index, view)
         if family.one_norm:
             norms[0].register_forward_hook(read("attention_in", also="mlp_in"))
-            block.get_submodule(family.mlp[0]).register_forward_pre_hook(lambda module, inputs: (self._second.pop(index), *inputs[1:]))
+            block.get_submodule(family.mlp[0]).register_forward_pre_hook(
+                lambda module, inputs: (self._second.pop(index), *inputs[1:])
+            )
         else:
             norms[0].register_forward_hook(read("attention_in"))
             norms[1].register_forward_hook(read("mlp_in"))
@@ -149,14 +159,23 @@ class MaskedModel:
         norm, paths = block.get_submodule(view.family.norms[0]), {name: view.family.matrices[name] for name in "qkv"}
 
         def read(hidden: Tensor, name: str) -> Tensor:  # receives what the hook of the norm lets through
-            return self._stretched(self._read(norm, hidden, hidden, self._gate(index, f"{name}_in")), index, f"{name}_in")
+            return self._stretched(
+                self._read(norm, hidden, hidden, self._gate(index, f"{name}_in")), index, f"{name}_in"
+            )
 
         if len(set(paths.values())) == 1:
             rows = [view.dims(index).shape(name)[0] for name in paths]
-            block.set_submodule(paths["q"], _ThreeLinears(block.get_submodule(paths["q"]), rows, lambda hidden: [read(hidden, name) for name in paths]))
+            block.set_submodule(
+                paths["q"],
+                _ThreeLinears(
+                    block.get_submodule(paths["q"]), rows, lambda hidden: [read(hidden, name) for name in paths]
+                ),
+            )
             return
         for name, path in paths.items():
-            block.get_submodule(path).register_forward_pre_hook(lambda module, inputs, name=name: (read(inputs[0], name), *inputs[1:]))
+            block.get_submodule(path).register_forward_pre_hook(
+                lambda module, inputs, name=name: (read(inputs[0], name), *inputs[1:])
+            )
 
     def _read(self, norm: Any, hidden_BTD: Tensor, normed_BTD: Tensor, gate_D: Tensor) -> Tensor:
         if self.form != SELECT_FIRST:
@@ -181,10 +200,14 @@ class _ThreeLinears(nn.Module):
 def _run_again_on_the_way_back(block: nn.Module) -> None:
     forward = block.forward
     # nothing in a frozen block is random, so no state of generators has to be kept
-    block.forward = lambda *inputs, **named: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+    block.forward = lambda *inputs, **named: checkpoint(
+        forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named
+    )
 
 
-def masked_norm(hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool) -> Tensor:
+def masked_norm(
+    hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool
+) -> Tensor:
     """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by sqrt(open / D)."""
     precise = torch.promote_types(hidden_BTD.dtype, torch.float32)
     gate_D = gate_D.to(precise)

@@ -38,4 +38,6 @@ def begin(score_N: Tensor, masked: MaskedModel, target: float) -> Tensor:
     rank_N = torch.empty(len(score_N), device=score_N.device)
     order_N = torch.sort(score_N, descending=True, stable=True).indices
     rank_N[order_N] = torch.arange(len(score_N), device=score_N.device, dtype=torch.float32)
-    return torch.where(rank_N < open_N, SURE * (open_N - rank_N) / open_N, SURE * (open_N - rank_N) / max(1, len(score_N) - open_N))
+    return torch.where(
+        rank_N < open_N, SURE * (open_N - rank_N) / open_N, SURE * (open_N - rank_N) / max(1, len(score_N) - open_N)
+    )

@@ -85,11 +85,17 @@ class LLMSurgeon:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"llm_surgeon: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.pattern == "columns":
-            raise UsageError("llm_surgeon: pattern rows has the columns too (allowed: rows, unstructured, or N:M such as 2:4)")
+            raise UsageError(
+                "llm_surgeon: pattern rows has the columns too (allowed: rows, unstructured, or N:M such as 2:4)"
+            )
         if self.shots < 0:
-            raise UsageError(f"llm_surgeon: shots is {self.shots}; it is a count, 1 or more (0: as many as the paper takes)")
+            raise UsageError(
+                f"llm_surgeon: shots is {self.shots}; it is a count, 1 or more (0: as many as the paper takes)"
+            )
         if not self.damping > 0:
-            raise UsageError(f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular")
+            raise UsageError(
+                f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular"
+            )
 
 
 def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
@@ -133,9 +139,13 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
     pattern = parse_pattern(options.pattern)
     work: Shots
     if pattern.structured:
-        work = UnitShots(view, run, curvature=options.curvature, damping=options.damping, update=options.update, rank=options.rank)
+        work = UnitShots(
+            view, run, curvature=options.curvature, damping=options.damping, update=options.update, rank=options.rank
+        )
     else:
-        work = WeightShots(view, run, curvature=options.curvature, damping=options.damping, update=options.update, pattern=pattern)
+        work = WeightShots(
+            view, run, curvature=options.curvature, damping=options.damping, update=options.update, pattern=pattern
+        )
     sparsity = run.sparsity or max(rate for rates in view.rates for rate in rates.values())
     work.load(lambda done: left(sparsity, options.shots, done) is not None)
     for wanted in track(left(sparsity, options.shots, work.done) or (), "llm_surgeon: shots", status=work.status):
@@ -152,7 +162,9 @@ def operations(view: ModelView, tokens: int, options: LLMSurgeon, sparsity: floa
     for index in range(view.blocks):
         for rows, columns in view.matrix_shapes(index).values():
             total += passes * (tokens * (3 * rows * columns + rows**2 + columns**2 / 2) + rows**3 + columns**3)
-            total += 50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0  # in float64, which counts twice
+            total += (
+                50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0
+            )  # in float64, which counts twice
     return total * len(left(sparsity, options.shots) or ())
 
 

@@ -44,7 +44,12 @@ class Curvature:
 
     def part(self, rows_O: Tensor, columns_I: Tensor) -> Curvature:
         """That of a part of the matrix: what is gone already has no say. The masks are True where something stays."""
-        return Curvature(*(m if bool(stays.all()) else m[stays][:, stays] for m, stays in ((self.g_OO, rows_O), (self.a_II, columns_I))))
+        return Curvature(
+            *(
+                m if bool(stays.all()) else m[stays][:, stays]
+                for m, stays in ((self.g_OO, rows_O), (self.a_II, columns_I))
+            )
+        )
 
     def row_costs(self, weight_OI: Tensor) -> Tensor:
         """What making each row zero costs, [O]."""
@@ -56,7 +61,9 @@ class Curvature:
             return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
         count = weight_OI.shape[1] // together
         weight_UOC = weight_OI.view(-1, count, together).transpose(0, 1)
-        inverse_UCC = _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        inverse_UCC = (
+            _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        )
         felt_UCC: Tensor = torch.linalg.inv(inverse_UCC) * (weight_UOC.transpose(1, 2) @ (self.g_OO @ weight_UOC))
         return felt_UCC.sum((1, 2)) / 2
 
@@ -117,7 +124,9 @@ def _inverse_diagonal(matrix: Tensor) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), torch.eye(len(matrix), dtype=matrix.dtype), upper=False)
+    root: Tensor = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(matrix), torch.eye(len(matrix), dtype=matrix.dtype), upper=False
+    )
     return root.t() @ root
 
 
@@ -141,7 +150,9 @@ class Factors:
         self._a: dict[str, Tensor] = {}
         self._g: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = dict.fromkeys(block.names, 0)
-        listeners: Mapping[str, Callable[[Tensor, Tensor], None]] = {name: partial(self._listen, name) for name in block.names}
+        listeners: Mapping[str, Callable[[Tensor, Tensor], None]] = {
+            name: partial(self._listen, name) for name in block.names
+        }
         backward.retreat(block, listeners)
 
     def _listen(self, name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
@@ -164,7 +175,9 @@ class Factors:
         if self._kind == "diagonal":
             mean = mean.diagonal().diag()
         level = float(mean.diagonal().mean())
-        mean.diagonal().add_(self._damping * level if level > 0 else 1e-30)  # nothing at all was seen: any positive definite matrix serves
+        mean.diagonal().add_(
+            self._damping * level if level > 0 else 1e-30
+        )  # nothing at all was seen: any positive definite matrix serves
         return mean
 
 

@@ -36,7 +36,10 @@ class UnitShots(Shots):
 
     def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, rank: str) -> None:
         self.rank = rank
-        self.alive: list[Alive] = [{space: torch.ones(count, dtype=torch.bool) for space, count in units(view, index).items()} for index in range(view.blocks)]
+        self.alive: list[Alive] = [
+            {space: torch.ones(count, dtype=torch.bool) for space, count in units(view, index).items()}
+            for index in range(view.blocks)
+        ]
         self._before = self.alive
         self._costs: list[dict[str, Tensor]] = [{}] * view.blocks
         super().__init__(view, run, curvature=curvature, damping=damping, update=update)
@@ -77,11 +80,15 @@ class UnitShots(Shots):
         alive = self.alive[index]
         keep = {space: alive_U.nonzero().squeeze(1).to(torch.int32) for space, alive_U in alive.items()}
         of = {space: len(alive_U) for space, alive_U in alive.items()}
-        return BlockPlan(index, keep=keep, of=of, select=NORM_FIRST, updates=self.updates(index, self.view.matrix_shapes(index)))
+        return BlockPlan(
+            index, keep=keep, of=of, select=NORM_FIRST, updates=self.updates(index, self.view.matrix_shapes(index))
+        )
 
     def kept(self) -> dict[str, Tensor]:
         """What stays, by block and space."""
-        return {f"{index}.{space}": alive_U for index, found in enumerate(self.alive) for space, alive_U in found.items()}
+        return {
+            f"{index}.{space}": alive_U for index, found in enumerate(self.alive) for space, alive_U in found.items()
+        }
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """The inverse of `kept`, one tensor at a time."""
@@ -108,7 +115,10 @@ def removed_parameters(view: ModelView, kept: Sequence[Mapping[str, int]]) -> in
 
 def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Tensor]:
     """What each unit costs, [U] float64 for each space; infinite for those that are gone."""
-    costs = {space: torch.zeros(len(alive_U), dtype=torch.float64).masked_fill(~alive_U, torch.inf) for space, alive_U in alive.items()}
+    costs = {
+        space: torch.zeros(len(alive_U), dtype=torch.float64).masked_fill(~alive_U, torch.inf)
+        for space, alive_U in alive.items()
+    }
     for name in block.names:
         weight_OI = block.matrix(name)
         rows_O, columns_I = _sides(name, weight_OI, alive)
@@ -120,7 +130,9 @@ def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Te
     return costs
 
 
-def choose(view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str) -> list[Alive]:
+def choose(
+    view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str
+) -> list[Alive]:
     """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of each space of a block stays."""
     places = [(index, space) for index in range(view.blocks) for space in SPACES]
     values, where = [], []
@@ -160,4 +172,6 @@ def _counts(alive: Alive) -> dict[str, int]:
 def _sides(name: str, weight_OI: Tensor, alive: Alive) -> tuple[Tensor, Tensor]:
     """Which rows [O] and columns [I] of a matrix stay."""
     rows_U, columns_U = alive[ROWS[name]], alive[COLUMNS[name]]
-    return rows_U.repeat_interleave(weight_OI.shape[0] // len(rows_U)), columns_U.repeat_interleave(weight_OI.shape[1] // len(columns_U))
+    return rows_U.repeat_interleave(weight_OI.shape[0] // len(rows_U)), columns_U.repeat_interleave(
+        weight_OI.shape[1] // len(columns_U)
+    )

@@ -78,7 +78,9 @@ def _lowest(cost_N: np.ndarray, number_N: np.ndarray, count: int) -> np.ndarray:
 class WeightShots(Shots):
     """Single weights go. Arguments as for `Shots`, and the `pattern`; the rates of the view say how much of each matrix is asked for."""
 
-    def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, pattern: Pattern) -> None:
+    def __init__(
+        self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, pattern: Pattern
+    ) -> None:
         self.pattern = pattern
         self.masks: dict[tuple[int, str], Mask] = {}
         self.pools: dict[float, Pool] = {}
@@ -124,7 +126,9 @@ class WeightShots(Shots):
             return cost_OI
         cost_GM, keep_GM = (t.view(-1, self.pattern.group) for t in (cost_OI, keep_OI))
         rank_GM = cost_GM.argsort(dim=1, stable=True).argsort(dim=1)
-        return cost_GM.masked_fill(rank_GM >= keep_GM.sum(1, keepdim=True) - self.pattern.keep, torch.inf).view_as(cost_OI)
+        return cost_GM.masked_fill(rank_GM >= keep_GM.sum(1, keepdim=True) - self.pattern.keep, torch.inf).view_as(
+            cost_OI
+        )
 
     def choose(self, wanted: float) -> None:
         """The cheapest weights of all blocks go."""
