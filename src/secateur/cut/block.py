@@ -1,4 +1,6 @@
-"""The cut: put new weights in place, zero what masks remove, drop the rows and columns of removed units, rotate and slice the residual stream."""
+"""The cut: put new weights in place, zero what masks remove, drop the rows and columns of removed units, rotate and
+slice the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -85,13 +87,16 @@ def _rewritten(block: BlockView, plan: BlockPlan) -> BlockView:
         block.matrix(name).copy_(new_OI)
     for name, mask in plan.masks.items():
         weight_OI = block.matrix(name)
-        # as whole numbers, a product with 0 or 1 is exact and leaves no minus zero; masked_fill takes twenty times as long
+        # as whole numbers, a product with 0 or 1 is exact and leaves no minus zero; masked_fill takes twenty times as
+        # long
         weight_OI.view(_WHOLE[weight_OI.element_size()]).mul_(mask.unpack().to(weight_OI.device))
     return block
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
-    """A copy; from 4 MB on numpy asks the system for huge pages, which takes a third off the time to write to new memory."""
+    """A copy; from 4 MB on numpy asks the system for huge pages, which takes a third off the time to write to new
+    memory.
+    """
     if tensor.device.type != "cpu":
         return tensor.clone()
     fresh = torch.from_numpy(np.empty(tensor.numel() * tensor.element_size(), np.uint8))

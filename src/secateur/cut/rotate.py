@@ -1,7 +1,9 @@
-"""The cut of a rotated residual stream: what reads it and what writes it, in the bases of a plan (arXiv:2401.15024, section 3).
+"""The cut of a rotated residual stream: what reads it and what writes it, in the bases of a plan (arXiv:2401.15024,
+section 3).
 
-With orthonormal columns B of the kept directions, a reader W [O, D] becomes W B, a writer W [D, I] becomes B^T W, an embedding E
-[V, D] becomes E B. Products are in the dtype of the canonical model (float32 or better), the results in the checkpoint's.
+With orthonormal columns B of the kept directions, a reader W [O, D] becomes W B, a writer W [D, I] becomes B^T W, an
+embedding E [V, D] becomes E B. Products are in the dtype of the canonical model (float32 or better), the results in the
+checkpoint's.
 
 Shape letters: D residual, W its width after, V vocabulary, O outputs, I inputs of a matrix.
 """

@@ -6,8 +6,8 @@ A family is one file in `models/families` that defines `FAMILY`. Three pictures 
     x -> norm -> attention -> + ->     x -> norm -+-> attention -> + ->       x -> norm -> attention -> norm -> + ->
     x -> norm -> mlp ------> + ->                 +-> mlp -------> +          x -> norm -> mlp ------> norm -> + ->
 
-Canonical names of the matrices of a block: `q k v o` (attention) and `gate up down` (MLP; no `gate` where there is none).
-Matrices that share a module are fused: their rows are stacked in the order in which they are listed.
+Canonical names of the matrices of a block: `q k v o` (attention) and `gate up down` (MLP; no `gate` where there is
+none). Matrices that share a module are fused: their rows are stacked in the order in which they are listed.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class Family:
         head_norms: norms over the width of one head, shared by all heads (Qwen3).
         joint_head_norms: norms over all heads of q or of k together (OLMo 2).
         parallel: whether attention and MLP read the same residual: through one norm (Phi), or through two (GPT-NeoX).
-        attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention receives the
-            block's arguments and returns a tuple.
+        attention, mlp: the modules of a block that attention and MLP run through, in order; the first of attention
+            receives the block's arguments and returns a tuple.
         norm: how all these norms compute.
         logit_cap: the configuration field that holds the c of c tanh(logits / c), the soft-cap behind the head; empty
             where there is none.
@@ -193,8 +193,9 @@ class Family:
         return replace(self, matrices={**self.matrices, **own}, separate=True)
 
     def input_of(self, name: str, *, apart: bool = False) -> str:
-        """The matrix that stands for the input of `name`: the first one listed that reads the same tensor. `apart` says that attention and MLP select
-        for themselves what they read, also in a parallel block (see `runtime.Select`)."""
+        """The matrix that stands for the input of `name`: the first one listed that reads the same tensor. `apart` says
+        that attention and MLP select for themselves what they read, also in a parallel block (see `runtime.Select`).
+        """
         if name in ("o", "down") or (self.separate and name in ATTENTION[:3]):
             return name
         readers: tuple[str, ...] = ATTENTION[:3] if name in ATTENTION else MLP[:2]

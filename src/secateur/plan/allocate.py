@@ -16,7 +16,10 @@ from secateur.plan.plan import BlockPlan, Mask
 
 Scope = Literal["row", "matrix"]
 Score = Callable[[str], Tensor]
-"""Canonical matrix name -> score_OI, at least 0, higher is more worth keeping. Called once for a matrix, when its turn comes."""
+"""Canonical matrix name -> score_OI, at least 0, higher is more worth keeping.
+
+Called once for a matrix, when its turn comes.
+"""
 
 
 def plan_masks_or_units(block: BlockView, score: Score, pattern: Pattern, scope: Scope) -> BlockPlan:
@@ -25,7 +28,8 @@ def plan_masks_or_units(block: BlockView, score: Score, pattern: Pattern, scope:
     Args:
         block: the block; `block.rates` says what is asked of each matrix.
         score: see `Score`.
-        pattern: the pattern; `scope` is used by `unstructured` alone: compare within each output row, or within the whole matrix.
+        pattern: the pattern; `scope` is used by `unstructured` alone: compare within each output row, or within the
+            whole matrix.
     """
     if not pattern.structured:
         masks = {name: Mask.pack(_mask(score(name), rate, pattern, scope)) for name, rate in block.rates.items()}

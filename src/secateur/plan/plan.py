@@ -1,8 +1,8 @@
 """A plan: what to keep and what to change, as data that can be saved, read, compared and merged.
 
-Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every block) and
-`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too). New weights are in neither. A checkpoint has
-both in its folder `secateur/`, where no engine looks for weights.
+Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every
+block) and `plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual
+too). New weights are in neither. A checkpoint has both in its folder `secateur/`, where no engine looks for weights.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class Place:
     """A place of the residual stream after slicing (arXiv:2401.15024): D directions before, W after.
 
     Attributes:
-        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None where a plan was read
-            from a checkpoint, which keeps its bases in its weights alone.
-        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None where nothing is removed.
+        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None
+            where a plan was read from a checkpoint, which keeps its bases in its weights alone.
+        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None where
+            nothing is removed.
         width, of: W and D.
         form: of the residual connection that leads here, see `runtime.Skip`.
         skip: its parameters, by their names there.
@@ -143,18 +144,22 @@ class BlockPlan:
     Attributes:
         index: the block.
         masks: canonical matrix name -> its mask.
-        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads), `heads`
-            (query heads, as many of every group); and with `select` the features of the residual that are read and written: `attention_in` (or
-            `q_in`, `k_in`, `v_in`, where each selects for itself), `attention_out`, `mlp_in`, `mlp_out`.
+        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their
+            query heads), `heads` (query heads, as many of every group); and with `select` the features of the residual
+            that are read and written: `attention_in` (or `q_in`, `k_in`, `v_in`, where each selects for itself),
+            `attention_out`, `mlp_in`, `mlp_out`.
         of: space -> how many there were.
         select: how those features are read, see `runtime.Select`; None where all are.
-        places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it
-            `leave`s. What leaves one block enters the next.
-        updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype of the computation or of
-            the checkpoint; masks and kept units apply to it. Weights live in the written checkpoint alone: a plan on disk names them by hash.
+        places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block),
+            and where it `leave`s. What leaves one block enters the next.
+        updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype
+            of the computation or of the checkpoint; masks and kept units apply to it. Weights live in the written
+            checkpoint alone: a plan on disk names them by hash.
         dropped: the whole block goes.
-        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None where that was not measured.
-        hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is elsewhere.
+        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None where that was
+            not measured.
+        hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is
+            elsewhere.
     """
 
     index: int
@@ -214,8 +219,9 @@ class BlockPlan:
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
-        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the block before.
-        New weights come back as their hashes alone."""
+        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the
+        block before. New weights come back as their hashes alone.
+        """
         index: int = summary["index"]
         prefix = f"blocks.{index}."
         masks = {
@@ -255,8 +261,8 @@ class BlockPlan:
         """What both keep.
 
         Raises:
-            SecateurError: nothing of a space would be left, one of them rotates the residual stream, they read it in different ways, or both
-                have a new weight for the same matrix.
+            SecateurError: nothing of a space would be left, one of them rotates the residual stream, they read it in
+                different ways, or both have a new weight for the same matrix.
         """
         if both := sorted(self.updated.keys() & other.updated.keys()):
             raise SecateurError(

@@ -32,12 +32,14 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
     Args:
         view: the model.
         sparsity: for all matrices, or for the names in `modules` that give none. N:M implies it.
-        modules: `NAME=S,...` or `NAME,...`: canonical names, `attention`, `mlp`, `all`, the family's own names, or globs over
-            `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one; what is not named stays untouched.
+        modules: `NAME=S,...` or `NAME,...`: canonical names, `attention`, `mlp`, `all`, the family's own names, or
+            globs over `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one; what is not
+            named stays untouched.
         pattern: the pattern, which may not fit every matrix.
 
     Raises:
-        UsageError: a value outside [0, 1], a name that matches nothing, N:M that does not divide, or a sparsity that N:M contradicts.
+        UsageError: a value outside [0, 1], a name that matches nothing, N:M that does not divide, or a sparsity that
+            N:M contradicts.
     """
     sparsity = _with_pattern(sparsity, pattern)
     entries = _entries(modules, sparsity, pattern) if modules else [("all", sparsity)]

@@ -1,19 +1,22 @@
 """DISP-LLM: blocks that read and write different parts of the residual stream, learned with the weights frozen.
 
-From arXiv:2410.11988. Every block has five selections (`plan/structures.py`): the features of the residual that attention and MLP read and write, and the
-units of the MLP's middle. The residual keeps its width, so blocks may differ in what they select, and no adapters are needed. Binary
-gates (`gates.py`) are drawn from logits that a small network gives (`hypernetwork.py`), which alone is trained, on the language-model loss
-plus lambda |log(T(s) / (p T_total))|. The sparsity is the fraction of the parameters of the whole model to remove.
+From arXiv:2410.11988. Every block has five selections (`plan/structures.py`): the features of the residual that
+attention and MLP read and write, and the units of the MLP's middle. The residual keeps its width, so blocks may differ
+in what they select, and no adapters are needed. Binary gates (`gates.py`) are drawn from logits that a small network
+gives (`hypernetwork.py`), which alone is trained, on the language-model loss plus lambda |log(T(s) / (p T_total))|. The
+sparsity is the fraction of the parameters of the whole model to remove.
 
-Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one draw for the loss and the
-budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the whole model, as in the paper, less what no gate removes, so
-that lambda pulls alike whatever the share of the embeddings; what is kept is not a random draw but the gates with the highest logits, as many as the
-budget allows (`cut=half`: those open as often as not); no selection is empty. Key-value heads shared by several query heads, biases and fused weights are
-handled; heads are kept. The norm is over all features, then those are selected; `norm=selected` is the paper's order. The constrained variant shares one
-selection in place of its four of the residual, in all blocks.
+Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one
+draw for the loss and the budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the
+whole model, as in the paper, less what no gate removes, so that lambda pulls alike whatever the share of the
+embeddings; what is kept is not a random draw but the gates with the highest logits, as many as the budget allows
+(`cut=half`: those open as often as not); no selection is empty. Key-value heads shared by several query heads, biases
+and fused weights are handled; heads are kept. The norm is over all features, then those are selected; `norm=selected`
+is the paper's order. The constrained variant shares one selection in place of its four of the residual, in all blocks.
 
-Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that far fewer steps do), and `scale` learns a
-scale beside each gate, which the cut folds into the weights: no parameter more, but the weights are no longer those of the model.
+Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that
+far fewer steps do), and `scale` learns a scale beside each gate, which the cut folds into the weights: no parameter
+more, but the weights are no longer those of the model.
 """
 
 from __future__ import annotations
@@ -77,26 +80,34 @@ class DispLLM:
     Attributes:
         steps: of the optimiser.
         batch: windows a step.
-        accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among processes; it saves memory alone.
+        accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among
+            processes; it saves memory alone.
         lr: the learning rate, constant.
         weight_decay: of AdamW.
-        checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory, about a third more time.
+        checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory,
+            about a third more time.
         autocast: products in bfloat16: `auto` where an accelerator computes in float32, `on` or `off`.
         clip: the largest norm of a step's gradient; 0 lets any pass.
-        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters. This term counts what gates can remove,
-            and 4 pulls as much on a model that has a quarter of its parameters in embeddings and head.
-        gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel` (soft).
+        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters. This
+            term counts what gates can remove, and 4 pulls as much on a model that has a quarter of its parameters in
+            embeddings and head.
+        gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel`
+            (soft).
         bias: c; gates begin open with probability sigmoid(c).
         tau: the temperature of the gates.
         hypernetwork: `gru`, `linear` (without the Bi-GRU), or `none` (one logit a gate).
         constrained: one selection of the residual for all blocks, reading and writing.
-        separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed and leaves it out).
+        separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed
+            and leaves it out).
         norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
-        warm: windows whose gradients say which gates begin open, see `warm.py`; 0 begins with all of them likely open, as the paper does.
-        scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated then, as the record says.
+        warm: windows whose gradients say which gates begin open, see `warm.py`; 0 begins with all of them likely open,
+            as the paper does.
+        scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated
+            then, as the record says.
         cut: keep what the `budget` allows, or what is open `half` of the time.
-        unmet: where draws of the learned gates are more than 0.02 away from the budget, `refuse` the result, or let the `cut` do the rest all the same.
+        unmet: where draws of the learned gates are more than 0.02 away from the budget, `refuse` the result, or let the
+            `cut` do the rest all the same.
         round: widths are multiples of this.
         save_every: steps between two saves of the state that `--resume` goes on from.
     """
@@ -244,7 +255,8 @@ def _structures(view: ModelView, options: DispLLM) -> Structures:
 
 
 def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float, options: DispLLM) -> float:
-    """Say how far the learned gates were from the budget, and what the choice removes; returns what gates open half of the time would remove.
+    """Say how far the learned gates were from the budget, and what the choice removes; returns what gates open half of
+    the time would remove.
 
     Raises:
         SecateurError: too far, and `unmet=refuse`.

@@ -1,7 +1,8 @@
 """From learned logits to what is kept: deterministic, never empty, within the budget.
 
-The authors' code draws a fresh, unseeded sample. Here a gate is kept where its logit is high: by default the threshold is moved until the parameters
-are those asked for (after a converged run it barely moves), or it stays where a gate is open as often as not.
+The authors' code draws a fresh, unseeded sample. Here a gate is kept where its logit is high: by default the threshold
+is moved until the parameters are those asked for (after a converged run it barely moves), or it stays where a gate is
+open as often as not.
 
 Shape letter: N gates of all structures together.
 """
@@ -21,7 +22,8 @@ def choose(logit_N: Tensor, structures: Structures, *, target: float, multiple: 
         logit_N: of a gate being open, bias included.
         structures: where gates are.
         target: the parameters to keep at most.
-        multiple: widths are multiples of this (the best of a structure's gates make up the number), or all of a structure.
+        multiple: widths are multiples of this (the best of a structure's gates make up the number), or all of a
+            structure.
         half: keep what is open as often as not, whatever the budget.
     """
     logits = [part.detach().double().cpu() for part in structures.split(logit_N)]

@@ -16,8 +16,8 @@ def history(seen: Sequence[Mapping[str, float]], total: int) -> dict[str, list[f
         total: T_total, which the parameters left are a share of.
 
     Returns:
-        At most `POINTS` values a column: `step`, and the means since the step before: `loss` (of the language model, nats a token), `budget` (the other
-        term, without lambda), `left` (the share of the parameters).
+        At most `POINTS` values a column: `step`, and the means since the step before: `loss` (of the language model,
+        nats a token), `budget` (the other term, without lambda), `left` (the share of the parameters).
     """
     size = -(-len(seen) // POINTS)
     groups = [seen[start : start + size] for start in range(0, len(seen), size)] if size else []

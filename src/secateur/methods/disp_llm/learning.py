@@ -1,13 +1,16 @@
-"""Learning the gates of a frozen model (arXiv:2410.11988, equations 4 to 6): AdamW at a constant rate on the hypernetwork alone.
+"""Learning the gates of a frozen model (arXiv:2410.11988, equations 4 to 6): AdamW at a constant rate on the
+hypernetwork alone.
 
     loss = cross-entropy + lambda |log(T(s) / (p T_total))|
 
-T counts what gates can remove, so that lambda pulls alike whatever the share of the embeddings (the authors' code counts the matrices of the blocks).
+T counts what gates can remove, so that lambda pulls alike whatever the share of the embeddings (the authors' code
+counts the matrices of the blocks).
 
-One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a seeded generator on the device.
-Gradients of the first term are taken in the gates, part by part of the step's windows, summed in the order of the parts, and go through the network
-once. Several processes share the parts of a step and nothing else: all of them draw the same gates and take the same step of the optimiser, so that
-their number does not change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
+One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a
+seeded generator on the device. Gradients of the first term are taken in the gates, part by part of the step's windows,
+summed in the order of the parts, and go through the network once. Several processes share the parts of a step and
+nothing else: all of them draw the same gates and take the same step of the optimiser, so that their number does not
+change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
 
 Shape letters: S windows, B windows of a part, T tokens, N gates, M gates and, where they are learned, scales.
 """
@@ -54,7 +57,8 @@ class Learning:
 def budget_term(left: Tensor | float, target: float, fixed: float = 0.0) -> Tensor:
     """|log(T(s) / (p T_total))|, equation 6, counted over what gates can remove.
 
-    Counted over everything, its slope shrinks with the share of what no gate removes: with embeddings of 80% it is a tenth, and the budget is not met.
+    Counted over everything, its slope shrinks with the share of what no gate removes: with embeddings of 80% it is a
+    tenth, and the budget is not met.
 
     Args:
         left: T(s), the parameters that the gates leave.
@@ -80,16 +84,17 @@ def learn(
         windows: token ids [S, T].
         target: p T_total, the parameters to keep.
         how: the settings.
-        checkpoint: the file that an interrupted run goes on from, where it is there, and that this one writes; None keeps none.
+        checkpoint: the file that an interrupted run goes on from, where it is there, and that this one writes; None
+            keeps none.
 
     Returns:
-        What was seen on the way: `step`, `loss` (of the language model, mean since the last look), `budget` (the other term, without lambda),
-        `left` (T(s), the last draw).
+        What was seen on the way: `step`, `loss` (of the language model, mean since the last look), `budget` (the other
+        term, without lambda), `left` (T(s), the last draw).
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; the step is named.
-        SecateurError: the same after a state was saved, which is kept; the disk is full; the networks of two processes are no longer the same; or more
-            steps are done than asked for.
+        SecateurError: the same after a state was saved, which is kept; the disk is full; the networks of two processes
+            are no longer the same; or more steps are done than asked for.
     """
     learner = Learner(network, masked, windows, target, how, checkpoint)
     done = learner.resume()

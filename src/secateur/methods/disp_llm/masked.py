@@ -2,9 +2,9 @@
 
     x + S2 attention(S1 norm(x)),    x + S5 down(S4 middle(S3 norm(x)))
 
-Biases of what writes are masked with it, since the cut drops them. The MLP's middle is masked once, where `down` reads it. A norm that attention and
-MLP share (Phi) is read twice; where q, k and v choose for themselves, each reads it. Weights are frozen: gradients reach the gates alone. A step sets
-one list of tensors and walks no modules.
+Biases of what writes are masked with it, since the cut drops them. The MLP's middle is masked once, where `down` reads
+it. A norm that attention and MLP share (Phi) is read twice; where q, k and v choose for themselves, each reads it.
+Weights are frozen: gradients reach the gates alone. A step sets one list of tensors and walks no modules.
 
 Shape letters: B windows, T tokens, D residual, N gates of a structure.
 """
@@ -35,7 +35,8 @@ class MaskedModel:
     Args:
         view: the model; its weights are used where they are, not copied, where device and dtype allow it.
         structures: where its gates are.
-        form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see `runtime.Select`.
+        form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see
+            `runtime.Select`.
         device, dtype: of the computation.
         autocast: compute products in bfloat16 whatever the dtype.
         checkpointing: keep of each block its input alone, and run the block again on the way back.
@@ -87,7 +88,9 @@ class MaskedModel:
         module.load_state_dict(state, strict=False, assign=True)
 
     def logits(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """The logits [B, T, V] with these gates, those of all structures one after the other; twice as many numbers are gates and then scales."""
+        """The logits [B, T, V] with these gates, those of all structures one after the other; twice as many numbers are
+        gates and then scales.
+        """
         self._set(gate_N, self.dtype)
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits_BTV
@@ -208,7 +211,9 @@ def _run_again_on_the_way_back(block: nn.Module) -> None:
 def masked_norm(
     hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool
 ) -> Tensor:
-    """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by sqrt(open / D)."""
+    """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by
+    sqrt(open / D).
+    """
     precise = torch.promote_types(hidden_BTD.dtype, torch.float32)
     gate_D = gate_D.to(precise)
     count = gate_D.sum().clamp(min=1e-6)

@@ -1,7 +1,9 @@
-"""Removing in shots: each one measures the curvature of the model as it then is, takes the cheapest, and changes what stays (arXiv:2312.17244).
+"""Removing in shots: each one measures the curvature of the model as it then is, takes the cheapest, and changes what
+stays (arXiv:2312.17244).
 
-`UnitShots` (`unit_shots.py`) takes whole units, `WeightShots` (`weight_shots.py`) single weights. What the two share is here: the model as it is between
-shots, the two passes over its blocks that a shot has, and the file that an interrupted run goes on from.
+`UnitShots` (`unit_shots.py`) takes whole units, `WeightShots` (`weight_shots.py`) single weights. What the two share is
+here: the model as it is between shots, the two passes over its blocks that a shot has, and the file that an interrupted
+run goes on from.
 
 Shape letters: S windows, T tokens.
 """
@@ -63,7 +65,8 @@ class Overlay:
 class Shots(ABC):
     """The model as it is between shots: its weights in the checkpoint's dtype, zero where something went.
 
-    Changed weights are written beside the run's checkpoint, a file for each block, and are in memory one block at a time; where it has none, they stay there.
+    Changed weights are written beside the run's checkpoint, a file for each block, and are in memory one block at a
+    time; where it has none, they stay there.
 
     Args:
         view: the model.
@@ -103,7 +106,9 @@ class Shots(ABC):
 
     @abstractmethod
     def change(self, block: BlockView, factors: Factors | None) -> None:
-        """Make zero what has gone of a block, and change what stays, in place; `factors` is None where nothing is made up for."""
+        """Make zero what has gone of a block, and change what stays, in place; `factors` is None where nothing is made
+        up for.
+        """
 
     @abstractmethod
     def plan(self, index: int) -> BlockPlan:

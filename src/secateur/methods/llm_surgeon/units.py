@@ -1,12 +1,14 @@
-"""Units that go in shots: the cheapest rows and columns of all matrices, by the curvature of the model as it then is (arXiv:2312.17244, section 3).
+"""Units that go in shots: the cheapest rows and columns of all matrices, by the curvature of the model as it then is
+(arXiv:2312.17244, section 3).
 
-Units are what the runtime removes: of a block the features of the residual that attention and MLP read (`attention_in`, `mlp_in`) and write
-(`attention_out`, `mlp_out`), its feed-forward units (`ffn`), and its key-value heads with their query heads (`groups`). Zero rows and columns in the weights
-of the stock model are the same function, so between shots nothing is narrowed.
+Units are what the runtime removes: of a block the features of the residual that attention and MLP read (`attention_in`,
+`mlp_in`) and write (`attention_out`, `mlp_out`), its feed-forward units (`ffn`), and its key-value heads with their
+query heads (`groups`). Zero rows and columns in the weights of the stock model are the same function, so between shots
+nothing is narrowed.
 
-A feed-forward unit or a head is given by rows of some matrices and read by columns of another. It goes from its reader: what that costs, and what makes up
-for it, is of those columns, all of a head together. The rows that gave it are then read by nobody and go for nothing: to make up for them too would be to make
-up for one loss twice.
+A feed-forward unit or a head is given by rows of some matrices and read by columns of another. It goes from its reader:
+what that costs, and what makes up for it, is of those columns, all of a head together. The rows that gave it are then
+read by nobody and go for nothing: to make up for them too would be to make up for one loss twice.
 
 Shape letters: O outputs, I inputs of a matrix, U units of a space, N units of all.
 """
@@ -133,7 +135,9 @@ def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Te
 def choose(
     view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str
 ) -> list[Alive]:
-    """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of each space of a block stays."""
+    """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of
+    each space of a block stays.
+    """
     places = [(index, space) for index in range(view.blocks) for space in SPACES]
     values, where = [], []
     block_costs = [unit_block_cost(view, index) for index in range(view.blocks)]

@@ -1,4 +1,6 @@
-"""LLaMA 1 to 3, and the look-alikes that the same description serves: Mistral, Qwen2 (biases on q, k, v), Qwen3 (q and k norms)."""
+"""LLaMA 1 to 3, and the look-alikes that the same description serves: Mistral, Qwen2 (biases on q, k, v), Qwen3 (q and
+k norms).
+"""
 
 from secateur.models.family import Family
 

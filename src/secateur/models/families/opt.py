@@ -1,4 +1,6 @@
-"""OPT 125m to 66b: LayerNorm, learned positions, biases, no gate; its heads fill the hidden size, so stock models cannot have fewer."""
+"""OPT 125m to 66b: LayerNorm, learned positions, biases, no gate; its heads fill the hidden size, so stock models
+cannot have fewer.
+"""
 
 from transformers import PreTrainedConfig
 
