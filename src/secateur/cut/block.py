@@ -31,7 +31,8 @@ def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
     """
     if elsewhere := plan.updated.keys() - plan.updates.keys():
         raise SecateurError(
-            f"block {plan.index}: this plan was read from disk, which names the new weights of {', '.join(sorted(elsewhere))} by hash alone: "
+            f"block {plan.index}: this plan was read from disk, which names the new weights of "
+            f"{', '.join(sorted(elsewhere))} by hash alone: "
             "load the checkpoint that was written with it, or plan again"
         )
     if plan.places:
@@ -166,7 +167,7 @@ def _reader(family: Family, name: str) -> str:
 
 
 def _narrowed_norms(block: BlockView, plan: BlockPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the gains and biases of the selected features alone. A norm that several read becomes several."""
+    """The tensors with gains and biases of the selected features alone. A norm that several read becomes several."""
     norms = block.family.norms
     targets = {(*norms, SECOND_NORM)[1]: (norms[-1], READS[1])}
     if not separates(plan):

@@ -73,6 +73,7 @@ def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tenso
 def _basis(place: Place, like: Tensor) -> Tensor:
     if place.basis_DW is None:
         raise SecateurError(
-            "this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that checkpoint instead"
+            "this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that "
+            "checkpoint instead"
         )
     return place.basis_DW.to(like)

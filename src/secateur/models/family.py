@@ -267,10 +267,12 @@ def find_family(config: PreTrainedConfig, source: str) -> Family:
                 )
             if heads % groups:
                 raise SecateurError(
-                    f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not divide; no such model runs"
+                    f"{source}: config.json has {heads} query heads and {groups} key-value heads, which do not "
+                    "divide; no such model runs"
                 )
             return family.separated() if is_pruned(config) and "readers" in config.pruned_widths[0] else family
     known = sorted(t for family in all_families().values() for t in family.model_types)
     raise SecateurError(
-        f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: docs/add-a-family.md"
+        f"{source}: no family describes model type '{model_type}' (known: {', '.join(known)}); a family is one file: "
+        "docs/add-a-family.md"
     )

@@ -1,4 +1,4 @@
-"""Counts of parameters from shapes alone, and the step whose pruning ratio is nearest to a wanted one. See `quantity`."""
+"""Counts of parameters from shapes alone, and the step whose pruning ratio is nearest to the wanted one."""
 
 from __future__ import annotations
 

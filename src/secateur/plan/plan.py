@@ -266,19 +266,23 @@ class BlockPlan:
         """
         if both := sorted(self.updated.keys() & other.updated.keys()):
             raise SecateurError(
-                f"block {self.index}: both plans have new weights for {', '.join(both)}: prune the result of the one with the other instead"
+                f"block {self.index}: both plans have new weights for {', '.join(both)}: prune the result of the one "
+                "with the other instead"
             )
         if self.select and other.select and self.select != other.select:
             raise SecateurError(
-                f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': plan both with the same norm"
+                f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': "
+                "plan both with the same norm"
             )
         if self.places or other.places:
             raise SecateurError(
-                "a plan that rotates the residual stream cannot be merged: prune its result with the other method instead"
+                "a plan that rotates the residual stream cannot be merged: prune its result with the other method "
+                "instead"
             )
         if "heads" in self.keep and "heads" in other.keep:
             raise SecateurError(
-                f"block {self.index}: both plans choose among the query heads, and what both keep may differ from group to group: plan once"
+                f"block {self.index}: both plans choose among the query heads, and what both keep may differ from "
+                "group to group: plan once"
             )
         masks = dict(self.masks)
         for name, mask in other.masks.items():
@@ -296,9 +300,16 @@ class BlockPlan:
             other.influence if self.influence is None else self.influence,
         )
         return replace(
-            self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select, updates=updates, hashes=hashes,
-            dropped=dropped, influence=influence,
-        )  # fmt: skip
+            self,
+            masks=masks,
+            keep=keep,
+            of={**self.of, **other.of},
+            select=self.select or other.select,
+            updates=updates,
+            hashes=hashes,
+            dropped=dropped,
+            influence=influence,
+        )
 
 
 @dataclass(frozen=True)
@@ -343,7 +354,7 @@ class Plan:
 
 
 def plan_json(settings: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The content of plan.json. It travels with the checkpoint, so it names files without the folders of this machine."""
+    """The content of plan.json. It travels with the checkpoint, so it names files without their folders."""
     return json.dumps({"format": FORMAT, **without_paths(settings), "blocks": list(summaries)}, indent=1) + "\n"
 
 

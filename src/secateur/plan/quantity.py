@@ -115,7 +115,8 @@ class Quantity:
 
 def _zeroes_only(subject: Subject, wanted: float, at_least: bool) -> float:
     raise UsageError(
-        f"--params-removed: pattern {subject.pattern} zeroes weights and removes no parameters; use --sparsity, or --pattern rows or columns"
+        f"--params-removed: pattern {subject.pattern} zeroes weights and removes no parameters; use --sparsity, or "
+        "--pattern rows or columns"
     )
 
 
@@ -146,7 +147,8 @@ def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float
         return 0.0
     if subject.sizes_left(0.0) is None:
         raise UsageError(
-            f"--params-removed does not go with these options of {subject.method}: the text decides the widths; give one of them"
+            f"--params-removed does not go with these options of {subject.method}: the text decides the widths; give "
+            "one of them"
         )
     hidden, before = int(subject.view.config.hidden_size), subject.view.parameters()
 

@@ -56,7 +56,8 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
             own = sorted({path.rpartition(".")[2] for path in view.family.matrices.values()})
             canonical = [n for n in CANONICAL if n in view.family.matrices]
             raise UsageError(
-                f"module '{name}' matches nothing in family {view.family.name} (known: {', '.join([*canonical, *_GROUPS, *own])}, or a glob)"
+                f"module '{name}' matches nothing in family {view.family.name} (known: "
+                f"{', '.join([*canonical, *_GROUPS, *own])}, or a glob)"
             )
     _check_pattern(view, rates, pattern)
     return rates
@@ -66,11 +67,13 @@ def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> Non
     """Raises UsageError where there is nothing to allocate."""
     if pattern.kind == "n:m":
         raise UsageError(
-            f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so nothing is left to allocate; use pattern unstructured"
+            f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so nothing is left to "
+            "allocate; use pattern unstructured"
         )
     if pattern.structured:
         raise UsageError(
-            f"--modules {name} goes with pattern unstructured: {pattern} removes units that several matrices share, so they cannot differ"
+            f"--modules {name} goes with pattern unstructured: {pattern} removes units that several matrices share, "
+            "so they cannot differ"
         )
     if sparsity is None:
         raise UsageError(f"--modules {name} needs --sparsity S: as many weights are removed as at S in every matrix")
@@ -115,7 +118,8 @@ def _entries(modules: str, sparsity: float | None, pattern: Pattern) -> list[tup
                 raise UsageError(f"--modules {part}: sparsity {value:g} is outside [0, 1]")
             if pattern.implied_sparsity not in (None, value):
                 raise UsageError(
-                    f"--modules {part}: pattern {pattern} removes {pattern.implied_sparsity:g}; name the modules without a value"
+                    f"--modules {part}: pattern {pattern} removes {pattern.implied_sparsity:g}; name the modules "
+                    "without a value"
                 )
         entries.append((name.strip(), value))
     if not entries:
@@ -130,7 +134,8 @@ def _check_pattern(view: ModelView, rates: Rates, pattern: Pattern) -> None:
             for name in rate:
                 if shapes[name][1] % pattern.group:
                     raise UsageError(
-                        f"pattern {pattern}: matrix {name} of block {index} has {shapes[name][1]} inputs, not a multiple of {pattern.group}"
+                        f"pattern {pattern}: matrix {name} of block {index} has {shapes[name][1]} inputs, not a "
+                        f"multiple of {pattern.group}"
                     )
         if pattern.structured:
             _check_units(view.family, rate, pattern)
@@ -147,5 +152,6 @@ def _check_units(family: Family, rate: dict[str, float], pattern: Pattern) -> No
             )
         if values == {1.0}:
             raise UsageError(
-                f"pattern {pattern} with {group}=1 would leave nothing of it; use a value below 1, or pattern unstructured to zero it"
+                f"pattern {pattern} with {group}=1 would leave nothing of it; use a value below 1, or pattern "
+                "unstructured to zero it"
             )

@@ -142,7 +142,8 @@ class DispLLM:
                 raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.constrained and self.separate:
             raise UsageError(
-                "disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and v; set one of them"
+                "disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and "
+                "v; set one of them"
             )
         for name in ("steps", "batch", "accumulate", "round", "save_every"):
             if getattr(self, name) < 1:
@@ -175,19 +176,22 @@ def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
     check_can(view.family, SELECT, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
-            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
+            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the "
+            "original model, at a higher sparsity"
         )
     if sparsity >= MOST:
         raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves next to nothing; it must be below {MOST:g}")
     if options.batch % (parts := math.lcm(options.accumulate, size())):
         raise UsageError(
-            f"disp_llm: batch={options.batch} windows a step cannot be shared equally among {size()} processes; use --set batch={parts}, or a multiple"
+            f"disp_llm: batch={options.batch} windows a step cannot be shared equally among {size()} processes; use "
+            f"--set batch={parts}, or a multiple"
         )
     structures = _structures(view, options)
     most = 1 - smallest(structures, options.round) / structures.total
     if sparsity > most:
         raise UsageError(
-            f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate removes leave at most {most:.4f}; "
+            f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate "
+            f"removes leave at most {most:.4f}; "
             f"use --sparsity {int(most * 100) / 100:g} or less"
         )
 
@@ -267,17 +271,22 @@ def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: f
         for kept in (halves, [float(len(indices)) for indices in keep])
     )
     say(
-        f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}"
+        f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove "
+        f"{learned:.4f}, those kept {chosen:.4f}"
     )
     drawn = float(
         structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach()))
     )  # draws are independent: of products of counts, too
     asked, removed = 1 - target / structures.total, 1 - drawn / structures.total
     if abs(removed - asked) > UNMET:
-        missed = f"disp_llm: learning has not met its budget: draws of its gates remove {removed:.4f} of the parameters, asked {asked:.4f}"
+        missed = (
+            f"disp_llm: learning has not met its budget: draws of its gates remove {removed:.4f} of the parameters, "
+            f"asked {asked:.4f}"
+        )
         if options.unmet == "refuse":
             raise SecateurError(
-                f"{missed}; go on with --resume --set steps={2 * options.steps}, start again with --overwrite and --set warm=32 or a higher "
+                f"{missed}; go on with --resume --set steps={2 * options.steps}, start again with --overwrite and "
+                "--set warm=32 or a higher "
                 f"--set strength=..., or take what ranks lowest as it is with --resume --set unmet=cut"
             )
         say(f"{missed}; the cut removes what ranks lowest")

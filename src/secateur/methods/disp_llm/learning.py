@@ -211,7 +211,10 @@ class Learner:
         if not self.seen:
             return ""
         last = self.seen[-1]
-        return f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed {1 - last['left'] / self.masked.structures.total:.4f}"
+        return (
+            f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed "
+            f"{1 - last['left'] / self.masked.structures.total:.4f}"
+        )
 
     def _check(self, step: int) -> None:
         wrong = int(self.wrong)

@@ -96,7 +96,7 @@ class MaskedModel:
         return logits_BTV
 
     def loss(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """Cross-entropy of the next token, nats a token, float32 or better. No logits are kept; see `models/loss.py`."""
+        """Cross-entropy of the next token, nats a token, float32 or better. It keeps no logits: `models/loss.py`."""
         self._set(gate_N, torch.bfloat16 if self.autocast else self.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden_BTD = hidden_states(self.model, ids_BT)[:, :-1]

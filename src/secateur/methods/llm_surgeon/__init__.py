@@ -122,12 +122,14 @@ def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
     check_can(view.family, HEADS, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
-            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
+            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the "
+            "original model, at a higher sparsity"
         )
     most = removed_parameters(view, [dict.fromkeys(SPACES, 1)] * view.blocks) / view.parameters()
     if sparsity > most:
         raise UsageError(
-            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each space, at most {most:.4f} of the parameters go; "
+            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each space, at most "
+            f"{most:.4f} of the parameters go; "
             f"use --sparsity {int(most * 100) / 100:g} or less"
         )
 

@@ -139,7 +139,8 @@ class Shots(ABC):
             give_back()
         if not reacts:
             raise HopelessError(
-                "all gradients are zero, so nothing costs less than anything else; the model does not react to its weights, or give other text"
+                "all gradients are zero, so nothing costs less than anything else; the model does not react to its "
+                "weights, or give other text"
             )
         self.choose(wanted)
         loss = backward.loss
@@ -213,7 +214,8 @@ class Shots(ABC):
             told: list[dict[str, float]] = json.loads(handle.metadata()["told"])
             if not fits([shot["wanted"] for shot in told]):
                 say(
-                    f"'{file}' is after a shot to {told[-1]['wanted']:g}, which is not on the way to what is asked: starting from the original model"
+                    f"'{file}' is after a shot to {told[-1]['wanted']:g}, which is not on the way to what is asked: "
+                    "starting from the original model"
                 )
                 return
             self.told = told

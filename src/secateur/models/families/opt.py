@@ -9,14 +9,21 @@ from secateur.models.family import Family, Norm
 
 def _refuse(config: PreTrainedConfig) -> str | None:
     if not config.do_layer_norm_before:
-        return "OPT with the norm after the residual (OPT-350m) is post-norm, which no method here handles; use another size of OPT"
+        return (
+            "OPT with the norm after the residual (OPT-350m) is post-norm, which no method here handles; use another "
+            "size of OPT"
+        )
     if config.word_embed_proj_dim != config.hidden_size:
         return (
-            f"OPT with projected embeddings (word_embed_proj_dim {config.word_embed_proj_dim}, hidden size {config.hidden_size}) "
+            f"OPT with projected embeddings (word_embed_proj_dim {config.word_embed_proj_dim}, hidden size "
+            f"{config.hidden_size}) "
             "is not handled; use another size of OPT"
         )
     if config._remove_final_layer_norm:
-        return "OPT saved without its final norm (before transformers 4.20) is not handled; save it again with a newer transformers"
+        return (
+            "OPT saved without its final norm (before transformers 4.20) is not handled; save it again with a newer "
+            "transformers"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Phi 1, 1.5 and 2: parallel residual with one LayerNorm, partial rotary embedding, biases everywhere (the head too)."""
+"""Phi 1, 1.5 and 2: parallel residual with one LayerNorm, partial rotary embedding, biases, in the head too."""
 
 from transformers import PreTrainedConfig
 
@@ -7,7 +7,10 @@ from secateur.models.family import Family, Norm
 
 def _refuse(config: PreTrainedConfig) -> str | None:
     if config.qk_layernorm:
-        return "Phi with qk_layernorm has norms tied to the number of heads, which are not handled; Phi 1, 1.5 and 2 have none"
+        return (
+            "Phi with qk_layernorm has norms tied to the number of heads, which are not handled; Phi 1, 1.5 and 2 "
+            "have none"
+        )
     return None
 
 
