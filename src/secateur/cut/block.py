@@ -1,4 +1,6 @@
-"""The cut: put new weights in place, zero what masks remove, drop the rows and columns of removed units, rotate and slice the residual stream."""
+"""The cut: put new weights in place, zero what masks remove, drop the rows and columns of removed units, rotate and
+slice the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
     """
     if elsewhere := plan.updated.keys() - plan.updates.keys():
         raise SecateurError(
-            f"block {plan.index}: this plan was read from disk, which names the new weights of {', '.join(sorted(elsewhere))} by hash alone: "
+            f"block {plan.index}: this plan was read from disk, which names the new weights of "
+            f"{', '.join(sorted(elsewhere))} by hash alone: "
             "load the checkpoint that was written with it, or plan again"
         )
     if plan.places:
@@ -51,10 +54,15 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
     if plan.places:
         return replace(dims, residual=residual_after(plan))
     if plan.select:
-        reads, writes = ([len(plan.keep[space]) if space in plan.keep else dims.hidden for space in spaces] for spaces in (READS, WRITES))
+        reads, writes = (
+            [len(plan.keep[space]) if space in plan.keep else dims.hidden for space in spaces]
+            for spaces in (READS, WRITES)
+        )
         q, k, v = (len(plan.keep.get(space, ())) for space in OWN_COLUMNS.values())
         readers = (q, k, v) if separates(plan) else None
-        dims = replace(dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers))
+        dims = replace(
+            dims, residual=Residual((reads[0], writes[0]), (reads[1], writes[1]), (plan.select, plan.select), readers)
+        )
     groups = len(plan.keep["groups"]) if "groups" in plan.keep else dims.groups
     ffn = len(plan.keep["ffn"]) if "ffn" in plan.keep else dims.ffn
     queries = len(plan.keep["heads"]) // dims.groups if "heads" in plan.keep else dims.queries
@@ -80,13 +88,16 @@ def _rewritten(block: BlockView, plan: BlockPlan) -> BlockView:
         block.matrix(name).copy_(new_OI)
     for name, mask in plan.masks.items():
         weight_OI = block.matrix(name)
-        # as whole numbers, a product with 0 or 1 is exact and leaves no minus zero; masked_fill takes twenty times as long
+        # as whole numbers, a product with 0 or 1 is exact and leaves no minus zero; masked_fill takes twenty times as
+        # long
         weight_OI.view(_WHOLE[weight_OI.element_size()]).mul_(mask.unpack().to(weight_OI.device))
     return block
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
-    """A copy; from 4 MB on numpy asks the system for huge pages, which takes a third off the time to write to new memory."""
+    """A copy; from 4 MB on numpy asks the system for huge pages, which takes a third off the time to write to new
+    memory.
+    """
     if tensor.device.type != "cpu":
         return tensor.clone()
     fresh = torch.from_numpy(np.empty(tensor.numel() * tensor.element_size(), np.uint8))
@@ -96,7 +107,11 @@ def _own_copy(tensor: Tensor) -> Tensor:
 def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
     rows, columns = _kept_rows_and_columns(block, plan)
     family = family_after(block.family, plan)
-    tensors = {name: tensor for name, tensor in block.tensors.items() if name.rpartition(".")[0] not in block.family.matrices.values()}
+    tensors = {
+        name: tensor
+        for name, tensor in block.tensors.items()
+        if name.rpartition(".")[0] not in block.family.matrices.values()
+    }
     for path in dict.fromkeys(family.matrices.values()):
         members = [name for name in block.names if family.matrices[name] == path]
         tensors[f"{path}.weight"] = _stack([_pick(block.matrix(n), rows[n], columns[n]) for n in members])
@@ -152,7 +167,7 @@ def _reader(family: Family, name: str) -> str:
 
 
 def _narrowed_norms(block: BlockView, plan: BlockPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with the gains and biases of the selected features alone. A norm that several read becomes several."""
+    """The tensors with gains and biases of the selected features alone. A norm that several read becomes several."""
     norms = block.family.norms
     targets = {(*norms, SECOND_NORM)[1]: (norms[-1], READS[1])}
     if not separates(plan):

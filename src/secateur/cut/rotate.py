@@ -1,7 +1,9 @@
-"""The cut of a rotated residual stream: what reads it and what writes it, in the bases of a plan (arXiv:2401.15024, section 3).
+"""The cut of a rotated residual stream: what reads it and what writes it, in the bases of a plan (arXiv:2401.15024,
+section 3).
 
-With orthonormal columns B of the kept directions, a reader W [O, D] becomes W B, a writer W [D, I] becomes B^T W, an embedding E
-[V, D] becomes E B. Products are in the dtype of the canonical model (float32 or better), the results in the checkpoint's.
+With orthonormal columns B of the kept directions, a reader W [O, D] becomes W B, a writer W [D, I] becomes B^T W, an
+embedding E [V, D] becomes E B. Products are in the dtype of the canonical model (float32 or better), the results in the
+checkpoint's.
 
 Shape letters: D residual, W its width after, V vocabulary, O outputs, I inputs of a matrix.
 """
@@ -41,7 +43,9 @@ def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
     for number, place in enumerate(places):
         tensors |= {f"skips.{number}.{name}": tensor for name, tensor in place.skip.items()}
     dims = replace(block.dims, residual=residual_after(plan))
-    return replace(block, dims=dims, tensors={name: tensor.to(block.dtype).contiguous() for name, tensor in tensors.items()})
+    return replace(
+        block, dims=dims, tensors={name: tensor.to(block.dtype).contiguous() for name, tensor in tensors.items()}
+    )
 
 
 def residual_after(plan: BlockPlan) -> Residual:
@@ -68,5 +72,8 @@ def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tenso
 
 def _basis(place: Place, like: Tensor) -> Tensor:
     if place.basis_DW is None:
-        raise SecateurError("this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that checkpoint instead")
+        raise SecateurError(
+            "this plan was read from a checkpoint, which keeps its rotations in its weights alone: load that "
+            "checkpoint instead"
+        )
     return place.basis_DW.to(like)

@@ -16,7 +16,10 @@ from secateur.plan.plan import BlockPlan, Mask
 
 Scope = Literal["row", "matrix"]
 Score = Callable[[str], Tensor]
-"""Canonical matrix name -> score_OI, at least 0, higher is more worth keeping. Called once for a matrix, when its turn comes."""
+"""Canonical matrix name -> score_OI, at least 0, higher is more worth keeping.
+
+Called once for a matrix, when its turn comes.
+"""
 
 
 def plan_masks_or_units(block: BlockView, score: Score, pattern: Pattern, scope: Scope) -> BlockPlan:
@@ -25,7 +28,8 @@ def plan_masks_or_units(block: BlockView, score: Score, pattern: Pattern, scope:
     Args:
         block: the block; `block.rates` says what is asked of each matrix.
         score: see `Score`.
-        pattern: the pattern; `scope` is used by `unstructured` alone: compare within each output row, or within the whole matrix.
+        pattern: the pattern; `scope` is used by `unstructured` alone: compare within each output row, or within the
+            whole matrix.
     """
     if not pattern.structured:
         masks = {name: Mask.pack(_mask(score(name), rate, pattern, scope)) for name, rate in block.rates.items()}
@@ -72,7 +76,9 @@ def keep_units(score_U: Tensor, remove: int) -> Tensor:
 def unit_scores(block: BlockView, score: Score, pattern: Pattern) -> dict[str, Tensor]:
     """The score of each unit the rates ask for: the root of the sum of squares over the weights that compute the unit
     (`rows`) or that read it (`columns`). A key-value head is one unit with the query heads that use it."""
-    return {space: _unit_score(block, score, pattern, space) for space in MEMBERS if MEMBERS[space].reader in block.rates}
+    return {
+        space: _unit_score(block, score, pattern, space) for space in MEMBERS if MEMBERS[space].reader in block.rates
+    }
 
 
 def _unit_score(block: BlockView, score: Score, pattern: Pattern, space: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Counts of parameters from shapes alone, and the step whose pruning ratio is nearest to a wanted one. See `quantity`."""
+"""Counts of parameters from shapes alone, and the step whose pruning ratio is nearest to the wanted one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from secateur.plan.allocate import units_left
 from secateur.plan.rates import Rates
 
 
-def nearest(steps: Iterable[float], ratio: Callable[[float], float], wanted: float, *, at_least: bool, what: str) -> float:
-    """The step whose pruning ratio is nearest to the one wanted; of two as near, the one that removes less, but not nothing.
+def nearest(
+    steps: Iterable[float], ratio: Callable[[float], float], wanted: float, *, at_least: bool, what: str
+) -> float:
+    """The step whose pruning ratio is nearest to the one wanted; of two as near, the one that removes less, but not
+    nothing.
 
     Args:
-        steps: sparsities, ascending from 0; what they remove rises with them, or nearly so. No more of them are looked at than it takes.
+        steps: sparsities, ascending from 0; what they remove rises with them, or nearly so. No more of them are looked
+            at than it takes.
         ratio: the pruning ratio, over all parameters, of one of them.
         wanted: the ratio that was asked for.
         at_least: take the first step that removes as much, however much more that is.

@@ -1,7 +1,7 @@
 """Which entries of a matrix may go together, and the selection of the lowest scores.
 
-Exactly the asked number is removed, also among equal scores: of those, the entries with the lower index go first (the order of a
-stable sort), so that a selection is the same on every machine.
+Exactly the asked number is removed, also among equal scores: of those, the entries with the lower index go first (the
+order of a stable sort), so that a selection is the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Pattern:
-    """`unstructured`; `N:M` (keep N of every M consecutive inputs of a row); `rows` or `columns` (whole units are removed)."""
+    """`unstructured`; `N:M` (keep N of every M consecutive inputs of a row); `rows` or `columns` (whole units are
+    removed).
+    """
 
     kind: Literal["unstructured", "n:m", "rows", "columns"]
     keep: int = 0
@@ -77,8 +79,8 @@ def keep_highest_per_row(score_RC: Tensor, remove: int) -> Tensor:
 def _above_kth_lowest(score_RC: Tensor, k: int) -> np.ndarray:
     """Where a score is above the k-th lowest of its row.
 
-    numpy's partition is a vectorised quickselect, many times faster than a sort or torch's kthvalue on a CPU. Floats that are not negative
-    sort like the whole numbers of the same bits, which takes half the time on short rows.
+    numpy's partition is a vectorised quickselect, many times faster than a sort or torch's kthvalue on a CPU. Floats
+    that are not negative sort like the whole numbers of the same bits, which takes half the time on short rows.
     """
     rows, columns = score_RC.shape
     whole_RC = score_RC.contiguous().view(torch.int32 if score_RC.dtype == torch.float32 else score_RC.dtype).numpy()
@@ -101,7 +103,9 @@ def keep_highest(score_OI: Tensor, remove: int) -> Tensor:
 
 
 def keep_n_of_m(score_OI: Tensor, keep: int, group: int) -> Tensor:
-    """The mask [O, I] that keeps the `keep` highest of every `group` consecutive inputs; I must be a multiple of `group`."""
+    """The mask [O, I] that keeps the `keep` highest of every `group` consecutive inputs; I must be a multiple of
+    `group`.
+    """
     if group > _PAIRWISE_UP_TO:
         return keep_highest_per_row(score_OI.reshape(-1, group), group - keep).view(score_OI.shape)
     if score_OI.device.type == "cpu":
@@ -137,6 +141,8 @@ def _keep_n_of_m_flat(score: np.ndarray, keep: int, group: int) -> np.ndarray:
 
 @cache
 def _places(size: int, group: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The place in its group of each of `size` entries, and for every distance whether the entry that far on is of the same group."""
+    """The place in its group of each of `size` entries, and for every distance whether the entry that far on is of the
+    same group.
+    """
     place = np.tile(np.arange(group, dtype=np.int8), size // group)
     return place, [(place < group - apart).view(np.int8) for apart in range(group)]

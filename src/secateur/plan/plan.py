@@ -1,8 +1,8 @@
 """A plan: what to keep and what to change, as data that can be saved, read, compared and merged.
 
-Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every block) and
-`plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual too). New weights are in neither. A checkpoint has
-both in its folder `secateur/`, where no engine looks for weights.
+Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every
+block) and `plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual
+too). New weights are in neither. A checkpoint has both in its folder `secateur/`, where no engine looks for weights.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class Place:
     """A place of the residual stream after slicing (arXiv:2401.15024): D directions before, W after.
 
     Attributes:
-        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None where a plan was read
-            from a checkpoint, which keeps its bases in its weights alone.
-        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None where nothing is removed.
+        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None
+            where a plan was read from a checkpoint, which keeps its bases in its weights alone.
+        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None where
+            nothing is removed.
         width, of: W and D.
         form: of the residual connection that leads here, see `runtime.Skip`.
         skip: its parameters, by their names there.
@@ -114,7 +115,13 @@ class Place:
 
     def summary(self) -> dict[str, Any]:
         """What goes into plan.json."""
-        return {"width": self.width, "of": self.of, "skip": self.form, "kept_energy": self.kept_energy, "sha256": self.sha256}
+        return {
+            "width": self.width,
+            "of": self.of,
+            "skip": self.form,
+            "kept_energy": self.kept_energy,
+            "sha256": self.sha256,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """What a plan on its own holds more than the spectrum."""
@@ -125,7 +132,9 @@ class Place:
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Place:
         """The inverse of `summary` and `tensors`."""
         skip = {name.removeprefix("skip."): tensor for name, tensor in tensors.items() if name.startswith("skip.")}
-        return Place(tensors.get("basis"), tensors.get("spectrum"), summary["width"], summary["of"], summary["skip"], skip)
+        return Place(
+            tensors.get("basis"), tensors.get("spectrum"), summary["width"], summary["of"], summary["skip"], skip
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,18 +144,22 @@ class BlockPlan:
     Attributes:
         index: the block.
         masks: canonical matrix name -> its mask.
-        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their query heads), `heads`
-            (query heads, as many of every group); and with `select` the features of the residual that are read and written: `attention_in` (or
-            `q_in`, `k_in`, `v_in`, where each selects for itself), `attention_out`, `mlp_in`, `mlp_out`.
+        keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their
+            query heads), `heads` (query heads, as many of every group); and with `select` the features of the residual
+            that are read and written: `attention_in` (or `q_in`, `k_in`, `v_in`, where each selects for itself),
+            `attention_out`, `mlp_in`, `mlp_out`.
         of: space -> how many there were.
         select: how those features are read, see `runtime.Select`; None where all are.
-        places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block), and where it
-            `leave`s. What leaves one block enters the next.
-        updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype of the computation or of
-            the checkpoint; masks and kept units apply to it. Weights live in the written checkpoint alone: a plan on disk names them by hash.
+        places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block),
+            and where it `leave`s. What leaves one block enters the next.
+        updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype
+            of the computation or of the checkpoint; masks and kept units apply to it. Weights live in the written
+            checkpoint alone: a plan on disk names them by hash.
         dropped: the whole block goes.
-        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None where that was not measured.
-        hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is elsewhere.
+        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None where that was
+            not measured.
+        hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is
+            elsewhere.
     """
 
     index: int
@@ -170,11 +183,23 @@ class BlockPlan:
         prefix = f"blocks.{self.index}."
         masks = {f"{prefix}{name}.mask": mask.bits for name, mask in self.masks.items()}
         keep = {f"{prefix}{space}.keep": indices for space, indices in self.keep.items()}
-        return masks | keep | {f"{prefix}{name}.spectrum": place.spectrum_D for name, place in self._own_places() if place.spectrum_D is not None}
+        return (
+            masks
+            | keep
+            | {
+                f"{prefix}{name}.spectrum": place.spectrum_D
+                for name, place in self._own_places()
+                if place.spectrum_D is not None
+            }
+        )
 
     def bases(self) -> dict[str, Tensor]:
         """What a plan on its own holds besides: large, and in another form in the weights of a checkpoint."""
-        return {f"blocks.{self.index}.{name}.{key}": tensor for name, place in self._own_places() for key, tensor in place.tensors().items()}
+        return {
+            f"blocks.{self.index}.{name}.{key}": tensor
+            for name, place in self._own_places()
+            for key, tensor in place.tensors().items()
+        }
 
     def _own_places(self) -> list[tuple[str, Place]]:
         return [(name, place) for name, place in self.places.items() if name != "enter" or self.index == 0]
@@ -186,21 +211,31 @@ class BlockPlan:
         places = {name: place.summary() for name, place in self.places.items()}
         sometimes = {"places": places, "select": self.select, "updates": self.updated, "dropped": self.dropped}
         measured = {} if self.influence is None else {"influence": self.influence}
-        return {"index": self.index, "masks": masks, "keep": keep} | {name: content for name, content in sometimes.items() if content} | measured
+        return (
+            {"index": self.index, "masks": masks, "keep": keep}
+            | {name: content for name, content in sometimes.items() if content}
+            | measured
+        )
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
-        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the block before.
-        New weights come back as their hashes alone."""
+        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the
+        block before. New weights come back as their hashes alone.
+        """
         index: int = summary["index"]
         prefix = f"blocks.{index}."
-        masks = {name: Mask((m["shape"][0], m["shape"][1]), tensors[f"{prefix}{name}.mask"]) for name, m in summary["masks"].items()}
+        masks = {
+            name: Mask((m["shape"][0], m["shape"][1]), tensors[f"{prefix}{name}.mask"])
+            for name, m in summary["masks"].items()
+        }
         keep = {space: tensors[f"{prefix}{space}.keep"] for space in summary["keep"]}
         places = {}
         for name, content in summary.get("places", {}).items():
             start = f"blocks.{index - 1}.leave." if name == "enter" and index else f"{prefix}{name}."
             own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-            places[name] = Place.read(content, own if start.startswith(prefix) else {k: own[k] for k in ("basis", "spectrum") if k in own})
+            places[name] = Place.read(
+                content, own if start.startswith(prefix) else {k: own[k] for k in ("basis", "spectrum") if k in own}
+            )
         of = {space: k["of"] for space, k in summary["keep"].items()}
         return BlockPlan(
             index,
@@ -226,19 +261,29 @@ class BlockPlan:
         """What both keep.
 
         Raises:
-            SecateurError: nothing of a space would be left, one of them rotates the residual stream, they read it in different ways, or both
-                have a new weight for the same matrix.
+            SecateurError: nothing of a space would be left, one of them rotates the residual stream, they read it in
+                different ways, or both have a new weight for the same matrix.
         """
         if both := sorted(self.updated.keys() & other.updated.keys()):
-            raise SecateurError(f"block {self.index}: both plans have new weights for {', '.join(both)}: prune the result of the one with the other instead")
+            raise SecateurError(
+                f"block {self.index}: both plans have new weights for {', '.join(both)}: prune the result of the one "
+                "with the other instead"
+            )
         if self.select and other.select and self.select != other.select:
             raise SecateurError(
-                f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': plan both with the same norm"
+                f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': "
+                "plan both with the same norm"
             )
         if self.places or other.places:
-            raise SecateurError("a plan that rotates the residual stream cannot be merged: prune its result with the other method instead")
+            raise SecateurError(
+                "a plan that rotates the residual stream cannot be merged: prune its result with the other method "
+                "instead"
+            )
         if "heads" in self.keep and "heads" in other.keep:
-            raise SecateurError(f"block {self.index}: both plans choose among the query heads, and what both keep may differ from group to group: plan once")
+            raise SecateurError(
+                f"block {self.index}: both plans choose among the query heads, and what both keep may differ from "
+                "group to group: plan once"
+            )
         masks = dict(self.masks)
         for name, mask in other.masks.items():
             masks[name] = Mask(mask.shape, mask.bits & masks[name].bits) if name in masks else mask
@@ -246,13 +291,25 @@ class BlockPlan:
         for space, indices in other.keep.items():
             keep[space] = indices[torch.isin(indices, keep[space])] if space in keep else indices
             if not len(keep[space]):
-                raise SecateurError(f"block {self.index}: the two plans keep no common {space}, so merging them would leave nothing")
+                raise SecateurError(
+                    f"block {self.index}: the two plans keep no common {space}, so merging them would leave nothing"
+                )
         updates, hashes = {**self.updates, **other.updates}, {**self.hashes, **other.hashes}
-        dropped, influence = self.dropped or other.dropped, other.influence if self.influence is None else self.influence
+        dropped, influence = (
+            self.dropped or other.dropped,
+            other.influence if self.influence is None else self.influence,
+        )
         return replace(
-            self, masks=masks, keep=keep, of={**self.of, **other.of}, select=self.select or other.select, updates=updates, hashes=hashes,
-            dropped=dropped, influence=influence,
-        )  # fmt: skip
+            self,
+            masks=masks,
+            keep=keep,
+            of={**self.of, **other.of},
+            select=self.select or other.select,
+            updates=updates,
+            hashes=hashes,
+            dropped=dropped,
+            influence=influence,
+        )
 
 
 @dataclass(frozen=True)
@@ -277,7 +334,9 @@ class Plan:
             SecateurError: the two are for models of different depth, or no block would be left.
         """
         if len(self.blocks) != len(other.blocks):
-            raise SecateurError(f"plans for models of {len(self.blocks)} and {len(other.blocks)} blocks cannot be merged")
+            raise SecateurError(
+                f"plans for models of {len(self.blocks)} and {len(other.blocks)} blocks cannot be merged"
+            )
         both = {**self.settings, "merged_with": dict(other.settings)}
         blocks = tuple(a.merge(b) for a, b in zip(self.blocks, other.blocks, strict=True))
         if all(block.dropped for block in blocks):
@@ -287,13 +346,15 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write `plan.json` and, where there are tensors, `plan.safetensors`."""
         (folder / PLAN).write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
-        tensors = {name: t.contiguous() for block in self.blocks for name, t in (block.tensors() | block.bases()).items()}
+        tensors = {
+            name: t.contiguous() for block in self.blocks for name, t in (block.tensors() | block.bases()).items()
+        }
         if tensors:
             (folder / PLAN_TENSORS).write_bytes(save(tensors))
 
 
 def plan_json(settings: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The content of plan.json. It travels with the checkpoint, so it names files without the folders of this machine."""
+    """The content of plan.json. It travels with the checkpoint, so it names files without their folders."""
     return json.dumps({"format": FORMAT, **without_paths(settings), "blocks": list(summaries)}, indent=1) + "\n"
 
 
@@ -311,7 +372,9 @@ def read_plan(folder: Path) -> Plan:
         tensors = load_file(file) if file is not None else {}
         blocks = tuple(BlockPlan.read(summary, tensors) for summary in content.pop("blocks"))
     except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise SecateurError(f"{file or plan_file(folder)}: a damaged plan ({type(error).__name__}: {error}); {_AGAIN}") from error
+        raise SecateurError(
+            f"{file or plan_file(folder)}: a damaged plan ({type(error).__name__}: {error}); {_AGAIN}"
+        ) from error
     return Plan({k: v for k, v in content.items() if k != "format"}, blocks)
 
 

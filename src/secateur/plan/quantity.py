@@ -114,7 +114,10 @@ class Quantity:
 
 
 def _zeroes_only(subject: Subject, wanted: float, at_least: bool) -> float:
-    raise UsageError(f"--params-removed: pattern {subject.pattern} zeroes weights and removes no parameters; use --sparsity, or --pattern rows or columns")
+    raise UsageError(
+        f"--params-removed: pattern {subject.pattern} zeroes weights and removes no parameters; use --sparsity, or "
+        "--pattern rows or columns"
+    )
 
 
 def _sparsity_of_units(subject: Subject, wanted: float, at_least: bool) -> float:
@@ -124,7 +127,9 @@ def _sparsity_of_units(subject: Subject, wanted: float, at_least: bool) -> float
         return 1 - parameters_left(subject.view, subject.rates(sparsity)) / before
 
     if subject.ranked:
-        raise UsageError("--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity")
+        raise UsageError(
+            "--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity"
+        )
     sizes = {size for dims in subject.dense for size in (dims.ffn, dims.groups)}
     steps = [0.0, *(step + _EDGE for step in sorted({k / n for n in sizes for k in range(1, n)}))]
     start = max(0, bisect_left(steps, wanted, key=ratio) - 1)  # the ratio rises with every step
@@ -141,7 +146,10 @@ def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float
     if wanted == 0:
         return 0.0
     if subject.sizes_left(0.0) is None:
-        raise UsageError(f"--params-removed does not go with these options of {subject.method}: the text decides the widths; give one of them")
+        raise UsageError(
+            f"--params-removed does not go with these options of {subject.method}: the text decides the widths; give "
+            "one of them"
+        )
     hidden, before = int(subject.view.config.hidden_size), subject.view.parameters()
 
     def widths() -> Iterator[float]:
@@ -263,7 +271,9 @@ HEADS = Quantity(
     "heads",
     "the attention heads",
     sparsity_for=_sparsity_of_heads,
-    parameters=lambda subject, s: dims_parameters(subject.view, _heads_left(subject, s)) if s else subject.view.parameters(),
+    parameters=lambda subject, s: (
+        dims_parameters(subject.view, _heads_left(subject, s)) if s else subject.view.parameters()
+    ),
     sizes=lambda *_: None,
     share_gone=lambda counts: _gone(counts.heads),
     shared=_ALL_PARAMETERS,

@@ -32,12 +32,14 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
     Args:
         view: the model.
         sparsity: for all matrices, or for the names in `modules` that give none. N:M implies it.
-        modules: `NAME=S,...` or `NAME,...`: canonical names, `attention`, `mlp`, `all`, the family's own names, or globs over
-            `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one; what is not named stays untouched.
+        modules: `NAME=S,...` or `NAME,...`: canonical names, `attention`, `mlp`, `all`, the family's own names, or
+            globs over `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one; what is not
+            named stays untouched.
         pattern: the pattern, which may not fit every matrix.
 
     Raises:
-        UsageError: a value outside [0, 1], a name that matches nothing, N:M that does not divide, or a sparsity that N:M contradicts.
+        UsageError: a value outside [0, 1], a name that matches nothing, N:M that does not divide, or a sparsity that
+            N:M contradicts.
     """
     sparsity = _with_pattern(sparsity, pattern)
     entries = _entries(modules, sparsity, pattern) if modules else [("all", sparsity)]
@@ -53,7 +55,10 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
         if not matched:
             own = sorted({path.rpartition(".")[2] for path in view.family.matrices.values()})
             canonical = [n for n in CANONICAL if n in view.family.matrices]
-            raise UsageError(f"module '{name}' matches nothing in family {view.family.name} (known: {', '.join([*canonical, *_GROUPS, *own])}, or a glob)")
+            raise UsageError(
+                f"module '{name}' matches nothing in family {view.family.name} (known: "
+                f"{', '.join([*canonical, *_GROUPS, *own])}, or a glob)"
+            )
     _check_pattern(view, rates, pattern)
     return rates
 
@@ -61,9 +66,15 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
 def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> None:
     """Raises UsageError where there is nothing to allocate."""
     if pattern.kind == "n:m":
-        raise UsageError(f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so nothing is left to allocate; use pattern unstructured")
+        raise UsageError(
+            f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so nothing is left to "
+            "allocate; use pattern unstructured"
+        )
     if pattern.structured:
-        raise UsageError(f"--modules {name} goes with pattern unstructured: {pattern} removes units that several matrices share, so they cannot differ")
+        raise UsageError(
+            f"--modules {name} goes with pattern unstructured: {pattern} removes units that several matrices share, "
+            "so they cannot differ"
+        )
     if sparsity is None:
         raise UsageError(f"--modules {name} needs --sparsity S: as many weights are removed as at S in every matrix")
 
@@ -77,7 +88,8 @@ def matching(family: Family, index: int, name: str) -> Sequence[str]:
     return [
         matrix
         for matrix, path in family.matrices.items()
-        if path.rpartition(".")[2] == name or any(fnmatch.fnmatchcase(f"{family.blocks}.{index}.{p}", name) for p in (path, matrix))
+        if path.rpartition(".")[2] == name
+        or any(fnmatch.fnmatchcase(f"{family.blocks}.{index}.{p}", name) for p in (path, matrix))
     ]
 
 
@@ -86,7 +98,9 @@ def _with_pattern(sparsity: float | None, pattern: Pattern) -> float | None:
     if implied is None:
         return sparsity if sparsity is None else check_sparsity(sparsity)
     if sparsity is not None and abs(sparsity - implied) > 1e-9:
-        raise UsageError(f"pattern {pattern} removes {implied:g}, but --sparsity says {sparsity:g}; leave --sparsity out")
+        raise UsageError(
+            f"pattern {pattern} removes {implied:g}, but --sparsity says {sparsity:g}; leave --sparsity out"
+        )
     return implied
 
 
@@ -103,7 +117,10 @@ def _entries(modules: str, sparsity: float | None, pattern: Pattern) -> list[tup
             if not 0 <= value <= 1:
                 raise UsageError(f"--modules {part}: sparsity {value:g} is outside [0, 1]")
             if pattern.implied_sparsity not in (None, value):
-                raise UsageError(f"--modules {part}: pattern {pattern} removes {pattern.implied_sparsity:g}; name the modules without a value")
+                raise UsageError(
+                    f"--modules {part}: pattern {pattern} removes {pattern.implied_sparsity:g}; name the modules "
+                    "without a value"
+                )
         entries.append((name.strip(), value))
     if not entries:
         raise UsageError("--modules is empty: write NAME=S,..., for instance attention=0.3,mlp=0.6")
@@ -116,7 +133,10 @@ def _check_pattern(view: ModelView, rates: Rates, pattern: Pattern) -> None:
         if pattern.kind == "n:m":
             for name in rate:
                 if shapes[name][1] % pattern.group:
-                    raise UsageError(f"pattern {pattern}: matrix {name} of block {index} has {shapes[name][1]} inputs, not a multiple of {pattern.group}")
+                    raise UsageError(
+                        f"pattern {pattern}: matrix {name} of block {index} has {shapes[name][1]} inputs, not a "
+                        f"multiple of {pattern.group}"
+                    )
         if pattern.structured:
             _check_units(view.family, rate, pattern)
             if any(rate.get(name) for name in ATTENTION):
@@ -127,6 +147,11 @@ def _check_units(family: Family, rate: dict[str, float], pattern: Pattern) -> No
     for group, names in (("attention", ATTENTION), ("mlp", MLP)):
         values = {rate.get(name) for name in names if name in family.matrices}
         if len(values) > 1:
-            raise UsageError(f"pattern {pattern} removes whole units, which all matrices of {group} share: give one value, {group}=S")
+            raise UsageError(
+                f"pattern {pattern} removes whole units, which all matrices of {group} share: give one value, {group}=S"
+            )
         if values == {1.0}:
-            raise UsageError(f"pattern {pattern} with {group}=1 would leave nothing of it; use a value below 1, or pattern unstructured to zero it")
+            raise UsageError(
+                f"pattern {pattern} with {group}=1 would leave nothing of it; use a value below 1, or pattern "
+                "unstructured to zero it"
+            )

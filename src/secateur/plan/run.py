@@ -23,9 +23,10 @@ class Run:
         sparsity: the fraction of the parameters of the whole model to remove; 0 where matrices have rates of their own.
         seed: of every random choice.
         device, dtype: of the computation.
-        checkpoint: a file for what an interrupted run needs to go on; None keeps none. The caller removes it. Of a method that is
-            gradual it may be that of a run at a lower sparsity.
-        notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into the plan and the record.
+        checkpoint: a file for what an interrupted run needs to go on; None keeps none. The caller removes it. Of a
+            method that is gradual it may be that of a run at a lower sparsity.
+        notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into
+            the plan and the record.
         spill: a file for activations; None keeps them in memory. The caller removes it.
         labels: what is to be predicted at each place of the windows of a task [S, T], -100 in the questions; None: all.
     """
@@ -40,7 +41,8 @@ class Run:
     labels: Tensor | None = None
 
     def once(self, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `measure` gives, on a CPU: kept in `checkpoint`, from where a run that goes on takes it. For a method that keeps nothing else there.
+        """What `measure` gives, on a CPU: kept in `checkpoint`, from where a run that goes on takes it. For a method
+        that keeps nothing else there.
 
         Raises:
             SecateurError: the disk is full, or may not be written.

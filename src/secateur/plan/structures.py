@@ -1,8 +1,9 @@
 """Where gates are, and what a choice of them costs in parameters (arXiv:2410.11988, section 4).
 
-Five selections a block: S1 `attention_in`, S2 `attention_out`, S3 `mlp_in`, S4 `ffn` (the MLP's middle), S5 `mlp_out`. S1, S2, S3 and S5 choose among the
-residual's features, and may differ from block to block, since the residual itself keeps all of them. Attention keeps its heads. Separate (its section 4.1):
-`q_in`, `k_in` and `v_in` stand in place of S1.
+Five selections a block: S1 `attention_in`, S2 `attention_out`, S3 `mlp_in`, S4 `ffn` (the MLP's middle), S5 `mlp_out`.
+S1, S2, S3 and S5 choose among the residual's features, and may differ from block to block, since the residual itself
+keeps all of them. Attention keeps its heads. Separate (its section 4.1): `q_in`, `k_in` and `v_in` stand in place of
+S1.
 
 Constrained (the paper's comparison): one choice serves S1, S2, S3 and S5 of every block.
 
@@ -49,7 +50,13 @@ class Structures:
 
     def parameters(self, kept: Sequence[float]) -> float:
         """T(s): the parameters left with so many open gates in each structure."""
-        return sum((cost.parameters({s: kept[n] for s, n in uses.items()}) for cost, uses in zip(self.costs, self.uses, strict=True)), float(self.fixed))
+        return sum(
+            (
+                cost.parameters({s: kept[n] for s, n in uses.items()})
+                for cost, uses in zip(self.costs, self.uses, strict=True)
+            ),
+            float(self.fixed),
+        )
 
     def counter(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """T(s) as a function of gates [N], with gradients, in a handful of operations however many blocks there are."""
@@ -71,7 +78,9 @@ class Structures:
         return left
 
 
-def find_structures(view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False) -> Structures:
+def find_structures(
+    view: ModelView, *, constrained: bool, form: str, whole: bool, separate: bool = False
+) -> Structures:
     """The gates of a model.
 
     Args:

@@ -1,19 +1,22 @@
 """DISP-LLM: blocks that read and write different parts of the residual stream, learned with the weights frozen.
 
-From arXiv:2410.11988. Every block has five selections (`plan/structures.py`): the features of the residual that attention and MLP read and write, and the
-units of the MLP's middle. The residual keeps its width, so blocks may differ in what they select, and no adapters are needed. Binary
-gates (`gates.py`) are drawn from logits that a small network gives (`hypernetwork.py`), which alone is trained, on the language-model loss
-plus lambda |log(T(s) / (p T_total))|. The sparsity is the fraction of the parameters of the whole model to remove.
+From arXiv:2410.11988. Every block has five selections (`plan/structures.py`): the features of the residual that
+attention and MLP read and write, and the units of the MLP's middle. The residual keeps its width, so blocks may differ
+in what they select, and no adapters are needed. Binary gates (`gates.py`) are drawn from logits that a small network
+gives (`hypernetwork.py`), which alone is trained, on the language-model loss plus lambda |log(T(s) / (p T_total))|. The
+sparsity is the fraction of the parameters of the whole model to remove.
 
-Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one draw for the loss and the
-budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the whole model, as in the paper, less what no gate removes, so
-that lambda pulls alike whatever the share of the embeddings; what is kept is not a random draw but the gates with the highest logits, as many as the
-budget allows (`cut=half`: those open as often as not); no selection is empty. Key-value heads shared by several query heads, biases and fused weights are
-handled; heads are kept. The norm is over all features, then those are selected; `norm=selected` is the paper's order. The constrained variant shares one
-selection in place of its four of the residual, in all blocks.
+Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one
+draw for the loss and the budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the
+whole model, as in the paper, less what no gate removes, so that lambda pulls alike whatever the share of the
+embeddings; what is kept is not a random draw but the gates with the highest logits, as many as the budget allows
+(`cut=half`: those open as often as not); no selection is empty. Key-value heads shared by several query heads, biases
+and fused weights are handled; heads are kept. The norm is over all features, then those are selected; `norm=selected`
+is the paper's order. The constrained variant shares one selection in place of its four of the residual, in all blocks.
 
-Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that far fewer steps do), and `scale` learns a
-scale beside each gate, which the cut folds into the weights: no parameter more, but the weights are no longer those of the model.
+Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that
+far fewer steps do), and `scale` learns a scale beside each gate, which the cut folds into the weights: no parameter
+more, but the weights are no longer those of the model.
 """
 
 from __future__ import annotations
@@ -50,8 +53,13 @@ SHARDS = True  # windows and blocks are shared among processes, and all learn th
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
 QUICK = {"steps": 2, "unmet": "cut"}
-MAY_CHANGE = ("steps", "unmet")  # where an interrupted run goes on: the rate is constant, so more steps are the same run, longer
-UNMET = 0.02  # of all parameters that are counted: learning that ends further from its budget has not done what was asked
+MAY_CHANGE = (
+    "steps",
+    "unmet",
+)  # where an interrupted run goes on: the rate is constant, so more steps are the same run, longer
+UNMET = (
+    0.02  # of all parameters that are counted: learning that ends further from its budget has not done what was asked
+)
 
 _FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
 _CHOICES = {
@@ -72,26 +80,34 @@ class DispLLM:
     Attributes:
         steps: of the optimiser.
         batch: windows a step.
-        accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among processes; it saves memory alone.
+        accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among
+            processes; it saves memory alone.
         lr: the learning rate, constant.
         weight_decay: of AdamW.
-        checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory, about a third more time.
+        checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory,
+            about a third more time.
         autocast: products in bfloat16: `auto` where an accelerator computes in float32, `on` or `off`.
         clip: the largest norm of a step's gradient; 0 lets any pass.
-        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters. This term counts what gates can remove,
-            and 4 pulls as much on a model that has a quarter of its parameters in embeddings and head.
-        gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel` (soft).
+        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters. This
+            term counts what gates can remove, and 4 pulls as much on a model that has a quarter of its parameters in
+            embeddings and head.
+        gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel`
+            (soft).
         bias: c; gates begin open with probability sigmoid(c).
         tau: the temperature of the gates.
         hypernetwork: `gru`, `linear` (without the Bi-GRU), or `none` (one logit a gate).
         constrained: one selection of the residual for all blocks, reading and writing.
-        separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed and leaves it out).
+        separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed
+            and leaves it out).
         norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
         budget: count the parameters of the whole `model`, or of the `blocks` alone.
-        warm: windows whose gradients say which gates begin open, see `warm.py`; 0 begins with all of them likely open, as the paper does.
-        scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated then, as the record says.
+        warm: windows whose gradients say which gates begin open, see `warm.py`; 0 begins with all of them likely open,
+            as the paper does.
+        scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated
+            then, as the record says.
         cut: keep what the `budget` allows, or what is open `half` of the time.
-        unmet: where draws of the learned gates are more than 0.02 away from the budget, `refuse` the result, or let the `cut` do the rest all the same.
+        unmet: where draws of the learned gates are more than 0.02 away from the budget, `refuse` the result, or let the
+            `cut` do the rest all the same.
         round: widths are multiples of this.
         save_every: steps between two saves of the state that `--resume` goes on from.
     """
@@ -125,7 +141,10 @@ class DispLLM:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.constrained and self.separate:
-            raise UsageError("disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and v; set one of them")
+            raise UsageError(
+                "disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and "
+                "v; set one of them"
+            )
         for name in ("steps", "batch", "accumulate", "round", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name)}; it is a count, at least 1")
@@ -138,7 +157,9 @@ class DispLLM:
             if not getattr(self, name) >= 0:
                 raise UsageError(f"disp_llm: {name} is {getattr(self, name):g}; it must be at least 0")
         if self.batch % self.accumulate:
-            raise UsageError(f"disp_llm: batch={self.batch} windows cannot be split into accumulate={self.accumulate} equal parts")
+            raise UsageError(
+                f"disp_llm: batch={self.batch} windows cannot be split into accumulate={self.accumulate} equal parts"
+            )
 
 
 def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
@@ -155,19 +176,22 @@ def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
     check_can(view.family, SELECT, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
-            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
+            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the "
+            "original model, at a higher sparsity"
         )
     if sparsity >= MOST:
         raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves next to nothing; it must be below {MOST:g}")
     if options.batch % (parts := math.lcm(options.accumulate, size())):
         raise UsageError(
-            f"disp_llm: batch={options.batch} windows a step cannot be shared equally among {size()} processes; use --set batch={parts}, or a multiple"
+            f"disp_llm: batch={options.batch} windows a step cannot be shared equally among {size()} processes; use "
+            f"--set batch={parts}, or a multiple"
         )
     structures = _structures(view, options)
     most = 1 - smallest(structures, options.round) / structures.total
     if sparsity > most:
         raise UsageError(
-            f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate removes leave at most {most:.4f}; "
+            f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate "
+            f"removes leave at most {most:.4f}; "
             f"use --sparsity {int(most * 100) / 100:g} or less"
         )
 
@@ -191,11 +215,14 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         _FORMS[options.norm],
         device=run.device,
         dtype=run.dtype,
-        autocast=options.autocast == "on" or (options.autocast == "auto" and run.device.type != "cpu" and run.dtype == torch.float32),
+        autocast=options.autocast == "on"
+        or (options.autocast == "auto" and run.device.type != "cpu" and run.dtype == torch.float32),
         checkpointing=options.checkpointing,
     )
     begin_N = begin(importance(masked, data[: options.warm]), masked, target) - options.bias if options.warm else None
-    network = Hypernetwork(structures.widths, options.hypernetwork, seed=run.seed, begin_N=begin_N, scaled=options.scale).to(run.device)
+    network = Hypernetwork(
+        structures.widths, options.hypernetwork, seed=run.seed, begin_N=begin_N, scaled=options.scale
+    ).to(run.device)
     how = Learning(
         steps=options.steps,
         batch=options.batch,
@@ -216,40 +243,72 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
     half = _tell(logit_N, structures, keep, target, options)
     run.notes["learning"] = {**history(seen, structures.total), "removed_half": half}
     scales = None if (scale_N := network.scales()) is None else structures.split(scale_N.detach().cpu())
-    return tuple(_block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks))
+    return tuple(
+        _block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks)
+    )
 
 
 def _structures(view: ModelView, options: DispLLM) -> Structures:
-    return find_structures(view, constrained=options.constrained, form=_FORMS[options.norm], whole=options.budget == "model", separate=options.separate)
+    return find_structures(
+        view,
+        constrained=options.constrained,
+        form=_FORMS[options.norm],
+        whole=options.budget == "model",
+        separate=options.separate,
+    )
 
 
 def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float, options: DispLLM) -> float:
-    """Say how far the learned gates were from the budget, and what the choice removes; returns what gates open half of the time would remove.
+    """Say how far the learned gates were from the budget, and what the choice removes; returns what gates open half of
+    the time would remove.
 
     Raises:
         SecateurError: too far, and `unmet=refuse`.
     """
     halves = [float((part > 0).sum()) for part in structures.split(logit_N)]
-    learned, chosen = (1 - float(structures.parameters(kept)) / structures.total for kept in (halves, [float(len(indices)) for indices in keep]))
-    say(f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove {learned:.4f}, those kept {chosen:.4f}")
-    drawn = float(structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach())))  # draws are independent: of products of counts, too
+    learned, chosen = (
+        1 - float(structures.parameters(kept)) / structures.total
+        for kept in (halves, [float(len(indices)) for indices in keep])
+    )
+    say(
+        f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove "
+        f"{learned:.4f}, those kept {chosen:.4f}"
+    )
+    drawn = float(
+        structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach()))
+    )  # draws are independent: of products of counts, too
     asked, removed = 1 - target / structures.total, 1 - drawn / structures.total
     if abs(removed - asked) > UNMET:
-        missed = f"disp_llm: learning has not met its budget: draws of its gates remove {removed:.4f} of the parameters, asked {asked:.4f}"
+        missed = (
+            f"disp_llm: learning has not met its budget: draws of its gates remove {removed:.4f} of the parameters, "
+            f"asked {asked:.4f}"
+        )
         if options.unmet == "refuse":
             raise SecateurError(
-                f"{missed}; go on with --resume --set steps={2 * options.steps}, start again with --overwrite and --set warm=32 or a higher "
+                f"{missed}; go on with --resume --set steps={2 * options.steps}, start again with --overwrite and "
+                "--set warm=32 or a higher "
                 f"--set strength=..., or take what ranks lowest as it is with --resume --set unmet=cut"
             )
         say(f"{missed}; the cut removes what ranks lowest")
     return learned
 
 
-def _block_plan(view: ModelView, structures: Structures, keep: list[Tensor], scales: list[Tensor] | None, index: int, form: str) -> BlockPlan:
+def _block_plan(
+    view: ModelView, structures: Structures, keep: list[Tensor], scales: list[Tensor] | None, index: int, form: str
+) -> BlockPlan:
     uses = structures.uses[index]
     # a choice that several selections share is written once for each
-    plan = BlockPlan(index, keep={s: keep[n].clone() for s, n in uses.items()}, of={s: structures.widths[n] for s, n in uses.items()}, select=form)
-    return plan if scales is None else replace(plan, updates=_folded(view.block(index), {s: scales[n] for s, n in uses.items()}))
+    plan = BlockPlan(
+        index,
+        keep={s: keep[n].clone() for s, n in uses.items()},
+        of={s: structures.widths[n] for s, n in uses.items()},
+        select=form,
+    )
+    return (
+        plan
+        if scales is None
+        else replace(plan, updates=_folded(view.block(index), {s: scales[n] for s, n in uses.items()}))
+    )
 
 
 def _folded(block: BlockView, scale: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,16 +1,20 @@
 """Binary gates with gradients: ReinMax, straight-through and Gumbel-sigmoid.
 
-DISP-LLM (arXiv:2410.11988, algorithm 2) samples B ~ Bernoulli(pi0), pi0 = sigmoid(l), l = x + c, and wants the gradient of E f(B) in l. ReinMax
-(arXiv:2304.08612) averages the two ends of the step from 0 to 1 (Heun's method), which for classes i with logits l_i is
+DISP-LLM (arXiv:2410.11988, algorithm 2) samples B ~ Bernoulli(pi0), pi0 = sigmoid(l), l = x + c, and wants the gradient
+of E f(B) in l. ReinMax (arXiv:2304.08612) averages the two ends of the step from 0 to 1 (Heun's method), which for
+classes i with logits l_i is
 
-    pi1 = (onehot(B) + softmax(l / tau)) / 2,    pi2 = 2 softmax(stop(ln(pi1) - l) + l) - pi0 / 2,    B + pi2 - stop(pi2)
+    pi1 = (onehot(B) + softmax(l / tau)) / 2,    pi2 = 2 softmax(stop(ln(pi1) - l) + l) - pi0 / 2,    B + pi2 -
+    stop(pi2)
 
-Two classes have the logits (l, 0). A softmax over two classes is the sigmoid of the difference of its arguments, so the second term
-is sigmoid(stop(ln(pi1) - ln(1 - pi1) - l) + l) with pi1 that of class 1: the logit of pi1 stands where algorithm 2 prints ln(pi1).
-Its value is pi1 and its slope pi1 (1 - pi1); averaged over B at tau = 1 the slope of the whole is pi (1 - pi) (f'(0) + f'(1)) / 2, exact for f
-quadratic in each gate. The printed form has sigmoid(ln(pi1)) = pi1 / (1 + pi1) instead, and is kept as `reinmax-printed`.
+Two classes have the logits (l, 0). A softmax over two classes is the sigmoid of the difference of its arguments, so the
+second term is sigmoid(stop(ln(pi1) - ln(1 - pi1) - l) + l) with pi1 that of class 1: the logit of pi1 stands where
+algorithm 2 prints ln(pi1). Its value is pi1 and its slope pi1 (1 - pi1); averaged over B at tau = 1 the slope of the
+whole is pi (1 - pi) (f'(0) + f'(1)) / 2, exact for f quadratic in each gate. The printed form has sigmoid(ln(pi1)) =
+pi1 / (1 + pi1) instead, and is kept as `reinmax-printed`.
 
-Every form is B plus a slope times (l - stop(l)), with the slope computed in closed form: nothing overflows where pi1 is 0 or 1.
+Every form is B plus a slope times (l - stop(l)), with the slope computed in closed form: nothing overflows where pi1 is
+0 or 1.
 
 Shape letter: N gates.
 """
@@ -23,7 +27,9 @@ from torch import Tensor
 GATES = ("reinmax", "reinmax-printed", "straight-through", "gumbel")
 
 
-def draw_gates(x_N: Tensor, noise_N: Tensor, gate: str = "reinmax", *, bias: float = 3.0, temperature: float = 1.0) -> Tensor:
+def draw_gates(
+    x_N: Tensor, noise_N: Tensor, gate: str = "reinmax", *, bias: float = 3.0, temperature: float = 1.0
+) -> Tensor:
     """One draw of gates.
 
     Args:

@@ -1,9 +1,11 @@
-"""What gives the logits of the gates: the hypernetwork of DISP-LLM (arXiv:2410.11988, appendix A.3, table 5), and two simpler sources.
+"""What gives the logits of the gates: the hypernetwork of DISP-LLM (arXiv:2410.11988, appendix A.3, table 5), and two
+simpler sources.
 
     z [structures, 32], random and fixed -> Bi-GRU(32, 64) -> LayerNorm -> GELU -> one Linear(128, width) a structure
 
-The GRU steps once a structure. `linear` leaves the GRU out: the linear layers act on a fixed random input of their own width (its table 4, "w/o
-Bi-GRU"). `none` learns one logit a gate ("w/o HN"). z is a buffer: in the authors' code wrapping it for several processes made it a parameter.
+The GRU steps once a structure. `linear` leaves the GRU out: the linear layers act on a fixed random input of their own
+width (its table 4, "w/o Bi-GRU"). `none` learns one logit a gate ("w/o HN"). z is a buffer: in the authors' code
+wrapping it for several processes made it a parameter.
 
 Shape letters: S structures, I input width, H the width the linear layers read, N gates of all structures together.
 """
@@ -34,7 +36,15 @@ class Hypernetwork(nn.Module):
     input_SI: Tensor
     begin_N: Tensor | None
 
-    def __init__(self, widths: Sequence[int], kind: str = "gru", *, seed: int = 0, begin_N: Tensor | None = None, scaled: bool = False) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        kind: str = "gru",
+        *,
+        seed: int = 0,
+        begin_N: Tensor | None = None,
+        scaled: bool = False,
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.register_buffer("begin_N", begin_N)

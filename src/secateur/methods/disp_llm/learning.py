@@ -1,13 +1,16 @@
-"""Learning the gates of a frozen model (arXiv:2410.11988, equations 4 to 6): AdamW at a constant rate on the hypernetwork alone.
+"""Learning the gates of a frozen model (arXiv:2410.11988, equations 4 to 6): AdamW at a constant rate on the
+hypernetwork alone.
 
     loss = cross-entropy + lambda |log(T(s) / (p T_total))|
 
-T counts what gates can remove, so that lambda pulls alike whatever the share of the embeddings (the authors' code counts the matrices of the blocks).
+T counts what gates can remove, so that lambda pulls alike whatever the share of the embeddings (the authors' code
+counts the matrices of the blocks).
 
-One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a seeded generator on the device.
-Gradients of the first term are taken in the gates, part by part of the step's windows, summed in the order of the parts, and go through the network
-once. Several processes share the parts of a step and nothing else: all of them draw the same gates and take the same step of the optimiser, so that
-their number does not change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
+One draw of the gates serves both terms and all windows of a step (the authors' code draws twice). Noise comes from a
+seeded generator on the device. Gradients of the first term are taken in the gates, part by part of the step's windows,
+summed in the order of the parts, and go through the network once. Several processes share the parts of a step and
+nothing else: all of them draw the same gates and take the same step of the optimiser, so that their number does not
+change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
 
 Shape letters: S windows, B windows of a part, T tokens, N gates, M gates and, where they are learned, scales.
 """
@@ -54,7 +57,8 @@ class Learning:
 def budget_term(left: Tensor | float, target: float, fixed: float = 0.0) -> Tensor:
     """|log(T(s) / (p T_total))|, equation 6, counted over what gates can remove.
 
-    Counted over everything, its slope shrinks with the share of what no gate removes: with embeddings of 80% it is a tenth, and the budget is not met.
+    Counted over everything, its slope shrinks with the share of what no gate removes: with embeddings of 80% it is a
+    tenth, and the budget is not met.
 
     Args:
         left: T(s), the parameters that the gates leave.
@@ -64,7 +68,14 @@ def budget_term(left: Tensor | float, target: float, fixed: float = 0.0) -> Tens
     return torch.log((torch.as_tensor(left) - fixed) / (target - fixed)).abs()
 
 
-def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None = None) -> list[dict[str, float]]:
+def learn(
+    network: Hypernetwork,
+    masked: MaskedModel,
+    windows: Tensor,
+    target: float,
+    how: Learning,
+    checkpoint: Path | None = None,
+) -> list[dict[str, float]]:
     """Train the network in place.
 
     Args:
@@ -73,22 +84,25 @@ def learn(network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: f
         windows: token ids [S, T].
         target: p T_total, the parameters to keep.
         how: the settings.
-        checkpoint: the file that an interrupted run goes on from, where it is there, and that this one writes; None keeps none.
+        checkpoint: the file that an interrupted run goes on from, where it is there, and that this one writes; None
+            keeps none.
 
     Returns:
-        What was seen on the way: `step`, `loss` (of the language model, mean since the last look), `budget` (the other term, without lambda),
-        `left` (T(s), the last draw).
+        What was seen on the way: `step`, `loss` (of the language model, mean since the last look), `budget` (the other
+        term, without lambda), `left` (T(s), the last draw).
 
     Raises:
         NotFiniteError: a loss is NaN or infinite; the step is named.
-        SecateurError: the same after a state was saved, which is kept; the disk is full; the networks of two processes are no longer the same; or more
-            steps are done than asked for.
+        SecateurError: the same after a state was saved, which is kept; the disk is full; the networks of two processes
+            are no longer the same; or more steps are done than asked for.
     """
     learner = Learner(network, masked, windows, target, how, checkpoint)
     done = learner.resume()
     if done > how.steps:
         steps = f"{done} steps, more than the {how.steps} asked for"
-        raise SecateurError(f"disp_llm: the interrupted run has done {steps}; give --set steps={done}, or start again with --overwrite")
+        raise SecateurError(
+            f"disp_llm: the interrupted run has done {steps}; give --set steps={done}, or start again with --overwrite"
+        )
     if done:
         say(f"disp_llm: going on from step {done} of {how.steps}")
     for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=learner.status):
@@ -109,7 +123,15 @@ def with_scales(gate_N: Tensor, network: Hypernetwork) -> Tensor:
 class Learner:
     """What a step changes, and what it needs."""
 
-    def __init__(self, network: Hypernetwork, masked: MaskedModel, windows: Tensor, target: float, how: Learning, checkpoint: Path | None) -> None:
+    def __init__(
+        self,
+        network: Hypernetwork,
+        masked: MaskedModel,
+        windows: Tensor,
+        target: float,
+        how: Learning,
+        checkpoint: Path | None,
+    ) -> None:
         self.network, self.masked, self.target, self.how, self.checkpoint = network, masked, target, how, checkpoint
         self.device = next(network.parameters()).device
         self.windows = windows.to(self.device, torch.int32)
@@ -157,14 +179,20 @@ class Learner:
         """Bring the losses to the host, and stop where they are not finite."""
         self._check(step)
         since = step - (int(self.seen[-1]["step"]) if self.seen else 0)
-        self.seen.append({"step": step, "loss": float(self.loss) / since, "budget": float(self.budget), "left": float(self.left)})
+        self.seen.append(
+            {"step": step, "loss": float(self.loss) / since, "budget": float(self.budget), "left": float(self.left)}
+        )
         self.loss = torch.zeros_like(self.loss)
 
     def save(self, step: int, file: Path) -> None:
         """Write the state, but never one that is not finite over one that is."""
         self._check(step)
         check_same(self.network.state_dict().values(), f"disp_llm: step {step}: the hypernetwork")
-        on_first(lambda: save_state(file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen}))
+        on_first(
+            lambda: save_state(
+                file, self.network, self.optimizer, self.noise, {"loss": self.loss}, {"step": step, "seen": self.seen}
+            )
+        )
 
     def resume(self) -> int:
         """Go on from the saved state, where there is one; the number of steps that are done."""
@@ -183,13 +211,20 @@ class Learner:
         if not self.seen:
             return ""
         last = self.seen[-1]
-        return f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed {1 - last['left'] / self.masked.structures.total:.4f}"
+        return (
+            f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed "
+            f"{1 - last['left'] / self.masked.structures.total:.4f}"
+        )
 
     def _check(self, step: int) -> None:
         wrong = int(self.wrong)
         if not wrong and all_finite(self.network):
             return
-        found = f"the loss is not finite (NaN or infinity) at step {wrong}" if wrong else f"a gradient by step {step} is not finite (NaN or infinity)"
+        found = (
+            f"the loss is not finite (NaN or infinity) at step {wrong}"
+            if wrong
+            else f"a gradient by step {step} is not finite (NaN or infinity)"
+        )
         why = (
             f"disp_llm: {found}; the checkpoint is damaged, its dtype is too narrow (try --dtype float32), "
             "or the learning rate is too high (try a smaller --set lr=...)"

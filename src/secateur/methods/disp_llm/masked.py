@@ -2,9 +2,9 @@
 
     x + S2 attention(S1 norm(x)),    x + S5 down(S4 middle(S3 norm(x)))
 
-Biases of what writes are masked with it, since the cut drops them. The MLP's middle is masked once, where `down` reads it. A norm that attention and
-MLP share (Phi) is read twice; where q, k and v choose for themselves, each reads it. Weights are frozen: gradients reach the gates alone. A step sets
-one list of tensors and walks no modules.
+Biases of what writes are masked with it, since the cut drops them. The MLP's middle is masked once, where `down` reads
+it. A norm that attention and MLP share (Phi) is read twice; where q, k and v choose for themselves, each reads it.
+Weights are frozen: gradients reach the gates alone. A step sets one list of tensors and walks no modules.
 
 Shape letters: B windows, T tokens, D residual, N gates of a structure.
 """
@@ -35,7 +35,8 @@ class MaskedModel:
     Args:
         view: the model; its weights are used where they are, not copied, where device and dtype allow it.
         structures: where its gates are.
-        form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see `runtime.Select`.
+        form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see
+            `runtime.Select`.
         device, dtype: of the computation.
         autocast: compute products in bfloat16 whatever the dtype.
         checkpointing: keep of each block its input alone, and run the block again on the way back.
@@ -80,18 +81,22 @@ class MaskedModel:
     def _load(self, view: ModelView, module: nn.Module, prefix: str) -> None:
         """Put the weights in that are not there yet."""
         missing = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
-        names = [name for name in view.source.names() if name.startswith(prefix) and name.removeprefix(prefix) in missing]
+        names = [
+            name for name in view.source.names() if name.startswith(prefix) and name.removeprefix(prefix) in missing
+        ]
         state = {name.removeprefix(prefix): view.source.read(name).to(self.device, self.dtype) for name in names}
         module.load_state_dict(state, strict=False, assign=True)
 
     def logits(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """The logits [B, T, V] with these gates, those of all structures one after the other; twice as many numbers are gates and then scales."""
+        """The logits [B, T, V] with these gates, those of all structures one after the other; twice as many numbers are
+        gates and then scales.
+        """
         self._set(gate_N, self.dtype)
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
         return logits_BTV
 
     def loss(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """Cross-entropy of the next token, nats a token, float32 or better. No logits are kept; see `models/loss.py`."""
+        """Cross-entropy of the next token, nats a token, float32 or better. It keeps no logits: `models/loss.py`."""
         self._set(gate_N, torch.bfloat16 if self.autocast else self.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             hidden_BTD = hidden_states(self.model, ids_BT)[:, :-1]
@@ -116,7 +121,9 @@ class MaskedModel:
         family = view.family
 
         def write(selection: str) -> Any:
-            return lambda module, inputs, output: self._stretched(output, index, selection, module.bias) * self._gate(index, selection)
+            return lambda module, inputs, output: (
+                self._stretched(output, index, selection, module.bias) * self._gate(index, selection)
+            )
 
         def middle(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (self._stretched(inputs[0], index, "ffn") * self._gate(index, "ffn"), *inputs[1:])
@@ -124,10 +131,14 @@ class MaskedModel:
         def read(selection: str, *, also: str | None = None) -> Any:
             def hook(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
                 if also is not None:
-                    self._second[index] = self._stretched(self._read(norm, inputs[0], output, self._gate(index, also)), index, also)
+                    self._second[index] = self._stretched(
+                        self._read(norm, inputs[0], output, self._gate(index, also)), index, also
+                    )
                 if selection not in self.structures.uses[index]:  # q, k and v read for themselves
                     return inputs[0] if self.form == SELECT_FIRST else output
-                return self._stretched(self._read(norm, inputs[0], output, self._gate(index, selection)), index, selection)
+                return self._stretched(
+                    self._read(norm, inputs[0], output, self._gate(index, selection)), index, selection
+                )
 
             return hook
 
@@ -136,7 +147,9 @@ class MaskedModel:
             self._separate(block, index, view)
         if family.one_norm:
             norms[0].register_forward_hook(read("attention_in", also="mlp_in"))
-            block.get_submodule(family.mlp[0]).register_forward_pre_hook(lambda module, inputs: (self._second.pop(index), *inputs[1:]))
+            block.get_submodule(family.mlp[0]).register_forward_pre_hook(
+                lambda module, inputs: (self._second.pop(index), *inputs[1:])
+            )
         else:
             norms[0].register_forward_hook(read("attention_in"))
             norms[1].register_forward_hook(read("mlp_in"))
@@ -149,14 +162,23 @@ class MaskedModel:
         norm, paths = block.get_submodule(view.family.norms[0]), {name: view.family.matrices[name] for name in "qkv"}
 
         def read(hidden: Tensor, name: str) -> Tensor:  # receives what the hook of the norm lets through
-            return self._stretched(self._read(norm, hidden, hidden, self._gate(index, f"{name}_in")), index, f"{name}_in")
+            return self._stretched(
+                self._read(norm, hidden, hidden, self._gate(index, f"{name}_in")), index, f"{name}_in"
+            )
 
         if len(set(paths.values())) == 1:
             rows = [view.dims(index).shape(name)[0] for name in paths]
-            block.set_submodule(paths["q"], _ThreeLinears(block.get_submodule(paths["q"]), rows, lambda hidden: [read(hidden, name) for name in paths]))
+            block.set_submodule(
+                paths["q"],
+                _ThreeLinears(
+                    block.get_submodule(paths["q"]), rows, lambda hidden: [read(hidden, name) for name in paths]
+                ),
+            )
             return
         for name, path in paths.items():
-            block.get_submodule(path).register_forward_pre_hook(lambda module, inputs, name=name: (read(inputs[0], name), *inputs[1:]))
+            block.get_submodule(path).register_forward_pre_hook(
+                lambda module, inputs, name=name: (read(inputs[0], name), *inputs[1:])
+            )
 
     def _read(self, norm: Any, hidden_BTD: Tensor, normed_BTD: Tensor, gate_D: Tensor) -> Tensor:
         if self.form != SELECT_FIRST:
@@ -181,11 +203,17 @@ class _ThreeLinears(nn.Module):
 def _run_again_on_the_way_back(block: nn.Module) -> None:
     forward = block.forward
     # nothing in a frozen block is random, so no state of generators has to be kept
-    block.forward = lambda *inputs, **named: checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+    block.forward = lambda *inputs, **named: checkpoint(
+        forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named
+    )
 
 
-def masked_norm(hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool) -> Tensor:
-    """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by sqrt(open / D)."""
+def masked_norm(
+    hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool
+) -> Tensor:
+    """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by
+    sqrt(open / D).
+    """
     precise = torch.promote_types(hidden_BTD.dtype, torch.float32)
     gate_D = gate_D.to(precise)
     count = gate_D.sum().clamp(min=1e-6)

@@ -1,8 +1,9 @@
 """Where the gates begin, from a few windows: beyond the paper, which begins with all of them open alike.
 
-Closing gate n alone costs about (dL/dg_n)^2 / 2 times a constant (the empirical Fisher information; arXiv:1906.10771 has it for units), and saves
-dT/dg_n parameters. Gates are ranked by cost for each parameter saved; as many as the budget allows begin likely open, the others likely shut, those in between
-undecided. So learning starts near the budget, and spends its steps on what is uncertain.
+Closing gate n alone costs about (dL/dg_n)^2 / 2 times a constant (the empirical Fisher information; arXiv:1906.10771
+has it for units), and saves dT/dg_n parameters. Gates are ranked by cost for each parameter saved; as many as the
+budget allows begin likely open, the others likely shut, those in between undecided. So learning starts near the budget,
+and spends its steps on what is uncertain.
 
 Shape letters: S windows, T tokens, N gates of all structures together.
 """
@@ -19,7 +20,9 @@ SURE = 3.0  # the logit at the ends of the ranking, the paper's c
 
 
 def importance(masked: MaskedModel, windows: Tensor) -> Tensor:
-    """The mean square of dL/dg over the windows [S, T] with all gates open, over the parameters a gate saves, float32 [N]."""
+    """The mean square of dL/dg over the windows [S, T] with all gates open, over the parameters a gate saves, float32
+    [N].
+    """
     structures = masked.structures
     gate_N = torch.ones(sum(structures.widths), device=masked.device, requires_grad=True)
     square_N = torch.zeros_like(gate_N)
@@ -31,11 +34,15 @@ def importance(masked: MaskedModel, windows: Tensor) -> Tensor:
 
 
 def begin(score_N: Tensor, masked: MaskedModel, target: float) -> Tensor:
-    """The logits to begin with, [N]: by rank, from `SURE` (most important) through 0 (the last that the budget keeps) to minus `SURE`."""
+    """The logits to begin with, [N]: by rank, from `SURE` (most important) through 0 (the last that the budget keeps)
+    to minus `SURE`.
+    """
     structures = masked.structures
     kept_N = keep_gates(structures, choose(score_N.log(), structures, target=target, multiple=1, half=False))
     open_N = max(1, int(kept_N.sum()))
     rank_N = torch.empty(len(score_N), device=score_N.device)
     order_N = torch.sort(score_N, descending=True, stable=True).indices
     rank_N[order_N] = torch.arange(len(score_N), device=score_N.device, dtype=torch.float32)
-    return torch.where(rank_N < open_N, SURE * (open_N - rank_N) / open_N, SURE * (open_N - rank_N) / max(1, len(score_N) - open_N))
+    return torch.where(
+        rank_N < open_N, SURE * (open_N - rank_N) / open_N, SURE * (open_N - rank_N) / max(1, len(score_N) - open_N)
+    )

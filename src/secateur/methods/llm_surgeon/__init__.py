@@ -1,29 +1,36 @@
-"""LLM Surgeon: rows and columns, or weights, go that cost the loss least by its Kronecker-factored curvature, and what stays makes up for them.
+"""LLM Surgeon: rows and columns, or weights, go that cost the loss least by its Kronecker-factored curvature, and what
+stays makes up for them.
 
-From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`kronecker.py`), from gradients of the
-language-model loss at the text's own next tokens (the empirical Fisher), damped by a hundredth of its mean diagonal. What stays of a matrix is changed to
-the exact minimiser of the quadratic under all its removals at once. All that is done in `shots`: in each a part goes, on a linear schedule, and the next one
-has gradients of the model as it then is. A lower sparsity is a stop on the way to a higher one, so `sweep` and `compare` take several in one run; a stop
-between two steps of the schedule is one more shot.
+From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`kronecker.py`), from
+gradients of the language-model loss at the text's own next tokens (the empirical Fisher), damped by a hundredth of its
+mean diagonal. What stays of a matrix is changed to the exact minimiser of the quadratic under all its removals at once.
+All that is done in `shots`: in each a part goes, on a linear schedule, and the next one has gradients of the model as
+it then is. A lower sparsity is a stop on the way to a higher one, so `sweep` and `compare` take several in one run; a
+stop between two steps of the schedule is one more shot.
 
-With the pattern `rows` units go, those that the runtime removes for real: the features of the residual that attention and MLP of a block read and write, its
-feed-forward units, and its key-value heads with their query heads. The cost of a feature is that of its rows and columns in all matrices that have it. A
-feed-forward unit or a head goes from the matrix that reads it: cost and update are those of these columns, all of a head together, and the rows that gave it
-go with them for nothing. One threshold serves all units of the model. The sparsity is the fraction of the parameters of the whole model to remove.
+With the pattern `rows` units go, those that the runtime removes for real: the features of the residual that attention
+and MLP of a block read and write, its feed-forward units, and its key-value heads with their query heads. The cost of a
+feature is that of its rows and columns in all matrices that have it. A feed-forward unit or a head goes from the matrix
+that reads it: cost and update are those of these columns, all of a head together, and the rows that gave it go with
+them for nothing. One threshold serves all units of the model. The sparsity is the fraction of the parameters of the
+whole model to remove.
 
-With `unstructured` and N:M weights become zero, and the sparsity is of the matrices, as for other methods. One threshold serves all matrices that take part
-(those of one sparsity, where `--modules` gives several); with N:M the cheapest go that their groups of M can still spare. The minimiser is then found by
-conjugate gradients (`Curvature.masked`), to 1e-5 of its cost: 5 to 110 iterations for matrices of the bundled model. In float64 on a CPU that is for small
-models: a matrix of 4096 x 4096 takes 5.5e11 operations an iteration. Rows and columns have a closed form.
+With `unstructured` and N:M weights become zero, and the sparsity is of the matrices, as for other methods. One
+threshold serves all matrices that take part (those of one sparsity, where `--modules` gives several); with N:M the
+cheapest go that their groups of M can still spare. The minimiser is then found by conjugate gradients
+(`Curvature.masked`), to 1e-5 of its cost: 5 to 110 iterations for matrices of the bundled model. In float64 on a CPU
+that is for small models: a matrix of 4096 x 4096 takes 5.5e11 operations an iteration. Rows and columns have a closed
+form.
 
-`update=false` leaves the weights that stay as they were: K-OBD, the paper's baseline. `curvature=diagonal` has the diagonals of the factors alone (an
-L-OBD), `curvature=identity` is magnitude; neither has correlations, so neither changes what stays.
+`update=false` leaves the weights that stay as they were: K-OBD, the paper's baseline. `curvature=diagonal` has the
+diagonals of the factors alone (an L-OBD), `curvature=identity` is magnitude; neither has correlations, so neither
+changes what stays.
 
-Differences from the authors' code: rows and columns are removed, not zeroed, so a unit goes from the matrices that give it and from the one that reads it at
-once, where theirs go one by one; factors are summed block by block, on the way back, and in a second pass
-where weights are updated, so that those of one block are in memory at a time; Cholesky factors in place of eigenvectors; units compete by their cost a
-parameter (`rank=cost`: by their cost); every space of a block keeps at least one unit; no LoRA between shots. Ties: the unit or weight of the earlier block
-goes first.
+Differences from the authors' code: rows and columns are removed, not zeroed, so a unit goes from the matrices that give
+it and from the one that reads it at once, where theirs go one by one; factors are summed block by block, on the way
+back, and in a second pass where weights are updated, so that those of one block are in memory at a time; Cholesky
+factors in place of eigenvectors; units compete by their cost a parameter (`rank=cost`: by their cost); every space of a
+block keeps at least one unit; no LoRA between shots. Ties: the unit or weight of the earlier block goes first.
 
 Shape letters: S windows, T tokens.
 """
@@ -65,7 +72,8 @@ class LLMSurgeon:
     """Options.
 
     Attributes:
-        shots: in how many steps units go, with new gradients for each; 0 takes the paper's, 40 for a sparsity of one half and in proportion.
+        shots: in how many steps units go, with new gradients for each; 0 takes the paper's, 40 for a sparsity of one
+            half and in proportion.
         update: whether the weights that stay make up for those that go; false is K-OBD.
         curvature: `kfac`, `diagonal` (of the same factors), or `identity` (magnitude).
         damping: of the factors, in units of their mean diagonal.
@@ -85,11 +93,17 @@ class LLMSurgeon:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"llm_surgeon: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.pattern == "columns":
-            raise UsageError("llm_surgeon: pattern rows has the columns too (allowed: rows, unstructured, or N:M such as 2:4)")
+            raise UsageError(
+                "llm_surgeon: pattern rows has the columns too (allowed: rows, unstructured, or N:M such as 2:4)"
+            )
         if self.shots < 0:
-            raise UsageError(f"llm_surgeon: shots is {self.shots}; it is a count, 1 or more (0: as many as the paper takes)")
+            raise UsageError(
+                f"llm_surgeon: shots is {self.shots}; it is a count, 1 or more (0: as many as the paper takes)"
+            )
         if not self.damping > 0:
-            raise UsageError(f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular")
+            raise UsageError(
+                f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular"
+            )
 
 
 def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
@@ -108,12 +122,14 @@ def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
     check_can(view.family, HEADS, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
-            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the original model, at a higher sparsity"
+            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the "
+            "original model, at a higher sparsity"
         )
     most = removed_parameters(view, [dict.fromkeys(SPACES, 1)] * view.blocks) / view.parameters()
     if sparsity > most:
         raise UsageError(
-            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each space, at most {most:.4f} of the parameters go; "
+            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each space, at most "
+            f"{most:.4f} of the parameters go; "
             f"use --sparsity {int(most * 100) / 100:g} or less"
         )
 
@@ -133,9 +149,13 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
     pattern = parse_pattern(options.pattern)
     work: Shots
     if pattern.structured:
-        work = UnitShots(view, run, curvature=options.curvature, damping=options.damping, update=options.update, rank=options.rank)
+        work = UnitShots(
+            view, run, curvature=options.curvature, damping=options.damping, update=options.update, rank=options.rank
+        )
     else:
-        work = WeightShots(view, run, curvature=options.curvature, damping=options.damping, update=options.update, pattern=pattern)
+        work = WeightShots(
+            view, run, curvature=options.curvature, damping=options.damping, update=options.update, pattern=pattern
+        )
     sparsity = run.sparsity or max(rate for rates in view.rates for rate in rates.values())
     work.load(lambda done: left(sparsity, options.shots, done) is not None)
     for wanted in track(left(sparsity, options.shots, work.done) or (), "llm_surgeon: shots", status=work.status):
@@ -146,13 +166,17 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
 
 
 def operations(view: ModelView, tokens: int, options: LLMSurgeon, sparsity: float) -> float:
-    """Multiplications of all shots, roughly: forward, forward again and back, sums of factors, factorisations, and 50 iterations where weights go."""
+    """Multiplications of all shots, roughly: forward, forward again and back, sums of factors, factorisations, and 50
+    iterations where weights go.
+    """
     total, zeroes = 0.0, not parse_pattern(options.pattern).structured
     passes = 2 if options.update and options.curvature == "kfac" else 1
     for index in range(view.blocks):
         for rows, columns in view.matrix_shapes(index).values():
             total += passes * (tokens * (3 * rows * columns + rows**2 + columns**2 / 2) + rows**3 + columns**3)
-            total += 50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0  # in float64, which counts twice
+            total += (
+                50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0
+            )  # in float64, which counts twice
     return total * len(left(sparsity, options.shots) or ())
 
 
@@ -166,7 +190,8 @@ def left(sparsity: float, shots: int, done: Sequence[float] = ()) -> list[float]
 
     Args:
         sparsity: the last.
-        shots: how many in all; 0 is the paper's schedule, steps of 1/80, of which a higher sparsity has the same first ones.
+        shots: how many in all; 0 is the paper's schedule, steps of 1/80, of which a higher sparsity has the same first
+            ones.
         done: those before, where a run goes on; with the paper's schedule it may have stopped between two steps.
 
     Returns:

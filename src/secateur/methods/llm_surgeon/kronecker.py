@@ -1,19 +1,22 @@
-"""Kronecker-factored curvature of the loss, and what removing rows and columns of a matrix costs by it (arXiv:2312.17244, section 3).
+"""Kronecker-factored curvature of the loss, and what removing rows and columns of a matrix costs by it
+(arXiv:2312.17244, section 3).
 
-The Fisher information of a matrix W is taken as G (x) A, with A = E[x x^T] of what it reads and G = E[g g^T] of the gradient of the loss with respect
-to what it gives, token by token. To second order a change D of the weights costs
+The Fisher information of a matrix W is taken as G (x) A, with A = E[x x^T] of what it reads and G = E[g g^T] of the
+gradient of the loss with respect to what it gives, token by token. To second order a change D of the weights costs
 
     tr(G D A D^T) / 2
 
-Of all changes that make rows R and columns C zero, the cheapest one leaves, with K the rows and J the columns that stay,
+Of all changes that make rows R and columns C zero, the cheapest one leaves, with K the rows and J the columns that
+stay,
 
     W'_KJ = G_KK^-1 G_K: W A_:J A_JJ^-1
 
-(the minimiser over all of W'_KJ: G_KK W'_KJ A_JJ = (G W A)_KJ). For one row r alone it costs (W A W^T)_rr / (2 [G^-1]_rr), for columns C together
-tr(W_:C^T G W_:C [A^-1]_CC^-1) / 2, for one weight W_oi^2 / (2 [G^-1]_oo [A^-1]_ii).
+(the minimiser over all of W'_KJ: G_KK W'_KJ A_JJ = (G W A)_KJ). For one row r alone it costs (W A W^T)_rr / (2
+[G^-1]_rr), for columns C together tr(W_:C^T G W_:C [A^-1]_CC^-1) / 2, for one weight W_oi^2 / (2 [G^-1]_oo [A^-1]_ii).
 
-Where single weights go, wherever they are, no closed form is left: the minimiser W' is zero there and has (G (W - W') A)_oi = 0 everywhere else, one linear
-system over all weights that stay. `Curvature.masked` solves it by conjugate gradients. Everything here is in float64.
+Where single weights go, wherever they are, no closed form is left: the minimiser W' is zero there and has (G (W - W')
+A)_oi = 0 everywhere else, one linear system over all weights that stay. `Curvature.masked` solves it by conjugate
+gradients. Everything here is in float64.
 
 Shape letters: O outputs, I inputs of a matrix, N tokens, U units of C columns.
 """
@@ -44,7 +47,12 @@ class Curvature:
 
     def part(self, rows_O: Tensor, columns_I: Tensor) -> Curvature:
         """That of a part of the matrix: what is gone already has no say. The masks are True where something stays."""
-        return Curvature(*(m if bool(stays.all()) else m[stays][:, stays] for m, stays in ((self.g_OO, rows_O), (self.a_II, columns_I))))
+        return Curvature(
+            *(
+                m if bool(stays.all()) else m[stays][:, stays]
+                for m, stays in ((self.g_OO, rows_O), (self.a_II, columns_I))
+            )
+        )
 
     def row_costs(self, weight_OI: Tensor) -> Tensor:
         """What making each row zero costs, [O]."""
@@ -56,7 +64,9 @@ class Curvature:
             return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
         count = weight_OI.shape[1] // together
         weight_UOC = weight_OI.view(-1, count, together).transpose(0, 1)
-        inverse_UCC = _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        inverse_UCC = (
+            _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        )
         felt_UCC: Tensor = torch.linalg.inv(inverse_UCC) * (weight_UOC.transpose(1, 2) @ (self.g_OO @ weight_UOC))
         return felt_UCC.sum((1, 2)) / 2
 
@@ -67,9 +77,10 @@ class Curvature:
     def masked(self, weight_OI: Tensor, keep_OI: Tensor, tolerance: float = 1e-5, most: int = 1000) -> Tensor:
         """The weights that make up best for those that go, which are zero in it: by conjugate gradients.
 
-        Preconditioned by the inverse of the whole of G (x) A, so that few removals take few iterations, and so that the norm r of the residual bounds what is
-        left to gain: with P the weights that stay and H = G (x) A, (H^-1)_PP is at least (H_PP)^-1, so the cost is within r^2 / 2 of the lowest. An iteration
-        has two products with G and A and two with their inverses, 4 O I (O + I) multiplications and additions.
+        Preconditioned by the inverse of the whole of G (x) A, so that few removals take few iterations, and so that the
+        norm r of the residual bounds what is left to gain: with P the weights that stay and H = G (x) A, (H^-1)_PP is
+        at least (H_PP)^-1, so the cost is within r^2 / 2 of the lowest. An iteration has two products with G and A and
+        two with their inverses, 4 O I (O + I) multiplications and additions.
 
         Args:
             weight_OI: the weights before.
@@ -98,7 +109,10 @@ class Curvature:
         return made_OI
 
     def without(self, weight_OI: Tensor, rows_O: Tensor, columns_I: Tensor) -> Tensor:
-        """The weights that make up best for the rows and columns that go, which are zero in it. The masks are True where something stays."""
+        """The weights that make up best for the rows and columns that go, which are zero in it.
+
+        The masks are True where something stays.
+        """
         made_OI = torch.zeros_like(weight_OI)
         left_KI = weight_OI[rows_O] + _fold(self.g_OO, rows_O) @ weight_OI[~rows_O]
         kept_KJ = left_KI[:, columns_I] + left_KI[:, ~columns_I] @ _fold(self.a_II, columns_I).t()
@@ -107,7 +121,10 @@ class Curvature:
 
 
 def _inverse_diagonal(matrix: Tensor) -> Tensor:
-    """Of the inverse, some columns of the factor's inverse at a time: these are zero above the diagonal. LAPACK's potri takes many times as long."""
+    """Of the inverse, some columns of the factor's inverse at a time: these are zero above the diagonal.
+
+    LAPACK's potri takes many times as long.
+    """
     lower, parts = torch.linalg.cholesky(matrix), []
     for start in range(0, len(matrix), _COLUMNS):
         rest = lower[start:, start:]
@@ -117,7 +134,9 @@ def _inverse_diagonal(matrix: Tensor) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    root: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), torch.eye(len(matrix), dtype=matrix.dtype), upper=False)
+    root: Tensor = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(matrix), torch.eye(len(matrix), dtype=matrix.dtype), upper=False
+    )
     return root.t() @ root
 
 
@@ -127,12 +146,14 @@ def _fold(matrix: Tensor, keep: Tensor) -> Tensor:
 
 
 class Factors:
-    """The sums of x x^T and g g^T over the tokens of a block's matrices, one A for all that read the same; float32 or better.
+    """The sums of x x^T and g g^T over the tokens of a block's matrices, one A for all that read the same; float32 or
+    better.
 
     Args:
         block: the block, which `backward` is at.
         backward: the pass; it goes back through the block here.
-        kind: from `CURVATURES`: the Kronecker factors, their diagonals alone, or identities (then costs are half the squares of weights).
+        kind: from `CURVATURES`: the Kronecker factors, their diagonals alone, or identities (then costs are half the
+            squares of weights).
         damping: what is added to each diagonal, in units of its mean.
     """
 
@@ -141,7 +162,9 @@ class Factors:
         self._a: dict[str, Tensor] = {}
         self._g: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = dict.fromkeys(block.names, 0)
-        listeners: Mapping[str, Callable[[Tensor, Tensor], None]] = {name: partial(self._listen, name) for name in block.names}
+        listeners: Mapping[str, Callable[[Tensor, Tensor], None]] = {
+            name: partial(self._listen, name) for name in block.names
+        }
         backward.retreat(block, listeners)
 
     def _listen(self, name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
@@ -164,7 +187,9 @@ class Factors:
         if self._kind == "diagonal":
             mean = mean.diagonal().diag()
         level = float(mean.diagonal().mean())
-        mean.diagonal().add_(self._damping * level if level > 0 else 1e-30)  # nothing at all was seen: any positive definite matrix serves
+        mean.diagonal().add_(
+            self._damping * level if level > 0 else 1e-30
+        )  # nothing at all was seen: any positive definite matrix serves
         return mean
 
 

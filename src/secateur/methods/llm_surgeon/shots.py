@@ -1,7 +1,9 @@
-"""Removing in shots: each one measures the curvature of the model as it then is, takes the cheapest, and changes what stays (arXiv:2312.17244).
+"""Removing in shots: each one measures the curvature of the model as it then is, takes the cheapest, and changes what
+stays (arXiv:2312.17244).
 
-`UnitShots` (`unit_shots.py`) takes whole units, `WeightShots` (`weight_shots.py`) single weights. What the two share is here: the model as it is between
-shots, the two passes over its blocks that a shot has, and the file that an interrupted run goes on from.
+`UnitShots` (`unit_shots.py`) takes whole units, `WeightShots` (`weight_shots.py`) single weights. What the two share is
+here: the model as it is between shots, the two passes over its blocks that a shot has, and the file that an interrupted
+run goes on from.
 
 Shape letters: S windows, T tokens.
 """
@@ -63,7 +65,8 @@ class Overlay:
 class Shots(ABC):
     """The model as it is between shots: its weights in the checkpoint's dtype, zero where something went.
 
-    Changed weights are written beside the run's checkpoint, a file for each block, and are in memory one block at a time; where it has none, they stay there.
+    Changed weights are written beside the run's checkpoint, a file for each block, and are in memory one block at a
+    time; where it has none, they stay there.
 
     Args:
         view: the model.
@@ -103,7 +106,9 @@ class Shots(ABC):
 
     @abstractmethod
     def change(self, block: BlockView, factors: Factors | None) -> None:
-        """Make zero what has gone of a block, and change what stays, in place; `factors` is None where nothing is made up for."""
+        """Make zero what has gone of a block, and change what stays, in place; `factors` is None where nothing is made
+        up for.
+        """
 
     @abstractmethod
     def plan(self, index: int) -> BlockPlan:
@@ -133,7 +138,10 @@ class Shots(ABC):
             del factors
             give_back()
         if not reacts:
-            raise HopelessError("all gradients are zero, so nothing costs less than anything else; the model does not react to its weights, or give other text")
+            raise HopelessError(
+                "all gradients are zero, so nothing costs less than anything else; the model does not react to its "
+                "weights, or give other text"
+            )
         self.choose(wanted)
         loss = backward.loss
         del backward
@@ -156,11 +164,15 @@ class Shots(ABC):
         touched = {f"{path}.{kind}" for path in block.family.matrices.values() for kind in ("weight", "bias")}
         tensors = {name: tensor.clone() if name in touched else tensor for name, tensor in block.tensors.items()}
         self.change(replace(block, tensors=tensors), factors)
-        changed = {self.view.block_prefix(block.index) + name: tensor for name, tensor in tensors.items() if name in touched}
+        changed = {
+            self.view.block_prefix(block.index) + name: tensor for name, tensor in tensors.items() if name in touched
+        }
         if self.run.checkpoint is None:
             self.overlay.changed.update(changed)
             return
-        file = self.run.checkpoint.with_name(f"{self.run.checkpoint.stem}-{len(self.told) + 1:03}-{block.index:05}.safetensors")
+        file = self.run.checkpoint.with_name(
+            f"{self.run.checkpoint.stem}-{len(self.told) + 1:03}-{block.index:05}.safetensors"
+        )
         with disk(file.parent):
             save_whole(file, changed)
         self.overlay.changed.update(dict.fromkeys(changed, file))
@@ -185,7 +197,9 @@ class Shots(ABC):
         weights = {name: place.name for name, place in self.overlay.changed.items() if isinstance(place, Path)}
         with disk(file.parent):
             save_whole(file, self.kept(), {"told": json.dumps(self.told), "weights": json.dumps(weights)})
-        for other in set(file.parent.glob(f"{file.stem}-*.safetensors")) - {file.with_name(name) for name in weights.values()}:
+        for other in set(file.parent.glob(f"{file.stem}-*.safetensors")) - {
+            file.with_name(name) for name in weights.values()
+        }:
             other.unlink()
 
     def load(self, fits: Callable[[list[float]], bool]) -> None:
@@ -199,10 +213,15 @@ class Shots(ABC):
         with safe_open(file, framework="pt") as handle:
             told: list[dict[str, float]] = json.loads(handle.metadata()["told"])
             if not fits([shot["wanted"] for shot in told]):
-                say(f"'{file}' is after a shot to {told[-1]['wanted']:g}, which is not on the way to what is asked: starting from the original model")
+                say(
+                    f"'{file}' is after a shot to {told[-1]['wanted']:g}, which is not on the way to what is asked: "
+                    "starting from the original model"
+                )
                 return
             self.told = told
             for name in handle.keys():  # noqa: SIM118  # the handle has no iterator
                 self.keep(name, handle.get_tensor(name))
-            self.overlay.changed.update({name: file.with_name(place) for name, place in json.loads(handle.metadata()["weights"]).items()})
+            self.overlay.changed.update(
+                {name: file.with_name(place) for name, place in json.loads(handle.metadata()["weights"]).items()}
+            )
         say(f"going on after shot {len(self.told)}")

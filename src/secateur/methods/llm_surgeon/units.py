@@ -1,12 +1,14 @@
-"""Units that go in shots: the cheapest rows and columns of all matrices, by the curvature of the model as it then is (arXiv:2312.17244, section 3).
+"""Units that go in shots: the cheapest rows and columns of all matrices, by the curvature of the model as it then is
+(arXiv:2312.17244, section 3).
 
-Units are what the runtime removes: of a block the features of the residual that attention and MLP read (`attention_in`, `mlp_in`) and write
-(`attention_out`, `mlp_out`), its feed-forward units (`ffn`), and its key-value heads with their query heads (`groups`). Zero rows and columns in the weights
-of the stock model are the same function, so between shots nothing is narrowed.
+Units are what the runtime removes: of a block the features of the residual that attention and MLP read (`attention_in`,
+`mlp_in`) and write (`attention_out`, `mlp_out`), its feed-forward units (`ffn`), and its key-value heads with their
+query heads (`groups`). Zero rows and columns in the weights of the stock model are the same function, so between shots
+nothing is narrowed.
 
-A feed-forward unit or a head is given by rows of some matrices and read by columns of another. It goes from its reader: what that costs, and what makes up
-for it, is of those columns, all of a head together. The rows that gave it are then read by nobody and go for nothing: to make up for them too would be to make
-up for one loss twice.
+A feed-forward unit or a head is given by rows of some matrices and read by columns of another. It goes from its reader:
+what that costs, and what makes up for it, is of those columns, all of a head together. The rows that gave it are then
+read by nobody and go for nothing: to make up for them too would be to make up for one loss twice.
 
 Shape letters: O outputs, I inputs of a matrix, U units of a space, N units of all.
 """
@@ -36,7 +38,10 @@ class UnitShots(Shots):
 
     def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, rank: str) -> None:
         self.rank = rank
-        self.alive: list[Alive] = [{space: torch.ones(count, dtype=torch.bool) for space, count in units(view, index).items()} for index in range(view.blocks)]
+        self.alive: list[Alive] = [
+            {space: torch.ones(count, dtype=torch.bool) for space, count in units(view, index).items()}
+            for index in range(view.blocks)
+        ]
         self._before = self.alive
         self._costs: list[dict[str, Tensor]] = [{}] * view.blocks
         super().__init__(view, run, curvature=curvature, damping=damping, update=update)
@@ -77,11 +82,15 @@ class UnitShots(Shots):
         alive = self.alive[index]
         keep = {space: alive_U.nonzero().squeeze(1).to(torch.int32) for space, alive_U in alive.items()}
         of = {space: len(alive_U) for space, alive_U in alive.items()}
-        return BlockPlan(index, keep=keep, of=of, select=NORM_FIRST, updates=self.updates(index, self.view.matrix_shapes(index)))
+        return BlockPlan(
+            index, keep=keep, of=of, select=NORM_FIRST, updates=self.updates(index, self.view.matrix_shapes(index))
+        )
 
     def kept(self) -> dict[str, Tensor]:
         """What stays, by block and space."""
-        return {f"{index}.{space}": alive_U for index, found in enumerate(self.alive) for space, alive_U in found.items()}
+        return {
+            f"{index}.{space}": alive_U for index, found in enumerate(self.alive) for space, alive_U in found.items()
+        }
 
     def keep(self, name: str, tensor: Tensor) -> None:
         """The inverse of `kept`, one tensor at a time."""
@@ -108,7 +117,10 @@ def removed_parameters(view: ModelView, kept: Sequence[Mapping[str, int]]) -> in
 
 def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Tensor]:
     """What each unit costs, [U] float64 for each space; infinite for those that are gone."""
-    costs = {space: torch.zeros(len(alive_U), dtype=torch.float64).masked_fill(~alive_U, torch.inf) for space, alive_U in alive.items()}
+    costs = {
+        space: torch.zeros(len(alive_U), dtype=torch.float64).masked_fill(~alive_U, torch.inf)
+        for space, alive_U in alive.items()
+    }
     for name in block.names:
         weight_OI = block.matrix(name)
         rows_O, columns_I = _sides(name, weight_OI, alive)
@@ -120,8 +132,12 @@ def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Te
     return costs
 
 
-def choose(view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str) -> list[Alive]:
-    """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of each space of a block stays."""
+def choose(
+    view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str
+) -> list[Alive]:
+    """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of
+    each space of a block stays.
+    """
     places = [(index, space) for index in range(view.blocks) for space in SPACES]
     values, where = [], []
     block_costs = [unit_block_cost(view, index) for index in range(view.blocks)]
@@ -160,4 +176,6 @@ def _counts(alive: Alive) -> dict[str, int]:
 def _sides(name: str, weight_OI: Tensor, alive: Alive) -> tuple[Tensor, Tensor]:
     """Which rows [O] and columns [I] of a matrix stay."""
     rows_U, columns_U = alive[ROWS[name]], alive[COLUMNS[name]]
-    return rows_U.repeat_interleave(weight_OI.shape[0] // len(rows_U)), columns_U.repeat_interleave(weight_OI.shape[1] // len(columns_U))
+    return rows_U.repeat_interleave(weight_OI.shape[0] // len(rows_U)), columns_U.repeat_interleave(
+        weight_OI.shape[1] // len(columns_U)
+    )

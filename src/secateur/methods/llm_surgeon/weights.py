@@ -1,7 +1,9 @@
-"""Single weights that go in shots: the cheapest of all matrices, by the curvature of the model as it then is (arXiv:2312.17244, section 3).
+"""Single weights that go in shots: the cheapest of all matrices, by the curvature of the model as it then is
+(arXiv:2312.17244, section 3).
 
-Matrices that are asked for the same sparsity share one threshold; what is asked for less stops sooner. With N:M, of every M consecutive inputs of a row no more
-than M - N ever go. Of equal costs the weight of the earlier block, matrix, row and column goes.
+Matrices that are asked for the same sparsity share one threshold; what is asked for less stops sooner. With N:M, of
+every M consecutive inputs of a row no more than M - N ever go. Of equal costs the weight of the earlier block, matrix,
+row and column goes.
 
 Of the costs of all weights a shot keeps as many of the lowest as it will remove, 16 bytes each.
 
@@ -76,9 +78,14 @@ def _lowest(cost_N: np.ndarray, number_N: np.ndarray, count: int) -> np.ndarray:
 
 
 class WeightShots(Shots):
-    """Single weights go. Arguments as for `Shots`, and the `pattern`; the rates of the view say how much of each matrix is asked for."""
+    """Single weights go.
 
-    def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, pattern: Pattern) -> None:
+    Arguments as for `Shots`, and the `pattern`; the rates of the view say how much of each matrix is asked for.
+    """
+
+    def __init__(
+        self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, pattern: Pattern
+    ) -> None:
         self.pattern = pattern
         self.masks: dict[tuple[int, str], Mask] = {}
         self.pools: dict[float, Pool] = {}
@@ -124,7 +131,9 @@ class WeightShots(Shots):
             return cost_OI
         cost_GM, keep_GM = (t.view(-1, self.pattern.group) for t in (cost_OI, keep_OI))
         rank_GM = cost_GM.argsort(dim=1, stable=True).argsort(dim=1)
-        return cost_GM.masked_fill(rank_GM >= keep_GM.sum(1, keepdim=True) - self.pattern.keep, torch.inf).view_as(cost_OI)
+        return cost_GM.masked_fill(rank_GM >= keep_GM.sum(1, keepdim=True) - self.pattern.keep, torch.inf).view_as(
+            cost_OI
+        )
 
     def choose(self, wanted: float) -> None:
         """The cheapest weights of all blocks go."""
