@@ -68,20 +68,28 @@ def check(view: ModelView, sparsity: float | None, options: Heads) -> None:
         SecateurError: the family cannot lose heads.
     """
     if sparsity is None:
-        raise UsageError("heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R")
+        raise UsageError(
+            "heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R"
+        )
     if sparsity == 0:
         return
     check_can(view.family, LOSE_HEADS, view.name)
     dims = [view.dims(index) for index in range(view.blocks)]
     heads = sum(d.heads for d in dims)
     if options.unit == "heads" and all(d.queries == 1 for d in dims):
-        raise UsageError("heads: unit=heads takes query heads off key-value heads that several share; here each has its own, so use unit=groups")
+        raise UsageError(
+            "heads: unit=heads takes query heads off key-value heads that several share; here each has its own, so use unit=groups"
+        )
     most = sum(d.heads - options.step(d) for d in dims) / heads
     if sparsity > most:
-        raise UsageError(f"heads: --sparsity {sparsity:g} would empty a block: with one of {options.unit} left in each, at most {most:.4f} of the heads go")
+        raise UsageError(
+            f"heads: --sparsity {sparsity:g} would empty a block: with one of {options.unit} left in each, at most {most:.4f} of the heads go"
+        )
     least = min(options.step(d) for d in dims)
     if int(sparsity * heads + 1e-9) < least:
-        raise UsageError(f"heads: --sparsity {sparsity:g} of {heads} heads is less than what goes at once, {least}; the least is {least / heads + 5e-5:.4f}")
+        raise UsageError(
+            f"heads: --sparsity {sparsity:g} of {heads} heads is less than what goes at once, {least}; the least is {least / heads + 5e-5:.4f}"
+        )
 
 
 def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple[BlockPlan, ...]:
@@ -91,7 +99,9 @@ def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple
         HopelessError: all gradients are zero.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
-    kept = run.once(lambda: {str(index): score_GQ for index, score_GQ in enumerate(head_importance(view, data, options, run))})
+    kept = run.once(
+        lambda: {str(index): score_GQ for index, score_GQ in enumerate(head_importance(view, data, options, run))}
+    )
     orders = [_order(kept[str(index)]) for index in range(view.blocks)]
     gone = _fewest(view, options, [score for score, _ in orders], run.sparsity)
     plans = []
@@ -99,7 +109,11 @@ def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple
         units = view.dims(index).groups if options.unit == "groups" else view.dims(index).heads
         keep_U = torch.ones(units, dtype=torch.bool).index_fill_(0, order[:number].flatten(), False)
         plans.append(
-            BlockPlan(index, keep={options.unit: keep_U.nonzero().squeeze(1).to(torch.int32)} if number else {}, of={options.unit: units} if number else {})
+            BlockPlan(
+                index,
+                keep={options.unit: keep_U.nonzero().squeeze(1).to(torch.int32)} if number else {},
+                of={options.unit: units} if number else {},
+            )
         )
     return tuple(plans)
 
@@ -146,7 +160,9 @@ def _fewest(view: ModelView, options: Heads, scores: Sequence[Tensor], sparsity:
     """How many steps each block takes: those of the lowest scores of all blocks, as many as the sparsity allows; the last one of a block is not taken."""
     steps = [options.step(view.dims(index)) for index in range(view.blocks)]
     allowed = sparsity * sum(view.dims(index).heads for index in range(view.blocks)) + 1e-9
-    ranked = sorted((float(value), index, number) for index, score in enumerate(scores) for number, value in enumerate(score[:-1]))
+    ranked = sorted(
+        (float(value), index, number) for index, score in enumerate(scores) for number, value in enumerate(score[:-1])
+    )
     gone = [0] * view.blocks
     for _, index, _ in ranked:
         allowed -= steps[index]

@@ -58,7 +58,9 @@ _REDUCE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda score_MU: score_MU.sum(0),
     "mean": lambda score_MU: score_MU.mean(0),
     "max": lambda score_MU: score_MU.amax(0),
-    "product": lambda score_MU: score_MU.log().mean(0).exp(),  # its root, which does not underflow and is of one size with the others
+    "product": lambda score_MU: (
+        score_MU.log().mean(0).exp()
+    ),  # its root, which does not underflow and is of one size with the others
     "last": lambda score_MU: score_MU[-1],
 }
 _CHOICES = {
@@ -128,7 +130,9 @@ def check(view: ModelView, sparsity: float | None, options: LLMPruner) -> None:
     check_can(view.family, HEADS, view.name)
     inside = options.pruned_blocks(view.blocks)
     if not inside:
-        raise UsageError(f"llm_pruner: keep_first and keep_last leave none of {view.blocks} blocks to prune; lower them")
+        raise UsageError(
+            f"llm_pruner: keep_first and keep_last leave none of {view.blocks} blocks to prune; lower them"
+        )
     most = sum(_most(view, index) for index in inside) / view.parameters()
     if sparsity > most:
         raise UsageError(
@@ -154,13 +158,26 @@ def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> t
         keep_W = keep_units(kept["channels"], view.config.hidden_size - _channels(view, run.sparsity))
         spaces = [selection for selection in SELECTIONS if selection not in INNER]
         of = dict.fromkeys(spaces, int(view.config.hidden_size))
-        return tuple(BlockPlan(index, keep={space: keep_W.clone() for space in spaces}, of=of, select=SELECT_FIRST) for index in range(view.blocks))
+        return tuple(
+            BlockPlan(index, keep={space: keep_W.clone() for space in spaces}, of=of, select=SELECT_FIRST)
+            for index in range(view.blocks)
+        )
     kept = run.once(
-        lambda: {_name(index, space): score_U for index, score in enumerate(group_scores(view, data, options, run)) for space, score_U in score.items()}
+        lambda: {
+            _name(index, space): score_U
+            for index, score in enumerate(group_scores(view, data, options, run))
+            for space, score_U in score.items()
+        }
     )
-    scores: Scores = [{space: kept[name] for space in MEMBERS if (name := _name(index, space)) in kept} for index in range(view.blocks)]
+    scores: Scores = [
+        {space: kept[name] for space in MEMBERS if (name := _name(index, space)) in kept}
+        for index in range(view.blocks)
+    ]
     keep = _choose(view, scores, options.ranking, run.sparsity)
-    return tuple(BlockPlan(index, keep=keep[index], of={space: len(score_U) for space, score_U in scores[index].items()}) for index in range(view.blocks))
+    return tuple(
+        BlockPlan(index, keep=keep[index], of={space: len(score_U) for space, score_U in scores[index].items()})
+        for index in range(view.blocks)
+    )
 
 
 def _name(index: int, space: str) -> str:
@@ -197,18 +214,27 @@ def channel_changes(view: ModelView, windows: Tensor, options: LLMPruner, run: R
     return change_MD
 
 
-def _gradients(view: ModelView, windows: Tensor, options: LLMPruner, run: Run, inside: range) -> Iterator[tuple[BlockView, dict[str, _Gradient]]]:
+def _gradients(
+    view: ModelView, windows: Tensor, options: LLMPruner, run: Run, inside: range
+) -> Iterator[tuple[BlockView, dict[str, _Gradient]]]:
     """The gradients of the matrices of these blocks, from the last block."""
     if options.order != "first" and len(windows) < 2:
-        raise HopelessError(f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1")
-    backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, first=inside.start, spill=run.spill)
+        raise HopelessError(
+            f"llm_pruner: order={options.order} needs 2 windows or more, since the square of one gradient ranks as the first order does; got 1"
+        )
+    backward = Backward(
+        view, windows, device=run.device, dtype=run.dtype, labels=run.labels, first=inside.start, spill=run.spill
+    )
     predicted = backward.targets / len(windows)
     for block in backward.blocks():
         names = block.names if block.index in inside else ()
         # where a unit is a row, its bias goes with it
         with_rows = [name for name in names if (options.mode == "channel") == (name in RESIDUAL_WRITERS)]
         biases = {name: block.bias(name) if name in with_rows else None for name in names}
-        sums = {name: _Gradient(bias_O, fisher=options.order != "first", predicted=predicted) for name, bias_O in biases.items()}
+        sums = {
+            name: _Gradient(bias_O, fisher=options.order != "first", predicted=predicted)
+            for name, bias_O in biases.items()
+        }
         backward.retreat(block, {name: gradient.update for name, gradient in sums.items()})
         if names:
             yield block, sums
@@ -255,14 +281,18 @@ class _Gradient:
 
 def _unit_scores(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPruner) -> dict[str, Tensor]:
     changes = {space: unit_changes(block, sums, options, space) for space in MEMBERS}
-    return {space: _REDUCE[options.reduce](torch.stack(list(change.values())).abs()) for space, change in changes.items()}
+    return {
+        space: _REDUCE[options.reduce](torch.stack(list(change.values())).abs()) for space, change in changes.items()
+    }
 
 
 def unit_changes(block: BlockView, sums: Mapping[str, _Gradient], options: LLMPruner, space: str) -> dict[str, Tensor]:
     """Matrix -> how the loss would change without each unit's part of it, float64 [U]; signed with granularity `vector`."""
     members, units = MEMBERS[space], block.dims.units()[space]
     return {
-        name: _of_units(sums[name].of(block.matrix(name), options.order), options, 0 if name == members.reader else 1, units)
+        name: _of_units(
+            sums[name].of(block.matrix(name), options.order), options, 0 if name == members.reader else 1, units
+        )
         for name in (*members.writers, members.reader)
         if name in sums
     }
@@ -278,7 +308,14 @@ def _of_units(change_OI: Tensor, options: LLMPruner, along: int, units: int) -> 
 def _channels(view: ModelView, sparsity: float) -> int:
     """How many channels stay: the most that remove enough, 0 where none do."""
     structures = _structures(view)
-    return next((width for width in range(view.config.hidden_size - 1, 0, -1) if _left(view, structures, width) <= (1 - sparsity) * structures.total), 0)
+    return next(
+        (
+            width
+            for width in range(view.config.hidden_size - 1, 0, -1)
+            if _left(view, structures, width) <= (1 - sparsity) * structures.total
+        ),
+        0,
+    )
 
 
 def _structures(view: ModelView) -> Structures:
@@ -313,7 +350,11 @@ def _most(view: ModelView, index: int) -> int:
 def _choose(view: ModelView, scores: Scores, ranking: str, sparsity: float) -> list[dict[str, Tensor]]:
     """The kept units: the others are the first of an order, as many as it takes. The best unit of each space of a block stays."""
     places = [(index, space) for index, score in enumerate(scores) for space in score]
-    values, shares, sizes = [], [], []  # importance a parameter; the share of its space that has gone when the unit goes; parameters
+    values, shares, sizes = (
+        [],
+        [],
+        [],
+    )  # importance a parameter; the share of its space that has gone when the unit goes; parameters
     for index, space in places:
         score_U, size = scores[index][space], unit_parameters(view, index, space)
         rank_U = score_U.sort(stable=True).indices.argsort() + 1

@@ -50,7 +50,9 @@ class Magnitude:
         if not self.scope:
             object.__setattr__(self, "scope", allowed[0])
         if self.scope not in allowed:
-            raise UsageError(f"magnitude: scope '{self.scope}' does not go with pattern {self.pattern} (allowed: {', '.join(allowed)})")
+            raise UsageError(
+                f"magnitude: scope '{self.scope}' does not go with pattern {self.pattern} (allowed: {', '.join(allowed)})"
+            )
 
     @property
     def whole_model(self) -> bool:
@@ -66,7 +68,9 @@ def by_rows(options: Magnitude) -> bool:
 def plan_block(block: BlockView, statistics: Any, options: Magnitude) -> BlockPlan:
     """The plan of one block; `statistics` is not used."""
     score = partial(_absolute, block)
-    return plan_masks_or_units(block, score, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")
+    return plan_masks_or_units(
+        block, score, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix"
+    )
 
 
 def plan_model(view: ModelView, data: Any, options: Magnitude, run: Any) -> tuple[BlockPlan, ...]:
@@ -94,7 +98,8 @@ def plan_model(view: ModelView, data: Any, options: Magnitude, run: Any) -> tupl
             keep[n][space] = here.to(torch.int32)
             start += len(score_U)
     return tuple(
-        BlockPlan(index, keep=kept, of={space: len(score) for space, score in scores.items()}) for (index, scores, _), kept in zip(scored, keep, strict=True)
+        BlockPlan(index, keep=kept, of={space: len(score) for space, score in scores.items()})
+        for (index, scores, _), kept in zip(scored, keep, strict=True)
     )
 
 

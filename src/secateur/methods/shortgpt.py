@@ -70,9 +70,13 @@ def check(view: ModelView, sparsity: float | None, options: ShortGPT) -> None:
         )
     remove, free = removed_blocks(sparsity, view.blocks), view.blocks - options.first - options.last
     if not remove:
-        raise UsageError(f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks is less than half a block; the least is {0.5 / view.blocks:.4g}")
+        raise UsageError(
+            f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks is less than half a block; the least is {0.5 / view.blocks:.4g}"
+        )
     if remove == view.blocks:
-        raise UsageError(f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks would leave nothing; use less than {1 - 0.5 / view.blocks:.4g}")
+        raise UsageError(
+            f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks would leave nothing; use less than {1 - 0.5 / view.blocks:.4g}"
+        )
     if remove > free:
         raise UsageError(
             f"shortgpt: {remove} of {view.blocks} blocks are to go, but first={options.first} and last={options.last} leave {max(0, free)} that may"
@@ -88,7 +92,9 @@ def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> tu
     kept = run.once(lambda: {"influence": torch.tensor(block_influence(view, data, run), dtype=torch.float64)})
     influence: list[float] = kept["influence"].tolist()
     may_go = influence[options.first : view.blocks - options.last]
-    lowest = sorted(range(len(may_go)), key=lambda number: (may_go[number], number))[: removed_blocks(run.sparsity, view.blocks)]
+    lowest = sorted(range(len(may_go)), key=lambda number: (may_go[number], number))[
+        : removed_blocks(run.sparsity, view.blocks)
+    ]
     gone = {options.first + number for number in lowest}
     say(f"shortgpt: dropping {', '.join(map(str, sorted(gone)))} of blocks 0 to {view.blocks - 1}")
     return tuple(BlockPlan(index, dropped=index in gone, influence=value) for index, value in enumerate(influence))
@@ -102,12 +108,16 @@ def block_influence(view: ModelView, windows: Tensor, run: Run) -> list[float]:
         total = torch.zeros((), dtype=torch.float64, device=run.device)
 
         def listen(before_ND: Tensor, after_ND: Tensor, total: Tensor = total) -> None:
-            total += torch.nn.functional.cosine_similarity(at_least_float32(before_ND), at_least_float32(after_ND), dim=-1).sum(dtype=torch.float64)
+            total += torch.nn.functional.cosine_similarity(
+                at_least_float32(before_ND), at_least_float32(after_ND), dim=-1
+            ).sum(dtype=torch.float64)
 
         stream.advance(block, listen)
         found.append(1 - float(total) / windows.numel())
         if not math.isfinite(found[-1]):
-            raise NotFiniteError(f"block {block.index}: what leaves it is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32")
+            raise NotFiniteError(
+                f"block {block.index}: what leaves it is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32"
+            )
         del block
         give_back()
     return found

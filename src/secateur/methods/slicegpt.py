@@ -57,13 +57,19 @@ class SliceGPT:
     adapters: str = "aligned"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("signal", ("residual", "normed")), ("orientation", ("pca", "random")), ("adapters", ("aligned", "dense"))):
+        for name, allowed in (
+            ("signal", ("residual", "normed")),
+            ("orientation", ("pca", "random")),
+            ("adapters", ("aligned", "dense")),
+        ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"slicegpt: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.round < 1:
             raise UsageError(f"slicegpt: round is {self.round}; widths are multiples of it, so it is at least 1")
         if not 0 <= self.energy < 1:
-            raise UsageError(f"slicegpt: energy {self.energy:g} is outside (0, 1): it is the share of the mean square to keep, as in 0.99")
+            raise UsageError(
+                f"slicegpt: energy {self.energy:g} is outside (0, 1): it is the share of the mean square to keep, as in 0.99"
+            )
 
 
 def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
@@ -74,7 +80,9 @@ def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
     """
     if options.energy:
         if sparsity is not None:
-            raise UsageError(f"--sparsity does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
+            raise UsageError(
+                f"--sparsity does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them"
+            )
     elif sparsity is None:
         raise UsageError("slicegpt needs --sparsity S, --params-removed R, or --set energy=E")
     else:
@@ -120,7 +128,9 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
     value_D, vector_DD = torch.linalg.eigh(moment.sum_II)
     spectrum_D = (value_D / moment.tokens).flip(0).clamp(min=0).cpu()
     if not spectrum_D[0] > 0:
-        raise HopelessError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
+        raise HopelessError(
+            "the residual stream is zero on all calibration tokens, so no direction is better than another; use another text"
+        )
     width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
     if moment.tokens < width:
         raise HopelessError(
@@ -143,7 +153,11 @@ def last_place(before: Place, options: SliceGPT) -> Place | None:
     hidden, width = basis_DW.shape
     everything_DD = torch.linalg.qr(basis_DW, mode="complete").Q
     whole = Place(torch.cat([basis_DW, everything_DD[:, width:]], 1), None, hidden, hidden)
-    return replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()}) if options.adapters == "dense" else whole
+    return (
+        replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()})
+        if options.adapters == "dense"
+        else whole
+    )
 
 
 def notice(view: ModelView, sparsity: float, options: SliceGPT) -> str | None:
@@ -187,7 +201,11 @@ def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options
     for index in range(blocks):
         whole = index == blocks - 1 and not options.slice_head
         out, last = (hidden, "dense" if options.adapters == "dense" else None) if whole else (width, inside)
-        found.append(Residual((width, out), (width, out), (last,)) if parallel else Residual((width, width), (width, out), (inside, last)))
+        found.append(
+            Residual((width, out), (width, out), (last,))
+            if parallel
+            else Residual((width, width), (width, out), (inside, last))
+        )
     return found
 
 
@@ -236,7 +254,9 @@ def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
     axis_WK = lost_WK @ vector_KK  # of length sine
     turned_DW = kept_DW + (kept_DW @ axis_WK / (cosine_K * (1 + cosine_K))) @ axis_WK.t()
     turned_DW = turned_DW - rest_DK @ (rest_DK.t() @ turned_DW)  # rounding, which the quotient magnifies
-    turned_DW = 1.5 * turned_DW - 0.5 * turned_DW @ (turned_DW.t() @ turned_DW)  # squares what rounding left of its distance from orthonormal
+    turned_DW = 1.5 * turned_DW - 0.5 * turned_DW @ (
+        turned_DW.t() @ turned_DW
+    )  # squares what rounding left of its distance from orthonormal
     return turned_DW, axis_WK / (1 + cosine_K).sqrt()
 
 

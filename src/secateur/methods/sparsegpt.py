@@ -70,9 +70,13 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         if parse_pattern(self.pattern).structured:
-            raise UsageError(f"sparsegpt: pattern {self.pattern} removes whole units, it removes weights (allowed: unstructured, or N:M such as 2:4)")
+            raise UsageError(
+                f"sparsegpt: pattern {self.pattern} removes whole units, it removes weights (allowed: unstructured, or N:M such as 2:4)"
+            )
         if not 0 <= self.damping < math.inf:
-            raise UsageError(f"sparsegpt: damping {self.damping:g} is outside [0, inf): it is a share of the mean diagonal, as in 0.01")
+            raise UsageError(
+                f"sparsegpt: damping {self.damping:g} is outside [0, inf): it is a share of the mean diagonal, as in 0.01"
+            )
         if self.blocksize < 1:
             raise UsageError(f"sparsegpt: blocksize {self.blocksize} is below 1")
         if self.order not in ("natural", "activation"):
@@ -87,17 +91,23 @@ def plan_block(block: BlockView, statistics: Statistics[SecondMoment], options: 
     """
     masks: dict[str, Mask] = {}
     updates: dict[str, Tensor] = {}
-    pruned = [name for name, rate in block.rates.items() if rate > 0]  # a matrix of which nothing is to go stays as it is
+    pruned = [
+        name for name, rate in block.rates.items() if rate > 0
+    ]  # a matrix of which nothing is to go stays as it is
     for moment in dict.fromkeys(statistics[name] for name in pruned):
         names = [name for name in pruned if statistics[name] is moment]
         hessian_II = moment.sum_II
         where = f"block {block.index}: the Hessian of the input of {', '.join(names)}"
         for name, keep_OI, new_OI in _prune(block, names, hessian_II, parse_pattern(options.pattern), options, where):
             masks[name], updates[name] = Mask.pack(keep_OI), new_OI
-    return BlockPlan(block.index, {name: masks[name] for name in pruned}, updates={name: updates[name] for name in pruned})
+    return BlockPlan(
+        block.index, {name: masks[name] for name in pruned}, updates={name: updates[name] for name in pruned}
+    )
 
 
-def _prune(block: BlockView, names: Sequence[str], hessian_II: Tensor, pattern: Pattern, options: SparseGPT, where: str) -> list[tuple[str, Tensor, Tensor]]:
+def _prune(
+    block: BlockView, names: Sequence[str], hessian_II: Tensor, pattern: Pattern, options: SparseGPT, where: str
+) -> list[tuple[str, Tensor, Tensor]]:
     """Name, mask and new weight of every matrix that has this Hessian."""
     order_I = _order(hessian_II, pattern) if options.order == "activation" else None
     hessian_II = hessian_II if order_I is None else hessian_II[order_I][:, order_I]
@@ -106,15 +116,27 @@ def _prune(block: BlockView, names: Sequence[str], hessian_II: Tensor, pattern: 
     weight_IO = torch.cat([(w if order_I is None else w[:, order_I]).t() for w in matrices], dim=1)
     factor_II, diagonal_I = _factor(hessian_II, options.damping, where)
     parts = [len(w) for w in matrices]
-    settle = _Columns(weight_IO, factor_II.to(weight_IO), diagonal_I.to(weight_IO).masked_fill_(dead_I, 0), parts, [block.rates[name] for name in names])
-    keep_OI = settle.by_group(pattern, options.blocksize) if pattern.kind == "n:m" else settle.by_block(options.blocksize)
+    settle = _Columns(
+        weight_IO,
+        factor_II.to(weight_IO),
+        diagonal_I.to(weight_IO).masked_fill_(dead_I, 0),
+        parts,
+        [block.rates[name] for name in names],
+    )
+    keep_OI = (
+        settle.by_group(pattern, options.blocksize) if pattern.kind == "n:m" else settle.by_block(options.blocksize)
+    )
     back_I = None if order_I is None else order_I.argsort()
     found = []
-    for name, old_OI, keep, lost_IO in zip(names, matrices, keep_OI.split(parts), weight_IO.split(parts, dim=1), strict=True):
+    for name, old_OI, keep, lost_IO in zip(
+        names, matrices, keep_OI.split(parts), weight_IO.split(parts, dim=1), strict=True
+    ):
         keep, lost_OI = (keep, lost_IO.t()) if back_I is None else (keep[:, back_I], lost_IO.t()[:, back_I])
         new_OI = (old_OI - lost_OI).to(block.matrix(name))
         if not torch.isfinite(new_OI).all():
-            raise HopelessError(f"{where}: the new weights of {name} are not finite in {new_OI.dtype}; more damping may help: --set damping=0.1")
+            raise HopelessError(
+                f"{where}: the new weights of {name} are not finite in {new_OI.dtype}; more damping may help: --set damping=0.1"
+            )
         found.append((name, keep, new_OI))
     return found
 
@@ -132,7 +154,9 @@ def _factor(hessian_II: Tensor, damping: float, where: str) -> tuple[Tensor, Ten
     diagonal_I = hessian_II.diagonal()
     alive_I = diagonal_I > 0
     if not alive_I.any():
-        say(f"{where} is zero: these inputs are zero on all of the calibration text, so nothing says which weights matter")
+        say(
+            f"{where} is zero: these inputs are zero on all of the calibration text, so nothing says which weights matter"
+        )
         return torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device), torch.ones_like(diagonal_I)
     mean = float(diagonal_I[alive_I].mean())
     while damping <= _MOST_DAMPING:
@@ -145,9 +169,13 @@ def _factor(hessian_II: Tensor, damping: float, where: str) -> tuple[Tensor, Ten
             root_I = factor_II.diagonal().clone()
             return factor_II.div_(root_I), root_I
         more = max(10 * damping, _LEAST_DAMPING)
-        say(f"{where} is not positive definite with damping {damping:g}: trying {more:g}; more calibration tokens would tell more")
+        say(
+            f"{where} is not positive definite with damping {damping:g}: trying {more:g}; more calibration tokens would tell more"
+        )
         damping = more
-    raise HopelessError(f"{where} is not positive definite, whatever the damping; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32")
+    raise HopelessError(
+        f"{where} is not positive definite, whatever the damping; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+    )
 
 
 class _Columns:
@@ -159,7 +187,9 @@ class _Columns:
         parts, rates: outputs and sparsity of each matrix.
     """
 
-    def __init__(self, weight_IO: Tensor, factor_II: Tensor, diagonal_I: Tensor, parts: list[int], rates: list[float]) -> None:
+    def __init__(
+        self, weight_IO: Tensor, factor_II: Tensor, diagonal_I: Tensor, parts: list[int], rates: list[float]
+    ) -> None:
         self.weight_IO, self.factor_II, self.diagonal_I = weight_IO, factor_II, diagonal_I
         self.parts, self.rates = parts, rates
 
@@ -170,7 +200,14 @@ class _Columns:
             end = min(start + blocksize, inputs)
             owed_BO = self._owed(0, start, start, end)
             score_OB = self._score(start, end, owed_BO)
-            kept.append(torch.cat([self._lowest(s, rate, start, end) for s, rate in zip(score_OB.split(self.parts), self.rates, strict=True)]))
+            kept.append(
+                torch.cat(
+                    [
+                        self._lowest(s, rate, start, end)
+                        for s, rate in zip(score_OB.split(self.parts), self.rates, strict=True)
+                    ]
+                )
+            )
             keep_BO = kept[-1].t().to(self.weight_IO.dtype, memory_format=torch.contiguous_format)
             for few in range(start, end, _FEW):
                 last = min(few + _FEW, end)
@@ -197,7 +234,12 @@ class _Columns:
                     if group > first:
                         owed_MO += self._owed(first, group, group, group + size)
                     kept.append(keep_n_of_m(self._score(group, group + size, owed_MO), pattern.keep, size))
-                    self._settle(group, group + size, owed_MO, kept[-1].t().to(self.weight_IO.dtype, memory_format=torch.contiguous_format))
+                    self._settle(
+                        group,
+                        group + size,
+                        owed_MO,
+                        kept[-1].t().to(self.weight_IO.dtype, memory_format=torch.contiguous_format),
+                    )
         return torch.cat(kept, dim=1)
 
     def _owed(self, start: int, end: int, first: int, last: int) -> Tensor:
@@ -206,7 +248,9 @@ class _Columns:
 
     def _score(self, start: int, end: int, owed_BO: Tensor) -> Tensor:
         """The root of the cost of every weight of some columns, [O, B], once they make up for the columns before them."""
-        now_BO = torch.linalg.solve_triangular(self.factor_II[start:end, start:end].t(), owed_BO, upper=False, unitriangular=True)
+        now_BO = torch.linalg.solve_triangular(
+            self.factor_II[start:end, start:end].t(), owed_BO, upper=False, unitriangular=True
+        )
         score_BO: Tensor = now_BO.add_(self.weight_IO[start:end]).mul_(self.diagonal_I[start:end, None]).abs_()
         return score_BO.t().contiguous()
 
@@ -219,7 +263,9 @@ class _Columns:
         """Settle some columns one by one; `owed_BO` is what they owe to all before them."""
         settled_OB = self.weight_IO[start:end].t()
         factor_BB = self.factor_II[start:end, start:end].t().contiguous()
-        columns: Any = zip(self.weight_IO[start:end].unbind(), owed_BO.unbind(), keep_BO.unbind(), factor_BB.unbind(), strict=True)
+        columns: Any = zip(
+            self.weight_IO[start:end].unbind(), owed_BO.unbind(), keep_BO.unbind(), factor_BB.unbind(), strict=True
+        )
         for done, (weight_O, owed_O, keep_O, factor_B) in enumerate(columns):
             now_O = weight_O + owed_O
             if done:

@@ -62,4 +62,6 @@ def plan_block(block: BlockView, statistics: Statistics[InputNorm], options: Wan
         weight_OI, norm_I = at_least_float32(block.matrix(name)), statistics[name].norm_I
         return weight_OI.abs().mul_(norm_I.to(weight_OI))
 
-    return plan_masks_or_units(block, score_OI, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")
+    return plan_masks_or_units(
+        block, score_OI, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix"
+    )
