@@ -84,7 +84,8 @@ class SparseGPT:
             )
         if not 0 <= self.damping < math.inf:
             raise UsageError(
-                f"sparsegpt: damping {self.damping:g} is outside [0, inf): it is a share of the mean diagonal, as in 0.01"
+                f"sparsegpt: damping {self.damping:g} is outside [0, inf); it is a share of the mean diagonal,"
+                " such as 0.01"
             )
         if self.blocksize < 1:
             raise UsageError(f"sparsegpt: blocksize is {self.blocksize}; it is a number of columns, at least 1")
