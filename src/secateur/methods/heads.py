@@ -46,8 +46,8 @@ class Heads:
     """Options.
 
     Attributes:
-        unit: what is removed: `groups` (key-value heads with their query heads), or `heads` (query heads, the same number
-            from every group).
+        unit: what is removed: `groups` (key-value heads with their query heads), or `heads` (query heads, the same
+            number from every group).
         normalise: whether each importance is divided by the norm of the importances of its block.
     """
 
@@ -82,19 +82,20 @@ def check(view: ModelView, sparsity: float | None, options: Heads) -> None:
     heads = sum(d.heads for d in dims)
     if options.unit == "heads" and all(d.queries == 1 for d in dims):
         raise UsageError(
-            "heads: unit=heads removes query heads that share a key-value head; here each has its own, so use unit=groups"
+            "heads: unit=heads removes query heads that share a key-value head; here each has its own, so use"
+            " unit=groups"
         )
     most = sum(d.heads - options.step(d) for d in dims) / heads
     if sparsity > most:
         raise UsageError(
-            f"heads: --sparsity {sparsity:g} would empty a block: each block keeps one of its {options.unit}, so at most"
-            f" {most:.4f} of the heads can be removed; use {int(most * 1e4) / 1e4:g} or less"
+            f"heads: --sparsity {sparsity:g} would empty a block: each block keeps one of its {options.unit}, so at"
+            f" most {most:.4f} of the heads can be removed; use {int(most * 1e4) / 1e4:g} or less"
         )
     least = min(options.step(d) for d in dims)
     if int(sparsity * heads + 1e-9) < least:
         raise UsageError(
-            f"heads: --sparsity {sparsity:g} of {heads} heads is less than one step, which removes {least}; the least is"
-            f" {least / heads + 5e-5:.4f}"
+            f"heads: --sparsity {sparsity:g} of {heads} heads is less than one step, which removes {least}; the least"
+            f" is {least / heads + 5e-5:.4f}"
         )
 
 
@@ -125,7 +126,9 @@ def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple
 
 
 def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) -> list[Tensor]:
-    """Return the importance of the heads of each block, in float64, nats a token (divided by their norm if `normalise`).
+    """Return the importance of the heads of each block, in float64.
+
+    The unit is nats a token; with `normalise` the importances of a block are divided by their norm.
 
     Returns:
         For each block a tensor [1, G] with `unit=groups`, and [G, Q] with `unit=heads` (Q query heads of a group).
@@ -171,9 +174,10 @@ def _order(score_GQ: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _steps_taken(view: ModelView, options: Heads, scores: Sequence[Tensor], sparsity: float) -> list[int]:
-    """Return the number of steps each block takes: the steps of the lowest scores of all blocks that the sparsity allows.
+    """Return how many steps each block takes, as many in all as the sparsity allows.
 
-    The last step of a block is never taken, since it would empty the block.
+    The steps of the lowest scores in all blocks are taken first. The last step of a block is never taken, since it
+    would empty the block.
     """
     steps = [options.step(view.dims(index)) for index in range(view.blocks)]
     allowed = sparsity * sum(view.dims(index).heads for index in range(view.blocks)) + 1e-9

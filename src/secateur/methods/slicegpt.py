@@ -49,10 +49,11 @@ class SliceGPT:
         round: every width is a multiple of this number, and at least one multiple.
         energy: a share of the mean square, instead of --sparsity: every place gets the smallest width that keeps it.
         signal: the input of the principal component analysis: `residual` (the authors' code), or `normed` (the paper's
-            text), where each token is divided by its root mean square, so that a few tokens of large norm do not decide.
+            text), where each token is divided by its root mean square, so that a few tokens of large norm do not
+            decide.
         slice_head: whether the input of the head is sliced too.
-        orientation: the basis inside the first kept subspace: `pca`, or `random` (from the seed; it spreads outliers over
-            all features).
+        orientation: the basis inside the first kept subspace: `pca`, or `random` (from the seed; it spreads outliers
+            over all features).
         adapters: the form of the adapters: `aligned` (small), or `dense` (the authors' form).
     """
 
@@ -75,8 +76,8 @@ class SliceGPT:
             raise UsageError(f"slicegpt: round is {self.round}; widths are multiples of it, so use 1 or more")
         if not 0 <= self.energy < 1:
             raise UsageError(
-                f"slicegpt: energy {self.energy:g} is outside (0, 1); it is the share of the mean square to keep, such as"
-                " 0.99 (0 means that --sparsity decides)"
+                f"slicegpt: energy {self.energy:g} is outside (0, 1); it is the share of the mean square to keep, such"
+                " as 0.99 (0 means that --sparsity decides)"
             )
 
 
@@ -110,8 +111,9 @@ def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
     if width == 0:
         most = math.floor(10_000 * (1 - options.round / hidden)) / 10_000
         raise UsageError(
-            f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down to"
-            f" a multiple of {options.round}: 0; use {f'at most --sparsity {most:g}, or ' if most > 0 else ''}a smaller --set round=N"
+            f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down"
+            f" to a multiple of {options.round}: 0;"
+            f" use {f'at most --sparsity {most:g}, or ' if most > 0 else ''}a smaller --set round=N"
         )
     return width
 
@@ -138,14 +140,14 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
     spectrum_D = (value_D / moment.tokens).flip(0).clamp(min=0).cpu()
     if not spectrum_D[0] > 0:
         raise HopelessError(
-            "the residual stream is zero on all calibration tokens, so no direction is better than another; use another"
-            " text"
+            "the residual stream is zero on all calibration tokens, so no direction is better than another; use"
+            " another text"
         )
     width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
     if moment.tokens < width:
         raise HopelessError(
-            f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions to keep: give at"
-            f" least {width} tokens (--samples times --seqlen)"
+            f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions to keep: give"
+            f" at least {width} tokens (--samples times --seqlen)"
         )
     vector_DD = vector_DD.flip(1)
     basis_DW = _fix_signs(vector_DD[:, :width])
@@ -197,7 +199,7 @@ def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
     """Return the form of an aligned adapter that has the fewest weights.
 
     Returns:
-        The rank of the product that is subtracted from the identity, or `dense`; None where the adapter is the identity.
+        The rank of the product that is subtracted from the identity, or `dense`; None if the adapter is the identity.
     """
     rank = hidden - outputs
     if rank == 0:
@@ -261,7 +263,9 @@ def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceG
 
 
 def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the aligned basis and its factor L from the K removed directions: less work than the adapter's polar factor.
+    """Return the aligned basis and its factor L from the K removed directions.
+
+    This is less work than the polar factor of the adapter.
 
     The kept space is the complement of the K directions `rest`. P projects onto it, and B is the basis before. With
     M = B^T rest, B^T P B = I - M M^T. The aligned basis is P B (I - M M^T)^(-1/2), and the aligned adapter is

@@ -80,7 +80,7 @@ class SparseGPT:
         if parse_pattern(self.pattern).structured:
             raise UsageError(
                 f"sparsegpt: pattern {self.pattern} removes whole units, but sparsegpt removes single weights"
-                " (allowed: unstructured, or N:M such as 2:4; for units take magnitude or wanda)"
+                " (allowed: unstructured, or N:M such as 2:4; for units use magnitude or wanda)"
             )
         if not 0 <= self.damping < math.inf:
             raise UsageError(
