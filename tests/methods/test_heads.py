@@ -159,9 +159,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"sparsity": 0.6},
-        r"--sparsity 0.6 would empty a block: with one of groups left in each, at most 0.5000 of the heads go",
+        r"--sparsity 0.6 would empty a block: each block keeps one of its groups, so at most 0.5000 of the heads can",
     ),
-    ("llama", {"sparsity": 0.1}, r"--sparsity 0.1 of 12 heads is less than what goes at once, 2; the least is 0.1667"),
+    (
+        "llama",
+        {"sparsity": 0.1},
+        r"--sparsity 0.1 of 12 heads is less than one step, which removes 2; the least is 0.1667",
+    ),
     ("opt", {"sparsity": 0.5, "options": {"unit": "heads"}}, r"here each has its own, so use unit=groups"),
     ("llama", {"sparsity": 0.5, "options": {"unit": "layer"}}, r"unknown unit 'layer' \(allowed: groups, heads\)"),
     ("llama", {"params_removed": 0.9}, r"removing heads can remove at most 0\.\d+ of this model"),

@@ -110,7 +110,7 @@ def test_params_removed_and_what_is_refused(saved: Callable[..., Path], ids_file
         ({"params_removed": 0.95}, "dropping blocks can remove at most"),
         (
             {"sparsity": 0.6, "options": {"first": 2}},
-            "2 of 3 blocks are to go, but first=2 and last=0 leave 1 that may",
+            "removes 2 of 3 blocks, but first=2 and last=0 allow 1; use a smaller",
         ),
         ({"sparsity": 0.6, "modules": "mlp"}, "--modules does not go with shortgpt"),
     ):

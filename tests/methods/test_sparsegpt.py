@@ -220,7 +220,7 @@ def test_what_is_written_is_what_the_plan_names(saved: Callable[..., Path], ids_
     [
         ({"pattern": "rows"}, "sparsegpt: pattern rows removes whole units"),
         ({"damping": "-1"}, "damping -1 is outside"),
-        ({"blocksize": "0"}, "blocksize 0 is below 1"),
+        ({"blocksize": "0"}, "blocksize is 0; it is a number of columns"),
         ({"order": "random"}, "unknown order 'random' .allowed: natural, activation"),
     ],
 )

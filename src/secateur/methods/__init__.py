@@ -90,7 +90,11 @@ def find_method(name: str) -> Method:
         raise unknown("method", name, method_names())
     added = _added()
     module = added[name].load() if name in added else importlib.import_module(f"{__name__}.{name}")
-    options = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__]
+    options = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__module__ == module.__name__
+    ]
     if len(options) != 1:
         raise UsageError(f"method '{name}': its file must define one dataclass, its options; it defines {len(options)}")
     return Method(name, module, options[0], read_contract(name, module))

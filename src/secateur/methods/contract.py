@@ -189,7 +189,9 @@ def read_contract(name: str, module: ModuleType) -> Says:
             values[attribute] = getattr(module, attribute)
             _check_form(f"{where}: {attribute}", values[attribute], hints[attribute])
         elif declared.default is MISSING and declared.default_factory is MISSING:
-            raise UsageError(f"{where} lacks {attribute}: the text that it calibrates with, or None (docs/add-a-method.md)")
+            raise UsageError(
+                f"{where} lacks {attribute}: the text that it calibrates with, or None (docs/add-a-method.md)"
+            )
     says = Says(**values)
     _check_whole(where, says)
     return says
@@ -222,7 +224,9 @@ def _check_arguments(where: str, function: Callable[..., Any], protocol: Any) ->
     try:
         inspect.signature(function).bind(*wanted)
     except TypeError:
-        raise UsageError(f"{where} takes {inspect.signature(function)}; it is called with ({', '.join(wanted)})") from None
+        raise UsageError(
+            f"{where} takes {inspect.signature(function)}; it is called with ({', '.join(wanted)})"
+        ) from None
 
 
 def _check_whole(where: str, says: Says) -> None:
@@ -230,9 +234,13 @@ def _check_whole(where: str, says: Says) -> None:
     if says.plan_block is None and says.plan_place is None and says.plan_model is None:
         raise UsageError(f"{where} lacks a plan: define plan_block, plan_place or plan_model (methods/contract.py)")
     if says.plan_block is None and says.REMOVES is None:
-        raise UsageError(f"{where} lacks REMOVES: what a sparsity is a fraction of, such as PARAMETERS of plan/quantity.py")
+        raise UsageError(
+            f"{where} lacks REMOVES: what a sparsity is a fraction of, such as PARAMETERS of plan/quantity.py"
+        )
     for name in ("new_moment", "last_place", "sizes_left"):
         if says.plan_place is not None and getattr(says, name) is None:
             raise UsageError(f"{where} lacks {name}, which plan_place needs beside it (methods/contract.py)")
     if says.REMOVES is not None and says.REMOVES.needs_sizes and says.sizes_left is None:
-        raise UsageError(f"{where} lacks sizes_left, which a sparsity of {says.REMOVES.name} needs (methods/contract.py)")
+        raise UsageError(
+            f"{where} lacks sizes_left, which a sparsity of {says.REMOVES.name} needs (methods/contract.py)"
+        )

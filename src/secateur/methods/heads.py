@@ -1,16 +1,18 @@
-"""Heads: attention heads go whose masks the loss feels least.
+"""Heads: remove the attention heads whose masks change the loss least.
 
-From Michel et al., arXiv:1905.10650, equation 2: with a mask xi_h, at 1, on what head h gives, its importance is the mean over texts x of
-|dL(x) / d xi_h|, where L is the loss and a text is a window. It is divided by the Euclidean norm of the importances of its block, and the least important
-heads of the whole model go; every block keeps one. The sparsity is the fraction of query heads. Any text serves; where the model is for a task, that of the
-task (`--calibration task:NAME`), of which the loss is on the right answers alone.
+From Michel et al., arXiv:1905.10650, equation 2. The output of head h is multiplied by a mask xi_h, which is 1. The
+importance of the head is the mean over texts x of |dL(x) / d xi_h|, where L is the loss and a text is one window. It is
+divided by the Euclidean norm of the importances of its block. The least important heads of the whole model are removed;
+every block keeps one. The sparsity is the fraction of query heads. Any text serves. For a model that serves one task,
+use the text of the task (`--calibration task:NAME`): its loss counts the right answers alone.
 
-Where several query heads share a key-value head, `unit=groups` removes a key-value head with all its query heads, under one mask; `unit=heads` removes
-query heads, the same number of every group of a block, so that what is left is grouped as before: the least important heads of all groups go together.
-That saves nothing of the key-value cache.
+Where several query heads share a key-value head, `unit=groups` removes a key-value head with all its query heads, under
+one mask. `unit=heads` removes query heads, the same number from every group of a block, so that the rest is grouped as
+before: the least important heads of all groups are removed together. This does not make the key-value cache smaller.
 
-Masks are not put into the model: their gradients follow from what the output projection receives and the gradient of what it gives
-(`calibrate/backward.py`). Ties: of the earlier block, the head with the lower index is removed first.
+The masks are not put into the model. Their gradients follow from the input of the output projection and from the
+gradient of its output (`calibrate/backward.py`). Ties: of the earlier block, the head with the lower index is removed
+first.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
 REMOVES = HEADS
-GRADIENTS = True  # what a dry run is to count
+GRADIENTS = True  # a dry run counts their memory
 DEMO: list[dict[str, object]] = []
-_READER = MEMBERS["groups"].reader  # what heads give goes into this matrix
+_READER = MEMBERS["groups"].reader  # this matrix reads the outputs of the heads
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Heads:
     """Options.
 
     Attributes:
-        unit: what goes: `groups` (key-value heads with their query heads), or `heads` (query heads, as many of every group).
-        normalise: divide by the norm of the importances of the block.
+        unit: what is removed: `groups` (key-value heads with their query heads), or `heads` (query heads, the same
+            number from every group).
+        normalise: whether each importance is divided by the norm of the importances of its block.
     """
 
     unit: str = "groups"
@@ -56,32 +59,44 @@ class Heads:
             raise UsageError(f"heads: unknown unit '{self.unit}' (allowed: groups, heads)")
 
     def step(self, dims: BlockDims) -> int:
-        """How many query heads of a block go at once."""
+        """Return the number of query heads that one step removes from a block."""
         return dims.queries if self.unit == "groups" else dims.groups
 
 
 def check(view: ModelView, sparsity: float | None, options: Heads) -> None:
-    """Refuse before the work what cannot be done.
+    """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: there is no sparsity; it is less than one unit, or would empty a block; or there are no query heads to choose among.
-        SecateurError: the family cannot lose heads.
+        UsageError: no sparsity is given, or it is less than one unit, or it would empty a block; or `unit=heads` where
+            each query head has its own key-value head.
+        SecateurError: heads of this family cannot be removed.
     """
     if sparsity is None:
-        raise UsageError("heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R")
+        raise UsageError(
+            "heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R"
+        )
     if sparsity == 0:
         return
     check_can(view.family, LOSE_HEADS, view.name)
     dims = [view.dims(index) for index in range(view.blocks)]
     heads = sum(d.heads for d in dims)
     if options.unit == "heads" and all(d.queries == 1 for d in dims):
-        raise UsageError("heads: unit=heads takes query heads off key-value heads that several share; here each has its own, so use unit=groups")
+        raise UsageError(
+            "heads: unit=heads removes query heads that share a key-value head; here each has its own, so use"
+            " unit=groups"
+        )
     most = sum(d.heads - options.step(d) for d in dims) / heads
     if sparsity > most:
-        raise UsageError(f"heads: --sparsity {sparsity:g} would empty a block: with one of {options.unit} left in each, at most {most:.4f} of the heads go")
+        raise UsageError(
+            f"heads: --sparsity {sparsity:g} would empty a block: each block keeps one of its {options.unit}, so at"
+            f" most {most:.4f} of the heads can be removed; use {int(most * 1e4) / 1e4:g} or less"
+        )
     least = min(options.step(d) for d in dims)
     if int(sparsity * heads + 1e-9) < least:
-        raise UsageError(f"heads: --sparsity {sparsity:g} of {heads} heads is less than what goes at once, {least}; the least is {least / heads + 5e-5:.4f}")
+        raise UsageError(
+            f"heads: --sparsity {sparsity:g} of {heads} heads is less than one step, which removes {least}; the least"
+            f" is {least / heads + 5e-5:.4f}"
+        )
 
 
 def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple[BlockPlan, ...]:
@@ -91,21 +106,33 @@ def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple
         HopelessError: all gradients are zero.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
-    kept = run.once(lambda: {str(index): score_GQ for index, score_GQ in enumerate(head_importance(view, data, options, run))})
-    orders = [_order(kept[str(index)]) for index in range(view.blocks)]
-    gone = _fewest(view, options, [score for score, _ in orders], run.sparsity)
+    measured = run.once(
+        lambda: {str(index): score_GQ for index, score_GQ in enumerate(head_importance(view, data, options, run))}
+    )
+    orders = [_order(measured[str(index)]) for index in range(view.blocks)]
+    steps_taken = _steps_taken(view, options, [score for score, _ in orders], run.sparsity)
     plans = []
-    for index, (number, (_, order)) in enumerate(zip(gone, orders, strict=True)):
+    for index, (number, (_, order)) in enumerate(zip(steps_taken, orders, strict=True)):
         units = view.dims(index).groups if options.unit == "groups" else view.dims(index).heads
         keep_U = torch.ones(units, dtype=torch.bool).index_fill_(0, order[:number].flatten(), False)
         plans.append(
-            BlockPlan(index, keep={options.unit: keep_U.nonzero().squeeze(1).to(torch.int32)} if number else {}, of={options.unit: units} if number else {})
+            BlockPlan(
+                index,
+                keep={options.unit: keep_U.nonzero().squeeze(1).to(torch.int32)} if number else {},
+                of={options.unit: units} if number else {},
+            )
         )
     return tuple(plans)
 
 
 def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) -> list[Tensor]:
-    """For each block, [1, G] with `unit=groups` and [G, Q] with `unit=heads` (Q query heads of a group), float64; nats a token."""
+    """Return the importance of the heads of each block, in float64.
+
+    The unit is nats a token; with `normalise` the importances of a block are divided by their norm.
+
+    Returns:
+        For each block a tensor [1, G] with `unit=groups`, and [G, Q] with `unit=heads` (Q query heads of a group).
+    """
     backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, spill=run.spill)
     scores: list[Tensor] = [torch.empty(0)] * view.blocks
     for block in backward.blocks():
@@ -127,30 +154,40 @@ def head_importance(view: ModelView, windows: Tensor, options: Heads, run: Run) 
 
 
 def sizes_left(view: ModelView, options: Heads, sparsity: float) -> Sequence[BlockDims]:
-    """The sizes of the blocks, were the heads of the first ones the least important."""
+    """Return the sizes of the blocks, as if the heads of the first blocks were the least important."""
     dims = [view.dims(index) for index in range(view.blocks)]
-    gone = _fewest(view, options, [torch.zeros(d.heads // options.step(d)) for d in dims], sparsity)
+    steps_taken = _steps_taken(view, options, [torch.zeros(d.heads // options.step(d)) for d in dims], sparsity)
     if options.unit == "groups":
-        return [d.with_units(d.groups - number, d.ffn) for d, number in zip(dims, gone, strict=True)]
-    return [replace(d, heads=d.heads - number * d.groups) for d, number in zip(dims, gone, strict=True)]
+        return [d.with_units(d.groups - number, d.ffn) for d, number in zip(dims, steps_taken, strict=True)]
+    return [replace(d, heads=d.heads - number * d.groups) for d, number in zip(dims, steps_taken, strict=True)]
 
 
 def _order(score_GQ: Tensor) -> tuple[Tensor, Tensor]:
-    """What goes first, second, ...: its score [steps], and the indices of its units [steps, units at once], one of each row."""
+    """Order the removals of a block, the least important first.
+
+    Returns:
+        The score of each step [steps], and the indices of the units it removes [steps, units], one from each row.
+    """
     rows, columns = score_GQ.shape
     value_GQ, order_GQ = score_GQ.sort(dim=1, stable=True)
     return value_GQ.sum(0), (order_GQ + torch.arange(rows)[:, None] * columns).t()
 
 
-def _fewest(view: ModelView, options: Heads, scores: Sequence[Tensor], sparsity: float) -> list[int]:
-    """How many steps each block takes: those of the lowest scores of all blocks, as many as the sparsity allows; the last one of a block is not taken."""
+def _steps_taken(view: ModelView, options: Heads, scores: Sequence[Tensor], sparsity: float) -> list[int]:
+    """Return how many steps each block takes, as many in all as the sparsity allows.
+
+    The steps of the lowest scores in all blocks are taken first. The last step of a block is never taken, since it
+    would empty the block.
+    """
     steps = [options.step(view.dims(index)) for index in range(view.blocks)]
     allowed = sparsity * sum(view.dims(index).heads for index in range(view.blocks)) + 1e-9
-    ranked = sorted((float(value), index, number) for index, score in enumerate(scores) for number, value in enumerate(score[:-1]))
-    gone = [0] * view.blocks
+    ranked = sorted(
+        (float(value), index, number) for index, score in enumerate(scores) for number, value in enumerate(score[:-1])
+    )
+    taken = [0] * view.blocks
     for _, index, _ in ranked:
         allowed -= steps[index]
         if allowed < 0:
             break
-        gone[index] += 1
-    return gone
+        taken[index] += 1
+    return taken

@@ -1,11 +1,12 @@
-"""ShortGPT: whole blocks go that change the residual stream least.
+"""ShortGPT: remove the whole blocks that change the residual stream least.
 
-From arXiv:2403.03853. The block influence (its equation 1) is one minus the cosine between what enters a block and what leaves it, mean over tokens; the
-blocks of the lowest influence are dropped, all chosen at once from one pass of the dense model. The sparsity is the fraction of blocks, rounded to whole
-ones, and the result is a stock model with fewer blocks.
+From arXiv:2403.03853. The block influence (its equation 1) is one minus the cosine between what enters a block and what
+leaves it, mean over tokens. The blocks of the lowest influence are dropped. All are chosen at once, from one pass of
+the dense model. The sparsity is the fraction of blocks, rounded to whole blocks. The result is a stock model with fewer
+blocks.
 
-Differences from the paper's description: calibration is any text (the paper's PG19 is a set of books). Of equal influences the earlier block goes. Blocks at
-either end can be kept (`first`, `last`).
+Differences from the paper's description: the calibration text may be any text (the paper's PG19 is a set of books). Of
+blocks with equal influence the earlier one is dropped. Blocks at either end can be kept (`first`, `last`).
 
 Shape letters: N tokens, D residual.
 """
@@ -39,8 +40,8 @@ class ShortGPT:
     """Options.
 
     Attributes:
-        first: so many blocks at the beginning stay.
-        last: so many blocks at the end stay.
+        first: the number of blocks at the beginning that are never removed.
+        last: the number of blocks at the end that are never removed.
     """
 
     first: int = 0
@@ -49,15 +50,15 @@ class ShortGPT:
     def __post_init__(self) -> None:
         for name in ("first", "last"):
             if getattr(self, name) < 0:
-                raise UsageError(f"shortgpt: {name} is {getattr(self, name)}; it is a count of blocks, at least 0")
+                raise UsageError(f"shortgpt: {name} is {getattr(self, name)}; it is a number of blocks, at least 0")
 
 
 def check(view: ModelView, sparsity: float | None, options: ShortGPT) -> None:
-    """Refuse before the work what cannot be done.
+    """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: there is no sparsity; less than half a block is asked for, or more blocks than may go.
-        SecateurError: the residual stream of the model is rotated, so that neighbours alone fit one another.
+        UsageError: no sparsity is given, or it is less than half a block, or more blocks than may be removed.
+        SecateurError: the residual stream of the model is rotated, so that a block fits only its neighbours.
     """
     if sparsity is None:
         raise UsageError("shortgpt needs --sparsity S, the fraction of the blocks to remove, or --params-removed R")
@@ -65,49 +66,69 @@ def check(view: ModelView, sparsity: float | None, options: ShortGPT) -> None:
         return
     if (residual := view.dims(0).residual) is not None and not residual.selected:
         raise SecateurError(
-            f"{view.name}: its residual stream is rotated, and every block goes from one basis to the next, so none can be left out; "
-            "drop blocks of the original model"
+            f"{view.name}: its residual stream is rotated, and each block reads one basis and writes the next, so"
+            " no block can be left out; drop blocks of the original model"
         )
     remove, free = removed_blocks(sparsity, view.blocks), view.blocks - options.first - options.last
     if not remove:
-        raise UsageError(f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks is less than half a block; the least is {0.5 / view.blocks:.4g}")
+        raise UsageError(
+            f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks is less than half a block; the least is"
+            f" {0.5 / view.blocks:.4g}"
+        )
     if remove == view.blocks:
-        raise UsageError(f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks would leave nothing; use less than {1 - 0.5 / view.blocks:.4g}")
+        raise UsageError(
+            f"shortgpt: --sparsity {sparsity:g} of {view.blocks} blocks would leave nothing; use less than"
+            f" {1 - 0.5 / view.blocks:.4g}"
+        )
     if remove > free:
         raise UsageError(
-            f"shortgpt: {remove} of {view.blocks} blocks are to go, but first={options.first} and last={options.last} leave {max(0, free)} that may"
+            f"shortgpt: --sparsity {sparsity:g} removes {remove} of {view.blocks} blocks, but first={options.first} and"
+            f" last={options.last} allow {max(0, free)}; use a smaller --sparsity, first or last"
         )
 
 
 def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> tuple[BlockPlan, ...]:
-    """Measure the influence of every block on windows `data` [S, T], and drop the lowest.
+    """Measure the influence of every block on windows `data` [S, T], and drop the blocks of the lowest.
 
     Raises:
         NotFiniteError: the residual stream holds NaN or infinity; the block is named.
     """
-    kept = run.once(lambda: {"influence": torch.tensor(block_influence(view, data, run), dtype=torch.float64)})
-    influence: list[float] = kept["influence"].tolist()
-    may_go = influence[options.first : view.blocks - options.last]
-    lowest = sorted(range(len(may_go)), key=lambda number: (may_go[number], number))[: removed_blocks(run.sparsity, view.blocks)]
-    gone = {options.first + number for number in lowest}
-    say(f"shortgpt: dropping {', '.join(map(str, sorted(gone)))} of blocks 0 to {view.blocks - 1}")
-    return tuple(BlockPlan(index, dropped=index in gone, influence=value) for index, value in enumerate(influence))
+    measured = run.once(lambda: {"influence": torch.tensor(block_influence(view, data, run), dtype=torch.float64)})
+    influence: list[float] = measured["influence"].tolist()
+    candidates = influence[options.first : view.blocks - options.last]
+    lowest = sorted(range(len(candidates)), key=lambda number: (candidates[number], number))[
+        : removed_blocks(run.sparsity, view.blocks)
+    ]
+    dropped = {options.first + number for number in lowest}
+    say(f"shortgpt: dropping {', '.join(map(str, sorted(dropped)))} of blocks 0 to {view.blocks - 1}")
+    return tuple(BlockPlan(index, dropped=index in dropped, influence=value) for index, value in enumerate(influence))
 
 
 def block_influence(view: ModelView, windows: Tensor, run: Run) -> list[float]:
-    """1 - E[cos(x_l, x_(l+1))] of every block, in float64 over all tokens of the windows [S, T]; one block is in memory at a time."""
+    """Return 1 - E[cos(x_l, x_(l+1))] of every block, mean over all tokens of the windows [S, T], summed in float64.
+
+    One block is in memory at a time.
+
+    Raises:
+        NotFiniteError: the output of a block holds NaN or infinity.
+    """
     stream = Stream(view, windows, device=run.device, dtype=run.dtype, spill=run.spill)
-    found = []
+    influence = []
     for block in track(view.iterate(), "shortgpt: blocks", view.blocks):
         total = torch.zeros((), dtype=torch.float64, device=run.device)
 
         def listen(before_ND: Tensor, after_ND: Tensor, total: Tensor = total) -> None:
-            total += torch.nn.functional.cosine_similarity(at_least_float32(before_ND), at_least_float32(after_ND), dim=-1).sum(dtype=torch.float64)
+            total += torch.nn.functional.cosine_similarity(
+                at_least_float32(before_ND), at_least_float32(after_ND), dim=-1
+            ).sum(dtype=torch.float64)
 
         stream.advance(block, listen)
-        found.append(1 - float(total) / windows.numel())
-        if not math.isfinite(found[-1]):
-            raise NotFiniteError(f"block {block.index}: what leaves it is not finite (NaN or infinity); the checkpoint is damaged, or try --dtype float32")
+        influence.append(1 - float(total) / windows.numel())
+        if not math.isfinite(influence[-1]):
+            raise NotFiniteError(
+                f"block {block.index}: its output is not finite (NaN or infinity); the checkpoint is damaged, or try"
+                " --dtype float32"
+            )
         del block
         give_back()
-    return found
+    return influence

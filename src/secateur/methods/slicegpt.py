@@ -1,19 +1,25 @@
-"""SliceGPT: the residual stream is rotated to its principal directions, and the weakest are cut off (the representation dimension).
+"""SliceGPT: rotate the residual stream to its principal directions and cut off the weakest (representation dimension).
 
-From arXiv:2401.15024, section 3, as both arXiv:2503.04377 and DISP-LLM use it. In canonical form (`models/canonical.py`) a rotation of the residual stream
-changes nothing, since a norm without gain commutes with it. At every place (what enters the first block, what lies between
-attention and MLP, what leaves a block) the directions are the eigenvectors of the second moment of the residual, computed
-in float64 on the already sliced network; all weights that read or write there are rotated and lose the columns or rows of the
-discarded directions. The residual connections then need an adapter Q_prev^T Q_next from one basis to the next.
+From arXiv:2401.15024, section 3, as both arXiv:2503.04377 and DISP-LLM use it. In canonical form
+(`models/canonical.py`) a rotation of the residual stream changes nothing, since a norm without gain commutes with it. A
+place is a point of the residual stream: before the first block, between attention and MLP, after a block. At every
+place the directions are the eigenvectors of the second moment of the residual, computed in float64 on the already
+sliced network. All weights that read or write there are rotated, and lose the columns or rows of the removed
+directions. Each residual connection then needs an adapter Q_prev^T Q_next from one basis to the next.
 
-Width: floor((1 - s) D), rounded down to a multiple of `round`; the sparsity that was reached is 1 - width / D. The head is rotated and not
-sliced unless `slice_head`. Parallel blocks (Phi) have one place and one adapter a block. Norms divide by the original D.
+Width: floor((1 - s) D), rounded down to a multiple of `round`. The sparsity that is reached is 1 - width / D. The head
+is rotated, and sliced only with `slice_head`. Parallel blocks (Phi) have one place and one adapter a block. Norms
+divide by the original D.
 
-Differences from the authors' code: no mean is subtracted where the model has RMSNorm; the model's own epsilon; each half of a block runs once, not
-twice; and adapters that cost little. The basis inside a kept subspace is free, so each is turned to lie as close to the
-previous one as it can, by the polar factor of the adapter. The adapter is then the identity less a product of rank
-at most D - width, stored as such where that is smaller, and the last one, before an unsliced head, vanishes. The function is
-the same; `adapters=dense` gives the authors' form.
+Differences from the authors' code:
+- No mean is subtracted where the model has RMSNorm, and the model's own epsilon is used.
+- Each half of a block runs once, not twice.
+- Adapters are small. The basis inside a kept subspace is free, so each basis is turned to lie as close to the previous
+  one as it can, by the polar factor of the adapter. The adapter is then the identity minus a product of rank at most
+  D - width, stored as that product where this is smaller. The last adapter, before an unsliced head, is the identity
+  and needs no weights. The function is the same; `adapters=dense` gives the authors' form.
+
+Shape letters: D residual, W kept directions, K removed directions, I and O inputs and outputs of an adapter.
 """
 
 from __future__ import annotations
@@ -40,13 +46,15 @@ class SliceGPT:
     """Options.
 
     Attributes:
-        round: widths are multiples of this (at least one multiple is left).
-        energy: instead of --sparsity: at every place, the smallest width that keeps this share of the mean square.
-        signal: what the directions are computed from: `residual` (the authors' code), or `normed`, every token divided by its root
-            mean square (the paper's text), so that a few tokens of large norm do not decide.
-        slice_head: slice what enters the head too.
-        orientation: the basis inside the first kept subspace: `pca`, or `random` (seeded; it spreads outliers over all features).
-        adapters: `aligned`, or `dense` (the authors' form).
+        round: every width is a multiple of this number, and at least one multiple.
+        energy: a share of the mean square, instead of --sparsity: every place gets the smallest width that keeps it.
+        signal: the input of the principal component analysis: `residual` (the authors' code), or `normed` (the paper's
+            text), where each token is divided by its root mean square, so that a few tokens of large norm do not
+            decide.
+        slice_head: whether the input of the head is sliced too.
+        orientation: the basis inside the first kept subspace: `pca`, or `random` (from the seed; it spreads outliers
+            over all features).
+        adapters: the form of the adapters: `aligned` (small), or `dense` (the authors' form).
     """
 
     round: int = 8
@@ -57,24 +65,34 @@ class SliceGPT:
     adapters: str = "aligned"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("signal", ("residual", "normed")), ("orientation", ("pca", "random")), ("adapters", ("aligned", "dense"))):
+        for name, allowed in (
+            ("signal", ("residual", "normed")),
+            ("orientation", ("pca", "random")),
+            ("adapters", ("aligned", "dense")),
+        ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"slicegpt: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.round < 1:
-            raise UsageError(f"slicegpt: round is {self.round}; widths are multiples of it, so it is at least 1")
+            raise UsageError(f"slicegpt: round is {self.round}; widths are multiples of it, so use 1 or more")
         if not 0 <= self.energy < 1:
-            raise UsageError(f"slicegpt: energy {self.energy:g} is outside (0, 1): it is the share of the mean square to keep, as in 0.99")
+            raise UsageError(
+                f"slicegpt: energy {self.energy:g} is outside (0, 1); it is the share of the mean square to keep, such"
+                " as 0.99 (0 means that --sparsity decides)"
+            )
 
 
 def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
-    """Refuse before the work what cannot be done.
+    """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: there is no sparsity, or one beside `energy`; or nothing would be left.
+        UsageError: no sparsity is given, or both a sparsity and `energy`, or no direction would be left.
     """
     if options.energy:
         if sparsity is not None:
-            raise UsageError(f"--sparsity does not go with --set energy={options.energy:g}: the widths follow from the spectrum; give one of them")
+            raise UsageError(
+                f"--sparsity does not go with --set energy={options.energy:g}: with energy the widths follow from the"
+                " spectrum; give only one of the two"
+            )
     elif sparsity is None:
         raise UsageError("slicegpt needs --sparsity S, --params-removed R, or --set energy=E")
     else:
@@ -82,10 +100,10 @@ def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
 
 
 def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
-    """The width of a place: floor((1 - s) D) rounded down to a multiple; D at s = 0.
+    """Return the width of a place: floor((1 - s) D), rounded down to a multiple of `round`; D at s = 0.
 
     Raises:
-        UsageError: nothing would be left.
+        UsageError: no direction would be left.
     """
     if sparsity == 0:
         return hidden
@@ -93,26 +111,27 @@ def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
     if width == 0:
         most = math.floor(10_000 * (1 - options.round / hidden)) / 10_000
         raise UsageError(
-            f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down to a multiple of {options.round}: 0; "
-            f"use {f'at most --sparsity {most:g}, or ' if most > 0 else ''}a smaller --set round=N"
+            f"slicegpt: sparsity {sparsity:g} of {hidden} directions leaves {(1 - sparsity) * hidden:.3g}, rounded down"
+            f" to a multiple of {options.round}: 0;"
+            f" use {f'at most --sparsity {most:g}, or ' if most > 0 else ''}a smaller --set round=N"
         )
     return width
 
 
 def new_moment(hidden: int, device: torch.device, options: SliceGPT) -> SecondMoment:
-    """What the driver collects at every place."""
+    """Make the statistic that the driver collects at every place."""
     return SecondMoment(hidden, device, normed=options.signal == "normed")
 
 
 def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, options: SliceGPT, seed: int) -> Place:
-    """The directions to keep at one place.
+    """Choose the directions to keep at one place, and its adapter.
 
     Args:
-        moment: of the residual there, in the already sliced network.
-        before: the place that the residual connection comes from; None at the first.
-        sparsity: the fraction of the width to remove, 0 with `energy`.
-        options: the method's.
-        seed: of `orientation=random`.
+        moment: the second moment of the residual at this place, in the already sliced network.
+        before: the place that the residual connection comes from; None at the first place.
+        sparsity: the fraction of the width to remove; 0 with `energy`.
+        options: the options of the method.
+        seed: the seed for `orientation=random`.
 
     Raises:
         HopelessError: there are fewer tokens than directions to keep, or the residual is zero.
@@ -120,12 +139,15 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
     value_D, vector_DD = torch.linalg.eigh(moment.sum_II)
     spectrum_D = (value_D / moment.tokens).flip(0).clamp(min=0).cpu()
     if not spectrum_D[0] > 0:
-        raise HopelessError("the residual stream is zero on all calibration tokens, so no direction is better than another; use another text")
+        raise HopelessError(
+            "the residual stream is zero on all calibration tokens, so no direction is better than another; use"
+            " another text"
+        )
     width = width_by_energy(spectrum_D, options) if options.energy else width_after(len(spectrum_D), sparsity, options)
     if moment.tokens < width:
         raise HopelessError(
-            f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions that are to be kept: "
-            f"give at least {width} tokens (--samples times --seqlen)"
+            f"{moment.tokens} calibration tokens span at most {moment.tokens} of the {width} directions to keep: give"
+            f" at least {width} tokens (--samples times --seqlen)"
         )
     vector_DD = vector_DD.flip(1)
     basis_DW = _fix_signs(vector_DD[:, :width])
@@ -135,7 +157,11 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
 
 
 def last_place(before: Place, options: SliceGPT) -> Place | None:
-    """What leaves the last block where the head is not sliced: all directions, those kept before them first, so that the adapter vanishes."""
+    """Return the place after the last block, or None with `slice_head`, where it is chosen like the others.
+
+    An unsliced head reads all D directions. The directions kept at the place before come first, so that an aligned
+    adapter is the identity.
+    """
     if options.slice_head:
         return None
     basis_DW = before.basis_DW
@@ -143,27 +169,38 @@ def last_place(before: Place, options: SliceGPT) -> Place | None:
     hidden, width = basis_DW.shape
     everything_DD = torch.linalg.qr(basis_DW, mode="complete").Q
     whole = Place(torch.cat([basis_DW, everything_DD[:, width:]], 1), None, hidden, hidden)
-    return replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()}) if options.adapters == "dense" else whole
+    return (
+        replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()})
+        if options.adapters == "dense"
+        else whole
+    )
 
 
 def notice(view: ModelView, sparsity: float, options: SliceGPT) -> str | None:
-    """What to say where rounding the width moved the sparsity by more than 0.02."""
+    """Return a line for the user where rounding the width moves the sparsity by more than 0.02, or None."""
     hidden = view.config.hidden_size
     width = width_after(hidden, sparsity, options)
     if abs(1 - width / hidden - sparsity) <= 0.02:
         return None
-    return f"slicegpt: --sparsity {sparsity:g} becomes {1 - width / hidden:.4g}: {width} of {hidden} directions, a multiple of {options.round} (--set round=N)"
+    return (
+        f"slicegpt: --sparsity {sparsity:g} becomes {1 - width / hidden:.4g}: {width} of {hidden} directions stay, a"
+        f" multiple of {options.round} (--set round=N)"
+    )
 
 
 def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
-    """The smallest multiple of `round` that keeps the share `energy`; all of them where D is no multiple."""
+    """Return the smallest multiple of `round`, at most D, that keeps the share `energy` of the mean square."""
     kept_D = spectrum_D.cumsum(0) / spectrum_D.sum()
     needed = int(torch.searchsorted(kept_D, options.energy)) + 1
     return min(len(spectrum_D), -(-needed // options.round) * options.round)
 
 
 def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
-    """The smallest form of an aligned adapter: the rank of its distance from the identity, or `dense`, by count; None is the identity."""
+    """Return the form of an aligned adapter that has the fewest weights.
+
+    Returns:
+        The rank of the product that is subtracted from the identity, or `dense`; None if the adapter is the identity.
+    """
     rank = hidden - outputs
     if rank == 0:
         return None
@@ -172,7 +209,7 @@ def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
 
 
 def sizes_left(view: ModelView, options: SliceGPT, sparsity: float) -> list[BlockDims] | None:
-    """The sizes of all blocks with a narrowed residual stream; None with `energy`."""
+    """Return the sizes of all blocks with a narrowed residual stream; None with `energy`."""
     if options.energy:
         return None
     narrow = residuals(view.config.hidden_size, view.blocks, view.family.parallel, sparsity, options)
@@ -180,19 +217,26 @@ def sizes_left(view: ModelView, options: SliceGPT, sparsity: float) -> list[Bloc
 
 
 def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options: SliceGPT) -> list[Residual]:
-    """The widths of all blocks at a sparsity, known from shapes alone (not with `energy`)."""
+    """Return the residual widths of all blocks at a sparsity, from shapes alone (not with `energy`)."""
     width = width_after(hidden, sparsity, options)
     inside = "dense" if options.adapters == "dense" else skip_form(width, width, hidden)
-    found = []
+    widths = []
     for index in range(blocks):
         whole = index == blocks - 1 and not options.slice_head
         out, last = (hidden, "dense" if options.adapters == "dense" else None) if whole else (width, inside)
-        found.append(Residual((width, out), (width, out), (last,)) if parallel else Residual((width, width), (width, out), (inside, last)))
-    return found
+        widths.append(
+            Residual((width, out), (width, out), (last,))
+            if parallel
+            else Residual((width, width), (width, out), (inside, last))
+        )
+    return widths
 
 
 def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceGPT) -> Place:
-    """The place, whose removed directions are `rest_DK`, with its basis turned towards the one before, and the adapter between them."""
+    """Turn the basis of a place towards the place before, and add the adapter between them.
+
+    `rest_DK` are the directions that the place removes.
+    """
     if before is None:
         return place
     if options.adapters == "dense":
@@ -219,13 +263,18 @@ def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceG
 
 
 def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The aligned basis and its factor L from what it lacks, which is less work than the polar factor of the adapter.
+    """Return the aligned basis and its factor L from the K removed directions.
 
-    The kept space is all but the K directions `rest`; P projects onto it, B is the basis before. With M = B^T rest, B^T P B = I - M M^T.
-    The aligned basis is P B (I - M M^T)^(-1/2), the aligned adapter (I - M M^T)^(1/2) = I - L L^T. Both follow from the eigenvectors V of
-    the small M^T M, whose eigenvalues are the squared sines of the angles between the two spaces.
+    This is less work than the polar factor of the adapter.
 
-    None where a direction before is all but lost (a cosine below 1e-4): then the quotient is not exact.
+    The kept space is the complement of the K directions `rest`. P projects onto it, and B is the basis before. With
+    M = B^T rest, B^T P B = I - M M^T. The aligned basis is P B (I - M M^T)^(-1/2), and the aligned adapter is
+    (I - M M^T)^(1/2) = I - L L^T. Both follow from the eigenvectors V of the small M^T M, whose eigenvalues are the
+    squared sines of the angles between the two spaces.
+
+    Returns:
+        The basis [D, W] and L [W, K]; None where a direction of B is almost lost (a cosine below 1e-4), since the
+        quotient is then not exact.
     """
     lost_WK = before_DW.t() @ rest_DK
     sine_K, vector_KK = torch.linalg.eigh(lost_WK.t() @ lost_WK)
@@ -233,15 +282,19 @@ def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
     if cosine_K.min() < 1e-4:
         return None
     kept_DW = before_DW - rest_DK @ lost_WK.t()
-    axis_WK = lost_WK @ vector_KK  # of length sine
+    axis_WK = lost_WK @ vector_KK  # the length of each column is a sine
     turned_DW = kept_DW + (kept_DW @ axis_WK / (cosine_K * (1 + cosine_K))) @ axis_WK.t()
-    turned_DW = turned_DW - rest_DK @ (rest_DK.t() @ turned_DW)  # rounding, which the quotient magnifies
-    turned_DW = 1.5 * turned_DW - 0.5 * turned_DW @ (turned_DW.t() @ turned_DW)  # squares what rounding left of its distance from orthonormal
+    turned_DW = turned_DW - rest_DK @ (rest_DK.t() @ turned_DW)  # remove rounding errors, which the quotient magnifies
+    # one Newton step squares the distance from orthonormal that rounding left
+    turned_DW = 1.5 * turned_DW - 0.5 * turned_DW @ (turned_DW.t() @ turned_DW)
     return turned_DW, axis_WK / (1 + cosine_K).sqrt()
 
 
 def _factors(distance_IO: Tensor, rank: int) -> dict[str, Tensor]:
-    """The identity less an aligned adapter, which has at most this rank, as a product; between equal widths it is symmetric and one factor serves."""
+    """Factor the identity minus an aligned adapter, which has at most this rank.
+
+    Between equal widths it is symmetric, and one factor is enough.
+    """
     if distance_IO.shape[0] == distance_IO.shape[1]:
         value_I, vector_II = torch.linalg.eigh((distance_IO + distance_IO.t()) / 2)
         return {"left": vector_II[:, -rank:] * value_I[-rank:].clamp(min=0).sqrt()}
@@ -251,19 +304,20 @@ def _factors(distance_IO: Tensor, rank: int) -> dict[str, Tensor]:
 
 
 def _fresh(before: Place, place: Place) -> Tensor:
+    """Return the adapter Q_prev^T Q_next [I, O], without alignment."""
     assert before.basis_DW is not None
     assert place.basis_DW is not None
     return before.basis_DW.t() @ place.basis_DW
 
 
 def _fix_signs(vector_DW: Tensor) -> Tensor:
-    """Eigenvectors are known up to their sign: the entry of largest size is made positive, so that libraries agree."""
+    """Make the largest entry of each eigenvector positive: their signs are arbitrary and differ between libraries."""
     largest_W = vector_DW.abs().argmax(0)
     return vector_DW * vector_DW.gather(0, largest_W[None]).sign()
 
 
 def _random_rotation(width: int, seed: int) -> Tensor:
-    """A rotation drawn uniformly: the Q of a Gaussian matrix, with the signs that make it so."""
+    """Draw a rotation uniformly: the Q of a Gaussian matrix, with its signs corrected."""
     gaussian = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     q, r = torch.linalg.qr(gaussian)
     rotation: Tensor = q * r.diagonal().sign()

@@ -1,12 +1,15 @@
-"""Wanda: the weights that matter least to the output go, by |W_ij| times the norm of input j, within each output row.
+"""Wanda: remove the weights that matter least to the output, by |W_ij| times the norm of input j, within each output row.
 
-From arXiv:2306.11695, equation 1 and algorithm 1: score S_ij = |W_ij| * ||X_j||_2; of each row the floor(I * s) lowest are removed (or all
-but N of every M consecutive inputs). Weights that stay are unchanged. Blocks are calibrated on the outputs of the already pruned
-ones. Calibration of the paper: 128 windows of 2048 tokens of C4.
+From arXiv:2306.11695, equation 1 and algorithm 1: the score is S_ij = |W_ij| * ||X_j||_2. From each row the floor(I * s)
+weights of the lowest scores are removed (with N:M, all but N of every M consecutive inputs). Weights that stay are
+unchanged. Blocks are calibrated on the outputs of the already pruned ones. Calibration of the paper: 128 windows of
+2048 tokens of C4.
 
-Differences from the authors' code: q, k, v share one statistic, as do gate and up; a block's statistics pass ends at the last input
-that is needed; ties (the lower index goes first) and N:M are selected without loops over columns. With `rows` and `columns` the
-score of a unit is the Euclidean norm of its weights' scores.
+Differences from the authors' code: q, k, v share one statistic, as do gate and up; the statistics pass of a block ends
+at the last input that is needed; ties (the lower index is removed first) and N:M are selected without loops over
+columns. With `rows` and `columns` the score of a unit is the Euclidean norm of its weights' scores.
+
+Shape letters: O outputs, I inputs of a matrix.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Wanda:
 
     Attributes:
         pattern: `unstructured`, N:M, `rows` or `columns`.
-        scope: what is compared with pattern `unstructured`: `row` (the paper) or `matrix`.
+        scope: the weights that are compared with each other, with pattern `unstructured`: those of a `row` (the paper) or
+            of a `matrix`.
     """
 
     pattern: str = "unstructured"
@@ -51,15 +55,17 @@ class Wanda:
 
 
 def by_rows(options: Wanda) -> bool:
-    """Whether weights are compared within each row."""
+    """Return True if weights are compared within each row."""
     return options.scope == "row"
 
 
 def plan_block(block: BlockView, statistics: Statistics[InputNorm], options: Wanda) -> BlockPlan:
-    """The plan of one block from the norms of its inputs."""
+    """Plan one block from its weights and the norms of its inputs."""
 
     def score_OI(name: str) -> torch.Tensor:
         weight_OI, norm_I = at_least_float32(block.matrix(name)), statistics[name].norm_I
         return weight_OI.abs().mul_(norm_I.to(weight_OI))
 
-    return plan_masks_or_units(block, score_OI, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix")
+    return plan_masks_or_units(
+        block, score_OI, parse_pattern(options.pattern), "row" if options.scope == "row" else "matrix"
+    )
