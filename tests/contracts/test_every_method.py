@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur import api
@@ -176,6 +177,8 @@ def test_streaming_equals_the_whole_model_and_reload_is_bit_exact(
     ).state_dict()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reloaded.dtype == dtype
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in stored if tensor.is_floating_point()} == {dtype}
     assert expected.keys() == reloaded.state_dict().keys()
     for name, tensor in reloaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
