@@ -1,4 +1,6 @@
-"""What the straightforward implementations share that prune weights: a whole model in memory, one window at a time, and the comparison of results."""
+"""What the straightforward implementations share that prune weights: a whole model in memory, one window at a time, and
+the comparison of results.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
-"""What selecting costs at inference: a dense LLaMA-like model, the same with half of its parameters gone by DISP-LLM, and a dense model
-of that size as the floor.
+"""What selecting costs at inference: a dense LLaMA-like model, the same with half of its parameters gone by DISP-LLM,
+and a dense model of that size as the floor.
 
-Random weights and random selections (gates ranked by random logits, through the same choice and cut as learned ones), so that no structure in
-what is selected helps. Beside them the same widths with contiguous selections, which is the most that any order of the residual could bring,
-and the random ones read and written as plain PyTorch does it (`index_select` after a whole norm, `index_add` with int32 maps). All take turns
-in one process on the same prompts; the best times count.
+Random weights and random selections (gates ranked by random logits, through the same choice and cut as learned ones),
+so that no structure in what is selected helps. Beside them the same widths with contiguous selections, which is the
+most that any order of the residual could bring, and the random ones read and written as plain PyTorch does it
+(`index_select` after a whole norm, `index_add` with int32 maps). All take turns in one process on the same prompts; the
+best times count.
 
-The vocabulary is small, so that embeddings and head have about the share of the parameters that they have in a model of 7 billion.
+The vocabulary is small, so that embeddings and head have about the share of the parameters that they have in a model of
+7 billion.
 
     python benchmarks/decode_speed.py             a few minutes on two cores, 4 GB of memory
     python benchmarks/decode_speed.py --threads 1 processor time of one thread, which a busy machine disturbs less
@@ -56,7 +58,8 @@ def main() -> None:
         speeds[batch] = measure_speed(models, ids_BT, options.new, range(options.repeats), machine)
     rates = machine.flops_per_second, machine.bytes_per_second
     print(
-        f"width {options.hidden}, {options.blocks} blocks, float32, {options.threads} threads: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s"
+        f"width {options.hidden}, {options.blocks} blocks, float32, {options.threads} threads: {rates[0] / 1e9:.0f} "
+        f"GFLOP/s, {rates[1] / 1e9:.1f} GB/s"
     )
     results = [row for batch, speed in speeds.items() for row in _compared(models, batch, speed, options, machine)]
     met = next(row["decode_over_dense"] for row in results if row["model"] == "selected") >= DECODE_OVER_DENSE
@@ -180,7 +183,9 @@ class _PlainSelect(nn.Module):
 
 
 def _dense_of(config: Any, parameters: int) -> PreTrainedModel:
-    """A stock model with so many parameters: as many blocks and heads, the residual and the MLP narrower by about one factor."""
+    """A stock model with so many parameters: as many blocks and heads, the residual and the MLP narrower by about one
+    factor.
+    """
 
     def ffn_of(hidden: int) -> int:
         """The feed-forward width that makes up the number."""
@@ -203,7 +208,9 @@ def _dense_of(config: Any, parameters: int) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _parts(models: dict[str, PreTrainedModel], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The line between two halves of a block alone: norm and read, and adding to the residual, in microseconds, best of many."""
+    """The line between two halves of a block alone: norm and read, and adding to the residual, in microseconds, best of
+    many.
+    """
     dense, selected, plain = (models[name].model.layers[1] for name in ("dense", "selected", "plain"))
     norm, part_norm = dense.input_layernorm, selected.input_layernorm
     lines = {

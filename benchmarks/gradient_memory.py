@@ -1,14 +1,16 @@
 """How much memory the gradients of the whole model take: scores are formed block by block, and no weight has a `.grad`.
 
-Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on a few short windows with a method that needs end-to-end gradients, in a process of
-its own, and compares the peak of the resident set above what the imports alone took with the bound: the weights once, as they are stored, and one
-block's statistics in float32: one number a weight, or for LLM Surgeon its Kronecker factors. Weights with their gradients in float32, as the usual way
-keeps them, are printed beside it.
+Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on a few short windows with a method that
+needs end-to-end gradients, in a process of its own, and compares the peak of the resident set above what the imports
+alone took with the bound: the weights once, as they are stored, and one block's statistics in float32: one number a
+weight, or for LLM Surgeon its Kronecker factors. Weights with their gradients in float32, as the usual way keeps them,
+are printed beside it.
 
-    python benchmarks/gradient_memory.py                         some minutes on two cores, 5 GB of disk
-    python benchmarks/gradient_memory.py --set order=mixed       another option of the method
-    python benchmarks/gradient_memory.py --method llm_surgeon --set shots=1 --sparsity 0.1      one shot; its float64 solves take long
-    python benchmarks/gradient_memory.py --small                 seconds: does it run at all; its figures mean little
+    python benchmarks/gradient_memory.py                         some minutes on two cores, 5 GB of disk python
+    benchmarks/gradient_memory.py --set order=mixed       another option of the method python
+    benchmarks/gradient_memory.py --method llm_surgeon --set shots=1 --sparsity 0.1      one shot; its float64 solves
+    take long python benchmarks/gradient_memory.py --small                 seconds: does it run at all; its figures mean
+    little
 """
 
 from __future__ import annotations
@@ -127,7 +129,8 @@ def _child_prune(model: str, ids: str, out: str, method: str, sparsity: float, o
 def _print(run: dict[str, Any]) -> None:
     said = ", ".join([f"{run['sparsity']:.0%}", *(f"{name}={value}" for name, value in run["options"].items())])
     print(
-        f"{run['method']} {said}; {run['tokens']} random tokens, {run['blocks']} blocks, bf16 weights, CPU; MB (10^6 bytes)"
+        f"{run['method']} {said}; {run['tokens']} random tokens, {run['blocks']} blocks, bf16 weights, CPU; MB (10^6 "
+        "bytes)"
     )
     lines = {
         "parameters (millions)": "parameters",

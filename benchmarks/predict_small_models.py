@@ -1,12 +1,14 @@
-"""How well perplexity after slicing is predicted, on models that share nothing but the text: laws fitted to points, and the spectrum of the dense model.
+"""How well perplexity after slicing is predicted, on models that share nothing but the text: laws fitted to points, and
+the spectrum of the dense model.
 
-    python benchmarks/small_models.py --out runs/small
-    python benchmarks/predict_small_models.py --models runs/small --out runs/laws [--stories ../shared/models/stories260K]
+    python benchmarks/small_models.py --out runs/small python benchmarks/predict_small_models.py --models runs/small
+    --out runs/laws [--stories ../shared/models/stories260K]
 
-For each model: a SliceGPT sweep (kept in --out, resumed), then the root mean square error in ln PPL over its points of the laws of
-`secateur predict` (held out), of the paper's law without fitted constants, and of the spectrum: scaled by no point of this
-model (by the geometric mean over the other models), and by one point. stories260K, where it is there, is calibrated and measured on text
-that it writes itself, since text unlike its training text tells little of it. Prints a table and ends with one JSON line.
+For each model: a SliceGPT sweep (kept in --out, resumed), then the root mean square error in ln PPL over its points of
+the laws of `secateur predict` (held out), of the paper's law without fitted constants, and of the spectrum: scaled by
+no point of this model (by the geometric mean over the other models), and by one point. stories260K, where it is there,
+is calibrated and measured on text that it writes itself, since text unlike its training text tells little of it. Prints
+a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -182,7 +184,8 @@ def main() -> None:
     }
     columns |= {"ratio": "ratio", "exponential": "exponential", "phase": "phase", "c": "c"}
     print(
-        "RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, `one point` one, the rest all but the one predicted"
+        "RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, `one point` "
+        "one, the rest all but the one predicted"
     )
     print(" ".join([f"{'model':12}", *(f"{title:>11}" for title in columns.values())]))
     for row in rows:
@@ -193,7 +196,8 @@ def main() -> None:
         )
     scales = np.exp(list(logs.values()))
     print(
-        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {scales.min():.2f} to {scales.max():.2f}"
+        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {scales.min():.2f} to "
+        f"{scales.max():.2f}"
     )
     print(json.dumps({"benchmark": "predict_small_models", "rows": rows}))
 

@@ -1,9 +1,11 @@
-"""Train small models of other families and widths on the built-in text, for what needs more than one model to be believed.
+"""Train small models of other families and widths on the built-in text, for what needs more than one model to be
+believed.
 
-    python benchmarks/small_models.py --out runs/small            # opt, phi and two LLaMAs, about 10 minutes each on one core
-    python benchmarks/small_models.py --out runs/small --only opt
+    python benchmarks/small_models.py --out runs/small            # opt, phi and two LLaMAs, about 10 minutes each on
+    one core python benchmarks/small_models.py --out runs/small --only opt
 
-They use the tokenizer of the bundled model and the train part of the built-in text. Prints a table and ends with one JSON line.
+They use the tokenizer of the bundled model and the train part of the built-in text. Prints a table and ends with one
+JSON line.
 """
 
 from __future__ import annotations

@@ -1,19 +1,23 @@
-"""How fast SparseGPT is here, beside a straightforward implementation of the published procedure and beside the machine's own limit.
+"""How fast SparseGPT is here, beside a straightforward implementation of the published procedure and beside the
+machine's own limit.
 
-Both prune the same random LLaMA on the same random token ids, on CPU in float32. They take turns; figures are the smallest of all runs. Two models:
-6 blocks of width 192 on 128 x 256 tokens, and 4 blocks of width 768 on 16 x 256.
+Both prune the same random LLaMA on the same random token ids, on CPU in float32. They take turns; figures are the
+smallest of all runs. Two models: 6 blocks of width 192 on 128 x 256 tokens, and 4 blocks of width 768 on 16 x 256.
 
-The straightforward implementation follows arXiv:2301.00774, algorithm 1: the whole model in memory, one window at a time; in each block one pass with a
-running Hessian 2 X X^T in float32 at every linear module (seven a block), then for each module Cholesky, inverse, Cholesky of the inverse, and the
-loop over all columns in lazy blocks of 128; and a second pass for the inputs of the next block. It runs with eager attention, which is what the authors' code
-had, or with the fused attention (sdpa) that secateur runs: `--attention`, both by default.
+The straightforward implementation follows arXiv:2301.00774, algorithm 1: the whole model in memory, one window at a
+time; in each block one pass with a running Hessian 2 X X^T in float32 at every linear module (seven a block), then for
+each module Cholesky, inverse, Cholesky of the inverse, and the loop over all columns in lazy blocks of 128; and a
+second pass for the inputs of the next block. It runs with eager attention, which is what the authors' code had, or with
+the fused attention (sdpa) that secateur runs: `--attention`, both by default.
 
-The floor: two passes of all tokens through the block matrices, and one second moment [I, I] for each of the four distinct inputs of a block, at the
-rate at which this machine multiplies [2048, 1024] by [1024, 1024]. It leaves out attention, norms, activations, the solve and files; secateur skips some of the
-products (what follows the last input that a statistics pass needs, the second pass of the last block, three eighths of a second moment).
+The floor: two passes of all tokens through the block matrices, and one second moment [I, I] for each of the four
+distinct inputs of a block, at the rate at which this machine multiplies [2048, 1024] by [1024, 1024]. It leaves out
+attention, norms, activations, the solve and files; secateur skips some of the products (what follows the last input
+that a statistics pass needs, the second pass of the last block, three eighths of a second moment).
 
-The results are not the same to the bit: the published threshold removes one weight more of each block of columns, float32 Hessians are less exact, and what
-differs in one block is carried on. The fraction of entries that are zero in one result alone is printed.
+The results are not the same to the bit: the published threshold removes one weight more of each block of columns,
+float32 Hessians are less exact, and what differs in one block is carried on. The fraction of entries that are zero in
+one result alone is printed.
 
 `--clock cpu` takes the processor time of one thread, which a busy machine disturbs less.
 
@@ -268,7 +272,8 @@ def _print(result: dict[str, Any]) -> None:
     ours, theirs, ratio, floor = result["secateur"], result["straightforward"], result["ratio"], result["floor_seconds"]
     wanted = END_TO_END[result["model"]]
     print(
-        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}, {result['tokens']:,} tokens: ",
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}, "
+        f"{result['tokens']:,} tokens: ",
         end="",
     )
     print(f"seconds, minimum of {result['repeats']}")
@@ -286,7 +291,8 @@ def _print(result: dict[str, Any]) -> None:
     header = ("", "secateur", "floor", *(cell for attention in theirs for cell in (attention, "ratio")), "target")
     table(header, [*(row(part, part) for part in PARTS), row("end to end", "total")])
     print(
-        f"  the floor is at {result['gflops']:.0f} GFLOP/s; zero patterns differ in {result['differing']:.3%} of the entries",
+        f"  the floor is at {result['gflops']:.0f} GFLOP/s; zero patterns differ in {result['differing']:.3%} of the "
+        "entries",
         flush=True,
     )
 

@@ -1,5 +1,6 @@
-"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the tables of protocols and of laws,
-the example of the activation flow."""
+"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the tables of
+protocols and of laws, the example of the activation flow.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +36,10 @@ def method_page(method: Method) -> str:
     )
     rows = "\n".join(f"| `{f.name}` | `{f.default!r}` | {' '.join(told.get(f.name, '').split())} |" for f in fields)
     return (
-        f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` also as `--pattern`).\n\n"
-        f"| option | default | |\n|---|---|---|\n{rows}\n\n## Use\n\n```sh\nsecateur prune MODEL --method {method.name} --sparsity 0.5 --out DIR\n```\n\n"
+        f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` "
+        "also as `--pattern`).\n\n"
+        f"| option | default | |\n|---|---|---|\n{rows}\n\n## Use\n\n```sh\nsecateur prune MODEL --method "
+        f"{method.name} --sparsity 0.5 --out DIR\n```\n\n"
         f"The code is `{_code(method)}`.\n"
     )
 
@@ -62,7 +65,8 @@ def methods_index(names: list[str]) -> str:
 def cli_page() -> str:
     """Every command with its arguments and options."""
     parts = [
-        "# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.\n"
+        "# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, "
+        "everything else to stderr.\n"
     ]
     top = get_command(app).commands  # type: ignore[attr-defined]
     groups = {name: command.commands for name, command in top.items() if hasattr(command, "commands")}
@@ -78,7 +82,9 @@ def cli_page() -> str:
             )
             shown = parameter.default not in (None, False, "", ()) and not parameter.required
             rows.append(
-                f"| {flags} | {(getattr(parameter, 'help', '') or '').strip()}{f' Default: `{parameter.default}`.' if shown else ''} |"
+                f"| {flags} | "
+                f"{(getattr(parameter, 'help', '') or '').strip()}{f' Default: `{parameter.default}`.' if shown else ''} "
+                "|"
             )
         parts.append(
             f"## secateur {name}\n\n{inspect.cleandoc(command.help or '')}\n\n| | |\n|---|---|\n"
@@ -99,7 +105,8 @@ def protocols_table() -> str:
             if value
         )
         rows.append(
-            f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` | {p.bos} | {p.tail} | {limits or 'none'} |"
+            f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` | {p.bos} | {p.tail} | "
+            f"{limits or 'none'} |"
         )
     heading = "| name | who | text | window | join | BOS | tail | limit |\n|---|---|---|---|---|---|---|---|\n"
     return heading + "\n".join(rows) + "\n"
@@ -127,7 +134,8 @@ def laws_table() -> str:
 def published_table() -> str:
     """The paper's own fits."""
     rows = [
-        f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |"
+        f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | "
+        f"{r.rmse:.2f} |"
         for r in TABLE_3
     ]
     return f"| {SOURCE}, SliceGPT | data | a | b | RMSE in y |\n|---|---|---:|---:|---:|\n" + "\n".join(rows) + "\n"

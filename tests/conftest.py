@@ -66,7 +66,9 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
-    """`with interrupted_at("block-00001"): api.prune(...)` ends as Ctrl-C does, when one of these parts of the checkpoint is to be written."""
+    """`with interrupted_at("block-00001"): api.prune(...)` ends as Ctrl-C does, when one of these parts of the
+    checkpoint is to be written.
+    """
     from secateur.models.save import CheckpointWriter
 
     write = CheckpointWriter.write

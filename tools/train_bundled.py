@@ -2,9 +2,10 @@
 
     python tools/train_bundled.py --out src/secateur/bundled/model
 
-Text and split are those of `secateur.text.builtin` (train part, the library's test suite included). One seed fixes the tokenizer, the weights and
-the order of the data. The state is saved every few minutes; the same command again continues. At the end it writes bf16
-safetensors, tokenizer and model card with the held-out perplexity, the bits per byte and a sample.
+Text and split are those of `secateur.text.builtin` (train part, the library's test suite included). One seed fixes the
+tokenizer, the weights and the order of the data. The state is saved every few minutes; the same command again
+continues. At the end it writes bf16 safetensors, tokenizer and model card with the held-out perplexity, the bits per
+byte and a sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""secateur prunes Hugging Face causal language models, saves checkpoints that other tools load, and measures what the pruning cost.
+"""secateur prunes Hugging Face causal language models, saves checkpoints that other tools load, and measures what the
+pruning cost.
 
     from secateur import api
 

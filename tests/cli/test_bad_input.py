@@ -158,7 +158,8 @@ def edit_config(folder: Path, **fields: Any) -> None:
                     "sparsity_config": {"format": "sparse-24-bitmask"},
                 }
             },
-            "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, which leaves zeros out (they are not quantised)",
+            "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, which leaves zeros out "
+            "(they are not quantised)",
         ),
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
         ({"model_type": "llava", "vision_config": {}}, "'llava' is multimodal"),

@@ -230,7 +230,10 @@ def test_importing_secateur_registers_the_pruned_classes_before_or_after_transfo
         ("import secateur", "import transformers"),
         ("import transformers; transformers.AutoModelForCausalLM", "import secateur"),
     )
-    last = "from transformers import AutoConfig, AutoModelForCausalLM\nprint(AutoConfig.for_model('secateur_llama').model_type)"
+    last = (
+        "from transformers import AutoConfig, "
+        "AutoModelForCausalLM\nprint(AutoConfig.for_model('secateur_llama').model_type)"
+    )
     started = [
         subprocess.Popen([sys.executable, "-c", "\n".join((*order, last))], stdout=subprocess.PIPE, text=True)
         for order in orders

@@ -1,4 +1,6 @@
-"""Configurations off the beaten path: the stream equals the whole model, and the narrowed, reloaded model equals the in-memory one."""
+"""Configurations off the beaten path: the stream equals the whole model, and the narrowed, reloaded model equals the
+in-memory one.
+"""
 
 from __future__ import annotations
 

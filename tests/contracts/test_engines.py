@@ -1,7 +1,8 @@
 """What engines take for weights in a folder that we write is the weights, and nothing else.
 
-The patterns are those of the engines' own loaders (vLLM 0.32, SGLang 0.5, text-generation-inference 3, llama.cpp's convert_hf_to_gguf.py, mlx-lm 0.28,
-CTranslate2 4.8, which asks transformers). An engine takes the first pattern that matches anything.
+The patterns are those of the engines' own loaders (vLLM 0.32, SGLang 0.5, text-generation-inference 3, llama.cpp's
+convert_hf_to_gguf.py, mlx-lm 0.28, CTranslate2 4.8, which asks transformers). An engine takes the first pattern that
+matches anything.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def stored_parameters(folder: Path) -> int:
 
 
 def counted(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
-    """(FLOPs of the linear maps, FLOPs of attention's products) in one pass over `tokens` tokens that all see one another."""
+    """(FLOPs of the linear maps, FLOPs of attention's products) in one pass over `tokens` tokens that all see one
+    another.
+    """
     model.set_attn_implementation("eager")  # torch's counter does not know every fused kernel
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -49,7 +51,9 @@ def counted(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
 
 
 def narrower(model_type: str, width: int, *, tied: bool) -> Any:
-    """A view of a real model with another residual width and the same heads and feed-forward units, weights not allocated."""
+    """A view of a real model with another residual width and the same heads and feed-forward units, weights not
+    allocated.
+    """
     fields = {"hidden_size": width, "tie_word_embeddings": tied}
     if (
         model_type == "opt"

@@ -58,7 +58,9 @@ def quick(ids_file: str) -> api.HealRequest:
 def test_healing_trains_what_it_writes(
     method: str, model_type: str, pruned: Callable[..., Path], quick: api.HealRequest, windows: Any, tmp_path: Path
 ) -> None:
-    """Perplexity falls (the tiny model is healed on what it is measured on), and the record, the plan and the files agree; zeros are the same bits."""
+    """Perplexity falls (the tiny model is healed on what it is measured on), and the record, the plan and the files
+    agree; zeros are the same bits.
+    """
     folder = pruned(model_type, method)
     record = api.heal(replace(quick, model=str(folder)), tmp_path / "healed")
     assert record["ppl"] < record["ppl_before"]

@@ -1,4 +1,6 @@
-"""Heads: importances against masks put into the whole model, and what is kept of them, with shared key-value heads and without."""
+"""Heads: importances against masks put into the whole model, and what is kept of them, with shared key-value heads and
+without.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""SliceGPT against a naive float64 reference: the stock model, run whole, with the residual stream projected at every place."""
+"""SliceGPT against a naive float64 reference: the stock model, run whole, with the residual stream projected at every
+place.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rotated_at_full_width(model: PreTrainedModel, windows: Tensor, **options: Any) -> PreTrainedModel:
-    """The model with every place rotated and nothing sliced, which the command line leaves out (sparsity 0 is the identity there)."""
+    """The model with every place rotated and nothing sliced, which the command line leaves out (sparsity 0 is the
+    identity there).
+    """
     view = canonical_view(api.view_model(model), model.dtype)
     settings = METHOD.options({"orientation": "random", **options})
     job = Job(view, METHOD, settings, ({},) * view.blocks, sparsity=0.0, seed=4)
@@ -93,10 +97,11 @@ def test_rotating_alone_equals_the_stock_model(model_type: str, tied: bool, wind
 
 
 class Reference:
-    """The procedure on the stock model, in float64: every half of a block is run whole, and projected on its principal directions.
+    """The procedure on the stock model, in float64: every half of a block is run whole, and projected on its principal
+    directions.
 
-    Projecting is what slicing amounts to: with orthonormal Q, (x Q) (W Q)^T = (x Q Q^T) W^T, the norm of x Q is that of x Q Q^T, and an
-    adapter Q1^T Q2 takes x Q1 to (x Q1 Q1^T) Q2. No weight is rotated here, and no adapter made.
+    Projecting is what slicing amounts to: with orthonormal Q, (x Q) (W Q)^T = (x Q Q^T) W^T, the norm of x Q is that of
+    x Q Q^T, and an adapter Q1^T Q2 takes x Q1 to (x Q1 Q1^T) Q2. No weight is rotated here, and no adapter made.
     """
 
     def __init__(

@@ -80,7 +80,9 @@ def test_one_file_or_shards_hold_the_same(
 def test_shards_of_the_same_run_have_the_same_bytes(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Safetensors draws the order of metadata at random, so what a part notes for a resumed run may not be carried into a shard."""
+    """Safetensors draws the order of metadata at random, so what a part notes for a resumed run may not be carried into
+    a shard.
+    """
     monkeypatch.setattr(save, "ONE_FILE_UP_TO", 1000)
     for name in ("one", "two", "three"):
         api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5), tmp_path / name)

@@ -144,7 +144,9 @@ def test_intervals_of_the_fit_are_the_textbook_ones() -> None:
 
 @pytest.mark.parametrize("name", ["ratio", "theory", "power", "proportional", "exponential"])
 def test_intervals_cover(name: str) -> None:
-    """2,000 seeded studies of six points with normal errors in y: a seventh falls inside 95% of the intervals (2,000 draws have a standard error of 0.5%)."""
+    """2,000 seeded studies of six points with normal errors in y: a seventh falls inside 95% of the intervals (2,000
+    draws have a standard error of 0.5%).
+    """
     law = next(law for law in LAWS if law.name == name)
     draw, s, new, trials = (
         np.random.default_rng(11),

@@ -361,8 +361,8 @@ def test_where_keeps_one_method(tmp_path: Path) -> None:
     status, said = refused(file)
     assert status == 1
     assert (
-        "the records differ in method: slicegpt, wanda; one law is for one of them: --where NAME=VALUE keeps one of them"
-        in said
+        "the records differ in method: slicegpt, wanda; one law is for one of them: --where NAME=VALUE keeps one of "
+        "them" in said
     )
     assert ask(file, "--where", "method=slicegpt")["a"] == pytest.approx(-1.08)
     assert ask(file, "--where", "method=wanda", "--where", "options.orientation=pca")["measured"][0][

@@ -1,4 +1,6 @@
-"""What was learned: variants, seeds and lambda are told apart, every figure is drawn where the records allow, and the paper's tables stand beside them."""
+"""What was learned: variants, seeds and lambda are told apart, every figure is drawn where the records allow, and the
+paper's tables stand beside them.
+"""
 
 from __future__ import annotations
 

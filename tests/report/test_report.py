@@ -1,4 +1,6 @@
-"""The report: every number is on the page, the page needs nothing else, and it does not compare what cannot be compared."""
+"""The report: every number is on the page, the page needs nothing else, and it does not compare what cannot be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -185,8 +187,8 @@ def test_ratios_are_to_the_dense_model_and_rows_are_sorted(study: list[dict[str,
 def test_headline_compares_methods_at_the_highest_common_sparsity(study: list[dict[str, Any]], tmp_path: Path) -> None:
     seen = text_of(write_report(study, tmp_path / "report.html")[0])
     assert (
-        f"At 60% sparsity, wanda has the lowest perplexity of the 2 compared: 48.37, 2.40 {TIMES} the dense model's 20.17; magnitude has 412.70."
-        in seen
+        f"At 60% sparsity, wanda has the lowest perplexity of the 2 compared: 48.37, 2.40 {TIMES} the dense model's "
+        "20.17; magnitude has 412.70." in seen
     )
     lonely = prune_record(
         "wanda", 0.7, tmp_path / "w7"

@@ -1,4 +1,6 @@
-"""Methods side by side: what is run and what is refused, one protocol, own processes, resuming, the table and the published numbers beside it."""
+"""Methods side by side: what is run and what is refused, one protocol, own processes, resuming, the table and the
+published numbers beside it.
+"""
 
 from __future__ import annotations
 

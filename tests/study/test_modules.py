@@ -1,4 +1,6 @@
-"""`study modules`: cells against prune and eval, resuming, other processes, what is refused, and what is said of the result."""
+"""`study modules`: cells against prune and eval, resuming, other processes, what is refused, and what is said of the
+result.
+"""
 
 from __future__ import annotations
 
@@ -273,7 +275,9 @@ def _task(folder: Path, name: str, **fields: Any) -> None:
 
 
 def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Questions with their right answers, of the training part where there is one; those without an answer are left out."""
+    """Questions with their right answers, of the training part where there is one; those without an answer are left
+    out.
+    """
     files = tmp_path / "files"
     files.mkdir()
     rows = {

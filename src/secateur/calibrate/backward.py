@@ -145,7 +145,9 @@ class Backward:
             )
 
     def _loss(self) -> float:
-        """Turn the last hidden state into the gradient of the loss, in place, some tokens at a time; returns the mean loss."""
+        """Turn the last hidden state into the gradient of the loss, in place, some tokens at a time; returns the mean
+        loss.
+        """
         family = self.view.family
         norm, projection = self._outer(family.final_norm), self._outer(family.head)
         head = capped(projection, family.cap_of(self.view.config))

@@ -287,9 +287,7 @@ class _Shapes:
             reads, writes = _letters(name, COLUMNS[name]), _letters(name, ROWS[name])
             out = Axis(writes, size)
             part = (start, start + size) if len(names) > 1 else None
-            maps.append(
-                Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part)
-            )
+            maps.append(Map(name, path, "product", (Axis(reads, inputs), out), out if biased else None, (index,), part))
             start += size
         return maps
 

@@ -1,7 +1,7 @@
 """The pruning methods, found by name. `--method wanda` is `methods/wanda.py`, or the folder `methods/wanda/`.
 
-What such a module must say and may say is written down in `methods/contract.py`. Other packages add methods by the entry point
-`secateur.methods`.
+What such a module must say and may say is written down in `methods/contract.py`. Other packages add methods by the
+entry point `secateur.methods`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Methods side by side: one model, one protocol, the same measured pruning ratio; the table that papers print.
 
-A cell is one method at one ratio, or at one sparsity where it zeroes weights; with `heal`, each is also measured after low-rank recovery. Every prune and every
-healing runs in a process of its own, so that its peak of memory is its own.
+A cell is one method at one ratio, or at one sparsity where it zeroes weights; with `heal`, each is also measured after
+low-rank recovery. Every prune and every healing runs in a process of its own, so that its peak of memory is its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ _ZEROED = "unstructured"  # and one that removes parameters by default, where we
 
 @dataclass
 class Cells:
-    """What will be run, and what cannot be done, with the reason; `failed`, `untimed` and `unhealed` fill during the run."""
+    """What will be run, and what cannot be done, with the reason; `failed`, `untimed` and `unhealed` fill during the
+    run.
+    """
 
     runs: dict[str, Request] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -56,7 +58,11 @@ class Cells:
     def notes(self) -> list[str]:
         """What was not run, timed or healed, and why, a line a reason."""
         reasons: dict[tuple[str, str], list[str]] = {}
-        for what, missing in {"run": self.refused | self.failed, "timed": self.untimed, "healed": self.unhealed}.items():
+        for what, missing in {
+            "run": self.refused | self.failed,
+            "timed": self.untimed,
+            "healed": self.unhealed,
+        }.items():
             for label, reason in missing.items():
                 reasons.setdefault((what, reason), []).append(label)
         return [f"Not {what}: {', '.join(labels)}: {reason}" for (what, reason), labels in reasons.items()]
@@ -120,17 +126,31 @@ def cells(asked: CompareRequest) -> Cells:
         SecateurError: no cell can be done; the reason of the first is given.
     """
     if not asked.methods:
-        raise UsageError("--methods is empty: name methods, as in --methods slicegpt,magnitude (`secateur methods` lists them)")
+        raise UsageError(
+            "--methods is empty: name methods, as in --methods slicegpt,magnitude (`secateur methods` lists them)"
+        )
     kinds = [parse_pattern(pattern).kind for pattern in asked.patterns]
     if not (asked.ratios or asked.sparsities or "n:m" in kinds):
-        raise UsageError("nothing to compare at: give --params-removed R,..., or --sparsity S,... or --patterns N:M for methods that zero weights")
+        raise UsageError(
+            "nothing to compare at: give --params-removed R,..., or --sparsity S,... or --patterns N:M for methods "
+            "that zero weights"
+        )
     if others := sorted(set(asked.options) - set(asked.methods)):
         raise UsageError(f"--set {others[0]}.OPTION: '{others[0]}' is not among --methods {','.join(asked.methods)}")
     found, errors = Cells(), []
     for name in dict.fromkeys(asked.methods):
         method, options = find_method(name), asked.options.get(name, {})
         own = getattr(method.options(options), "pattern", None)
-        base = replace(asked.base, method=name, sparsity=None, params_removed=None, pattern=None, modules=None, options=options, at_least=False)
+        base = replace(
+            asked.base,
+            method=name,
+            sparsity=None,
+            params_removed=None,
+            pattern=None,
+            modules=None,
+            options=options,
+            at_least=False,
+        )
         attempts = _attempts(base, asked, own)
         for label, (request, guessed) in attempts.items():
             try:
@@ -143,7 +163,9 @@ def cells(asked: CompareRequest) -> Cells:
             found.runs[label] = request
         if not attempts:
             found.refused[name] = (
-                "it removes parameters: give --params-removed R" if own is None else f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
+                "it removes parameters: give --params-removed R"
+                if own is None
+                else f"its patterns ({own}) zero weights: give --sparsity S, or --patterns N:M"
             )
             errors.append(UsageError(f"{name}: {found.refused[name]}"))
     if not found.runs:
@@ -163,8 +185,13 @@ def _attempts(base: Request, asked: CompareRequest, own: str | None) -> dict[str
         request = replace(base, pattern=pattern if own is not None else None)
         kind = None if pattern is None else parse_pattern(pattern)
         if kind is None or kind.structured:
-            for ratio in sorted(filter(None, asked.ratios)):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
-                found[f"{point_name(request, ratio)}-params"] = (replace(request, params_removed=ratio, at_least=asked.base.at_least), pattern in guesses)
+            for ratio in sorted(
+                filter(None, asked.ratios)
+            ):  # of a gradual method the higher ones go on from the lower; the dense model is always measured
+                found[f"{point_name(request, ratio)}-params"] = (
+                    replace(request, params_removed=ratio, at_least=asked.base.at_least),
+                    pattern in guesses,
+                )
         elif kind.implied_sparsity is not None:
             found[point_name(request, kind.implied_sparsity)] = (request, False)
         else:
@@ -174,7 +201,14 @@ def _attempts(base: Request, asked: CompareRequest, own: str | None) -> dict[str
 
 
 def run(
-    asked: CompareRequest, todo: Cells, out: Path, measure: EvalRequest, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+    asked: CompareRequest,
+    todo: Cells,
+    out: Path,
+    measure: EvalRequest,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: Path | None = None,
 ) -> Iterator[Record]:
     """Prune, measure, heal and measure again; yields the evaluation records as they come, the dense model's first.
 
@@ -211,7 +245,9 @@ def run(
             healed = out / (label + _HEALED)
             again = replace(asked.heal, model=str(target))
             with _noted(todo.unhealed, label, "was not healed"):
-                yield _finished_here(healed, resume)(_heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite)
+                yield _finished_here(healed, resume)(
+                    _heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite
+                )
     rmtree(out / STATES, ignore_errors=True)
 
 
@@ -227,12 +263,18 @@ def _noted(where: dict[str, str], label: str, words: str) -> Iterator[None]:
 
 def _bench(request: BenchRequest, dense: str, target: Path, records_file: Path, resume: bool) -> None:
     """Time a result beside the dense model, unless that was done."""
-    done = [r for r in records.read([records_file]) if r.get("command") == "bench" and r.get("out") == str(target)] if resume else []
+    done = (
+        [r for r in records.read([records_file]) if r.get("command") == "bench" and r.get("out") == str(target)]
+        if resume
+        else []
+    )
     if not done:
         in_own_process(_time, replace(request, model=str(target), dense=dense), records_file)
 
 
-def summary(asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None) -> Comparison | None:
+def summary(
+    asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None
+) -> Comparison | None:
     """Write `compare.md` and `report.html` into `out`; returns the table.
 
     Args:
@@ -249,7 +291,9 @@ def summary(asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Recor
     result = comparison(group(collect(both))[0].rows, both)
     if result is not None:
         notes = [*result.notes, *todo.notes()]
-        (out / "compare.md").write_text(f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8")
+        (out / "compare.md").write_text(
+            f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8"
+        )
     from secateur.report import html  # matplotlib takes a second
 
     html.write_report(both, out / "report.html", title=f"{model}: methods compared")
@@ -275,7 +319,10 @@ def in_own_process(work: Callable[..., T], *given: Any) -> T:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
             return pool.submit(work, *given).result()
     except BrokenProcessPool as error:
-        raise SecateurError("its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with --resume") from error
+        raise SecateurError(
+            "its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with "
+            "--resume"
+        ) from error
 
 
 def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:
@@ -283,13 +330,17 @@ def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:
     return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _prune(request: Request, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
+def _prune(
+    request: Request, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool
+) -> Record:
     _quiet()
     prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file, states=target.parent / STATES)
     return evaluate(measure, records_file=records_file, resume=resume)
 
 
-def _heal(request: HealRequest, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool) -> Record:
+def _heal(
+    request: HealRequest, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool
+) -> Record:
     _quiet()
     heal(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
     return evaluate(measure, records_file=records_file, resume=resume)

@@ -1,7 +1,7 @@
 """The ablations of DISP-LLM (arXiv:2410.11988, tables 4, 10, 12 and figures 5a to 5f), on any model.
 
-What is varied is data: `VARIANTS`. A cell is one variant at one sparsity with one seed, pruned and measured like any other run, so its record goes into
-every report; cells that several parts share are made once.
+What is varied is data: `VARIANTS`. A cell is one variant at one sparsity with one seed, pruned and measured like any
+other run, so its record goes into every report; cells that several parts share are made once.
 """
 
 from __future__ import annotations
@@ -45,17 +45,30 @@ class Variant:
 FULL = Variant("full", {})
 VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "ratios": (FULL,),
-    "hypernetwork": (FULL, Variant("without hypernetwork", {"hypernetwork": "none"}), Variant("without Bi-GRU", {"hypernetwork": "linear"})),
+    "hypernetwork": (
+        FULL,
+        Variant("without hypernetwork", {"hypernetwork": "none"}),
+        Variant("without Bi-GRU", {"hypernetwork": "linear"}),
+    ),
     "constrained": (FULL, Variant("constrained", {"constrained": True})),
     "estimator": (FULL, *(Variant(gate, {"gate": gate}) for gate in ("reinmax-printed", "straight-through", "gumbel"))),
     "norm": (FULL, Variant("select, then norm", {"norm": "selected"})),
     "separate": (FULL, Variant("q, k and v apart", {"separate": True})),
-    "beyond": (FULL, Variant("warm start", {"warm": 32}), Variant("scales", {"scale": True}), Variant("both", {"warm": 32, "scale": True})),
-    "lambda": tuple(Variant(f"lambda {strength:g}", {"strength": strength}, highest=True) for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)),
+    "beyond": (
+        FULL,
+        Variant("warm start", {"warm": 32}),
+        Variant("scales", {"scale": True}),
+        Variant("both", {"warm": 32, "scale": True}),
+    ),
+    "lambda": tuple(
+        Variant(f"lambda {strength:g}", {"strength": strength}, highest=True)
+        for strength in (1.0, 2.0, 4.0, 6.0, 8.0, 10.0)
+    ),
     "seeds": (Variant(f"{SEEDS} seeds", {}, seeds=SEEDS),),
 }
-"""Part -> what it varies. `hypernetwork` is table 4; with `constrained` it is figures 5a to 5d; `ratios` figures 5e, 5f and tables 13, 14; `lambda` table 12;
-`seeds` table 10; `separate` its section 4.1; `beyond` is not in the paper."""
+"""Part -> what it varies. `hypernetwork` is table 4; with `constrained` it is figures 5a to 5d; `ratios` figures 5e, 5f
+and tables 13, 14; `lambda` table 12; `seeds` table 10; `separate` its section 4.1; `beyond` is not in the paper.
+"""
 
 
 @dataclass(frozen=True)
@@ -86,11 +99,22 @@ def cells(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ())
             raise unknown("part of the study", part, VARIANTS)
         for variant in VARIANTS[part]:
             if both := sorted(set(variant.options) & set(base.options)):
-                raise UsageError(f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts ({', '.join(VARIANTS)})")
+                raise UsageError(
+                    f"--set {both[0]} is what part '{part}' varies; leave it out, or choose other --parts "
+                    f"({', '.join(VARIANTS)})"
+                )
             for sparsity in [max(sparsities)] if variant.highest else [s for s in sparsities if s]:
                 for seed in range(base.seed, base.seed + variant.seeds):
                     options = {**_ALWAYS, **base.options, **variant.options}
-                    found.append(Cell(part, variant, replace(base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options)))
+                    found.append(
+                        Cell(
+                            part,
+                            variant,
+                            replace(
+                                base, method=METHOD, sparsity=sparsity, params_removed=None, seed=seed, options=options
+                            ),
+                        )
+                    )
     return found
 
 
@@ -112,7 +136,9 @@ def run(
         out: the folder that receives one checkpoint a cell, and `records.jsonl`.
         measure, resume, overwrite, records_file: as for `study.sweep`.
     """
-    yield from prune_and_measure(runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file)
+    yield from prune_and_measure(
+        runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file
+    )
 
 
 def runs(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ()) -> dict[str, Request]:
@@ -125,14 +151,22 @@ def runs(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ()) 
 
 
 def estimate(base: Request, sparsities: Sequence[float], *, parts: Sequence[str] = ()) -> Record:
-    """`--dry-run`: `runs`, the names of what would be made beside the dense model, and all `steps` of learning; how long a step takes, nothing here knows.
+    """`--dry-run`: `runs`, the names of what would be made beside the dense model, and all `steps` of learning; how
+    long a step takes, nothing here knows.
 
     Raises:
         UsageError, SecateurError: as `run` does before the work.
     """
     found = runs(base, sparsities, parts)
     steps = sum(prepare(request).job.options.steps for request in found.values())
-    return {"command": "study", "study": "disp-llm", "dry_run": True, "model": base.model, "runs": list(found), "steps": steps}
+    return {
+        "command": "study",
+        "study": "disp-llm",
+        "dry_run": True,
+        "model": base.model,
+        "runs": list(found),
+        "steps": steps,
+    }
 
 
 def _name(request: Request) -> str:
@@ -148,14 +182,21 @@ def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if str(value) != str(defaults.get(name))}
 
 
-def summary(base: Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()) -> list[dict[str, Any]]:
+def summary(
+    base: Request, sparsities: Sequence[float], records: Sequence[Record], *, parts: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The table of the study.
 
     Returns:
-        One entry a part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd` (None for one run), `runs`.
+        One entry a part, variant and sparsity: `part`, `variant`, `sparsity`, `ppl` (the mean over seeds), `sd` (None
+        for one run), `runs`.
     """
     method = find_method(METHOD)
-    measured = {_key(record["options"], record["sparsity"], record["seed"]): record["ppl"] for record in records if record.get("method") == METHOD}
+    measured = {
+        _key(record["options"], record["sparsity"], record["seed"]): record["ppl"]
+        for record in records
+        if record.get("method") == METHOD
+    }
     values: dict[tuple[str, str, float], list[float]] = {}
     for cell in cells(base, sparsities, parts):
         request = cell.request
@@ -164,7 +205,14 @@ def summary(base: Request, sparsities: Sequence[float], records: Sequence[Record
             assert request.sparsity is not None
             values.setdefault((cell.part, cell.variant.name, request.sparsity), []).append(measured[key])
     return [
-        {"part": part, "variant": name, "sparsity": s, "ppl": fmean(several), "sd": _deviation(several), "runs": len(several)}
+        {
+            "part": part,
+            "variant": name,
+            "sparsity": s,
+            "ppl": fmean(several),
+            "sd": _deviation(several),
+            "runs": len(several),
+        }
         for (part, name, s), several in values.items()
     ]
 

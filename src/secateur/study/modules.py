@@ -1,11 +1,12 @@
 """Which module matters: one kind of matrix pruned at a time, at every sparsity, each result measured and none written.
 
-After the report on module-specific pruning (its sections 2.4.3, 4.1 and 4.2): each projection alone, attention, MLP and all; against the sparsity
-and against the number of weights removed; the grid of attention rate x MLP rate; calibration on the text of the task itself.
+After the report on module-specific pruning (its sections 2.4.3, 4.1 and 4.2): each projection alone, attention, MLP and
+all; against the sparsity and against the number of weights removed; the grid of attention rate x MLP rate; calibration
+on the text of the task itself.
 
-Two modes. `shared`: the statistics of the dense model are collected once, and every cell is cut from the dense weights by them. `sequential`: every cell
-is what `secateur prune --modules` gives, where a block is calibrated on the outputs of the pruned ones before it. A cell is a record; those that are in
-the records are not made again.
+Two modes. `shared`: the statistics of the dense model are collected once, and every cell is cut from the dense weights
+by them. `sequential`: every cell is what `secateur prune --modules` gives, where a block is calibrated on the outputs
+of the pruned ones before it. A cell is a record; those that are in the records are not made again.
 """
 
 from __future__ import annotations
@@ -74,30 +75,39 @@ def cells(view: ModelView, pattern: Pattern, asked: ModulesRequest) -> list[Cell
     """The cells, each once.
 
     Raises:
-        UsageError: a kind that matches nothing, a sparsity outside [0, 1], N:M that does not divide a matrix, a mode that there is not,
-            more weights than any kind has, nothing to prune.
+        UsageError: a kind that matches nothing, a sparsity outside [0, 1], N:M that does not divide a matrix, a mode
+            that there is not, more weights than any kind has, nothing to prune.
     """
     if asked.mode not in MODES:
         raise UsageError(f"--mode {asked.mode}: unknown (known: {', '.join(MODES)})")
     if pattern.structured:
         raise UsageError(
-            f"study modules: pattern {pattern} removes units that several matrices share, so a kind cannot be pruned alone; use unstructured or N:M"
+            f"study modules: pattern {pattern} removes units that several matrices share, so a kind cannot be pruned "
+            "alone; use unstructured or N:M"
         )
     kinds = list(dict.fromkeys(asked.kinds or (*view.matrix_shapes(0), *GROUPS)))
     implied = pattern.implied_sparsity
     sparsities = list(asked.sparsities) or (list(SPARSITIES) if implied is None else [implied])
     if implied is not None and (asked.weights or asked.grid):
-        raise UsageError(f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out")
+        raise UsageError(
+            f"study modules: pattern {pattern} fixes the sparsity at {implied:g}; leave --weights and --grid out"
+        )
     found = [Cell(kind, s, f"{kind}={s:g}") for kind in kinds for s in sparsities if s]
     sizes = {kind: _size(view, kind, pattern) for kind in kinds}
     for n in asked.weights:
         if n > max(sizes.values()):
-            raise UsageError(f"--weights {n}: no kind has so many (the largest is {max(sizes, key=sizes.__getitem__)}, with {max(sizes.values()):,})")
+            raise UsageError(
+                f"--weights {n}: no kind has so many (the largest is {max(sizes, key=sizes.__getitem__)}, with "
+                f"{max(sizes.values()):,})"
+            )
     for kind, size in sizes.items():
         found += [Cell(kind, n / size, f"{kind}={n / size:.6g}") for n in asked.weights if 0 < n <= size]
     found += [_grid_cell(a, m) for a in asked.grid for m in asked.grid if a or m]
     if not found:
-        raise UsageError("study modules: nothing would be pruned at a sparsity of 0; ask for others with --sparsity, or for --weights N or --grid S,S")
+        raise UsageError(
+            "study modules: nothing would be pruned at a sparsity of 0; ask for others with --sparsity, or for "
+            "--weights N or --grid S,S"
+        )
     for cell in found:
         _rates(view, cell, pattern)
     return list({cell.modules: cell for cell in found}.values())
@@ -167,7 +177,10 @@ def run(
     started = time.monotonic()
     for number, record in enumerate(made, start=1):  # no bar: measuring a cell shows one of its own
         left = (time.monotonic() - started) / number * (len(missing) - number)
-        say(f"study: {number} of {len(missing)}, {record['modules'] or 'dense'}: ppl {record['ppl']:.4g}, about {left:.0f} s left")
+        say(
+            f"study: {number} of {len(missing)}, {record['modules'] or 'dense'}: ppl {record['ppl']:.4g}, about "
+            f"{left:.0f} s left"
+        )
         records.append(file, record)
         done[record["key"]] = record
     yield from (done[work.key(cell)] for cell in wanted)
@@ -178,7 +191,9 @@ def _finished(file: Path) -> dict[str, Record]:
     return {r["key"]: r for r in records.read([file]) if r.get("command") == "study"} if file.is_file() else {}
 
 
-def estimate(request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None) -> Record:
+def estimate(
+    request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None
+) -> Record:
     """`--dry-run`: what `run` would do. Text and tasks are read, nothing is written, no weights are read.
 
     Args:
@@ -186,8 +201,9 @@ def estimate(request: Request, asked: ModulesRequest, measure: EvalRequest, *, r
         records_file: cells that it holds are done already; None where none are.
 
     Returns:
-        `cells`, `cells_done`, `cells_to_calibrate`, `calibrations` (passes over the calibration text), `calibration_tokens` and `evaluation_tokens` of all
-        of them, and `seconds_estimated` of one process, without what tasks take.
+        `cells`, `cells_done`, `cells_to_calibrate`, `calibrations` (passes over the calibration text),
+        `calibration_tokens` and `evaluation_tokens` of all of them, and `seconds_estimated` of one process, without
+        what tasks take.
 
     Raises:
         UsageError, SecateurError: as `run` does before it measures.
@@ -215,15 +231,29 @@ def estimate(request: Request, asked: ModulesRequest, measure: EvalRequest, *, r
         "calibrations": passes,
         "calibration_tokens": calibration_tokens,
         "evaluation_tokens": evaluation_tokens,
-        "seconds_estimated": round(forward_seconds(2 * calibration_tokens, matrices, *place) + forward_seconds(evaluation_tokens, matrices + head, *place), 1),
+        "seconds_estimated": round(
+            forward_seconds(2 * calibration_tokens, matrices, *place)
+            + forward_seconds(evaluation_tokens, matrices + head, *place),
+            1,
+        ),
     }
 
 
 def _prepare(request: Request, asked: ModulesRequest, measure: EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:
-    """What makes the cells, and all of them. The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it."""
+    """What makes the cells, and all of them.
+
+    The text of tasks to calibrate on is written into `folder`, and stays there if nothing is wrong with it.
+    """
     names = task_names(request.calibration or "")
-    asking = replace(measure, model=request.model, revision=request.revision, include_path=measure.include_path if measure.tasks or not names else None)
-    work = _Work(replace(request, calibration=None, include_path=None) if names else request, asked.mode, asking, str(folder))
+    asking = replace(
+        measure,
+        model=request.model,
+        revision=request.revision,
+        include_path=measure.include_path if measure.tasks or not names else None,
+    )
+    work = _Work(
+        replace(request, calibration=None, include_path=None) if names else request, asked.mode, asking, str(folder)
+    )
     wanted = [DENSE, *cells(work.prepared.job.view, work.pattern, asked)]
     if names:
         file = _write_task_text(names, request.include_path or measure.include_path, folder)
@@ -266,7 +296,10 @@ class _Work:
         prepared = prepare(replace(self.request, sparsity=None if self._implied else 0.5, modules=None))
         job = prepared.job
         if job.method.says.plan_block is None or job.whole_model:
-            raise UsageError(f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use wanda, sparsegpt or magnitude")
+            raise UsageError(
+                f"study modules: {job.method.name} has no mask for each matrix, so no kind can be pruned alone; use "
+                "wanda, sparsegpt or magnitude"
+            )
         return prepared
 
     @property
@@ -288,7 +321,11 @@ class _Work:
     @cached_property
     def dense(self) -> DenseModel:
         prepared = self.prepared
-        return DenseModel(prepared.job, load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype), self.windows)
+        return DenseModel(
+            prepared.job,
+            load_model(prepared.checkpoint, device=prepared.device, dtype=self.questions.dtype),
+            self.windows,
+        )
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -297,8 +334,16 @@ class _Work:
     @cached_property
     def _about(self) -> str:
         """What decides all cells: settings, weights, tasks."""
-        calibration = self.settings["calibration"] and {**self.settings["calibration"], "spec": None}  # the tokens tell, wherever they lie
-        about = {**self.settings, "calibration": calibration, "weights": identity(self.prepared.checkpoint), **self.questions.tasks.facts()}
+        calibration = self.settings["calibration"] and {
+            **self.settings["calibration"],
+            "spec": None,
+        }  # the tokens tell, wherever they lie
+        about = {
+            **self.settings,
+            "calibration": calibration,
+            "weights": identity(self.prepared.checkpoint),
+            **self.questions.tasks.facts(),
+        }
         about["windows"] = self.windows is not None and ids_hash(self.windows)
         return records.to_json({k: v for k, v in about.items() if k not in ("sparsity", "modules")})
 
@@ -316,7 +361,9 @@ class _Work:
         view = self.prepared.job.view
         rates = _rates(view, cell, self.pattern)
         targeted = sum(math.prod(view.matrix_shapes(index)[name]) for index, rate in enumerate(rates) for name in rate)
-        pruned = self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
+        pruned = (
+            self.dense.pruned(rates) if self.mode == "shared" or not cell.modules else self._sequentially(cell, rates)
+        )
         with pruned as removed:
             parameters = list(self.dense.model.parameters())
             nonzero = sum(int(p.count_nonzero()) for p in parameters)
@@ -352,7 +399,15 @@ class _Work:
         """As `secateur prune --modules` prunes, in memory."""
         prepared, dense = self.prepared, self.dense
         view, base = prepared.job.view, prepared.job
-        job: Job = make_job(view, prepared.checkpoint.dtype, base.method, base.options, self.pattern.implied_sparsity, cell.modules, base.seed)
+        job: Job = make_job(
+            view,
+            prepared.checkpoint.dtype,
+            base.method,
+            base.options,
+            self.pattern.implied_sparsity,
+            cell.modules,
+            base.seed,
+        )
         job = replace(job, device=prepared.device, dtype=prepared.dtype)
         stream = None
         if job.streams and self.windows is not None:
@@ -412,7 +467,10 @@ def _check_engine(engine: str) -> None:
     if engine not in _ENGINES:
         raise unknown("engine", engine, _ENGINES)
     if engine == "ray" and find_spec("ray") is None:
-        raise UsageError("--engine ray: Ray is not installed: pip install 'secateur[ray]'; without --engine, --jobs N has N processes on this machine")
+        raise UsageError(
+            "--engine ray: Ray is not installed: pip install 'secateur[ray]'; without --engine, --jobs N has N "
+            "processes on this machine"
+        )
 
 
 _ENGINES = {"processes": _in_processes, "ray": _in_ray}

@@ -185,7 +185,9 @@ def test_the_constrained_choice_is_one_for_all_and_is_written(
 def test_a_result_whose_readers_select_apart_is_pruned_further(
     model_type: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
 ) -> None:
-    """q, k and v are three matrices then, each with an input of its own, also where a stock block has one module for them."""
+    """q, k and v are three matrices then, each with an input of its own, also where a stock block has one module for
+    them.
+    """
     dense = saved(model_type, dtype=torch.bfloat16)
     first = api.Request(
         str(dense),

@@ -57,7 +57,9 @@ def tiny_with_embeddings(share: float) -> PreTrainedModel:
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
 def test_lambda_pulls_alike_whatever_the_share_of_the_embeddings(share: float) -> None:
-    """A real model with 40% of its parameters in the embeddings was at 0.09 of 0.30 after 1000 steps when the term counted all of them."""
+    """A real model with 40% of its parameters in the embeddings was at 0.09 of 0.30 after 1000 steps when the term
+    counted all of them.
+    """
     slopes, values = [], []
     for model in (tiny_with_embeddings(share), tiny_with_embeddings(0.25)):
         structures = masked_of(model, dtype=torch.float64).structures

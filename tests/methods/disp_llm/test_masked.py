@@ -1,4 +1,6 @@
-"""The masked model against a naive float64 forward, its frozen weights, its loss, its count of parameters, and what is chosen."""
+"""The masked model against a naive float64 forward, its frozen weights, its loss, its count of parameters, and what is
+chosen.
+"""
 
 from __future__ import annotations
 

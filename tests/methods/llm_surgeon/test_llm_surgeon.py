@@ -1,4 +1,6 @@
-"""LLM Surgeon: costs and updates against the exact constrained minimiser of the quadratic, factors against a naive reference, shots that go on."""
+"""LLM Surgeon: costs and updates against the exact constrained minimiser of the quadratic, factors against a naive
+reference, shots that go on.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def _case(rows: int = 4, columns: int = 5) -> tuple[Tensor, Curvature]:
 
 
 def _exact(weight: Tensor, curvature: Curvature, zero: Tensor) -> tuple[Tensor, float]:
-    """The weights that minimise d^T (G x A) d / 2 with some of them zero, by the normal equations of all of the others, and the minimum."""
+    """The weights that minimise d^T (G x A) d / 2 with some of them zero, by the normal equations of all of the others,
+    and the minimum.
+    """
     hessian = torch.kron(curvature.g_OO, curvature.a_II)
     free = (~zero).flatten()
     change = -weight.flatten()
