@@ -9,8 +9,8 @@ openreview.net/forum?id=Tr0lPx9woF), relative importance and activations:
 share of its column and of its row, so that a column or row of small weights is not removed as a whole. The default of
 the authors' code removes the floor(O * I * s) lowest weights of each matrix. `scope=row` removes the floor(I * s)
 lowest of each row, as in Wanda; N:M removes all but N of every M consecutive inputs. Weights that stay are unchanged.
-Blocks are calibrated on the outputs of the already pruned ones. Calibration of the authors' code: 128 windows of 2048 tokens
-of C4.
+Blocks are calibrated on the outputs of the already pruned ones. Calibration of the authors' code: 128 windows of 2048
+tokens of C4.
 
 Not implemented: the paper's channel permutation, which reorders inputs before N:M.
 
