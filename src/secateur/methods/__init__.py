@@ -27,7 +27,7 @@ _NO_METHODS = ("contract",)
 
 @dataclass(frozen=True)
 class Method:
-    """A method as the driver sees it: its module, its options, and what it says (`contract.Says`)."""
+    """A method as the driver sees it: its module, its options, and what its module defines (`contract.Says`)."""
 
     name: str
     module: ModuleType
@@ -35,30 +35,30 @@ class Method:
     says: Says
 
     def pattern(self, options: Any) -> Pattern | None:
-        """What its options say of it, None where it has no such option."""
+        """Return the pattern that the options name, or None for a method without the option `pattern`."""
         return parse_pattern(options.pattern) if hasattr(options, "pattern") else None
 
     def quantity(self, options: Any) -> Quantity:
-        """What its sparsity is a fraction of."""
+        """Return the quantity that a sparsity is a fraction of."""
         pattern = self.pattern(options)
         if pattern is not None and not pattern.structured:
             return WEIGHTS
         return self.says.REMOVES or (WEIGHTS if pattern is None else UNITS)
 
     def whole_model(self, options: Any) -> bool:
-        """Whether it plans all blocks at once: it can do nothing else, or its options say so."""
+        """Return True if it plans all blocks at once: it has no other way, or the option `whole_model` is set."""
         both = self.says.plan_block is not None
         return self.says.plan_model is not None and (not both or bool(getattr(options, "whole_model", False)))
 
     def gradual(self, options: Any) -> bool:
-        """Whether a lower sparsity is a stop on its way to a higher one."""
+        """Return True if a run to a higher sparsity passes through the lower ones."""
         return self.says.gradual is not None and self.says.gradual(options)
 
     def options(self, given: Mapping[str, Any]) -> Any:
-        """The options from their values, or from text as `--set` gives it.
+        """Make the options from values, or from text as `--set` gives it.
 
         Raises:
-            UsageError: an option the method does not have, or a value it does not take.
+            UsageError: the method has no such option, or the option does not allow the value.
         """
         fields = {f.name: f for f in dataclasses.fields(self.options_class)}
         values = {}
@@ -70,21 +70,21 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring of its file."""
+        """The first line of the docstring of its module."""
         return (self.module.__doc__ or "").strip().splitlines()[0]
 
 
 def method_names() -> list[str]:
-    """Every method there is."""
+    """Return the names of all methods, built in or added by other packages, sorted."""
     built_in = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_METHODS]
     return sorted({*built_in, *_added()})
 
 
 def find_method(name: str) -> Method:
-    """Find a method and check what its module says.
+    """Find a method by name, and check its module against the contract.
 
     Raises:
-        UsageError: no method has that name, or its module does not keep to the contract; file and attribute are named.
+        UsageError: no method has that name, or its module breaks the contract; the message names file and attribute.
     """
     if name not in method_names():
         raise unknown("method", name, method_names())
@@ -102,12 +102,12 @@ def find_method(name: str) -> Method:
 
 @cache
 def _added() -> dict[str, EntryPoint]:
-    """What other packages add, by name; to ask every installed package takes some ten milliseconds."""
+    """Return the methods of other packages, by name. Cached: the look-up takes about ten milliseconds."""
     return {entry.name: entry for entry in entry_points(group="secateur.methods")}
 
 
-def _convert(what: str, value: Any, default: Any) -> Any:
-    """Text to the type of the default; where there is none to go by, numbers become numbers."""
+def _convert(where: str, value: Any, default: Any) -> Any:
+    """Convert text to the type of the default. Without a default, or with None, read it as JSON or keep the text."""
     if not isinstance(value, str) or isinstance(default, str):
         return value
     if default is None or default is dataclasses.MISSING:
@@ -117,9 +117,9 @@ def _convert(what: str, value: Any, default: Any) -> Any:
             return value
     if isinstance(default, bool):
         if value.lower() not in ("true", "false"):
-            raise UsageError(f"{what} is true or false, not '{value}'")
+            raise UsageError(f"{where} must be true or false, not '{value}'")
         return value.lower() == "true"
     try:
         return type(default)(value)
     except ValueError:
-        raise UsageError(f"{what} needs a {type(default).__name__}, not '{value}'") from None
+        raise UsageError(f"{where} must be of type {type(default).__name__}, not '{value}'") from None

@@ -1,15 +1,15 @@
-"""What the module of a method says: the whole contract between a method and the rest of secateur.
+"""The contract between a method and the rest of secateur: what the module of a method defines.
 
-A method is one file, `methods/NAME.py`, or one folder, `methods/NAME/`, whose `__init__.py` says the same. It defines
+A method is one file, `methods/NAME.py`, or one folder, `methods/NAME/`, whose `__init__.py` defines the same names:
 
 1. its options: one frozen dataclass with flat fields and defaults, which refuses wrong values with UsageError;
-2. how it plans: one of `plan_block`, `plan_place` and `plan_model` (or the first and the last, see `Says.plan_model`);
-3. what it needs and what it can do: the constants and functions of `Says`. CALIBRATION must be there; the rest has
+2. its plan: one of `plan_block`, `plan_place` and `plan_model` (or the first and the last, see `Says.plan_model`);
+3. what it needs and what it can do: the constants and functions of `Says`. CALIBRATION is required; the rest has
    defaults.
 
-No method changes weights. It returns plans (`plan/plan.py`), and `cut/` alone cuts.
+No method changes weights. It returns plans (`plan/plan.py`); only `cut/` changes the model.
 """
-# ruff: noqa: D102 (of a protocol the class says what its function does)
+# ruff: noqa: D102 (the docstring of a protocol's class describes its function)
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from secateur.plan.plan import BlockPlan, Place
 from secateur.plan.quantity import Quantity
 from secateur.plan.run import Run
 
-_SPELLING = 0.9  # how alike a name must be to one of the contract to be taken for a slip
+_SPELLING = 0.9  # a name at least this similar to a name of the contract is taken for a misspelling
 
 
 class PlanBlock(Protocol):
-    """Plan one block. The blocks before it are cut already, and `statistics` are of what they give.
+    """Plan one block. The blocks before it are cut already, and `statistics` come from their outputs.
 
     `block.matrix("q")` is a weight [O, I], also where q, k and v are fused. `block.rates` holds the sparsity of each
-    matrix. `statistics["k"]` is the statistic of the input of k; None for a method without STATISTICS.
+    matrix. `statistics["k"]` is the statistic of the input of k; `statistics` is None for a method without STATISTICS.
     """
 
     def __call__(self, block: BlockView, statistics: Any, options: Any, /) -> BlockPlan: ...
 
 
 class PlanPlace(Protocol):
-    """Choose the directions of one place of the residual stream, from its second moment in the network sliced so far.
+    """Choose the directions of one place of the residual stream, from `moment` in the already sliced network.
 
-    `before` is the place that the residual connection comes from, None at the first one.
+    `before` is the place that the residual connection comes from; None at the first place. `moment` comes from
+    `new_moment`.
     """
 
     def __call__(self, moment: Any, before: Place | None, sparsity: float, options: Any, seed: int, /) -> Place: ...
@@ -59,91 +60,91 @@ class PlanModel(Protocol):
 
 
 class NewMoment(Protocol):
-    """Make the statistic that `plan_place` reads, of a residual stream of that width."""
+    """Make the statistic that `plan_place` reads, for a residual stream of width `hidden`."""
 
     def __call__(self, hidden: int, device: torch.device, options: Any, /) -> Any: ...
 
 
 class LastPlace(Protocol):
-    """Give the place behind the last block from the one before it; None where it is chosen like the others."""
+    """Return the place after the last block, from the place before it; None where it is chosen like the others."""
 
     def __call__(self, before: Place, options: Any, /) -> Place | None: ...
 
 
 class Check(Protocol):
-    """Refuse before the work what cannot be done, with UsageError or SecateurError.
+    """Refuse impossible requests before the work begins, with UsageError or SecateurError.
 
-    `sparsity` is None where the user gave none; 0 asks for nothing and passes. It is called where a sparsity counts the
-    model as a whole, not the weights of each matrix.
+    `sparsity` is None where the user gave none; 0 removes nothing and is always allowed. The driver calls it where a
+    sparsity counts the model as a whole, not the weights of each matrix.
     """
 
     def __call__(self, view: ModelView, sparsity: float | None, options: Any, /) -> None: ...
 
 
 class SizesLeft(Protocol):
-    """Give the sizes of all blocks at a sparsity. None where only the text tells them."""
+    """Return the sizes of all blocks at a sparsity; None where they depend on the calibration text."""
 
     def __call__(self, view: ModelView, options: Any, sparsity: float, /) -> Sequence[BlockDims] | None: ...
 
 
 class Notice(Protocol):
-    """Give a line for the user before the work, or None."""
+    """Return a line that is printed before the work begins, or None."""
 
     def __call__(self, view: ModelView, sparsity: float, options: Any, /) -> str | None: ...
 
 
 class NeverStock(Protocol):
-    """Say why no result with these options is a stock model; None where some are."""
+    """Say why no result with these options is a stock model; None where a result can be one."""
 
     def __call__(self, options: Any, /) -> str | None: ...
 
 
 class ByRows(Protocol):
-    """Say whether pattern `unstructured` takes a whole number of weights from each row, not from each matrix."""
+    """Return True if pattern `unstructured` removes the same number of weights from each row, not from each matrix."""
 
     def __call__(self, options: Any, /) -> bool: ...
 
 
 class Gradual(Protocol):
-    """Say whether a lower sparsity is a stop on the way to a higher one, which may go on from `run.checkpoint`."""
+    """Return True if a run to a higher sparsity passes through lower ones, and may go on from `run.checkpoint`."""
 
     def __call__(self, options: Any, /) -> bool: ...
 
 
 class Operations(Protocol):
-    """Give about how many multiplications a plan of the whole model takes, over that many calibration tokens."""
+    """Estimate the number of multiplications that a plan of the whole model takes, over `tokens` tokens."""
 
     def __call__(self, view: ModelView, tokens: int, options: Any, sparsity: float, /) -> float: ...
 
 
 @dataclass(frozen=True)
 class Says:
-    """What a method says. Each field is an attribute of its module, by the same name.
+    """The definitions of a method. Each field is an attribute of its module, with the same name.
 
     Attributes:
-        CALIBRATION: the text that its paper calibrates with, a SPEC; None: it needs no tokens.
-        SAMPLES, SEQLEN: how many windows of how many tokens.
-        STATISTICS: what to collect for each distinct input of a block, for `plan_block`.
-        REMOVES: what a sparsity is a fraction of, from `plan/quantity.py`. Without it the weights of each matrix or,
-            where its option `pattern` is rows or columns, the units. Where that pattern zeroes weights, always the
-            weights. A method that has `plan_model` or `plan_place` alone must say it.
+        CALIBRATION: the text that its paper calibrates with, a SPEC; None if it needs no tokens.
+        SAMPLES, SEQLEN: the number of windows, and the number of tokens of each.
+        STATISTICS: the statistic to collect for each distinct input of a block, for `plan_block`.
+        REMOVES: the quantity that a sparsity is a fraction of, from `plan/quantity.py`. The default is the weights of
+            each matrix, or the units where the option `pattern` is rows or columns. A pattern that zeroes weights
+            always counts weights. A method with only `plan_model` or `plan_place` must define it.
         GRADIENTS: whether it takes gradients of the loss (`calibrate/backward.py`): a dry run counts their memory.
-        TRAINS: whether it goes over the text as often as its options say: a dry run knows no time (unless
-            `operations` says) and no memory.
-        SHARDS: whether the processes of torchrun share its work. Without it a run under torchrun is refused.
-        DEMO: what `secateur demo` shows of it: a list of {"sparsities": [...], "options": {...}, "heal": True}.
-        QUICK: the options that make a run short, whatever it is worth then.
-        MAY_CHANGE: the options that may have another value where an interrupted run goes on.
+        TRAINS: whether it trains on the text, as many passes as its options say: a dry run then estimates no memory,
+            and no time without `operations`.
+        SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
+        DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
+        QUICK: options that make a run short, without regard to its quality.
+        MAY_CHANGE: the options that may have another value when an interrupted run is resumed.
         plan_block: see `PlanBlock`.
-        plan_place: see `PlanPlace`; it needs `new_moment`, `last_place` and `sizes_left` beside it.
-        plan_model: see `PlanModel`. Where `plan_block` is there too, the property `whole_model` of the options says
-            which of them plans.
+        plan_place: see `PlanPlace`; it also needs `new_moment`, `last_place` and `sizes_left`.
+        plan_model: see `PlanModel`. If `plan_block` is defined too, the property `whole_model` of the options chooses
+            between them.
         new_moment, last_place: see `NewMoment`, `LastPlace`.
         check: see `Check`.
         sizes_left: see `SizesLeft`. Needed where REMOVES is WIDTH or HEADS.
         notice: see `Notice`.
         never_stock: see `NeverStock`.
-        by_rows: see `ByRows`; without it weights are counted by matrix.
+        by_rows: see `ByRows`; without it weights are counted in each matrix.
         gradual: see `Gradual`.
         operations: see `Operations`.
     """
@@ -174,11 +175,11 @@ class Says:
 
 
 def read_contract(name: str, module: ModuleType) -> Says:
-    """What a module says.
+    """Read the definitions of a method from its module, and check them.
 
     Raises:
-        UsageError: it lacks what a method must say, says it in another form, or misspells a name. The file and the
-            attribute are named.
+        UsageError: a required name is missing, has the wrong type or arguments, or is misspelled. The message names the
+            file and the attribute.
     """
     where = f"method '{name}' ({module.__file__})"
     known = {f.name: f for f in fields(Says)}
@@ -198,39 +199,41 @@ def read_contract(name: str, module: ModuleType) -> Says:
 
 
 def _check_spelling(where: str, module: ModuleType, known: Mapping[str, Any]) -> None:
+    """Refuse a constant whose name is almost a name of the contract."""
     for own in vars(module):
         if own.isupper() and own not in known and (meant := get_close_matches(own, known, 1, _SPELLING)):
             raise UsageError(f"{where}: {own} is no name of the contract; did you mean {meant[0]}?")
 
 
 def _check_form(where: str, value: Any, hint: Any) -> None:
+    """Refuse a value whose type, or whose arguments, are not those of the contract."""
     allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    for one in allowed:
-        if getattr(one, "_is_protocol", False) or get_origin(one) is Callable:
+    for kind in allowed:
+        if getattr(kind, "_is_protocol", False) or get_origin(kind) is Callable:
             if callable(value):
-                _check_arguments(where, value, one)
+                _check_arguments(where, value, kind)
                 return
-        elif isinstance(value, get_origin(one) or one):
+        elif isinstance(value, get_origin(kind) or kind):
             return
-    words = ", ".join("None" if one is type(None) else getattr(one, "__name__", str(one)) for one in allowed)
+    words = ", ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise UsageError(f"{where} is {value!r}; it must be: {words} (methods/contract.py)")
 
 
 def _check_arguments(where: str, function: Callable[..., Any], protocol: Any) -> None:
-    """A function takes the arguments of its protocol. A class (STATISTICS) is called once it is used."""
+    """Check that a function takes the arguments of its protocol. A class (STATISTICS) is not checked here."""
     if isinstance(function, type) or not getattr(protocol, "_is_protocol", False):
         return
-    wanted = list(inspect.signature(protocol.__call__).parameters)[1:]
+    expected = list(inspect.signature(protocol.__call__).parameters)[1:]
     try:
-        inspect.signature(function).bind(*wanted)
+        inspect.signature(function).bind(*expected)
     except TypeError:
         raise UsageError(
-            f"{where} takes {inspect.signature(function)}; it is called with ({', '.join(wanted)})"
+            f"{where} takes {inspect.signature(function)}; it is called with ({', '.join(expected)})"
         ) from None
 
 
 def _check_whole(where: str, says: Says) -> None:
-    """What is said goes together."""
+    """Check that the definitions are complete: some need others."""
     if says.plan_block is None and says.plan_place is None and says.plan_model is None:
         raise UsageError(f"{where} lacks a plan: define plan_block, plan_place or plan_model (methods/contract.py)")
     if says.plan_block is None and says.REMOVES is None:

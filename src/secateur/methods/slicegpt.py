@@ -285,7 +285,7 @@ def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
     axis_WK = lost_WK @ vector_KK  # the length of each column is a sine
     turned_DW = kept_DW + (kept_DW @ axis_WK / (cosine_K * (1 + cosine_K))) @ axis_WK.t()
     turned_DW = turned_DW - rest_DK @ (rest_DK.t() @ turned_DW)  # remove rounding errors, which the quotient magnifies
-    # one Newton step squares the distance from orthonormal that rounding left
+    # one Newton step for the polar factor: the distance from orthonormal that rounding left is squared
     turned_DW = 1.5 * turned_DW - 0.5 * turned_DW @ (turned_DW.t() @ turned_DW)
     return turned_DW, axis_WK / (1 + cosine_K).sqrt()
 
