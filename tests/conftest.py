@@ -54,7 +54,7 @@ def ids_file(tmp_path: Path, windows: torch.Tensor) -> str:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny model and gives its folder: `saved("opt", tied=True)`."""
+    """Write a tiny model and return its folder: `saved("opt", tied=True)`."""
 
     def save(model_type: str, **how: Any) -> Path:
         folder = tmp_path / f"dense-{model_type}"
@@ -66,7 +66,10 @@ def saved(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[None]]:
-    """`with interrupted_at("block-00001"): api.prune(...)` ends as Ctrl-C does, when one of these parts of the checkpoint is to be written."""
+    """Interrupt as Ctrl-C does, before one of these parts of the checkpoint is written.
+
+    `with interrupted_at("block-00001"): api.prune(...)`
+    """
     from secateur.models.save import CheckpointWriter
 
     write = CheckpointWriter.write

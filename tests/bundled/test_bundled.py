@@ -47,7 +47,10 @@ def test_documents_are_split_by_name_alone() -> None:
 
 @pytest.mark.slow
 def test_pruning_destroys_something_and_sparsegpt_less_than_wanda_less_than_magnitude(tmp_path: Path) -> None:
-    """Like with like: Wanda and magnitude both within matrices, both within rows. (The defaults differ, and at 50% they tie on this model.)"""
+    """Wanda and magnitude are compared within matrices, and within rows.
+
+    Their defaults differ, and with those they tie on this model at 50%.
+    """
     ppl: dict[tuple[str, str], float] = {}
     dense = 0.0
     for method, options in (
@@ -71,7 +74,10 @@ def test_pruning_destroys_something_and_sparsegpt_less_than_wanda_less_than_magn
 
 
 def test_sparsegpt_errs_less_than_magnitude_on_every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error is that of the outputs on the calibration tokens, tr(D H D^T), of the weights as they are when their block's turn comes."""
+    """The error is tr(D H D^T), that of the outputs on the calibration tokens.
+
+    D is the change of the weights as they are when their block is pruned, H the second moment of the inputs.
+    """
     plan_block, ratios = sparsegpt.plan_block, {}
 
     def measured(block: BlockView, statistics: Statistics, options: sparsegpt.SparseGPT) -> BlockPlan:

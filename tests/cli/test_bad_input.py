@@ -1,4 +1,4 @@
-"""Every bad input of the design, through the command line: the status, the words, and that nothing is written."""
+"""Every bad input of the design, through the command line: the status, the message, and that nothing is written."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ def edit_config(folder: Path, **fields: Any) -> None:
                     "sparsity_config": {"format": "sparse-24-bitmask"},
                 }
             },
-            "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, which leaves zeros out (they are not quantised)",
+            "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, "
+            "which leaves zeros out (they are not quantised)",
         ),
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
         ({"model_type": "llava", "vision_config": {}}, "'llava' is multimodal"),

@@ -1,4 +1,4 @@
-"""The command line end to end on tiny models: outputs, statuses, records, resuming after a kill."""
+"""The command line from end to end on tiny models: outputs, exit statuses, records, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from secateur.core import records
 from tests.folders import contents
 
 CONTRACT = {
-    "command", "version", "model", "method", "options", "seed", "sparsity", "modules", "pattern", "pruning_ratio", "pruning_ratio_blocks",
-    "params_before", "params_after", "nonzero_after", "calibration", "seconds", "peak_rss_bytes", "device", "dtype", "out", "sparsity_measured",
-    "model_revision", "versions",
+    "command", "version", "model", "method", "options", "seed", "sparsity", "modules", "pattern",
+    "pruning_ratio", "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "calibration",
+    "seconds", "peak_rss_bytes", "device", "dtype", "out", "sparsity_measured", "model_revision", "versions",
 }  # fmt: skip
 
 
@@ -230,7 +230,10 @@ def test_importing_secateur_registers_the_pruned_classes_before_or_after_transfo
         ("import secateur", "import transformers"),
         ("import transformers; transformers.AutoModelForCausalLM", "import secateur"),
     )
-    last = "from transformers import AutoConfig, AutoModelForCausalLM\nprint(AutoConfig.for_model('secateur_llama').model_type)"
+    last = (
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "print(AutoConfig.for_model('secateur_llama').model_type)"
+    )
     started = [
         subprocess.Popen([sys.executable, "-c", "\n".join((*order, last))], stdout=subprocess.PIPE, text=True)
         for order in orders
@@ -249,7 +252,7 @@ def test_interruption_says_how_to_go_on(
     assert (status, "--resume" in stderr) == (130, True)
 
 
-def test_python_from_the_outside_of_the_package() -> None:
+def test_a_usage_error_is_a_value_error() -> None:
     import secateur
 
     assert issubclass(secateur.UsageError, ValueError)

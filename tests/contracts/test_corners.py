@@ -1,4 +1,7 @@
-"""Configurations off the beaten path: the stream equals the whole model, and the narrowed, reloaded model equals the in-memory one."""
+"""Unusual configurations.
+
+The stream equals the whole model, and the narrowed, reloaded model equals the one in memory.
+"""
 
 from __future__ import annotations
 

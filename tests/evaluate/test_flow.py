@@ -1,4 +1,8 @@
-"""The activation flow against real models: their parameters, the FLOPs torch counts in them, and models built narrower."""
+"""The activation flow against real models.
+
+Parameters are compared with those of the files, FLOPs with torch's own count, and narrower widths with models of
+those widths.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ def stored_parameters(folder: Path) -> int:
 
 
 def counted(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
-    """(FLOPs of the linear maps, FLOPs of attention's products) in one pass over `tokens` tokens that all see one another."""
+    """(FLOPs of the linear maps, FLOPs of attention's products) of one pass over tokens that all see one another."""
     model.set_attn_implementation("eager")  # torch's counter does not know every fused kernel
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -49,7 +53,7 @@ def counted(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
 
 
 def narrower(model_type: str, width: int, *, tied: bool) -> Any:
-    """A view of a real model with another residual width and the same heads and feed-forward units, weights not allocated."""
+    """A view of a real model with another residual width, the same heads and units, and no weights allocated."""
     fields = {"hidden_size": width, "tie_word_embeddings": tied}
     if (
         model_type == "opt"
@@ -210,7 +214,7 @@ def test_shapes_are_in_the_letters_of_table_2() -> None:
     }
 
 
-def test_what_d_does_not_touch() -> None:
+def test_parameters_without_a_side_of_residual_width() -> None:
     for model_type, untouched in (
         ("llama", 0),
         ("qwen2", BLOCKS * (HEADS + 2 * GROUPS) * HEAD_WIDTH),  # biases of q, k, v

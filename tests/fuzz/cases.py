@@ -1,6 +1,7 @@
-"""The cases: damage to one input, a command that meets it, and what must hold of the outcome.
+"""The cases: damage to one input, a command that reads it, and what must hold of the outcome.
 
-Right is the answer that stock transformers gives of the same input, or one line that names what is wrong; never "unexpected", and nothing half-written.
+An outcome is right if it is the answer of stock transformers to the same input, or one line that names what is wrong.
+It is never "unexpected", and nothing is left half-written.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import copy
 from random import Random
 from typing import Any
 
-# What a key may hold instead of what it should. Numbers stay small where a library would allocate as much: what is tried is our words, not the memory.
+# Wrong values for a key. Numbers stay small where a library would allocate that much memory: the tests are about our
+# messages, not about memory.
 VALUES: tuple[Any, ...] = (
     *(
         None,

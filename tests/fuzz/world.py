@@ -1,4 +1,7 @@
-"""Small whole inputs to damage, made once: checkpoints of every model type, texts in every format, records, plans and an interrupted run."""
+"""Small inputs to damage, made once.
+
+They are checkpoints of every model type, texts in every format, records, plans and an interrupted run.
+"""
 
 from __future__ import annotations
 

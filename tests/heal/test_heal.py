@@ -1,4 +1,4 @@
-"""Healing: what a merge gives, zeros that stay zero, runs that go on, and what is refused."""
+"""Healing: merged weights, zeros that stay zero, resumed runs, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES += [("llm_pruner", "llama"), ("shortgpt", "llama"), ("sparsegpt", "opt")]
 
 @pytest.fixture
 def pruned(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
-    """Prunes a tiny model: `pruned("opt", "wanda")`."""
+    """Prune a tiny model: `pruned("opt", "wanda")`."""
 
     def prune(model_type: str, method: str, **how: Any) -> Path:
         out = tmp_path / f"{method}-{model_type}"
@@ -58,7 +58,10 @@ def quick(ids_file: str) -> api.HealRequest:
 def test_healing_trains_what_it_writes(
     method: str, model_type: str, pruned: Callable[..., Path], quick: api.HealRequest, windows: Any, tmp_path: Path
 ) -> None:
-    """Perplexity falls (the tiny model is healed on what it is measured on), and the record, the plan and the files agree; zeros are the same bits."""
+    """Perplexity falls, zeros stay the same bits, and the record, the plan and the files agree.
+
+    The tiny model is healed on the text that it is measured on.
+    """
     folder = pruned(model_type, method)
     record = api.heal(replace(quick, model=str(folder)), tmp_path / "healed")
     assert record["ppl"] < record["ppl_before"]

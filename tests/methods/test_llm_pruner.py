@@ -1,4 +1,4 @@
-"""LLM-Pruner: scores against autograd on the whole model, against brute force, and what is kept of them."""
+"""LLM-Pruner: scores against autograd on the whole model and against brute force, and which units are kept."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ def test_the_other_ways_to_reduce(reduce: str, windows: Tensor) -> None:
 
 
 def _by_hand(model: Any, model_type: str, index: int, space: str, unit: int) -> dict[str, list[Tensor]]:
-    """Matrix -> what it holds of a feed-forward unit, of a key-value head with its query heads, or of a residual feature: views of the stock parameters."""
+    """Matrix -> its part of a unit, as views of the stock parameters.
+
+    A unit is a feed-forward unit, a key-value head with its query heads, or a residual feature.
+    """
     layout = layout_of(model_type)
     blocks, matrices = layout.blocks, layout.matrices
     head, query = slice(8 * unit, 8 * unit + 8), slice(16 * unit, 16 * unit + 16)
@@ -186,7 +189,7 @@ def _slope(model: Any, windows: Tensor, parts: list[Tensor], step: float = 1e-3)
 def test_a_group_taken_by_hand_from_the_stock_model_changes_the_loss_as_its_terms_say(
     model_type: str, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All members of a group, and each alone, on their way to zero; and at zero the loss is that of the model without the group."""
+    """All members of a group go to zero, and each alone; at zero the loss is that of the model without the group."""
     model = _smooth_model(model_type, monkeypatch)
     options = LLMPruner(granularity="vector", keep_first=1, keep_last=0)
     view = api.view_model(model)
@@ -259,7 +262,7 @@ def _norm_of_kept(norm: Any, kept: Tensor, x_BTD: Tensor) -> Tensor:
     return torch.zeros_like(x_BTD).index_copy(-1, kept, y_BTW)
 
 
-def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor) -> None:
+def test_the_loss_of_a_task_is_on_the_answers(windows: Tensor) -> None:
     """The change is that of their mean loss, whatever share of the tokens they are."""
     model = tiny_model("opt", dtype=torch.float64)
     labels = windows.where(torch.arange(20) % 5 > 2, IGNORE)
@@ -285,7 +288,10 @@ def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor) -> None:
 
 
 def test_query_heads_count_for_the_key_value_head_they_use(windows: Tensor) -> None:
-    """With 4 query heads on 2 key-value heads, heads 2 and 3 belong to group 1; folding h onto h modulo 2 would blame group 0 for head 2."""
+    """With 4 query heads on 2 key-value heads, heads 2 and 3 belong to group 1.
+
+    Head h modulo 2 would count head 2 for group 0.
+    """
     model = tiny_model("llama", dtype=torch.float64)
     options = LLMPruner(granularity="vector", reduce="last")
     for layer in model.model.layers:
@@ -328,7 +334,7 @@ def test_the_sparsity_is_that_of_the_whole_model(
 
 @pytest.mark.parametrize("model_type", able("llm_pruner", FAMILY_TYPES, mode="channel"))
 def test_channels_are_one_choice_for_all_blocks(model_type: str, windows: Tensor) -> None:
-    """Scores are those of the formulas, the least important channels go from every block, and as many parameters as asked."""
+    """Scores are those of the formulas, and the least important channels go from every block until the ratio is met."""
     model = tiny_model(model_type, dtype=torch.float64)
     view = api.view_model(model)
     score_D = channel_scores(view, windows, LLMPruner(mode="channel"), FLOAT64)

@@ -1,7 +1,7 @@
 """Masks of magnitude and Wanda against a naive float64 reference, on every family.
 
-The reference knows nothing of the package: it runs the whole stock model with hooks, prunes block after block in place, and selects
-with Python's own sort. Ties: the entry with the lower index goes first, which a stable sort by score gives.
+The reference uses nothing of the package: it runs the whole stock model with hooks, prunes block after block in place,
+and selects with Python's own sort. Of equal scores, the entry with the lower index goes first, as in a stable sort.
 """
 
 from __future__ import annotations

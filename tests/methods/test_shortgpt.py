@@ -1,4 +1,7 @@
-"""ShortGPT against a naive float64 reference, and what a shorter model must keep right: caches, windows, widths, configuration."""
+"""ShortGPT against a naive float64 reference.
+
+Also the properties of a shorter model: caches, windows, widths, configuration.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def test_influence_is_that_of_the_definition_and_the_lowest_go(model_type: str, 
 def test_a_shorter_model_is_the_stock_one_without_those_blocks(
     model_type: str, how: dict[str, Any], saved: Callable[..., Path], ids_file: str, tmp_path: Path
 ) -> None:
-    """The first block goes, so that every number behind it changes; it loads as a stock model, with a cache and without."""
+    """The first block goes, so every later index changes; the result is a stock model, with and without a cache."""
     dense = saved(model_type, **how)
     record = api.prune(
         api.Request(str(dense), "shortgpt", sparsity=0.3, calibration=ids_file, stock_only=True, options={"last": 2}),

@@ -1,4 +1,7 @@
-"""SliceGPT against a naive float64 reference: the stock model, run whole, with the residual stream projected at every place."""
+"""SliceGPT against a naive float64 reference.
+
+The reference runs the stock model whole and projects the residual stream at every place.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,10 @@ def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rotated_at_full_width(model: PreTrainedModel, windows: Tensor, **options: Any) -> PreTrainedModel:
-    """The model with every place rotated and nothing sliced, which the command line leaves out (sparsity 0 is the identity there)."""
+    """The model with every place rotated and nothing sliced.
+
+    The command line has no such run: there, sparsity 0 is the identity.
+    """
     view = canonical_view(api.view_model(model), model.dtype)
     settings = METHOD.options({"orientation": "random", **options})
     job = Job(view, METHOD, settings, ({},) * view.blocks, sparsity=0.0, seed=4)
@@ -93,10 +99,11 @@ def test_rotating_alone_equals_the_stock_model(model_type: str, tied: bool, wind
 
 
 class Reference:
-    """The procedure on the stock model, in float64: every half of a block is run whole, and projected on its principal directions.
+    """The procedure on the stock model in float64: each half of a block runs whole, then is projected.
 
-    Projecting is what slicing amounts to: with orthonormal Q, (x Q) (W Q)^T = (x Q Q^T) W^T, the norm of x Q is that of x Q Q^T, and an
-    adapter Q1^T Q2 takes x Q1 to (x Q1 Q1^T) Q2. No weight is rotated here, and no adapter made.
+    The projection is onto the principal directions, and it equals slicing: with orthonormal Q,
+    (x Q) (W Q)^T = (x Q Q^T) W^T, the norm of x Q is that of x Q Q^T, and an adapter Q1^T Q2 takes x Q1 to
+    (x Q1 Q1^T) Q2. No weight is rotated here, and no adapter is made.
     """
 
     def __init__(
@@ -442,14 +449,14 @@ def test_opt_keeps_its_dropout_in_training(windows: Tensor) -> None:
     assert torch.equal(block.mlp_half(hidden), block.mlp_half(hidden))
 
 
-def test_slicing_what_is_sliced_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_slicing_a_sliced_model_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "sliced")
     with pytest.raises(api.SecateurError, match="already rotated and sliced; slice the original"):
         api.prepare(api.Request(str(tmp_path / "sliced"), "slicegpt", sparsity=0.5, calibration=ids_file))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_what_has_unequal_heads_and_units_can_be_sliced(
+def test_a_model_with_unequal_heads_and_units_can_be_sliced(
     saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path
 ) -> None:
     modules = "*.0.self_attn.*=0.5,*.1.fc?=0.75" if model_type == "opt" else "*.0.self_attn.*=0.5,*.1.mlp.*=0.75"

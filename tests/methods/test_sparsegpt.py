@@ -1,4 +1,7 @@
-"""SparseGPT against a direct solve of optimal brain surgeon, column by column in float64, that inverts what is left of the Hessian at every column."""
+"""SparseGPT against a direct solve of optimal brain surgeon.
+
+The reference goes column by column in float64 and inverts the rest of the Hessian at every column.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def damped(x_NI: torch.Tensor, damping: float) -> torch.Tensor:
 def reference(
     weight: torch.Tensor, x_NI: torch.Tensor, pattern: str, rate: float, damping: float, blocksize: int
 ) -> Found:
-    """(keep, new weight): every weight that goes is taken over by the columns behind it, by the inverse of their own Hessian."""
+    """(keep, new weight): the columns behind a removed weight make up for it, by the inverse of their own Hessian."""
     weight, keep = weight.clone(), torch.ones(weight.shape, dtype=torch.bool)
     rows, inputs = weight.shape
     hessian, dead = damped(x_NI, damping), x_NI.square().sum(0) == 0

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: lazily, with old names, whole or not at all, stock where possible."""
+"""Reading and writing checkpoints: lazily, under old names, whole or not at all, as a stock model where possible."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_one_file_or_shards_hold_the_same(
 def test_shards_of_the_same_run_have_the_same_bytes(
     saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Safetensors draws the order of metadata at random, so what a part notes for a resumed run may not be carried into a shard."""
+    """Notes for a resumed run stay out of the shards, since safetensors writes metadata in random order."""
     monkeypatch.setattr(save, "ONE_FILE_UP_TO", 1000)
     for name in ("one", "two", "three"):
         api.prune(api.Request(str(saved("llama")), "magnitude", sparsity=0.5), tmp_path / name)
@@ -308,12 +308,12 @@ def test_a_kill_at_any_point_of_the_finish_loses_nothing(
         api.prune(replace(request, sparsity=0.25), tmp_path / "out", resume=True)
 
 
-def test_half_a_journal_is_no_run(
+def test_a_damaged_journal_is_not_resumed(
     saved: Callable[..., Path],
     tmp_path: Path,
     interrupted_at: Callable[..., AbstractContextManager[None]],
 ) -> None:
-    """What lies beside it may be of any run: nothing of it is used, and nothing is left."""
+    """The parts beside a damaged journal may be of any run, so none is used and none is left."""
     request = api.Request(str(saved("llama")), "magnitude", sparsity=0.5)
     api.prune(request, tmp_path / "whole")
     with interrupted_at("block-00001"):

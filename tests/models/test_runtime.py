@@ -1,4 +1,7 @@
-"""Pruned models with unequal widths, or a sliced residual stream: cache, generation, padding, round trips, with secateur and without it."""
+"""Pruned models with unequal widths or a sliced residual stream, with secateur installed and without it.
+
+Caches, generation, padding and round trips.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +183,10 @@ assert "secateur" not in sys.modules
 
 
 def run_without_secateur(folders: list[Path], cache: Path, *, trust: bool) -> list[str]:
-    """The code of the cards in a process without secateur, one for all folders, since starting it is what takes time. A line for each."""
+    """Run the code of the model cards in a process without secateur; a line for each folder.
+
+    One process serves all folders, because its start takes most of the time.
+    """
     blocked = cache / "blocked"
     blocked.mkdir(parents=True, exist_ok=True)
     (blocked / "secateur.py").write_text("raise ImportError('secateur is hidden from this process')")
@@ -241,7 +247,7 @@ def test_a_stock_class_does_not_half_load_a_pruned_checkpoint(unequal: Callable[
 
 
 def test_fewer_opt_heads_would_be_silently_wrong_without_their_number(unequal: Callable[..., Path]) -> None:
-    """OPT reshapes by `num_heads`: with the old number, heads fold into time and nothing raises under SDPA. Ours is set."""
+    """OPT reshapes by `num_heads`: with the old number, heads mix with positions and SDPA raises nothing."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(unequal("opt")).eval()
     attention = model.model.decoder.layers[0].self_attn
     assert attention.num_heads == attention.q_proj.out_features // attention.head_dim == 2

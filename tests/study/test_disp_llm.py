@@ -1,4 +1,7 @@
-"""The ablations of DISP-LLM: cells are data, shared ones are made once, an interrupted study goes on, and seeds become a mean."""
+"""The ablations of DISP-LLM.
+
+Cells are data, shared cells are run once, an interrupted study goes on, and seeds become a mean.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`study modules`: cells against prune and eval, resuming, other processes, what is refused, and what is said of the result."""
+"""`study modules`: cells against `prune` and `eval`, resuming, other processes and refusals."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def test_an_interrupted_study_goes_on_to_the_same_records(
         assert [r["ppl"] for r in _study(dense, ids_file, tmp_path / "out", resume=True)] == [r["ppl"] for r in whole]
 
 
-def test_what_goes_to_another_process_makes_the_same_cell(
-    saved: Callable[..., Path], ids_file: str, tmp_path: Path
-) -> None:
+def test_another_process_makes_the_same_cell(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense = str(saved("llama"))
     work = modules._Work(
         api.Request(dense, "magnitude"), "shared", api.EvalRequest(dense, text=ids_file), str(tmp_path)
@@ -115,7 +113,7 @@ def test_what_goes_to_another_process_makes_the_same_cell(
     assert _lasting(pickle.loads(pickle.dumps(work)).record(cell)) == _lasting(work.record(cell))
 
 
-def test_axes(saved: Callable[..., Path]) -> None:
+def test_cells_follow_from_kinds_sparsities_weights_and_grid(saved: Callable[..., Path]) -> None:
     view = open_checkpoint(str(saved("llama"))).view()
     default = modules.cells(view, parse_pattern("unstructured"), ModulesRequest())
     assert len(default) == 10 * len(modules.SPARSITIES)
@@ -273,7 +271,7 @@ def _task(folder: Path, name: str, **fields: Any) -> None:
 
 
 def test_calibration_on_the_text_of_local_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Questions with their right answers, of the training part where there is one; those without an answer are left out."""
+    """Questions with right answers, from the training part if a task has one; those without an answer are left out."""
     files = tmp_path / "files"
     files.mkdir()
     rows = {

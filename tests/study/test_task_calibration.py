@@ -1,4 +1,7 @@
-"""Calibration on a task of the user's own: --include-path reaches the calibration of every command that prunes, and the tasks to measure."""
+"""Calibration on a task of the user's own.
+
+--include-path reaches the calibration of every command that prunes, and the tasks to measure.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The masked model against a naive float64 forward, its frozen weights, its loss, its count of parameters, and what is chosen."""
+"""The masked model of DISP-LLM against a naive float64 forward.
+
+Also its frozen weights, its loss, its count of parameters, and the choice of indices.
+"""
 
 from __future__ import annotations
 

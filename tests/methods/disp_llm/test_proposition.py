@@ -1,5 +1,8 @@
-"""Proposition 1 of arXiv:2410.11988: following dependent structures, a residual that is selected from can only become narrower; reading and writing
-through selections of one's own is not bound by it."""
+"""Proposition 1 of arXiv:2410.11988.
+
+If each selection depends on the one before, a residual can only become narrower. Independent selections for reading
+and writing are not bound by that.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def test_widths_decrease_with_depth_where_each_follows_the_one_before() -> None:
 
 
 def test_selections_of_ones_own_may_be_disjoint_and_still_pass_information() -> None:
-    """Block 0 writes the even features alone, and what it writes reaches block 1, which reads the odd ones alone and writes those."""
+    """Block 0 writes even features only, and what it writes reaches block 1, which reads and writes odd ones only."""
     view = api.view_model(tiny_model("llama"))
     structures = find_structures(view, constrained=False, form=NORM_FIRST, whole=True)
     masked = MaskedModel(view, structures, NORM_FIRST, device=torch.device("cpu"), dtype=torch.float32)
