@@ -1,7 +1,7 @@
-"""What the benchmarks share: random LLaMA checkpoints, random token ids, and the rate at which this machine multiplies matrices.
+"""The shared parts of the benchmarks: random LLaMA checkpoints, random token ids, and the machine's rate of products.
 
-Importing this costs nothing: torch, numpy and transformers are imported where they are used, so that a process that only starts
-others stays small (Linux counts the peak of a parent into the peak of its child).
+Importing this file costs nothing: torch, numpy and transformers are imported where they are used. So a process that
+only starts others stays small. (Linux counts the peak memory of a parent into the peak of its child.)
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SMALL = Shape(hidden=256, ffn=688, heads=8, kv_heads=2, vocab=4096, blocks=4, dt
 
 
 def write_llama(folder: Path, shape: Shape, seed: int = 0) -> None:
-    """Write a randomly initialised checkpoint, one shard a block: never more than one block or one outer tensor in memory."""
+    """Write a random checkpoint, one shard a block, with one block or one outer tensor in memory at a time."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -127,7 +127,7 @@ def write_ids(file: Path, samples: int, seqlen: int, vocab: int, seed: int = 0) 
 
 
 def run_child(script: str, child: str, **arguments: Any) -> dict[str, Any]:
-    """Run a benchmark's script in a process of its own, as `--child NAME --arguments JSON`; the last line it prints is its answer."""
+    """Run a benchmark's script in its own process, with `--child NAME --arguments JSON`; return its last line."""
     command = [sys.executable, script, "--child", child, "--arguments", json.dumps(arguments)]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     answer: dict[str, Any] = json.loads(out.splitlines()[-1])
@@ -155,7 +155,7 @@ def matrix_rate(seconds: float = 1.0) -> float:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print columns: the first flush left, the others flush right, the last as it is."""
+    """Print columns: the first aligned left, the last unchanged, the others aligned right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         cells = [

@@ -1,4 +1,7 @@
-"""What the straightforward implementations share that prune weights: a whole model in memory, one window at a time, and the comparison of results."""
+"""The shared parts of the plain implementations that prune weights.
+
+They hold a whole model in memory, run one window at a time, and compare results.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class _Catcher(nn.Module):
 
 
 def block_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What enters the first block, [S, T, D], and the arguments that all blocks receive."""
+    """The inputs of the first block, [S, T, D], and the arguments that all blocks receive."""
     inputs = torch.zeros(*windows.shape, model.config.hidden_size)
     catcher, first = _Catcher(inputs), model.model.layers[0]
     model.model.layers[0] = catcher

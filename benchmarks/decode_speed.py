@@ -1,12 +1,15 @@
-"""What selecting costs at inference: a dense LLaMA-like model, the same with half of its parameters gone by DISP-LLM, and a dense model
-of that size as the floor.
+"""The cost of selection at inference.
 
-Random weights and random selections (gates ranked by random logits, through the same choice and cut as learned ones), so that no structure in
-what is selected helps. Beside them the same widths with contiguous selections, which is the most that any order of the residual could bring,
-and the random ones read and written as plain PyTorch does it (`index_select` after a whole norm, `index_add` with int32 maps). All take turns
-in one process on the same prompts; the best times count.
+Compared are a dense LLaMA-like model, the same model with half of its parameters removed by DISP-LLM, and a dense
+model of that smaller size as the floor.
 
-The vocabulary is small, so that embeddings and head have about the share of the parameters that they have in a model of 7 billion.
+Weights and selections are random (gates ranked by random logits, with the same choice and cut as learned ones), so no
+structure of the selection helps. Two more variants: the same widths with contiguous selections, the best that any
+order of the residual could give, and the random selections read and written as plain PyTorch does it (`index_select`
+after a whole norm, `index_add` with int32 maps). All take turns in one process on the same prompts; the best times
+count.
+
+The vocabulary is small, so embeddings and head have about the same share of the parameters as in a model of 7 billion.
 
     python benchmarks/decode_speed.py             a few minutes on two cores, 4 GB of memory
     python benchmarks/decode_speed.py --threads 1 processor time of one thread, which a busy machine disturbs less
@@ -56,7 +59,8 @@ def main() -> None:
         speeds[batch] = measure_speed(models, ids_BT, options.new, range(options.repeats), machine)
     rates = machine.flops_per_second, machine.bytes_per_second
     print(
-        f"width {options.hidden}, {options.blocks} blocks, float32, {options.threads} threads: {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s"
+        f"width {options.hidden}, {options.blocks} blocks, float32, {options.threads} threads: "
+        f"{rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.1f} GB/s"
     )
     results = [row for batch, speed in speeds.items() for row in _compared(models, batch, speed, options, machine)]
     met = next(row["decode_over_dense"] for row in results if row["model"] == "selected") >= DECODE_OVER_DENSE
@@ -93,7 +97,7 @@ def _options() -> argparse.Namespace:
 
 
 def _models(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """By name; the dense one first."""
+    """The models by name, the dense one first."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=options.hidden,
@@ -126,7 +130,7 @@ def _models(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
 
 
 def _random_plan(dense: PreTrainedModel, multiple: int) -> Plan:
-    """Half of the parameters removed, wherever random logits rank low."""
+    """A plan that removes half of the parameters, those with the lowest random logits."""
     view = api.view_model(dense)
     structures = find_structures(view, constrained=False, form=NORM_FIRST, whole=True)
     # each selection leans its own way, so that widths differ from block to block as they do after learning
@@ -162,7 +166,7 @@ def _contiguous(plan: Plan) -> Plan:
 
 
 class _PlainSelect(nn.Module):
-    """What the runtime's `Select` would be without thought."""
+    """The runtime's `Select`, written in the plainest way."""
 
     def __init__(self, select: Select) -> None:
         super().__init__()
@@ -180,10 +184,13 @@ class _PlainSelect(nn.Module):
 
 
 def _dense_of(config: Any, parameters: int) -> PreTrainedModel:
-    """A stock model with so many parameters: as many blocks and heads, the residual and the MLP narrower by about one factor."""
+    """A stock model with this number of parameters.
+
+    Blocks and heads stay; the residual and the MLP are narrower by about the same factor.
+    """
 
     def ffn_of(hidden: int) -> int:
-        """The feed-forward width that makes up the number."""
+        """The feed-forward width at which the number of parameters is right."""
         outer = (
             2 * config.vocab_size * hidden
             + hidden
@@ -203,7 +210,7 @@ def _dense_of(config: Any, parameters: int) -> PreTrainedModel:
 
 @torch.inference_mode()
 def _parts(models: dict[str, PreTrainedModel], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The line between two halves of a block alone: norm and read, and adding to the residual, in microseconds, best of many."""
+    """The time of norm and read, and of adding to the residual, in microseconds: the best of many runs."""
     dense, selected, plain = (models[name].model.layers[1] for name in ("dense", "selected", "plain"))
     norm, part_norm = dense.input_layernorm, selected.input_layernorm
     lines = {
@@ -241,13 +248,13 @@ def _seconds(call: Any, *arguments: Tensor) -> float:
 
 
 def _sliced_norm(norm: PartNorm, hidden: Tensor) -> Tensor:
-    """What a norm and read of neighbours could be at best."""
+    """The fastest norm and read of contiguous features."""
     assert norm.weight is not None
     return rms_norm(hidden, hidden.shape[-1:], eps=norm.epsilon)[..., : len(norm.weight)] * norm.weight
 
 
 def _add_slice(hidden: Tensor, update: Tensor) -> Tensor:
-    """What adding to neighbours could be at best."""
+    """The fastest addition to contiguous features."""
     added = hidden.clone()
     added[..., : update.shape[-1]] += update
     return added

@@ -1,23 +1,27 @@
-"""How fast DISP-LLM learns here, beside a straightforward implementation of the authors' procedure, and how much memory it takes.
+"""The speed and memory of DISP-LLM's learning, beside a plain implementation of the authors' procedure.
 
-Both learn the gates of the same random LLaMA (6 blocks of width 192) on the same random token ids, 4 windows of 256 tokens a step, on CPU in
-float32, and take turns step by step; with equal gates both must give the same loss. Figures are the smallest of all steps, or their median.
+Both learn the gates of the same random LLaMA (6 blocks of width 192) on the same random token ids, 4 windows of 256
+tokens a step, on CPU in float32. They take turns step by step, and with equal gates both must give the same loss.
+Figures are the smallest of all steps, or their median.
 
-The straightforward implementation does what the authors' code is described to do (arXiv:2410.11988 and its public repository): every step walks all modules to
-set masks, attention is eager, the logits of the whole batch are held in float32, the hypernetwork runs a second time for the budget's own draw, the mask of the
-MLP's middle multiplies both of its factors, AdamW steps parameter by parameter.
+The plain implementation follows the description of the authors' code (arXiv:2410.11988 and its public repository):
+every step walks all modules to set masks, attention is eager, the logits of the whole batch are held in float32, the
+hypernetwork runs a second time for the budget's own draw, the mask of the MLP's middle multiplies both of its factors,
+and AdamW steps parameter by parameter.
 
-The floor of the time: the tokens forward through the matrices of blocks and head and backward to their inputs (weights are frozen), at the rate
-at which this machine multiplies [2048, 1024] by [1024, 1024] in float32. It leaves out attention's own products, norms, activations and the hypernetwork.
+The floor of the time, a lower bound: the tokens go forward through the matrices of blocks and head, and backward to
+their inputs (weights are frozen), at the rate at which this machine multiplies [2048, 1024] by [1024, 1024] in float32.
+Attention's own products, norms, activations and the hypernetwork are not counted.
 
-Memory, each in a process of its own, at 16 windows a step: the peak of what torch has allocated (exact; the weights, mapped from their
-file, are added), and the peak of the resident set above that after imports, with what allocators and libraries of products hold besides. The floor: the
-weights, what one block keeps for the way back (measured: hooks on saved tensors), and the float32 logits of one chunk of positions. Beside it what learning
-with checkpointing cannot do without: the inputs of the other blocks, the hypernetwork with its gradients and two moments, and the gradient that
-comes to and the one that leaves the widest activation.
+Memory is measured in a process for each side, at 16 windows a step. One figure is the peak of torch's allocations
+(exact; the weights are mapped from their file and added). The other is the peak of the resident set above that after
+the imports, which includes allocators and libraries. The floor of memory is the weights, the tensors that one
+block keeps for the backward pass (measured with hooks on saved tensors), and the float32 logits of one chunk of
+positions. Beside it stands the least that learning with checkpointing needs on top: the inputs of the other blocks,
+the hypernetwork with its gradients and two moments, and the gradients that enter and leave the widest activation.
 
     python benchmarks/disp_llm_speed.py            about two minutes on one core
-    python benchmarks/disp_llm_speed.py --quick    seconds: does it run at all
+    python benchmarks/disp_llm_speed.py --quick    seconds: to see that it runs
 """
 
 from __future__ import annotations
@@ -123,7 +127,7 @@ def _make(side: str, folder: Path, batch: int) -> Any:
 
 
 def make_learner(folder: Path, batch: int, *, checkpointing: bool) -> Any:
-    """What `methods/disp_llm.py` makes of its default options, but for the windows of a step."""
+    """The learner with the default options of `disp_llm`, except for the windows of a step."""
     import torch
 
     from secateur.methods.disp_llm.hypernetwork import Hypernetwork
@@ -245,7 +249,7 @@ class PlainDispLLM:
 
 
 def _difference(ours: Any, plain: PlainDispLLM) -> float:
-    """Of the losses with the same random gates, relative."""
+    """The relative difference of the losses with the same random gates."""
     import torch
 
     gates = (torch.rand(sum(plain.widths), generator=torch.Generator().manual_seed(1)) < 0.7).float()
@@ -292,7 +296,7 @@ def _measure_memory(side: str, folder: Path) -> None:
 
 
 def _allocated(make: Callable[[], Any]) -> int:
-    """The most that torch has allocated at a time, from the making to the end of the second step, in bytes; mapped files are not counted."""
+    """The peak of torch's allocations, in bytes, up to the end of the second step; mapped files are not counted."""
     from torch.profiler import ProfilerActivity, profile
 
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -310,7 +314,7 @@ def _allocated(make: Callable[[], Any]) -> int:
 
 
 def _parts(learner: Any) -> dict[str, int]:
-    """What the floor is made of, in bytes."""
+    """The parts of the floor, in bytes."""
     import torch
 
     from secateur.models.loss import TRAINED_POSITIONS, positions_a_chunk
@@ -370,7 +374,8 @@ def _memory(found: dict[str, dict[str, int]]) -> dict[str, Any]:
 
 def _print(result: dict[str, Any]) -> None:
     print(
-        f"\n{result['parameters'] / 1e6:.1f}M parameters, {result['tokens']} tokens a step, {result['threads']} thread(s), ",
+        f"\n{result['parameters'] / 1e6:.1f}M parameters, {result['tokens']} tokens a step, "
+        f"{result['threads']} thread(s), ",
         end="",
     )
     print(f"{result['figure']} of {result['steps']} steps of each side, taking turns, {result['clock']} time")
@@ -382,7 +387,8 @@ def _print(result: dict[str, Any]) -> None:
     table(("", "seconds a step", "steps a second", "of the floor", ""), rows)
     verdict = "met" if result["met"] else "MISSED"
     print(
-        f"  {result['ratio']:.2f}x the steps per second of the straightforward implementation (medians {result['ratio_of_medians']:.2f}x); ",
+        f"  {result['ratio']:.2f}x the steps per second of the straightforward implementation "
+        f"(medians {result['ratio_of_medians']:.2f}x); ",
         end="",
     )
     print(f">= {AIM:g}x {verdict}; with equal gates the losses differ by {result['difference']:.1e}")

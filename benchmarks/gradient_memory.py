@@ -1,14 +1,17 @@
-"""How much memory the gradients of the whole model take: scores are formed block by block, and no weight has a `.grad`.
+"""The memory that gradients of the whole model take: scores are formed block by block, and no weight has a `.grad`.
 
-Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on a few short windows with a method that needs end-to-end gradients, in a process of
-its own, and compares the peak of the resident set above what the imports alone took with the bound: the weights once, as they are stored, and one
-block's statistics in float32: one number a weight, or for LLM Surgeon its Kronecker factors. Weights with their gradients in float32, as the usual way
-keeps them, are printed beside it.
+Prunes a random LLaMA of about one billion parameters (bf16) on a few short windows, in a process of its own, with a
+method that needs end-to-end gradients. The peak of the resident set above that of the imports is compared with a
+bound: the weights once, as they are stored, and one block's statistics in float32. Those are one number a weight, or
+for LLM Surgeon its Kronecker factors. Weights with their gradients in float32, the usual way, are printed beside it.
 
     python benchmarks/gradient_memory.py                         some minutes on two cores, 5 GB of disk
     python benchmarks/gradient_memory.py --set order=mixed       another option of the method
-    python benchmarks/gradient_memory.py --method llm_surgeon --set shots=1 --sparsity 0.1      one shot; its float64 solves take long
-    python benchmarks/gradient_memory.py --small                 seconds: does it run at all; its figures mean little
+    python benchmarks/gradient_memory.py --small                 seconds: to see that it runs; its figures mean little
+
+One shot of LLM Surgeon, whose float64 solves take long:
+
+    python benchmarks/gradient_memory.py --method llm_surgeon --set shots=1 --sparsity 0.1
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ def main() -> None:
 
 
 def _statistics(shape: Shape, method: str) -> int:
-    """The numbers that one block's statistics hold: one a weight, or A of its four inputs and G of its seven outputs."""
+    """The count of numbers in one block's statistics: one a weight, or A of four inputs and G of seven outputs."""
     if method != "llm_surgeon":
         return shape.block_parameters
     inputs = 3 * shape.hidden**2 + shape.ffn**2  # q, k and v read one input, gate and up another
@@ -127,7 +130,8 @@ def _child_prune(model: str, ids: str, out: str, method: str, sparsity: float, o
 def _print(run: dict[str, Any]) -> None:
     said = ", ".join([f"{run['sparsity']:.0%}", *(f"{name}={value}" for name, value in run["options"].items())])
     print(
-        f"{run['method']} {said}; {run['tokens']} random tokens, {run['blocks']} blocks, bf16 weights, CPU; MB (10^6 bytes)"
+        f"{run['method']} {said}; {run['tokens']} random tokens, {run['blocks']} blocks, "
+        "bf16 weights, CPU; MB (10^6 bytes)"
     )
     lines = {
         "parameters (millions)": "parameters",

@@ -1,12 +1,15 @@
-"""How well perplexity after slicing is predicted, on models that share nothing but the text: laws fitted to points, and the spectrum of the dense model.
+"""The error of predicted perplexity after slicing, on models that share only the text.
+
+Predicted are laws fitted to points, and the spectrum of the dense model.
 
     python benchmarks/small_models.py --out runs/small
-    python benchmarks/predict_small_models.py --models runs/small --out runs/laws [--stories ../shared/models/stories260K]
+    python benchmarks/predict_small_models.py --models runs/small --out runs/laws [--stories FOLDER]
 
-For each model: a SliceGPT sweep (kept in --out, resumed), then the root mean square error in ln PPL over its points of the laws of
-`secateur predict` (held out), of the paper's law without fitted constants, and of the spectrum: scaled by no point of this
-model (by the geometric mean over the other models), and by one point. stories260K, where it is there, is calibrated and measured on text
-that it writes itself, since text unlike its training text tells little of it. Prints a table and ends with one JSON line.
+For each model: a SliceGPT sweep (kept in --out, resumed), then the root mean square error in ln PPL over its points.
+The errors are those of the laws of `secateur predict` (held out), of the paper's law without fitted constants, and of
+the spectrum. The spectrum is scaled without points of this model (by the geometric mean over the other models), and by
+one point. stories260K, if --stories names its folder, is calibrated and measured on text that it writes itself, since
+text unlike its training text says little about it. Prints a table and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -93,13 +96,13 @@ def spectrum_error(points: Points, costs: Costs, constant: float) -> float:
 
 
 def ratio_of_logs(points: Points, costs: Costs) -> float:
-    """ln c by this model's visible points, each counting the same."""
+    """ln c from this model's visible points, each with the same weight."""
     pairs = [(math.log(v / points.dense), costs.at(float(s))) for s, v in zip(points.s, points.values, strict=True)]
     return float(np.mean([math.log(gain / cost) for gain, cost in pairs if gain > VISIBLE]))
 
 
 def draw(found: dict[str, tuple[Points, Costs]], file: Path) -> None:
-    """Measured ln(PPL / PPL0) against K, which is what the spectrum alone says."""
+    """Draw measured ln(PPL / PPL0) against K, the prediction of the spectrum alone."""
     figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     for (name, (points, costs)), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):
@@ -182,7 +185,8 @@ def main() -> None:
     }
     columns |= {"ratio": "ratio", "exponential": "exponential", "phase": "phase", "c": "c"}
     print(
-        "RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, `one point` one, the rest all but the one predicted"
+        "RMS error in ln PPL over s = 0.05 ... 0.5; `theory` and `spectrum` see no point of the model, "
+        "`one point` one, the rest all but the one predicted"
     )
     print(" ".join([f"{'model':12}", *(f"{title:>11}" for title in columns.values())]))
     for row in rows:
@@ -193,7 +197,8 @@ def main() -> None:
         )
     scales = np.exp(list(logs.values()))
     print(
-        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, from {scales.min():.2f} to {scales.max():.2f}"
+        f"c over models: geometric mean {math.exp(np.mean(list(logs.values()))):.2f}, "
+        f"from {scales.min():.2f} to {scales.max():.2f}"
     )
     print(json.dumps({"benchmark": "predict_small_models", "rows": rows}))
 

@@ -1,14 +1,16 @@
-"""How much memory pruning takes, and that it does not grow with the depth of the model.
+"""The memory that pruning takes, and that it does not grow with the depth of the model.
 
-Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on at most 4,096 tokens, with Wanda at 50% or with SliceGPT at
-25%, then one with twice the blocks, each in a process of its own, and compares the peak of the resident set above what the imports alone took with
-0.35 times the size of the weights plus the activation buffer. The deeper model may take at most 3% more than the other.
+Prunes a random LLaMA of about one billion parameters (bf16) on at most 4,096 tokens, with Wanda at 50% or with
+SliceGPT at 25%, then one with twice the blocks, each in a process of its own. The peak of the resident set above that
+of the imports is compared with 0.35 times the size of the weights plus the activation buffer. The deeper model may
+take at most 3% more than the other.
 
     python benchmarks/prune_memory.py                      some ten minutes on two cores, 12 GB of disk
-    python benchmarks/prune_memory.py --method slicegpt    eigenproblems of width 2048 in float64 at every place: hours; --blocks 4 for fewer
-    python benchmarks/prune_memory.py --small              seconds: does it run at all; its figures mean little
+    python benchmarks/prune_memory.py --method slicegpt    hours, for float64 eigenproblems of width 2048 at every place
+    python benchmarks/prune_memory.py --small              seconds: to see that it runs; its figures mean little
 
-The resident set counts the pages of mapped files too, so reading weights through a map shows.
+--blocks 4 has fewer blocks. The resident set counts the pages of mapped files too, so reading weights through a map
+shows.
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def _print(runs: list[dict[str, Any]], growth: float, options: argparse.Namespac
         return (label, *(f"{run[key] / MEGA:,.1f}" for run in runs), note)
 
     print(
-        f"{options.method} {SPARSITY[options.method]:.0%}, {options.samples} x {options.seqlen} random tokens, bf16 weights, CPU; MB (10^6 bytes)"
+        f"{options.method} {SPARSITY[options.method]:.0%}, {options.samples} x {options.seqlen} random tokens, "
+        "bf16 weights, CPU; MB (10^6 bytes)"
     )
     rows = [
         ("parameters (millions)", *(f"{run['parameters'] / MEGA:,.1f}" for run in runs), ""),
@@ -173,7 +176,8 @@ def _print(runs: list[dict[str, Any]], growth: float, options: argparse.Namespac
     ]
     table(("", *(f"{run['blocks']} blocks" for run in runs), ""), rows)
     print(
-        f"  twice the depth: {growth:.3f} x the peak (allowed {GROWTH}): {'GROWS' if growth > GROWTH else 'does not grow'}"
+        f"  twice the depth: {growth:.3f} x the peak (allowed {GROWTH}): "
+        f"{'GROWS' if growth > GROWTH else 'does not grow'}"
     )
 
 

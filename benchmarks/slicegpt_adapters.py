@@ -1,9 +1,10 @@
-"""What SliceGPT's residual adapters cost: ours, aligned and stored as a low rank, against the authors' dense ones, at each sparsity.
+"""The cost of SliceGPT's residual adapters at each sparsity.
 
-Both compute the same function (to rounding); so parameters, bytes of the files and speed are all there is to compare, and the dense model stands
-beside them. Two models: the bundled one, and a random LLaMA of width 768 with 6 blocks. Files are in bfloat16; timings on CPU in float32, the
-three models taking turns; the fastest of some rounds. Prefill: 4 windows of 256 tokens, no cache. Decode: one sequence, 64 new tokens with
-the KV cache by `generate`, behind a prompt of 32.
+Compared are ours, aligned and stored as a low rank, and the authors' dense ones. Both compute the same function (to
+rounding), so only parameters, bytes of the files and speed differ; the dense model stands beside them. Two models: the
+bundled one, and a random LLaMA of width 768 with 6 blocks. Files are in bfloat16. Timings are on CPU in float32, the
+three models taking turns; the fastest of several rounds counts. Prefill: 4 windows of 256 tokens, no cache. Decode:
+one sequence, 64 new tokens with the KV cache by `generate`, after a prompt of 32.
 
     python benchmarks/slicegpt_adapters.py            some ten minutes on two cores
     python benchmarks/slicegpt_adapters.py --quick    two sparsities, the bundled model
@@ -78,7 +79,7 @@ def _options() -> argparse.Namespace:
 
 
 def _write(folder: Path, name: str) -> Path:
-    """The model; beside it random token ids."""
+    """Write the model, and random token ids beside it."""
     model = folder / name.replace(" ", "-")
     if name == "bundled":
         shutil.copytree(bundled_folder(), model)
@@ -178,7 +179,8 @@ def _decode(model: PreTrainedModel, ids: torch.Tensor) -> None:
 def _print(result: dict[str, Any]) -> None:
     whole, *rows = result["rows"]
     print(
-        f"\n{result['model']}: {whole['parameters']:,} parameters, {whole['bytes'] / 1e6:.2f} MB; of the dense model: parameters, file, tokens/s"
+        f"\n{result['model']}: {whole['parameters']:,} parameters, {whole['bytes'] / 1e6:.2f} MB; "
+        "of the dense model: parameters, file, tokens/s"
     )
     found = []
     for row in rows:

@@ -1,19 +1,21 @@
-"""How fast SliceGPT is here, beside a straightforward implementation of the published procedure and beside the machine's own limit.
+"""The speed of SliceGPT, beside a plain implementation of the published procedure and the machine's own limit.
 
-Both slice the same random LLaMA by a quarter on the same random token ids, on CPU in float32, and must end with the same function: the
-same widths, and logits that agree. They take turns; figures are the smallest of all runs, or their median. Two models: 6 blocks of width 192,
-and 12 blocks of width 768.
+Both slice the same random LLaMA by a quarter on the same random token ids, on CPU in float32, and must end with the
+same function: the same widths, and logits that agree. They take turns; figures are the smallest of all runs, or their
+median. Two models: 6 blocks of width 192, and 12 blocks of width 768.
 
-The straightforward implementation follows arXiv:2401.15024 literally: the whole model in memory, batches of windows; for each block one pass
-for the input of the second norm, PCA, rotate and slice, and another pass for the output of the block, PCA, rotate and slice. Every pass
-computes the whole block and drops what is not asked for; second moments are float64 products [B, D, T] x [B, T, D], summed over B; weights are
-rotated in float64; the adapters are the dense Q_prev^T Q_next and are applied in the forward.
+The plain implementation follows arXiv:2401.15024 literally: the whole model in memory, batches of windows; for each
+block one pass for the input of the second norm, PCA, rotate and slice, and another pass for the output of the block,
+PCA, rotate and slice. Every pass computes the whole block and drops the part that it does not need. Second moments are
+float64 products [B, D, T] x [B, T, D], summed over B; weights are rotated in float64; the adapters are the dense
+Q_prev^T Q_next and are applied in the forward.
 
-What the times hold. `eigenproblems`: of secateur also the alignment of each basis with the one before and the adapters' factors. `files`:
-reading, folding the norms' gains into the weights, writing. The floor: all tokens once through the block matrices (but for the last MLP, behind
-which nothing is measured), once a place through a projection onto the kept directions, [D, W], and once a place into a second moment,
-[D, D], at the rate at which this machine multiplies [2048, 1024] by [1024, 1024] in float32. It leaves out attention's own products, norms
-and activations, eigenproblems, rotations and files.
+The parts of the times. `eigenproblems`: for secateur also the alignment of each basis with the one before, and the
+adapters' factors. `files`: reading, folding the norms' gains into the weights, writing. The floor, a lower bound: all
+tokens go once through the block matrices (except the last MLP, after which nothing is measured), and at each place once
+through a projection onto the kept directions, [D, W], and once into a second moment, [D, D], at the rate at which this
+machine multiplies [2048, 1024] by [1024, 1024] in float32. Attention's own products, norms and activations,
+eigenproblems, rotations and files are not counted.
 
     python benchmarks/slicegpt_speed.py --width192-only    about two minutes on two cores
     python benchmarks/slicegpt_speed.py                    about ten minutes
@@ -243,7 +245,7 @@ class PlainSliceGPT:
         return watch.seconds
 
     def _fold(self) -> None:
-        """Gains of norms into what reads them, in float64; blocks with adapters."""
+        """Fold the gains of norms into the matrices that read them, in float64; make blocks with adapters."""
         config, decoder = self.model.config, self.model.model
         for index, stock in enumerate(decoder.layers):
             attention, mlp = stock.self_attn, stock.mlp
@@ -271,7 +273,7 @@ class PlainSliceGPT:
 
     @staticmethod
     def _signals(block: nn.Module, inputs: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[Tensor]]:
-        """What enters the second norm, and what leaves the block; of each pass one of them is thrown away."""
+        """The input of the second norm, and the output of the block; each pass drops one of them."""
         entering: list[Tensor] = []
         with _hooked(block.second_norm, entering):
             leaving = [block(x, **arguments) for x, arguments in inputs]
@@ -316,7 +318,7 @@ def _hooked(module: nn.Module, entering: list[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def _difference(ours: PreTrainedModel, theirs: PreTrainedModel, shape: Shape) -> float:
-    """The largest difference of logits over their root mean square, on ids that neither has seen; the widths must be equal."""
+    """The largest difference of logits over their root mean square, on new ids; the widths must be equal."""
     for mine, other in zip(ours.model.layers, theirs.model.layers, strict=True):
         for part, path in (("self_attn", "q_proj"), ("self_attn", "o_proj"), ("mlp", "up_proj"), ("mlp", "down_proj")):
             one, two = (getattr(getattr(block, part), path).weight.shape for block in (mine, other))
@@ -375,7 +377,8 @@ def _print(result: dict[str, Any]) -> None:
     wanted = {"covariances": COVARIANCES, "total": END_TO_END[result["model"]]}
     hidden, width = result["width"]
     print(
-        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {hidden} to {width} directions, {result['tokens']:,} tokens: ",
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {hidden} to {width} directions, "
+        f"{result['tokens']:,} tokens: ",
         end="",
     )
     print(f"seconds, {result['figure']} of {result['repeats']}")
@@ -398,7 +401,8 @@ def _print(result: dict[str, Any]) -> None:
     print(f"({', '.join(f'{part} {floor[part]:.3f}' for part in list(floor)[:-1])}); ", end="")
     print(f"{result['over_floor']:.2f} x the floor, straightforward {result['straightforward_over_floor']:.2f} x")
     print(
-        f"  logits differ by {result['difference']:.1e} of their root mean square: {'the same function' if result['agree'] else 'NOT THE SAME'}",
+        f"  logits differ by {result['difference']:.1e} of their root mean square: "
+        f"{'the same function' if result['agree'] else 'NOT THE SAME'}",
         flush=True,
     )
     assert result["agree"], f"the two sliced models differ by {result['difference']:.1e}, which is more than {AGREE}"

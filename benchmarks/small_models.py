@@ -1,9 +1,10 @@
-"""Train small models of other families and widths on the built-in text, for what needs more than one model to be believed.
+"""Train small models of other families and widths on the built-in text, for benchmarks that need several models.
 
-    python benchmarks/small_models.py --out runs/small            # opt, phi and two LLaMAs, about 10 minutes each on one core
+    python benchmarks/small_models.py --out runs/small            # opt, phi and two LLaMAs, some 10 minutes each
     python benchmarks/small_models.py --out runs/small --only opt
 
-They use the tokenizer of the bundled model and the train part of the built-in text. Prints a table and ends with one JSON line.
+They use the tokenizer of the bundled model and the train part of the built-in text. Prints a table and ends with one
+JSON line. Times are for one core.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ MODELS = {
 
 
 def train(name: str, steps: int, out: Path) -> dict[str, float]:
-    """One model: AdamW, cosine to a tenth, gradients clipped at 1."""
+    """Train one model: AdamW, cosine to a tenth, gradients clipped at 1."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(bundled_folder())
     ids = torch.tensor([i for d in documents("train") for i in tokenizer(d.text)["input_ids"]])

@@ -1,19 +1,22 @@
-"""How fast SparseGPT is here, beside a straightforward implementation of the published procedure and beside the machine's own limit.
+"""The speed of SparseGPT, beside a plain implementation of the published procedure and the machine's own limit.
 
-Both prune the same random LLaMA on the same random token ids, on CPU in float32. They take turns; figures are the smallest of all runs. Two models:
-6 blocks of width 192 on 128 x 256 tokens, and 4 blocks of width 768 on 16 x 256.
+Both prune the same random LLaMA on the same random token ids, on CPU in float32. They take turns; figures are the
+smallest of all runs. Two models: 6 blocks of width 192 on 128 x 256 tokens, and 4 blocks of width 768 on 16 x 256.
 
-The straightforward implementation follows arXiv:2301.00774, algorithm 1: the whole model in memory, one window at a time; in each block one pass with a
-running Hessian 2 X X^T in float32 at every linear module (seven a block), then for each module Cholesky, inverse, Cholesky of the inverse, and the
-loop over all columns in lazy blocks of 128; and a second pass for the inputs of the next block. It runs with eager attention, which is what the authors' code
-had, or with the fused attention (sdpa) that secateur runs: `--attention`, both by default.
+The plain implementation follows arXiv:2301.00774, algorithm 1: the whole model in memory, one window at a time. In
+each block one pass keeps a running Hessian 2 X X^T in float32 at every linear module (seven a block). Then each module
+has Cholesky, inverse, Cholesky of the inverse, and the loop over all columns in lazy blocks of 128. A second pass gives
+the inputs of the next block. It runs with eager attention, as the authors' code did, or with the fused attention (sdpa)
+that secateur runs: `--attention`, both by default.
 
-The floor: two passes of all tokens through the block matrices, and one second moment [I, I] for each of the four distinct inputs of a block, at the
-rate at which this machine multiplies [2048, 1024] by [1024, 1024]. It leaves out attention, norms, activations, the solve and files; secateur skips some of the
-products (what follows the last input that a statistics pass needs, the second pass of the last block, three eighths of a second moment).
+The floor, a lower bound: two passes of all tokens through the block matrices, and one second moment [I, I] for each of
+the four distinct inputs of a block, at the rate at which this machine multiplies [2048, 1024] by [1024, 1024].
+Attention, norms, activations, the solve and files are not counted. secateur skips some of the products: those after the
+last input that a statistics pass needs, the second pass of the last block, and three eighths of a second moment.
 
-The results are not the same to the bit: the published threshold removes one weight more of each block of columns, float32 Hessians are less exact, and what
-differs in one block is carried on. The fraction of entries that are zero in one result alone is printed.
+The results differ in some bits: the published threshold removes one weight more of each block of columns, float32
+Hessians are less exact, and a difference in one block changes the next. The fraction of entries that are zero in one
+result alone is printed.
 
 `--clock cpu` takes the processor time of one thread, which a busy machine disturbs less.
 
@@ -100,7 +103,7 @@ def _options() -> argparse.Namespace:
 
 
 def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All patterns on one model."""
+    """Run all patterns on one model."""
     shape, ids, few = SHAPES[name], folder / "ids.npy", folder / "few.npy"
     samples = options.samples or SAMPLES[name]
     write_llama(folder / "model", shape)
@@ -268,7 +271,8 @@ def _print(result: dict[str, Any]) -> None:
     ours, theirs, ratio, floor = result["secateur"], result["straightforward"], result["ratio"], result["floor_seconds"]
     wanted = END_TO_END[result["model"]]
     print(
-        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}, {result['tokens']:,} tokens: ",
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}, "
+        f"{result['tokens']:,} tokens: ",
         end="",
     )
     print(f"seconds, minimum of {result['repeats']}")
@@ -286,7 +290,8 @@ def _print(result: dict[str, Any]) -> None:
     header = ("", "secateur", "floor", *(cell for attention in theirs for cell in (attention, "ratio")), "target")
     table(header, [*(row(part, part) for part in PARTS), row("end to end", "total")])
     print(
-        f"  the floor is at {result['gflops']:.0f} GFLOP/s; zero patterns differ in {result['differing']:.3%} of the entries",
+        f"  the floor is at {result['gflops']:.0f} GFLOP/s; "
+        f"zero patterns differ in {result['differing']:.3%} of the entries",
         flush=True,
     )
 

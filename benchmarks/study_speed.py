@@ -1,10 +1,12 @@
-"""How much faster `secateur study modules` is than running its cells one by one.
+"""The time that `secateur study modules` saves over running its cells one by one.
 
-The same cells three ways, on the bundled model: the study with shared statistics; `prune --modules` and `eval` for each cell in one Python process; and the two
-commands for each cell, as someone without the study would run them. The study measures the dense model too, the others do not. Seconds are those of the
-processor, so that other work on the machine counts little. Prints a table and ends with one JSON line.
+The same cells run in three ways on the bundled model: the study with shared statistics; `prune --modules` and `eval`
+for each cell in one Python process; and the two commands for each cell. The study measures the dense model too, the
+others do not. Seconds are those of the processor, so other work on the machine counts little. Prints a table and ends
+with one JSON line.
 
-    python benchmarks/study_speed.py [--kinds v,down,mlp,all] [--sparsity 0.5] [--samples 128] [--limit 128] [--repeats 1]
+    python benchmarks/study_speed.py [--kinds v,down,mlp,all] [--sparsity 0.5] [--samples 128] [--limit 128]
+                                     [--repeats 1]
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def main() -> None:
     table((f"{len(cells)} cells", "CPU seconds", "of the study"), rows)
     one, commands = (best[f"prune and eval, {how}"] / len(cells) for how in ("one process", "commands"))
     print(
-        f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), {commands:.1f} s as commands ({commands / more:.1f})"
+        f"  one more: study {more:.1f} s; prune and eval {one:.1f} s in one process ({one / more:.1f}), "
+        f"{commands:.1f} s as commands ({commands / more:.1f})"
     )
     print(
         json.dumps(

@@ -1,7 +1,8 @@
 """Task results of dense and pruned models beside those of lm-eval's own Hugging Face backend on the same checkpoints.
 
-Each model is evaluated dense, after Wanda at 50% (a stock checkpoint) and after SliceGPT at 25% (one of secateur's own classes), with the
-task files in benchmarks/tasks. They read the data under SECATEUR_DATA (or --data); each says which file.
+Each model is evaluated dense, after Wanda at 50% (a stock checkpoint) and after SliceGPT at 25% (one of secateur's own
+classes), with the task files in benchmarks/tasks. They read the data under SECATEUR_DATA (or --data); each names its
+file.
 
     SECATEUR_DATA=DIR python benchmarks/tasks_against_lm_eval.py --models bundled PATH/OF/stories260K
 """

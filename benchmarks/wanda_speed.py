@@ -1,15 +1,17 @@
-"""How fast Wanda is here, beside a straightforward implementation of the published procedure and beside the machine's own limit.
+"""The speed of Wanda, beside a plain implementation of the published procedure and the machine's own limit.
 
-Both prune the same random LLaMA on the same 128 x 256 random token ids, on CPU in float32, and must remove the same weights. They
-take turns; figures are medians. Two models: 6 blocks of width 192, and about 100M parameters. Two patterns: 50% in every row, 2:4.
+Both prune the same random LLaMA on the same 128 x 256 random token ids, on CPU in float32, and must remove the same
+weights. They take turns; figures are medians. Two models: 6 blocks of width 192, and about 100M parameters. Two
+patterns: 50% in every row, 2:4.
 
-The straightforward implementation follows arXiv:2306.11695: the whole model in memory, one window at a time; in each block one pass
-with a running mean of squared norms at every linear module, scores |W| * sqrt(mean), a sort of every row (or, for N:M, a loop over
-groups of columns), and a second pass for the inputs of the next block.
+The plain implementation follows arXiv:2306.11695: the whole model in memory, one window at a time; in each block one
+pass with a running mean of squared norms at every linear module, scores |W| * sqrt(mean), a sort of every row (or, for
+N:M, a loop over groups of columns), and a second pass for the inputs of the next block.
 
-The floor of the forward is two passes of all tokens through the block matrices, at the rate at which this machine multiplies
-[2048, 1024] by [1024, 1024]. It leaves out attention, norms and activations, which cost time, and the products that secateur skips
-(what follows the last input that a statistics pass needs, and the second pass of the last block), which save some.
+The floor of the forward, a lower bound, is two passes of all tokens through the block matrices, at the rate at which
+this machine multiplies [2048, 1024] by [1024, 1024]. Not counted are attention, norms and activations, which cost time,
+and the products that secateur skips, which save time: those after the last input that a statistics pass needs, and the
+second pass of the last block.
 
     python benchmarks/wanda_speed.py --width192-only    about two minutes on two cores
     python benchmarks/wanda_speed.py                    about half an hour
@@ -99,7 +101,7 @@ def _options() -> argparse.Namespace:
 
 
 def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All patterns on one model."""
+    """Run all patterns on one model."""
     shape, ids, few = SHAPES[name], folder / "ids.npy", folder / "few.npy"
     write_llama(folder / "model", shape)
     write_ids(ids, options.samples, options.seqlen, shape.vocab)
@@ -256,7 +258,8 @@ def _print(result: dict[str, Any]) -> None:
     ours, theirs, ratio = result["secateur"], result["straightforward"], result["ratio"]
     wanted = {**TARGETS[result["pattern"]], "total": END_TO_END[result["model"]]}
     print(
-        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}: seconds, medians of {result['repeats']}"
+        f"\n{result['model']} ({result['parameters'] / 1e6:.1f}M parameters), {result['pattern']}: "
+        f"seconds, medians of {result['repeats']}"
     )
 
     def row(label: str, part: str) -> tuple[str, ...]:
@@ -276,16 +279,19 @@ def _print(result: dict[str, Any]) -> None:
     table(("", "secateur", "straightforward", "ratio", "target"), rows)
     over = result["forward_over_floor"]
     print(
-        f"  forward: floor {result['floor_seconds']:.3f} s at {result['gflops']:.0f} GFLOP/s; {over:.2f} x the floor, target <= {FORWARD_OVER_FLOOR}",
+        f"  forward: floor {result['floor_seconds']:.3f} s at {result['gflops']:.0f} GFLOP/s; "
+        f"{over:.2f} x the floor, target <= {FORWARD_OVER_FLOOR}",
         end="",
     )
     print(
-        f" {'met' if over <= FORWARD_OVER_FLOOR else 'MISSED'} (straightforward {result['straightforward_over_floor']:.2f} x;"
+        f" {'met' if over <= FORWARD_OVER_FLOOR else 'MISSED'} "
+        f"(straightforward {result['straightforward_over_floor']:.2f} x;"
     )
     print(f"    secateur against the products it does not skip: {result['forward_over_own_products']:.2f} x)")
     same = result["differing"]
     print(
-        f"  zero patterns differ in {same:.5%} of the entries, target < {DIFFERING:.1%} {'met' if same < DIFFERING else 'MISSED'}",
+        f"  zero patterns differ in {same:.5%} of the entries, target < {DIFFERING:.1%} "
+        f"{'met' if same < DIFFERING else 'MISSED'}",
         flush=True,
     )
 

@@ -1,5 +1,8 @@
-"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the tables of protocols and of laws,
-the example of the activation flow."""
+"""Pages that the code writes.
+
+They are a page for each method from its docstring, the command line from the parser, the tables of protocols and of
+laws, and the example of the activation flow.
+"""
 
 from __future__ import annotations
 
@@ -26,29 +29,33 @@ def method_page(method: Method) -> str:
     """A method's docstring, its options with their defaults, and where the code is."""
     title, _, body = inspect.cleandoc(method.module.__doc__ or "").partition("\n")
     fields = dataclasses.fields(method.options_class)
-    told = dict(
+    descriptions = dict(
         re.findall(
             r"^\s+(\w+): (.+?)(?=^\s+\w+: |\Z)",
             inspect.cleandoc(method.options_class.__doc__ or ""),
             re.MULTILINE | re.DOTALL,
         )
     )
-    rows = "\n".join(f"| `{f.name}` | `{f.default!r}` | {' '.join(told.get(f.name, '').split())} |" for f in fields)
+    rows = "\n".join(
+        f"| `{f.name}` | `{f.default!r}` | {' '.join(descriptions.get(f.name, '').split())} |" for f in fields
+    )
     return (
-        f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` also as `--pattern`).\n\n"
-        f"| option | default | |\n|---|---|---|\n{rows}\n\n## Use\n\n```sh\nsecateur prune MODEL --method {method.name} --sparsity 0.5 --out DIR\n```\n\n"
+        f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n"
+        "## Options\n\nWith `--set option=value` (`pattern` also as `--pattern`).\n\n"
+        f"| option | default | |\n|---|---|---|\n{rows}\n\n"
+        f"## Use\n\n```sh\nsecateur prune MODEL --method {method.name} --sparsity 0.5 --out DIR\n```\n\n"
         f"The code is `{_code(method)}`.\n"
     )
 
 
 def _code(method: Method) -> str:
-    """Where a method is: its file, or its folder."""
+    """The path of a method: its file, or its folder."""
     own = f"src/secateur/methods/{method.name}"
     return f"{own}/" if hasattr(method.module, "__path__") else f"{own}.py"
 
 
 def _text(text: str) -> str:
-    """Docstrings hold formulas in plain characters, some of which Markdown would take for markup."""
+    """Escape the characters of formulas that Markdown would take for markup."""
     return "`".join(part if n % 2 else re.sub(r"([*_|])", r"\\\1", part) for n, part in enumerate(text.split("`")))
 
 
@@ -62,7 +69,8 @@ def methods_index(names: list[str]) -> str:
 def cli_page() -> str:
     """Every command with its arguments and options."""
     parts = [
-        "# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, everything else to stderr.\n"
+        "# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. "
+        "Results go to stdout, everything else to stderr.\n"
     ]
     top = get_command(app).commands  # type: ignore[attr-defined]
     groups = {name: command.commands for name, command in top.items() if hasattr(command, "commands")}
@@ -77,9 +85,8 @@ def cli_page() -> str:
                 or f"`{parameter.metavar or parameter.name}`"
             )
             shown = parameter.default not in (None, False, "", ()) and not parameter.required
-            rows.append(
-                f"| {flags} | {(getattr(parameter, 'help', '') or '').strip()}{f' Default: `{parameter.default}`.' if shown else ''} |"
-            )
+            default = f" Default: `{parameter.default}`." if shown else ""
+            rows.append(f"| {flags} | {(getattr(parameter, 'help', '') or '').strip()}{default} |")
         parts.append(
             f"## secateur {name}\n\n{inspect.cleandoc(command.help or '')}\n\n| | |\n|---|---|\n"
             + "\n".join(rows)
@@ -89,7 +96,7 @@ def cli_page() -> str:
 
 
 def protocols_table() -> str:
-    """The named protocols."""
+    """The table of named protocols."""
     rows = []
     for p in PROTOCOLS.values():
         length = "min(2048, maximum)" if p.seqlen is None else p.seqlen or "the model's maximum"
@@ -99,14 +106,15 @@ def protocols_table() -> str:
             if value
         )
         rows.append(
-            f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` | {p.bos} | {p.tail} | {limits or 'none'} |"
+            f"| `{p.name}` | {p.source} | {p.spec or 'a file'} | {length} | `{p.join!r}` "
+            f"| {p.bos} | {p.tail} | {limits or 'none'} |"
         )
     heading = "| name | who | text | window | join | BOS | tail | limit |\n|---|---|---|---|---|---|---|---|\n"
     return heading + "\n".join(rows) + "\n"
 
 
 def flow_example() -> tuple[str, bytes]:
-    """What `secateur inspect bundled --flow --plot flow.png` prints and draws."""
+    """The output and the picture of `secateur inspect bundled --flow --plot flow.png`."""
     flow, text = inspect_flow("bundled"), io.StringIO()
     console = Console(file=text, width=110)
     for part in flow_tables(flow.record()):
@@ -115,7 +123,7 @@ def flow_example() -> tuple[str, bytes]:
 
 
 def laws_table() -> str:
-    """The laws, with where they come from."""
+    """The table of laws, with their sources."""
     kinds = {"ppl": "perplexity", "acc": "accuracy"}
     rows = [
         f"| `{w.name}` | {kinds[w.kind]} | `{w.formula}` | {', '.join(w.free) or 'none'} | {w.domain} | {w.source} |"
@@ -125,16 +133,17 @@ def laws_table() -> str:
 
 
 def published_table() -> str:
-    """The paper's own fits."""
+    """The table of the paper's own fits."""
     rows = [
-        f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |"
+        f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} "
+        f"| {r.a:.2f} | {r.b:.2f} | {r.rmse:.2f} |"
         for r in TABLE_3
     ]
     return f"| {SOURCE}, SliceGPT | data | a | b | RMSE in y |\n|---|---|---:|---:|---:|\n" + "\n".join(rows) + "\n"
 
 
 def write_pages(folder: Path) -> None:
-    """All of them, into a folder that is not in the repository."""
+    """Write all pages into a folder that is not in the repository."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     names = method_names()
     table, picture = flow_example()

@@ -1,10 +1,12 @@
-"""SHA-256 of every file that each method writes, for each pattern and family: two runs with equal lines wrote equal bytes.
+"""SHA-256 of every file that each method writes, for each pattern and family.
+
+Two runs with equal lines wrote equal bytes.
 
     python tools/fingerprints.py --out before.json      # before a change that should change nothing
     python tools/fingerprints.py --against before.json  # after it: names what differs, and exits with 1
 
-Tiny random models of every model type (in float32, tied in bfloat16), and the bundled model. Everything is seeded; the version of torch
-and the machine decide the rest, so compare on one machine.
+The models are tiny random ones of every model type (in float32, tied in bfloat16), and the bundled model. Everything
+is seeded. Results also depend on the version of torch and on the machine, so compare on one machine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads the data files of the tasks in this folder, which lie under the folder that SECATEUR_DATA names.
 
-The prompts are those of lm-eval's tasks of the same names, so the requests are too, where the file holds the same items.
+The prompts are those of lm-eval's tasks of the same names, so the requests are equal if the file holds the same items.
 """
 
 from __future__ import annotations
