@@ -160,7 +160,7 @@ def matrix_rate(seconds: float = 1.0) -> float:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print columns: the first flush left, the others flush right, the last as it is."""
+    """Print columns: the first aligned left, the last unchanged, the others aligned right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
         cells = [

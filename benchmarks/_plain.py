@@ -34,7 +34,7 @@ class _Catcher(nn.Module):
 
 
 def block_inputs(model: PreTrainedModel, windows: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What enters the first block, [S, T, D], and the arguments that all blocks receive."""
+    """The inputs of the first block, [S, T, D], and the arguments that all blocks receive."""
     inputs = torch.zeros(*windows.shape, model.config.hidden_size)
     catcher, first = _Catcher(inputs), model.model.layers[0]
     model.model.layers[0] = catcher

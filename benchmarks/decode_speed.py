@@ -96,7 +96,7 @@ def _options() -> argparse.Namespace:
 
 
 def _models(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """By name; the dense one first."""
+    """The models by name, the dense one first."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=options.hidden,
@@ -129,7 +129,7 @@ def _models(options: argparse.Namespace) -> dict[str, PreTrainedModel]:
 
 
 def _random_plan(dense: PreTrainedModel, multiple: int) -> Plan:
-    """Half of the parameters removed, wherever random logits rank low."""
+    """A plan that removes half of the parameters, those with the lowest random logits."""
     view = api.view_model(dense)
     structures = find_structures(view, constrained=False, form=NORM_FIRST, whole=True)
     # each selection leans its own way, so that widths differ from block to block as they do after learning
@@ -165,7 +165,7 @@ def _contiguous(plan: Plan) -> Plan:
 
 
 class _PlainSelect(nn.Module):
-    """What the runtime's `Select` would be without thought."""
+    """The runtime's `Select`, written in the plainest way."""
 
     def __init__(self, select: Select) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def _dense_of(config: Any, parameters: int) -> PreTrainedModel:
     """
 
     def ffn_of(hidden: int) -> int:
-        """The feed-forward width that makes up the number."""
+        """The feed-forward width at which the number of parameters is right."""
         outer = (
             2 * config.vocab_size * hidden
             + hidden
@@ -248,13 +248,13 @@ def _seconds(call: Any, *arguments: Tensor) -> float:
 
 
 def _sliced_norm(norm: PartNorm, hidden: Tensor) -> Tensor:
-    """What a norm and read of neighbours could be at best."""
+    """The fastest norm and read of contiguous features."""
     assert norm.weight is not None
     return rms_norm(hidden, hidden.shape[-1:], eps=norm.epsilon)[..., : len(norm.weight)] * norm.weight
 
 
 def _add_slice(hidden: Tensor, update: Tensor) -> Tensor:
-    """What adding to neighbours could be at best."""
+    """The fastest addition to contiguous features."""
     added = hidden.clone()
     added[..., : update.shape[-1]] += update
     return added

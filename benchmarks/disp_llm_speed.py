@@ -22,7 +22,7 @@ without: the inputs of the other blocks, the hypernetwork with its gradients and
 comes to and the one that leaves the widest activation.
 
     python benchmarks/disp_llm_speed.py            about two minutes on one core
-    python benchmarks/disp_llm_speed.py --quick    seconds: does it run at all
+    python benchmarks/disp_llm_speed.py --quick    seconds: to see that it runs
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _make(side: str, folder: Path, batch: int) -> Any:
 
 
 def make_learner(folder: Path, batch: int, *, checkpointing: bool) -> Any:
-    """What `methods/disp_llm.py` makes of its default options, but for the windows of a step."""
+    """The learner with the default options of `disp_llm`, except for the windows of a step."""
     import torch
 
     from secateur.methods.disp_llm.hypernetwork import Hypernetwork
@@ -250,7 +250,7 @@ class PlainDispLLM:
 
 
 def _difference(ours: Any, plain: PlainDispLLM) -> float:
-    """Of the losses with the same random gates, relative."""
+    """The relative difference of the losses with the same random gates."""
     import torch
 
     gates = (torch.rand(sum(plain.widths), generator=torch.Generator().manual_seed(1)) < 0.7).float()
@@ -317,7 +317,7 @@ def _allocated(make: Callable[[], Any]) -> int:
 
 
 def _parts(learner: Any) -> dict[str, int]:
-    """What the floor is made of, in bytes."""
+    """The parts of the floor, in bytes."""
     import torch
 
     from secateur.models.loss import TRAINED_POSITIONS, positions_a_chunk

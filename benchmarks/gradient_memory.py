@@ -1,4 +1,4 @@
-"""How much memory the gradients of the whole model take: scores are formed block by block, and no weight has a `.grad`.
+"""The memory that gradients of the whole model take: scores are formed block by block, and no weight has a `.grad`.
 
 Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on a few short windows with a method that
 needs end-to-end gradients, in a process of its own, and compares the peak of the resident set above what the imports
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _statistics(shape: Shape, method: str) -> int:
-    """The numbers that one block's statistics hold: one a weight, or A of its four inputs and G of its seven outputs."""
+    """The count of numbers in one block's statistics: one a weight, or A of four inputs and G of seven outputs."""
     if method != "llm_surgeon":
         return shape.block_parameters
     inputs = 3 * shape.hidden**2 + shape.ffn**2  # q, k and v read one input, gate and up another

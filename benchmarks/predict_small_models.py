@@ -95,13 +95,13 @@ def spectrum_error(points: Points, costs: Costs, constant: float) -> float:
 
 
 def ratio_of_logs(points: Points, costs: Costs) -> float:
-    """ln c by this model's visible points, each counting the same."""
+    """ln c from this model's visible points, each with the same weight."""
     pairs = [(math.log(v / points.dense), costs.at(float(s))) for s, v in zip(points.s, points.values, strict=True)]
     return float(np.mean([math.log(gain / cost) for gain, cost in pairs if gain > VISIBLE]))
 
 
 def draw(found: dict[str, tuple[Points, Costs]], file: Path) -> None:
-    """Measured ln(PPL / PPL0) against K, which is what the spectrum alone says."""
+    """Draw measured ln(PPL / PPL0) against K, the prediction of the spectrum alone."""
     figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained", facecolor="white")
     axes = figure.subplots()
     for (name, (points, costs)), colour, marker in zip(found.items(), COLOURS, MARKERS, strict=False):

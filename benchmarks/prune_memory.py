@@ -1,4 +1,4 @@
-"""How much memory pruning takes, and that it does not grow with the depth of the model.
+"""The memory that pruning takes, and that it does not grow with the depth of the model.
 
 Prunes a randomly initialised LLaMA of about one billion parameters (bf16) on at most 4,096 tokens, with Wanda at 50% or
 with SliceGPT at 25%, then one with twice the blocks, each in a process of its own, and compares the peak of the
@@ -10,7 +10,8 @@ deeper model may take at most 3% more than the other.
     --blocks 4 for fewer python benchmarks/prune_memory.py --small              seconds: does it run at all; its figures
     mean little
 
-The resident set counts the pages of mapped files too, so reading weights through a map shows.
+--blocks 4 has fewer blocks. The resident set counts the pages of mapped files too, so reading weights through a map
+shows.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def _options() -> argparse.Namespace:
 
 
 def _write(folder: Path, name: str) -> Path:
-    """The model; beside it random token ids."""
+    """Write the model, and random token ids beside it."""
     model = folder / name.replace(" ", "-")
     if name == "bundled":
         shutil.copytree(bundled_folder(), model)

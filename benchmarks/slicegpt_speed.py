@@ -246,7 +246,7 @@ class PlainSliceGPT:
         return watch.seconds
 
     def _fold(self) -> None:
-        """Gains of norms into what reads them, in float64; blocks with adapters."""
+        """Fold the gains of norms into the matrices that read them, in float64; make blocks with adapters."""
         config, decoder = self.model.config, self.model.model
         for index, stock in enumerate(decoder.layers):
             attention, mlp = stock.self_attn, stock.mlp
@@ -274,7 +274,7 @@ class PlainSliceGPT:
 
     @staticmethod
     def _signals(block: nn.Module, inputs: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[Tensor]]:
-        """What enters the second norm, and what leaves the block; of each pass one of them is thrown away."""
+        """The input of the second norm, and the output of the block; each pass drops one of them."""
         entering: list[Tensor] = []
         with _hooked(block.second_norm, entering):
             leaving = [block(x, **arguments) for x, arguments in inputs]

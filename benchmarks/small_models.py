@@ -68,7 +68,7 @@ MODELS = {
 
 
 def train(name: str, steps: int, out: Path) -> dict[str, float]:
-    """One model: AdamW, cosine to a tenth, gradients clipped at 1."""
+    """Train one model: AdamW, cosine to a tenth, gradients clipped at 1."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(bundled_folder())
     ids = torch.tensor([i for d in documents("train") for i in tokenizer(d.text)["input_ids"]])

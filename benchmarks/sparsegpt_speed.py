@@ -104,7 +104,7 @@ def _options() -> argparse.Namespace:
 
 
 def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All patterns on one model."""
+    """Run all patterns on one model."""
     shape, ids, few = SHAPES[name], folder / "ids.npy", folder / "few.npy"
     samples = options.samples or SAMPLES[name]
     write_llama(folder / "model", shape)

@@ -1,4 +1,4 @@
-"""How much faster `secateur study modules` is than running its cells one by one.
+"""The time that `secateur study modules` saves over running its cells one by one.
 
 The same cells three ways, on the bundled model: the study with shared statistics; `prune --modules` and `eval` for each
 cell in one Python process; and the two commands for each cell, as someone without the study would run them. The study

@@ -102,7 +102,7 @@ def _options() -> argparse.Namespace:
 
 
 def _model(folder: Path, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All patterns on one model."""
+    """Run all patterns on one model."""
     shape, ids, few = SHAPES[name], folder / "ids.npy", folder / "few.npy"
     write_llama(folder / "model", shape)
     write_ids(ids, options.samples, options.seqlen, shape.vocab)

@@ -1,4 +1,7 @@
-"""The documentation site. Pages that the code writes (methods, command line, protocols) are made when the build starts."""
+"""The documentation site.
+
+Pages that the code writes (methods, command line, protocols) are made when the build starts.
+"""
 
 from __future__ import annotations
 

@@ -27,14 +27,16 @@ def method_page(method: Method) -> str:
     """A method's docstring, its options with their defaults, and where the code is."""
     title, _, body = inspect.cleandoc(method.module.__doc__ or "").partition("\n")
     fields = dataclasses.fields(method.options_class)
-    told = dict(
+    descriptions = dict(
         re.findall(
             r"^\s+(\w+): (.+?)(?=^\s+\w+: |\Z)",
             inspect.cleandoc(method.options_class.__doc__ or ""),
             re.MULTILINE | re.DOTALL,
         )
     )
-    rows = "\n".join(f"| `{f.name}` | `{f.default!r}` | {' '.join(told.get(f.name, '').split())} |" for f in fields)
+    rows = "\n".join(
+        f"| `{f.name}` | `{f.default!r}` | {' '.join(descriptions.get(f.name, '').split())} |" for f in fields
+    )
     return (
         f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` "
         "also as `--pattern`).\n\n"
@@ -45,13 +47,13 @@ def method_page(method: Method) -> str:
 
 
 def _code(method: Method) -> str:
-    """Where a method is: its file, or its folder."""
+    """The path of a method: its file, or its folder."""
     own = f"src/secateur/methods/{method.name}"
     return f"{own}/" if hasattr(method.module, "__path__") else f"{own}.py"
 
 
 def _text(text: str) -> str:
-    """Docstrings hold formulas in plain characters, some of which Markdown would take for markup."""
+    """Escape the characters of formulas that Markdown would take for markup."""
     return "`".join(part if n % 2 else re.sub(r"([*_|])", r"\\\1", part) for n, part in enumerate(text.split("`")))
 
 
@@ -95,7 +97,7 @@ def cli_page() -> str:
 
 
 def protocols_table() -> str:
-    """The named protocols."""
+    """The table of named protocols."""
     rows = []
     for p in PROTOCOLS.values():
         length = "min(2048, maximum)" if p.seqlen is None else p.seqlen or "the model's maximum"
@@ -113,7 +115,7 @@ def protocols_table() -> str:
 
 
 def flow_example() -> tuple[str, bytes]:
-    """What `secateur inspect bundled --flow --plot flow.png` prints and draws."""
+    """The output and the picture of `secateur inspect bundled --flow --plot flow.png`."""
     flow, text = inspect_flow("bundled"), io.StringIO()
     console = Console(file=text, width=110)
     for part in flow_tables(flow.record()):
@@ -122,7 +124,7 @@ def flow_example() -> tuple[str, bytes]:
 
 
 def laws_table() -> str:
-    """The laws, with where they come from."""
+    """The table of laws, with their sources."""
     kinds = {"ppl": "perplexity", "acc": "accuracy"}
     rows = [
         f"| `{w.name}` | {kinds[w.kind]} | `{w.formula}` | {', '.join(w.free) or 'none'} | {w.domain} | {w.source} |"
@@ -132,7 +134,7 @@ def laws_table() -> str:
 
 
 def published_table() -> str:
-    """The paper's own fits."""
+    """The table of the paper's own fits."""
     rows = [
         f"| {r.model} | {r.dataset}, {'perplexity' if r.kind == 'ppl' else 'accuracy'} | {r.a:.2f} | {r.b:.2f} | "
         f"{r.rmse:.2f} |"
@@ -142,7 +144,7 @@ def published_table() -> str:
 
 
 def write_pages(folder: Path) -> None:
-    """All of them, into a folder that is not in the repository."""
+    """Write all pages into a folder that is not in the repository."""
     (folder / "methods").mkdir(parents=True, exist_ok=True)
     names = method_names()
     table, picture = flow_example()

@@ -54,7 +54,7 @@ def ids_file(tmp_path: Path, windows: torch.Tensor) -> str:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny model and gives its folder: `saved("opt", tied=True)`."""
+    """Write a tiny model and return its folder: `saved("opt", tied=True)`."""
 
     def save(model_type: str, **how: Any) -> Path:
         folder = tmp_path / f"dense-{model_type}"

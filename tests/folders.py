@@ -1,4 +1,4 @@
-"""What lies in a folder, to be compared."""
+"""The contents of a folder, for comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Python user can do: everything that the command line can."""
+"""The Python functions: every command has one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_command_has_a_function_and_calls_it(command: str) -> None:
     assert f"api.{name}(" in inspect.getsource(COMMANDS[command].callback)
 
 
-def test_all_is_what_there_is() -> None:
+def test_every_name_in_all_exists() -> None:
     assert [name for name in api.__all__ if not hasattr(api, name)] == []
 
 

@@ -1,4 +1,4 @@
-"""What the tour says of the code holds."""
+"""The tour in the documentation agrees with the code."""
 
 from __future__ import annotations
 

@@ -94,9 +94,10 @@ pipeline_tag: text-generation
 ---
 # The model bundled with secateur
 
-A small LLaMA (grouped-query attention, RMSNorm, gated MLP, byte-level BPE) for demonstrations and tests. It writes plausible Python and
-nothing else; its use is that pruning has something real to destroy. Trained from scratch on the Python standard library (sources,
-tests and documentation, PSF licence), which is read at run time and is not in this repository.
+A small LLaMA (grouped-query attention, RMSNorm, gated MLP, byte-level BPE) for demonstrations and tests. It writes
+plausible Python and nothing else; its use is that pruning has something real to destroy. Trained from scratch on the
+Python standard library (sources, tests and documentation, PSF licence), which is read at run time and is not in this
+repository.
 
 | | |
 |---|---|
@@ -205,13 +206,16 @@ def main() -> None:
     loss_nats, predicted = held_out_loss(model, test_stream)
     facts = {
         "parameters": f"{parameters:,} (bf16)",
-        "training data": f"standard library of Python {platform.python_version()}, train part, with tests: {len(train_stream):,} tokens",
+        "training data": f"standard library of Python {platform.python_version()}, train part, with tests: "
+        f"{len(train_stream):,} tokens",
         "steps": f"{args.steps}{_changes(schedule)} of {args.batch} x {SEQLEN} tokens",
         "optimiser": f"AdamW, peak {args.peak:g}, warm-up {args.warmup}, cosine, weight decay 0.1",
         "seed": args.seed,
         "command": f"`python tools/train_bundled.py --out {args.out} --steps {args.steps} --batch {args.batch}`",
-        "training time": f"{(time.perf_counter() - started) / 60:.0f} minutes of wall time on {torch.get_num_threads()} CPU cores",
-        "held-out perplexity": f"{math.exp(loss_nats):.3f} a token, windows of {SEQLEN} ({predicted:,} tokens, tests left out)",
+        "training time": f"{(time.perf_counter() - started) / 60:.0f} minutes of wall time "
+        f"on {torch.get_num_threads()} CPU cores",
+        "held-out perplexity": f"{math.exp(loss_nats):.3f} a token, windows of {SEQLEN} "
+        f"({predicted:,} tokens, tests left out)",
         "held-out bits per byte": f"{loss_nats / math.log(2) * len(test_stream) / test_bytes:.3f}",
     }
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""The stream against the whole model: the residual after each block, and the statistics of each input."""
+"""The stream of blocks against the whole model: the residual after each block, and the statistics of each input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every bad input of the design, through the command line: the status, the words, and that nothing is written."""
+"""Every bad input of the design, through the command line: the status, the message, and that nothing is written."""
 
 from __future__ import annotations
 

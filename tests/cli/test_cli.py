@@ -1,4 +1,4 @@
-"""The command line end to end on tiny models: outputs, statuses, records, resuming after a kill."""
+"""The command line from end to end on tiny models: outputs, exit statuses, records, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from secateur.core import records
 from tests.folders import contents
 
 CONTRACT = {
-    "command", "version", "model", "method", "options", "seed", "sparsity", "modules", "pattern", "pruning_ratio", "pruning_ratio_blocks",
-    "params_before", "params_after", "nonzero_after", "calibration", "seconds", "peak_rss_bytes", "device", "dtype", "out", "sparsity_measured",
-    "model_revision", "versions",
+    "command", "version", "model", "method", "options", "seed", "sparsity", "modules", "pattern",
+    "pruning_ratio", "pruning_ratio_blocks", "params_before", "params_after", "nonzero_after", "calibration",
+    "seconds", "peak_rss_bytes", "device", "dtype", "out", "sparsity_measured", "model_revision", "versions",
 }  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def test_interruption_says_how_to_go_on(
     assert (status, "--resume" in stderr) == (130, True)
 
 
-def test_python_from_the_outside_of_the_package() -> None:
+def test_a_usage_error_is_a_value_error() -> None:
     import secateur
 
     assert issubclass(secateur.UsageError, ValueError)

@@ -1,4 +1,4 @@
-"""Every field of a request is an option of each command that takes one, or it is left out and a reason says why."""
+"""Every field of a request is an option of each command that takes it, or is left out for a stated reason."""
 
 from __future__ import annotations
 

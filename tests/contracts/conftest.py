@@ -1,4 +1,4 @@
-"""What a family cannot do is tested in `test_refusals.py`, and nowhere else."""
+"""Skip the methods that a family refuses: `test_refusals.py` tests the refusals, and no other file does."""
 
 from __future__ import annotations
 

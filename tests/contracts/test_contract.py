@@ -1,4 +1,4 @@
-"""What a method's file must say, and what the rest reads of it."""
+"""The declarations of a method's file, and how the rest of the package reads them."""
 
 from __future__ import annotations
 

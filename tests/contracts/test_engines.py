@@ -1,4 +1,4 @@
-"""What engines take for weights in a folder that we write is the weights, and nothing else.
+"""The weights that inference engines find in a folder of ours are its weights, and nothing else.
 
 The patterns are those of the engines' own loaders (vLLM 0.32, SGLang 0.5, text-generation-inference 3, llama.cpp's
 convert_hf_to_gguf.py, mlx-lm 0.28, CTranslate2 4.8, which asks transformers). An engine takes the first pattern that
@@ -61,7 +61,7 @@ def test_engines_find_the_weights_alone(
     check(tmp_path / "out")
 
 
-def test_a_healed_folder_too(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_engines_find_the_weights_of_a_healed_folder(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "out")
     api.heal(
         api.HealRequest(str(tmp_path / "out"), ids_file, steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed"

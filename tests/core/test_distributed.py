@@ -1,4 +1,4 @@
-"""What several processes do together, and what one does alone."""
+"""Several processes that work together, and the parts that only one of them does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that work for another one end with it."""
+"""A process that works for another one ends with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records: strict JSON, one line each, safe under several processes."""
+"""Records: strict JSON, one line each, also when several processes write."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_reading_names_what_is_wrong(tmp_path: Path) -> None:
         records.read([tmp_path / "absent"])
 
 
-def test_a_span_inside_another_counts_once() -> None:
+def test_a_timed_span_inside_another_counts_once() -> None:
     watch = Stopwatch()
     with watch("outer"), watch("inner"):
         sum(range(1000))

@@ -1,4 +1,8 @@
-"""The activation flow against real models: their parameters, the FLOPs torch counts in them, and models built narrower."""
+"""The activation flow against real models.
+
+Parameters are compared with those of the files, FLOPs with torch's own count, and narrower widths with models of
+those widths.
+"""
 
 from __future__ import annotations
 
@@ -214,7 +218,7 @@ def test_shapes_are_in_the_letters_of_table_2() -> None:
     }
 
 
-def test_what_d_does_not_touch() -> None:
+def test_parameters_without_a_side_of_residual_width() -> None:
     for model_type, untouched in (
         ("llama", 0),
         ("qwen2", BLOCKS * (HEADS + 2 * GROUPS) * HEAD_WIDTH),  # biases of q, k, v

@@ -1,4 +1,7 @@
-"""A loss above 709 nats a token: the perplexity is infinity, nothing stops, and what cannot be drawn or fitted is said."""
+"""A loss above 709 nats a token: the perplexity is infinite, and every command goes on.
+
+Reports and laws leave such a point out and say so.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def loud(saved: Callable[..., Path]) -> Path:
     return folder
 
 
-def test_where_a_float_ends() -> None:
+def test_a_loss_past_the_largest_float_is_an_infinite_perplexity() -> None:
     assert Perplexity(709.7, 1, 1).ppl == pytest.approx(math.exp(709.7))
     assert Perplexity(709.8, 1, 1).ppl == math.inf
     assert Perplexity(709.8, 1, 1).facts == {"ppl": math.inf, "loss": 709.8}
@@ -84,7 +87,7 @@ def test_a_sweep_and_its_resumption_go_on_and_report_and_laws_say_what_they_left
     assert " predicted): infinite (" in card
 
 
-def test_laws_leave_it_out_and_say_so(tmp_path: Path) -> None:
+def test_laws_leave_an_infinite_perplexity_out_and_say_so(tmp_path: Path) -> None:
     def record(s: float, loss: float) -> dict[str, object]:
         about = {
             "command": "eval",
@@ -110,7 +113,7 @@ def test_laws_leave_it_out_and_say_so(tmp_path: Path) -> None:
         api.predict([few])
 
 
-def test_healing_starts_from_it(loud: Path, ids_file: str, tmp_path: Path) -> None:
+def test_healing_starts_from_an_infinite_perplexity(loud: Path, ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(loud), "magnitude", sparsity=0.5), tmp_path / "out")
     request = api.HealRequest(str(tmp_path / "out"), ids_file, steps=2, rank=2, samples=2, text=ids_file, lr=1e-6)
     record = api.heal(request, tmp_path / "healed")

@@ -1,4 +1,4 @@
-"""Perplexity, protocols, the cloze task and the shift, against direct computation."""
+"""Perplexity, the cloze task and the shift, against direct computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks through lm-eval: beside its own Hugging Face backend, resumed, refused; the built-in task; classes."""
+"""Tasks through lm-eval, compared with its own Hugging Face backend: resuming, refusals, the built-in task, classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`secateur bench`: what it says, where its floors come from, and what it refuses. No times are tested."""
+"""`secateur bench`: its answer, its lower bounds of time, and what it refuses. No times are tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases: damage to one input, a command that meets it, and what must hold of the outcome.
+"""The cases: damage to one input, a command that reads it, and what must hold of the outcome.
 
 Right is the answer that stock transformers gives of the same input, or one line that names what is wrong; never
 "unexpected", and nothing half-written.

@@ -1,4 +1,7 @@
-"""300 damaged inputs, one line each: SECATEUR_FUZZ=3000 tries more, SECATEUR_FUZZ_FROM=N others."""
+"""300 damaged inputs: each gives a right answer or one line.
+
+SECATEUR_FUZZ=N tries N inputs, SECATEUR_FUZZ_FROM=N starts at number N.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def test_damage_gives_the_right_answer_or_one_line(number: int, tmp_path: Path) 
     print(f"{what} -> {found}")
 
 
-def test_an_exception_that_is_nobodys_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_is_a_wrong_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise KeyError("a fault of ours")
 
@@ -36,7 +39,7 @@ def test_an_exception_that_is_nobodys_is_caught(tmp_path: Path, monkeypatch: pyt
         invoke(prune(world.checkpoint("llama"), tmp_path / "out", world.ids()), tmp_path / "out")
 
 
-def test_half_an_output_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_an_output_is_a_wrong_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(writer: Any, *_: Any) -> None:
         writer.out.mkdir()
         (writer.out / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Healing: what a merge gives, zeros that stay zero, runs that go on, and what is refused."""
+"""Healing: merged weights, zeros that stay zero, resumed runs, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES += [("llm_pruner", "llama"), ("shortgpt", "llama"), ("sparsegpt", "opt")]
 
 @pytest.fixture
 def pruned(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> Callable[..., Path]:
-    """Prunes a tiny model: `pruned("opt", "wanda")`."""
+    """Prune a tiny model: `pruned("opt", "wanda")`."""
 
     def prune(model_type: str, method: str, **how: Any) -> Path:
         out = tmp_path / f"{method}-{model_type}"

@@ -67,7 +67,7 @@ def test_importances_are_those_of_masks_in_the_whole_model(model_type: str, wind
         torch.testing.assert_close(of_groups[index][0], expected_G / expected_G.norm(), rtol=1e-3, atol=1e-8)
 
 
-def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_a_task_is_on_the_answers(windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("opt", dtype=torch.float64)
     labels = windows.where(torch.arange(20) % 5 > 2, IGNORE)
     found = head_importance(api.view_model(model), windows, Heads(normalise=False), replace(FLOAT64, labels=labels))
@@ -145,7 +145,7 @@ def test_opt_with_a_head_count_left_behind_would_be_seen(windows: Tensor) -> Non
     assert not torch.allclose(wrong, right, atol=1e-3)
 
 
-def test_the_wanted_parameters_go(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_the_requested_parameters_are_removed(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     for unit in ("groups", "heads"):
         request = api.Request(
             str(saved("llama")), "heads", params_removed=0.08, calibration=ids_file, options={"unit": unit}

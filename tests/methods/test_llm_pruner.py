@@ -1,4 +1,4 @@
-"""LLM-Pruner: scores against autograd on the whole model, against brute force, and what is kept of them."""
+"""LLM-Pruner: scores against autograd on the whole model and against brute force, and which units are kept."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def _norm_of_kept(norm: Any, kept: Tensor, x_BTD: Tensor) -> Tensor:
     return torch.zeros_like(x_BTD).index_copy(-1, kept, y_BTW)
 
 
-def test_of_a_task_the_loss_is_on_the_answers(windows: Tensor) -> None:
+def test_the_loss_of_a_task_is_on_the_answers(windows: Tensor) -> None:
     """The change is that of their mean loss, whatever share of the tokens they are."""
     model = tiny_model("opt", dtype=torch.float64)
     labels = windows.where(torch.arange(20) % 5 > 2, IGNORE)

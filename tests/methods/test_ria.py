@@ -1,6 +1,6 @@
-"""RIA against a naive float64 reference, on every family, and where a row or column is all zero.
+"""RIA against a naive float64 reference, on every family, also with rows and columns of zeros.
 
-The reference knows nothing of the package: it runs the whole stock model with hooks, scores each weight in a Python
+The reference uses nothing of the package: it runs the whole stock model with hooks, scores each weight in a Python
 loop, and prunes block after block in place.
 """
 
@@ -110,7 +110,9 @@ def test_masks_equal_the_reference(model_type: str, case: Case, windows: torch.T
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("case", [("unstructured", 0.5, "matrix", 0.5), ("1:4", 0.75, "matrix", 0.5)])
-def test_and_where_a_row_and_a_column_are_all_zero(model_type: str, case: Case, windows: torch.Tensor) -> None:
+def test_masks_equal_the_reference_with_a_row_and_a_column_of_zeros(
+    model_type: str, case: Case, windows: torch.Tensor
+) -> None:
     check(model_type, windows, case, zero=True)
 
 

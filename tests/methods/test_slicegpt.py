@@ -447,14 +447,14 @@ def test_opt_keeps_its_dropout_in_training(windows: Tensor) -> None:
     assert torch.equal(block.mlp_half(hidden), block.mlp_half(hidden))
 
 
-def test_slicing_what_is_sliced_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_slicing_a_sliced_model_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     api.prune(api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "sliced")
     with pytest.raises(api.SecateurError, match="already rotated and sliced; slice the original"):
         api.prepare(api.Request(str(tmp_path / "sliced"), "slicegpt", sparsity=0.5, calibration=ids_file))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
-def test_what_has_unequal_heads_and_units_can_be_sliced(
+def test_a_model_with_unequal_heads_and_units_can_be_sliced(
     saved: Callable[..., Path], model_type: str, ids_file: str, tmp_path: Path
 ) -> None:
     modules = "*.0.self_attn.*=0.5,*.1.fc?=0.75" if model_type == "opt" else "*.0.self_attn.*=0.5,*.1.mlp.*=0.75"

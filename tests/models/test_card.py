@@ -1,4 +1,4 @@
-"""The model card: what was pruned, of whom, under which licence, and nothing of the machine."""
+"""The model card names the method, the original and its licence, and says nothing of the machine."""
 
 from __future__ import annotations
 

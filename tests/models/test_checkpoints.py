@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: lazily, with old names, whole or not at all, stock where possible."""
+"""Reading and writing checkpoints: lazily, under old names, whole or not at all, as a stock model where possible."""
 
 from __future__ import annotations
 
@@ -310,12 +310,12 @@ def test_a_kill_at_any_point_of_the_finish_loses_nothing(
         api.prune(replace(request, sparsity=0.25), tmp_path / "out", resume=True)
 
 
-def test_half_a_journal_is_no_run(
+def test_a_damaged_journal_is_not_resumed(
     saved: Callable[..., Path],
     tmp_path: Path,
     interrupted_at: Callable[..., AbstractContextManager[None]],
 ) -> None:
-    """What lies beside it may be of any run: nothing of it is used, and nothing is left."""
+    """The parts beside a damaged journal may be of any run, so none is used and none is left."""
     request = api.Request(str(saved("llama")), "magnitude", sparsity=0.5)
     api.prune(request, tmp_path / "whole")
     with interrupted_at("block-00001"):

@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint and is no weight arrives in the result, also through `pack`, and from the hub."""
+"""Files of a checkpoint that hold no weights are copied to the result, also by `pack`, and from the hub."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_file_that_a_tokenizer_of_transformers_reads_is_one() -> None:
         *("LICENSE", "LICENSE.txt", "LICENCE.md", "NOTICE", "Notice.txt", "USE_POLICY.md", "special_tokens_map.json"),
     ],
 )
-def test_these_go_along(name: str) -> None:
+def test_companions_are_copied(name: str) -> None:
     assert is_companion(name)
 
 
@@ -75,7 +75,7 @@ def test_these_go_along(name: str) -> None:
         ),
     ],
 )
-def test_these_stay(name: str) -> None:
+def test_other_files_are_not_copied(name: str) -> None:
     assert not is_companion(name)
 
 

@@ -1,4 +1,4 @@
-"""What a description can say, and what is made of it: gains of 1 + w, norms, soft-caps, what cannot be done."""
+"""The description of a family and its uses: gains of 1 + w, norms, soft-caps, and what a family cannot do."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_block_without_a_norm_before_is_pruned_and_its_heads_stay(
     assert units["pruning_ratio"] > 0
 
 
-def test_why_not() -> None:
+def test_reasons_why_a_family_cannot_do_something() -> None:
     assert [LLAMA.why_not(what) for what in (ROTATE, SELECT, HEADS)] == [None] * 3
     after = "a norm (post_attention_layernorm) stands between what attention and MLP write and the residual stream"
     assert [OLMO2.why_not(what) for what in (ROTATE, SELECT)] == [after] * 2

@@ -1,4 +1,4 @@
-"""Packed storage: what comes out is what went in, byte for byte, and it is as small as the layout says."""
+"""Packed storage: unpacking gives the same bytes, and the size is that of the layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters counted from sizes, against those of real models, in memory and written, for every family and space."""
+"""Parameters counted from sizes against those of real models, in memory and written, for every family and space."""
 
 from __future__ import annotations
 

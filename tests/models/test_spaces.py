@@ -14,7 +14,7 @@ from secateur.models.view import BlockDims, Residual
 DIMS = BlockDims(hidden=10, heads=6, groups=2, head_width=4, ffn=7)
 
 
-def test_what_follows_from_the_two_tables() -> None:
+def test_spaces_follow_from_the_tables_of_rows_and_columns() -> None:
     assert tuple(spaces.ROWS) == tuple(spaces.COLUMNS) == CANONICAL
     assert spaces.MEMBERS["ffn"] == spaces.Members(("gate", "up"), "down")
     assert spaces.MEMBERS["groups"] == spaces.Members(("q", "k", "v"), "o")
@@ -50,7 +50,7 @@ def test_shapes_follow_from_the_spaces(residual: Residual | None, shapes: dict[s
     assert {name: dims.shape(name) for name in CANONICAL} == shapes
 
 
-def test_how_many_rows_and_columns_a_unit_has() -> None:
+def test_the_rows_and_columns_of_a_unit() -> None:
     assert {name: DIMS.unit_width(name, spaces.ROWS[name]) for name in CANONICAL} == {
         "q": 12, "k": 4, "v": 4, "o": 1, "gate": 1, "up": 1, "down": 1,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Laws: known constants come back, curves invert, intervals cover, and each form wins on data of its own making."""
+"""Laws: known constants are recovered, curves invert, intervals cover, and each form wins on its own data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,16 @@ from secateur.predict.select import interpolation_error, judge, leave_one_out
 S = np.array([0.05, 0.12, 0.2, 0.25, 0.31, 0.42, 0.5, 0.58])
 # Constants that give plausible curves, by law; those of laws without free constants are theirs.
 TRUE: dict[str, tuple[float, ...]] = {
-    "ratio": (-1.08, 0.96), "theory": (-1.0, 1.0), "log-linear": (2.3, 0.4), "power": (1.7, -0.2), "exponential": (0.3, 5.0),
-    "phase": (2.0, 1.6, 9.0, 0.37), "log-ratio": (-1.84, 0.04), "proportional": (-0.9, 0.0), "linear": (-0.8, 1.02),
-}  # fmt: skip
+    "ratio": (-1.08, 0.96),
+    "theory": (-1.0, 1.0),
+    "log-linear": (2.3, 0.4),
+    "power": (1.7, -0.2),
+    "exponential": (0.3, 5.0),
+    "phase": (2.0, 1.6, 9.0, 0.37),
+    "log-ratio": (-1.84, 0.04),
+    "proportional": (-0.9, 0.0),
+    "linear": (-0.8, 1.02),
+}
 DENSE = {"ppl": 5.47, "acc": 0.78}
 EXACT = {"ratio", "theory", "log-linear", "power", "log-ratio", "proportional", "linear"}
 every_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)

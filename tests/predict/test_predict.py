@@ -1,4 +1,4 @@
-"""`secateur predict`: the shape of its answer, what it warns of, and every input it refuses, through the command line."""
+"""`secateur predict` through the command line: the shape of its answer, its warnings, and every input it refuses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def paper(s: float, a: float = -1.08, b: float = 0.96) -> float:
 
 def record(s: float, ppl: float | None, **more: Any) -> dict[str, Any]:
     pruned = {
-        "method": "slicegpt", "options": {"orientation": "pca"}, "pattern": None, "seed": 0, "sparsity": round(s, 1), "sparsity_measured": s,
+        "method": "slicegpt", "options": {"orientation": "pca"}, "pattern": None, "seed": 0,
+        "sparsity": round(s, 1), "sparsity_measured": s,
         "calibration": {"spec": "alpaca", "samples": 128, "seqlen": 512, "sha256": "cd" * 32},
     }  # fmt: skip
     dense = {
@@ -47,8 +48,8 @@ def record(s: float, ppl: float | None, **more: Any) -> dict[str, Any]:
         "calibration": None,
     }
     return {
-        "command": "eval", "model": "tiny", "model_revision": None, "ppl": ppl, "ppl_protocol": PROTOCOL, "dtype": "float32", "tasks": {}, "modules": None,
-        "out": f"runs/{s}", **(pruned if s else dense),
+        "command": "eval", "model": "tiny", "model_revision": None, "ppl": ppl, "ppl_protocol": PROTOCOL,
+        "dtype": "float32", "tasks": {}, "modules": None, "out": f"runs/{s}", **(pruned if s else dense),
     } | more  # fmt: skip
 
 
@@ -468,7 +469,8 @@ def test_a_task_measured_on_other_items(tmp_path: Path) -> None:
     ("text", "more", "status", "said"),
     [
         ("sparsity,ppl\n0.1,6\n0.2,7\n", (), 1, "has no row with sparsity 0: add the dense model's ppl"),
-        ("sparsity,ppl\n0,5\n0.2,7\n", (), 1, "one pruned point cannot fit law 'ratio' (2 constants: a, b): measure more sparsities"),
+        ("sparsity,ppl\n0,5\n0.2,7\n", (), 1,
+         "one pruned point cannot fit law 'ratio' (2 constants: a, b): measure more sparsities"),
         ("sparsity,acc\n0,0.5\n", ("--chance", "0.25"), 1, "no pruned point cannot fit law 'log-ratio'"),
         ("sparsity,ppl\n0,5\n0.1,1.0\n0.2,7\n", (), 1, "line 3: perplexity 1 is not a finite number above 1"),
         ("sparsity,ppl\n0,0.9\n0.1,6\n0.2,7\n", (), 1, "line 2: perplexity 0.9 is not a finite number above 1"),
@@ -477,30 +479,45 @@ def test_a_task_measured_on_other_items(tmp_path: Path) -> None:
         ("sparsity,ppl\n0,5\nnan,6\n0.2,7\n", (), 1, "line 3: sparsity is NaN"),
         ("sparsity,ppl\n0,5\n0.1,six\n0.2,7\n", (), 1, "line 3: ppl 'six' is no number"),
         ("sparsity,ppl\n0,5\n0.1\n0.2,7\n", (), 1, "line 3: ppl '' is no number"),
-        ("sparsity,ppl\n0,5\n10,6\n20,7\n", (), 1, "line 3: sparsity 10 is outside [0, 1): give the fraction removed, not a percentage"),
+        ("sparsity,ppl\n0,5\n10,6\n20,7\n", (), 1,
+         "line 3: sparsity 10 is outside [0, 1): give the fraction removed, not a percentage"),
         ("sparsity,ppl\n0,5\n-0.1,6\n0.2,7\n", (), 1, "sparsity -0.1 is outside [0, 1)"),
         ("sparsity,ppl\n0,5\n0.1,6\n0.1,6.5\n", (), 1, "two values at sparsity 0.1: 6 ("),
         ("sparsity,ppl\n0,5\n0,5.5\n0.1,6\n", (), 1, "two values at sparsity 0: 5 ("),
-        ("sparsity,acc\n0,72\n0.1,65\n0.2,50\n", (), 1, "accuracy 72 is outside [0, 1]: give a fraction, not a percentage"),
-        ("sparsity,acc\n0,0.25\n0.1,0.3\n0.2,0.2\n", ("--chance", "0.25"), 1, "the dense model's accuracy on acc is 0.25, not above chance (0.25)"),
+        ("sparsity,acc\n0,72\n0.1,65\n0.2,50\n", (), 1,
+         "accuracy 72 is outside [0, 1]: give a fraction, not a percentage"),
+        ("sparsity,acc\n0,0.25\n0.1,0.3\n0.2,0.2\n", ("--chance", "0.25"), 1,
+         "the dense model's accuracy on acc is 0.25, not above chance (0.25)"),
         ("sparsity,acc\n0,0\n0.1,0.3\n0.2,0.2\n", (), 1, "accuracy on acc is 0: there is nothing to lose"),
         ("sparsity,acc\n0,0.5\n0.1,0.3\n0.2,0.2\n", ("--chance", "25"), 2, "--chance 25 is outside [0, 1)"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--law", "powr"), 2, "unknown law for perplexity 'powr'; did you mean power?"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--law", "best"), 1, "held-out errors, which takes three pruned points or more (there are 2)"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n0.3,9\n", ("--law", "phase"), 1, "3 pruned points cannot fit law 'phase' (4 constants: a, b, c, t)"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--law", "powr"), 2,
+         "unknown law for perplexity 'powr'; did you mean power?"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--law", "best"), 1,
+         "held-out errors, which takes three pruned points or more (there are 2)"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n0.3,9\n", ("--law", "phase"), 1,
+         "3 pruned points cannot fit law 'phase' (4 constants: a, b, c, t)"),
         ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--at", "1.5"), 2, "--at: 1.5 is outside [0, 1)"),
         ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--at", "half"), 2, "--at half: numbers separated by commas"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-ppl", "1"), 2, "--target-ppl 1: a finite perplexity above 1 is needed"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-ppl", "inf"), 2, "--target-ppl inf: a finite perplexity above 1 is needed"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-acc", "0.5"), 2, "--target-acc does not go with the metric ppl: add --metric TASK"),
-        ("sparsity,acc\n0,0.5\n0.1,0.4\n0.2,0.3\n", ("--target-acc", "50"), 2, "--target-acc 50: an accuracy in (0, 1] is needed"),
-        ("sparsity,acc\n0,0.5\n0.1,0.4\n0.2,0.3\n", ("--target-ppl", "9"), 2, "has no column ppl (its columns: sparsity, acc)"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-ppl", "9", "--target-acc", "0.5"), 2, "give --target-ppl or --target-acc, not both"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-ppl", "1"), 2,
+         "--target-ppl 1: a finite perplexity above 1 is needed"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-ppl", "inf"), 2,
+         "--target-ppl inf: a finite perplexity above 1 is needed"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-acc", "0.5"), 2,
+         "--target-acc does not go with the metric ppl: add --metric TASK"),
+        ("sparsity,acc\n0,0.5\n0.1,0.4\n0.2,0.3\n", ("--target-acc", "50"), 2,
+         "--target-acc 50: an accuracy in (0, 1] is needed"),
+        ("sparsity,acc\n0,0.5\n0.1,0.4\n0.2,0.3\n", ("--target-ppl", "9"), 2,
+         "has no column ppl (its columns: sparsity, acc)"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--target-ppl", "9", "--target-acc", "0.5"), 2,
+         "give --target-ppl or --target-acc, not both"),
         ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--metric", "piqa"), 2, "has no column acc"),
         ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--where", "method=wanda"), 2, "--where chooses among records"),
         ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--where", "wanda"), 2, "--where wanda: write NAME=VALUE"),
-        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--plot", "plot.svg"), 2, "--plot plot.svg: the name of a .png file is needed"),
-        ("s,perplexity\n0,5\n", (), 2, "is neither records (JSON lines) nor a CSV whose first line names a column sparsity: it starts with 's,perplexity'"),
+        ("sparsity,ppl\n0,5\n0.1,6\n0.2,7\n", ("--plot", "plot.svg"), 2,
+         "--plot plot.svg: the name of a .png file is needed"),
+        ("s,perplexity\n0,5\n", (), 2,
+         "is neither records (JSON lines) nor a CSV whose first line names a column sparsity: "
+         "it starts with 's,perplexity'"),
         ("", (), 2, "it is empty"),
         ("\x89PNG\r\n", (), 2, "is neither records (JSON lines) nor a CSV"),
         ("{broken\n", (), 1, "line 1: not JSON"),
@@ -515,8 +532,11 @@ def test_bad_input(text: str, more: tuple[str, ...], status: int, said: str, tmp
 
 
 def test_bad_files(sweep: Path, tmp_path: Path) -> None:
-    assert refused(tmp_path / "none.csv") == (2, f"error: no file '{tmp_path / 'none.csv'}': give a records.jsonl, the folder that holds it, "
-                                              "or a CSV with columns sparsity,ppl or sparsity,acc")  # fmt: skip
+    assert refused(tmp_path / "none.csv") == (
+        2,
+        f"error: no file '{tmp_path / 'none.csv'}': give a records.jsonl, the folder that holds it, "
+        "or a CSV with columns sparsity,ppl or sparsity,acc",
+    )
     (tmp_path / "empty").mkdir()
     assert "no records at" in refused(tmp_path / "empty")[1]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")

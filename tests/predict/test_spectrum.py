@@ -1,4 +1,4 @@
-"""The prediction from the spectrum against what it is made of, computed naively in float64."""
+"""The prediction from the spectrum against its parts, computed naively in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def request_for(folder: Path, ids_file: str) -> api.Request:
 
 
 def final_states(model: Any, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What enters the final norm [N, D], the next-token distribution [N, V], and the head after the norm's gain [V, D]."""
+    """The input of the final norm [N, D], the next-token distribution [N, V], and the head times the gain [V, D]."""
     seen: list[Tensor] = []
     family = api.view_model(model).family
     norm = model.get_submodule(family.final_norm)
@@ -78,7 +78,7 @@ def test_the_cost_of_a_place_is_the_trace_of_what_is_discarded() -> None:
 
 @torch.no_grad()
 def test_the_cost_is_the_divergence_that_small_noise_causes() -> None:
-    """Noise of a given second moment before the head: the mean divergence of the distributions is K, to second order."""
+    """With small noise of a given second moment before the head, the mean divergence is K, to second order."""
     model = tiny_model("llama", dtype=torch.float64)
     windows = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(5))
     hidden_ND, p_NV, head_VD = final_states(model, windows)
@@ -173,7 +173,7 @@ def test_points_of_something_else_are_refused(saved: Callable[..., Path], ids_fi
             api.predict_from_spectrum(request, [file])
 
 
-def test_questions_past_the_points_are_told(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+def test_questions_past_the_points_are_reported(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     request = request_for(saved("llama"), ids_file)
     record = api.predict_from_spectrum(
         request, [records(tmp_path, {0: 10.0, 0.1: 9.99, 0.3: 11.0})], at=[0.2, 0.9], target_ppl=1e300
@@ -194,7 +194,7 @@ BAD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "said"), BAD, ids=lambda value: str(value)[:30])
-def test_bad_input_is_told(saved: Callable[..., Path], ids_file: str, arguments: list[str], said: str) -> None:
+def test_bad_input_is_refused(saved: Callable[..., Path], ids_file: str, arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(
         app, ["predict", "--spectrum", str(saved("llama")), "--calibration", ids_file, *arguments]
     )

@@ -1,4 +1,7 @@
-"""`--modules auto` and `owl`: the greedy choice, the model that is pruned for a while, budgets, resuming, refusals."""
+"""`--modules auto` and `owl`: the greedy choice, budgets, resuming and refusals.
+
+Also the model that is pruned for a while and then restored.
+"""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_a_ratio_that_was_not_reached_is_marked_and_not_compared() -> None:
     assert not any(note.startswith("About") for note in result.notes)
 
 
-def test_ratios_that_differ_are_told() -> None:
+def test_ratios_that_differ_are_reported() -> None:
     found = [*record("a", 0.19, 7.0), *record("b", 0.22, 8.0)]
     result = comparison(collect(found), found)
     assert result is not None

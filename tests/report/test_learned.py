@@ -38,9 +38,16 @@ def run(
     }
     name = out / "-".join(str(v) for v in (sparsity, seed, *options.values()))
     pruned = prune_record(
-        "disp_llm", sparsity, name, pattern=None, seed=seed, options={**DEFAULTS, "steps": 600, **options}, pruning_ratio=sparsity,
-        learning=learning, seconds_by={"selection": 71.0},
-    )  # fmt: skip
+        "disp_llm",
+        sparsity,
+        name,
+        pattern=None,
+        seed=seed,
+        options={**DEFAULTS, "steps": 600, **options},
+        pruning_ratio=sparsity,
+        learning=learning,
+        seconds_by={"selection": 71.0},
+    )
     shift = {"against": "tiny", "kl": 0.1, "top1_agreement": 0.5, "repetition": sparsity / 2, "repetition_dense": 0.02}
     return [pruned, eval_record(ppl, name, pruned, tasks=cloze(0.4), shift=shift)]
 
@@ -106,9 +113,16 @@ def test_the_page_has_every_figure_and_the_papers_tables(study: list[Record], tm
     }
     seen = text_of(page)
     for words in (
-        f"20.50 ± {math.sqrt(0.5):.2f} (2)", "31.00 (NC)", "0.2000", "1 min 11 s", "without hypernetwork", "32.89", "NVIDIA A100",
-        "arXiv:2410.11988, table 12", "the SliceGPT rows are its paper's, at 2048 tokens",
-    ):  # fmt: skip
+        f"20.50 ± {math.sqrt(0.5):.2f} (2)",
+        "31.00 (NC)",
+        "0.2000",
+        "1 min 11 s",
+        "without hypernetwork",
+        "32.89",
+        "NVIDIA A100",
+        "arXiv:2410.11988, table 12",
+        "the SliceGPT rows are its paper's, at 2048 tokens",
+    ):
         assert words in seen, words
 
 

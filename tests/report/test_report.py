@@ -51,13 +51,15 @@ ACC = {
 def prune_record(method: str, sparsity: float, out: Path | str, **more: Any) -> dict[str, Any]:
     calibrated = method != "magnitude"
     return {
-        "command": "prune", "version": "0.1.0", "model": "tiny", "method": method, "options": {"pattern": "unstructured"}, "seed": 0,
-        "sparsity": sparsity, "sparsity_measured": sparsity, "modules": None, "pattern": "unstructured",
+        "command": "prune", "version": "0.1.0", "model": "tiny", "method": method,
+        "options": {"pattern": "unstructured"}, "seed": 0, "sparsity": sparsity, "sparsity_measured": sparsity,
+        "modules": None, "pattern": "unstructured",
         "pruning_ratio": 0.0, "pruning_ratio_blocks": 0.0, "params_before": 4_194_304, "params_after": 4_194_304,
         "nonzero_after": round(4_194_304 * (1 - 0.8 * sparsity)),
         "calibration": {"spec": "c4", "samples": 128, "seqlen": 512, "sha256": "cd" * 32} if calibrated else None,
-        "seconds": 12.34, "seconds_by": {"forward": 9.1}, "peak_rss_bytes": 812_000_000, "device": "cpu", "dtype": "float32",
-        "stock": True, "out": str(out), "versions": {"python": "3.12.1", "torch": "2.10.0"},
+        "seconds": 12.34, "seconds_by": {"forward": 9.1}, "peak_rss_bytes": 812_000_000,
+        "device": "cpu", "dtype": "float32", "stock": True, "out": str(out),
+        "versions": {"python": "3.12.1", "torch": "2.10.0"},
     } | more  # fmt: skip
 
 
@@ -74,7 +76,8 @@ def eval_record(
     )
     return {
         "command": "eval", "version": "0.1.0", "model": "tiny", "method": None, "sparsity": 0, **copied,
-        "ppl": ppl, "ppl_protocol": PROTOCOL, "seconds": 3.21, "device": "cpu", "dtype": "float32", "out": str(out), "versions": {"torch": "2.10.0"},
+        "ppl": ppl, "ppl_protocol": PROTOCOL, "seconds": 3.21, "device": "cpu", "dtype": "float32",
+        "out": str(out), "versions": {"torch": "2.10.0"},
     } | more  # fmt: skip
 
 
@@ -105,13 +108,29 @@ def study(tmp_path: Path) -> list[dict[str, Any]]:
         write_plan(out, record, masked([sparsity] * 4))
         records += [record, eval_record(ppl, out, record, tasks=cloze(ACC[method, sparsity]))]
     semi = prune_record("wanda", 0.5, tmp_path / "gone", pattern="2:4", options={"pattern": "2:4"})
-    shift = {"against": "tiny", "kl": 0.4321, "top1_agreement": 0.678, "repetition": 0.345, "repetition_dense": 0.012,
-             "sample": "the cat & the the the", "sample_dense": "the cat sat <quietly>", "prompt": "Once upon"}  # fmt: skip
+    shift = {
+        "against": "tiny",
+        "kl": 0.4321,
+        "top1_agreement": 0.678,
+        "repetition": 0.345,
+        "repetition_dense": 0.012,
+        "sample": "the cat & the the the",
+        "sample_dense": "the cat sat <quietly>",
+        "prompt": "Once upon",
+    }
     records += [semi, eval_record(35.29, tmp_path / "gone", semi, shift=shift, bits_per_byte=1.2345)]
     structured = prune_record(
-        "magnitude", 0.3, tmp_path / "narrow", pattern="rows", options={"pattern": "rows", "scope": "model"},
-        stock=False, pruning_ratio=0.231, params_after=3_225_420, nonzero_after=3_225_000, seconds=125.0,
-    )  # fmt: skip
+        "magnitude",
+        0.3,
+        tmp_path / "narrow",
+        pattern="rows",
+        options={"pattern": "rows", "scope": "model"},
+        stock=False,
+        pruning_ratio=0.231,
+        params_after=3_225_420,
+        nonzero_after=3_225_000,
+        seconds=125.0,
+    )
     widths = [(8, 1024), (6, 700), (4, 512), (7, 900)]
     blocks = [
         {"index": i, "masks": {}, "keep": {"groups": {"kept": g, "of": 8}, "ffn": {"kept": f, "of": 1024}}}

@@ -50,9 +50,13 @@ def test_cells_follow_from_what_methods_are(dense: Path, ids_file: str) -> None:
         asked(dense, ids_file, "slicegpt", "magnitude", "sparsegpt", ratios=[0.2, 0.3], sparsities=[0.5])
     )
     assert set(found.runs) == {
-        "slicegpt-0.2-params", "slicegpt-0.3-params", "magnitude-unstructured-0.5", "magnitude-rows-0.2-params", "magnitude-rows-0.3-params",
+        "slicegpt-0.2-params",
+        "slicegpt-0.3-params",
+        "magnitude-unstructured-0.5",
+        "magnitude-rows-0.2-params",
+        "magnitude-rows-0.3-params",
         "sparsegpt-unstructured-0.5",
-    }  # fmt: skip
+    }
     assert not found.refused, "that sparsegpt removes no rows goes without saying: it was not asked for"
     assert found.runs["magnitude-rows-0.2-params"].params_removed == 0.2
     found = compare.cells(asked(dense, ids_file, "magnitude", "sparsegpt", ratios=[0.2], patterns=["2:4", "columns"]))

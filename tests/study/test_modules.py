@@ -105,9 +105,7 @@ def test_an_interrupted_study_goes_on_to_the_same_records(
         assert [r["ppl"] for r in _study(dense, ids_file, tmp_path / "out", resume=True)] == [r["ppl"] for r in whole]
 
 
-def test_what_goes_to_another_process_makes_the_same_cell(
-    saved: Callable[..., Path], ids_file: str, tmp_path: Path
-) -> None:
+def test_another_process_makes_the_same_cell(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     dense = str(saved("llama"))
     work = modules._Work(
         api.Request(dense, "magnitude"), "shared", api.EvalRequest(dense, text=ids_file), str(tmp_path)
@@ -117,7 +115,7 @@ def test_what_goes_to_another_process_makes_the_same_cell(
     assert _lasting(pickle.loads(pickle.dumps(work)).record(cell)) == _lasting(work.record(cell))
 
 
-def test_axes(saved: Callable[..., Path]) -> None:
+def test_cells_follow_from_kinds_sparsities_weights_and_grid(saved: Callable[..., Path]) -> None:
     view = open_checkpoint(str(saved("llama"))).view()
     default = modules.cells(view, parse_pattern("unstructured"), ModulesRequest())
     assert len(default) == 10 * len(modules.SPARSITIES)

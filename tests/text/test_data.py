@@ -95,7 +95,10 @@ def test_ids_outside_the_vocabulary_say_whose_fault_it_is() -> None:
         match=r"here: token id 9 is outside the vocabulary of the model \(0 to 8\); tokenise with its own tokenizer",
     ):
         check_ids(windows, 9, 3, "here")
-    both = r"the tokenizer gives id 9, and the embedding of the model has 9 rows .+ the tokenizer has 10 tokens\): .+resize_token_embeddings\(10\)"
+    both = (
+        r"the tokenizer gives id 9, and the embedding of the model has 9 rows .+ "
+        r"the tokenizer has 10 tokens\): .+resize_token_embeddings\(10\)"
+    )
     with pytest.raises(SecateurError, match=both):
         check_ids(windows, 9, 3, "here", tokens=10)
 
@@ -151,7 +154,7 @@ def test_windows_do_not_overlap_and_follow_the_seed() -> None:
     assert torch.equal(everything.flatten(), torch.arange(1000))
 
 
-def test_of_questions_with_answers_the_answers_are_to_be_predicted() -> None:
+def test_only_the_answers_of_questions_are_labels() -> None:
     """Also where tokens join the end of a question to its answer, and where there is no question."""
     questions = [f"is {n} even? " for n in range(20)] + [""]
     text = Text("task:t", [question + "YES" for question in questions], questions=questions)

@@ -1,4 +1,4 @@
-"""DISP-LLM: the cut equals the masked model, learning learns, and what cannot be done is refused in one line."""
+"""DISP-LLM: the cut equals the masked model, learning lowers the loss, and wrong requests are refused in one line."""
 
 from __future__ import annotations
 
@@ -117,13 +117,14 @@ def test_settings_of_the_gates_change_what_is_kept_and_the_seed_does_too(windows
     assert all(len(indices) % 8 == 0 for block in blocks(round=8) for indices in block.keep.values())
 
 
-def test_a_budget_that_learning_did_not_reach_is_told(windows: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_that_learning_did_not_reach_is_reported(windows: Tensor, capsys: pytest.CaptureFixture[str]) -> None:
     plan = api.plan(tiny_model("llama"), "disp_llm", windows, sparsity=0.4, unmet="cut", steps=1, cut="half")
     assert plan.settings["learning"]["removed_half"] == 0
     told = capsys.readouterr().err
     assert "asked to remove 0.4000; gates open half of the time remove 0.0000, those kept 0.0000" in told
     assert re.search(
-        r"has not met its budget: draws of its gates remove 0\.0\d+ of the parameters, asked 0\.4000; the cut removes what ranks lowest",
+        r"has not met its budget: draws of its gates remove 0\.0\d+ of the parameters, asked 0\.4000; "
+        r"the cut removes what ranks lowest",
         told,
     )
 
@@ -165,7 +166,7 @@ def test_the_sparsity_is_that_of_the_whole_model(saved: Callable[..., Path], ids
         api.prepare(api.Request(str(tmp_path / "out"), "slicegpt", sparsity=0.5))
 
 
-def test_the_constrained_choice_is_one_for_all_and_is_written(
+def test_the_constrained_choice_is_the_same_for_all_blocks(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path
 ) -> None:
     request = api.Request(

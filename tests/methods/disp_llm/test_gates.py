@@ -1,4 +1,4 @@
-"""The gradient estimators against exact gradients, by enumerating both outcomes of a gate: no sampling error."""
+"""The gradient estimators against exact gradients, which enumerate both outcomes of a gate: no sampling error."""
 
 from __future__ import annotations
 

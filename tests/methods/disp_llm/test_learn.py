@@ -1,4 +1,4 @@
-"""The loop that learns: its budget, its parts, its states, and what stops it."""
+"""The learning loop of DISP-LLM: its budget, parts of a step, saved states, and what stops it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(
     )
     with pytest.raises(
         SecateurError,
-        match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; go on with --resume --set steps=4",
+        match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; "
+        r"go on with --resume --set steps=4",
     ):
         api.prune(request, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -270,7 +271,7 @@ def test_a_run_that_stops_before_its_first_state_leaves_nothing(
     ).read_bytes()
 
 
-def test_a_disk_that_fills_while_learning_is_told_in_one_line(
+def test_a_disk_that_fills_while_learning_is_reported_in_one_line(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:

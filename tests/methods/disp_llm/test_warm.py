@@ -1,4 +1,4 @@
-"""Where gates begin: scores against finite differences, and logits that meet the budget."""
+"""The first gates: scores against finite differences, and logits that meet the budget."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_weights_that_stay_anywhere_are_the_exact_minimiser_and_one_weight_costs
     assert float(curvature.weight_costs(weight)[2, 3]) == pytest.approx(_exact(weight, curvature, one)[1])
 
 
-def test_what_is_gone_has_no_say() -> None:
+def test_removed_rows_and_columns_leave_the_curvature() -> None:
     weight, curvature = _case()
     stay_O, stay_I = torch.tensor([True, False, True, True]), torch.tensor([True, True, True, False, True])
     part = curvature.part(stay_O, stay_I)
@@ -299,7 +299,7 @@ def test_matrices_asked_for_less_lose_less_and_no_others_anything(windows: Tenso
     assert len({m["q"].removed for m in masks}) > 1  # one threshold, not one share
 
 
-def test_of_equal_costs_the_first_go(windows: Tensor) -> None:
+def test_equal_costs_are_removed_in_order(windows: Tensor) -> None:
     model = tiny_model("llama")
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.weight"):
@@ -310,7 +310,7 @@ def test_of_equal_costs_the_first_go(windows: Tensor) -> None:
     assert int(gone.sum()) == int(0.1 * len(gone))
 
 
-def test_kobd_has_the_same_units_and_the_weights_as_they_were(windows: Tensor) -> None:
+def test_kobd_removes_the_same_units_and_keeps_the_other_weights(windows: Tensor) -> None:
     model = tiny_model("llama")
     surgeon, kobd = (
         api.plan(model, "llm_surgeon", windows, sparsity=0.3, shots=1, update=update) for update in (True, False)
