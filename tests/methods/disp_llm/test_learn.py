@@ -83,7 +83,7 @@ def test_the_budget_is_met_within_a_fifth_of_the_steps(share: float, windows: Te
 
 def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     request = api.Request(str(saved("llama")), "disp_llm", sparsity=0.3, calibration=ids_file, options={"steps": 2, "lr": 3e-3, "save_every": 1})
-    with pytest.raises(SecateurError, match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; go on with --resume --set steps=4"):
+    with pytest.raises(SecateurError, match=r"has not met its budget: the learned gates remove 0\.0\d+ .+ not 0\.3000; continue with --resume --set steps=4"):
         api.prune(request, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     longer = replace(request, options={**request.options, "steps": 80})
@@ -100,7 +100,7 @@ def test_a_budget_that_was_missed_may_be_cut_to_all_the_same(saved: Callable[...
         api.prune(request, tmp_path / "out")
     with pytest.raises(api.UsageError, match=r"had options\.lr = 0\.001"):
         api.prune(replace(request, options={"steps": 4, "lr": 0.1}), tmp_path / "out", resume=True)
-    with pytest.raises(SecateurError, match="has done 4 steps, more than the 3 asked for"):
+    with pytest.raises(SecateurError, match="has done 4 steps, more than steps=3"):
         api.prune(replace(request, options={"steps": 3}), tmp_path / "out", resume=True)
     record = api.prune(replace(request, options={"steps": 4, "unmet": "cut"}), tmp_path / "out", resume=True)
     assert record["pruning_ratio"] == pytest.approx(0.3, abs=0.01)
@@ -219,7 +219,7 @@ def test_a_run_that_stops_before_its_first_state_leaves_nothing(
     assert not (tmp_path / "out.partial").exists()
     with monkeypatch.context() as patch:
         patch.setattr(MaskedModel, "loss", spoiled(4, slope=False))
-        with pytest.raises(SecateurError, match=r"at step 4; .* kept: --resume goes on from it"):
+        with pytest.raises(SecateurError, match=r"at step 4; .* kept: --resume continues from it"):
             api.prune(request, tmp_path / "out")
     with pytest.raises(api.UsageError, match=r"had options.lr = 0.001, this one has 0.01; give the same settings"):
         api.prune(replace(request, options={**request.options, "lr": 0.01}), tmp_path / "out", resume=True)
