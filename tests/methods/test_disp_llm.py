@@ -179,7 +179,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 1.2}, r"outside \[0, 1\)"),
     ({"sparsity": 0.5, "modules": "mlp"}, r"--modules does not go with disp_llm"),
     ({"sparsity": 0.5, "options": {"gate": "hard"}}, r"unknown gate 'hard' \(allowed: reinmax"),
-    ({"sparsity": 0.5, "options": {"separate": "true", "constrained": "true"}}, r"constrained=true has one .*; set one of them"),
+    ({"sparsity": 0.5, "options": {"separate": "true", "constrained": "true"}}, r"constrained=true and separate=true do not go together: .*; set only one of them"),
     ({"sparsity": 0.5, "options": {"steps": "0"}}, r"steps is 0; it is a count, at least 1"),
     ({"sparsity": 0.5, "options": {"lr": "nan"}}, r"lr is nan; it must be above 0"),
     ({"sparsity": 0.5, "options": {"batch": "6", "accumulate": "4"}}, r"batch=6 windows cannot be split into accumulate=4 equal parts"),
