@@ -68,7 +68,7 @@ def prune(model: Any, tmp_path: Path, ids: str, *more: str) -> list[str]:
         (["--modules", "mlp=1.5"], "sparsity 1.5 is outside [0, 1]"),
         (["--modules", "mlp=half"], "'half' is no number"),
         (["--pattern", "2:4", "--sparsity", "0.3"], "pattern 2:4 implies sparsity 0.5, but --sparsity is 0.3"),
-        (["--pattern", "2:4", "--modules", "mlp=0.3"], "pattern 2:4 removes 0.5"),
+        (["--pattern", "2:4", "--modules", "mlp=0.3"], "pattern 2:4 implies sparsity 0.5"),
         (["--pattern", "3:7"], "matrix q of block 0 has 32 inputs, not a multiple of 7"),
         (["--pattern", "4:2"], "0 < N < M is needed"),
         (["--pattern", "diagonal"], "unknown pattern 'diagonal'"),

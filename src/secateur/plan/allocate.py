@@ -75,7 +75,7 @@ def keep_units(score_U: Tensor, remove: int) -> Tensor:
 
 def unit_scores(block: BlockView, score: Score, pattern: Pattern) -> dict[str, Tensor]:
     """The score of each unit in the spaces that have a rate: the root of the sum of squares over the weights that
-    compute the unit (`rows`) or that read it (`columns`). A key-value head is one unit with the query heads that use it.
+    compute the unit (`rows`) or that read it (`columns`). A key-value head is one unit with its query heads.
     """
     return {
         space: _unit_score(block, score, pattern, space) for space in MEMBERS if MEMBERS[space].reader in block.rates

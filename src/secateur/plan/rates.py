@@ -64,7 +64,7 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
 
 
 def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> None:
-    """Raise UsageError if no sparsity is given, or if matrices cannot differ in sparsity under this pattern."""
+    """Raise UsageError if no sparsity is given, or if this pattern needs the same one everywhere."""
     if pattern.kind == "n:m":
         raise UsageError(
             f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so there is nothing to "
