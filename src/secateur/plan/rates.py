@@ -72,8 +72,8 @@ def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> Non
         )
     if pattern.structured:
         raise UsageError(
-            f"--modules {name} needs pattern unstructured: pattern {pattern} removes units that several matrices share, "
-            "so these matrices cannot have different sparsities"
+            f"--modules {name} needs pattern unstructured: pattern {pattern} removes units that several matrices "
+            "share, so these matrices cannot have different sparsities"
         )
     if sparsity is None:
         raise UsageError(f"--modules {name} needs --sparsity S, the share of weights to remove over all matrices")
