@@ -259,7 +259,7 @@ def test_a_dry_run_removes_as_much_and_takes_longer(saved: Callable[..., Path], 
     ("how", "words"),
     [
         ({"pattern": "2:4"}, "pattern 2:4 fixes the sparsity of every matrix"),
-        ({"pattern": "rows", "sparsity": 0.5}, "goes with pattern unstructured"),
+        ({"pattern": "rows", "sparsity": 0.5}, "needs pattern unstructured"),
         ({}, "needs --sparsity S"),
         ({"method": "slicegpt", "sparsity": 0.5}, "does not go with slicegpt"),
     ],

@@ -24,16 +24,16 @@ _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
-    """The block after the plan; the tensors of the given one are left as they are.
+    """The block after the plan; the tensors of the given block stay unchanged.
 
     Raises:
-        SecateurError: the plan was read from disk, where new weights are named by their hashes alone.
+        SecateurError: the plan was read from disk, which has only the hashes of new weights.
     """
     if elsewhere := plan.updated.keys() - plan.updates.keys():
         raise SecateurError(
             f"block {plan.index}: this plan was read from disk, which names the new weights of "
-            f"{', '.join(sorted(elsewhere))} by hash alone: "
-            "load the checkpoint that was written with it, or plan again"
+            f"{', '.join(sorted(elsewhere))} by hash alone: load the checkpoint that was written with it, or make the "
+            "plan again"
         )
     if plan.places:
         assert not plan.updates, "new weights are of the model as it was before the rotation"
@@ -70,12 +70,12 @@ def dims_after(dims: BlockDims, plan: BlockPlan) -> BlockDims:
 
 
 def separates(plan: BlockPlan) -> bool:
-    """Whether q, k and v select for themselves what they read."""
+    """True if q, k and v have a selection each of what they read."""
     return OWN_COLUMNS["q"] in plan.keep
 
 
 def family_after(family: Family, plan: BlockPlan) -> Family:
-    """How the block after the plan is seen."""
+    """The family that describes the block after the plan."""
     return family.separated() if separates(plan) else family
 
 
@@ -95,8 +95,8 @@ def _rewritten(block: BlockView, plan: BlockPlan) -> BlockView:
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
-    """A copy; from 4 MB on numpy asks the system for huge pages, which takes a third off the time to write to new
-    memory.
+    """A copy in memory from numpy. From 4 MB on numpy requests huge pages, which saves a third of the time to write to
+    new memory.
     """
     if tensor.device.type != "cpu":
         return tensor.clone()
@@ -124,7 +124,7 @@ def _narrowed(block: BlockView, plan: BlockPlan) -> BlockView:
 
 
 Kept = dict[str, Tensor | None]
-"""Canonical matrix name -> the indices that stay, None where all do."""
+"""Canonical matrix name -> the indices that stay; None if all stay."""
 
 
 def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[Kept, Kept]:
@@ -133,26 +133,26 @@ def _kept_rows_and_columns(block: BlockView, plan: BlockPlan) -> tuple[Kept, Kep
     heads = _kept_heads(block.dims, units)
     columns = SEPARATE_COLUMNS if separates(plan) else COLUMNS
 
-    def kept(name: str, space: str) -> Tensor | None:
+    def indices_of(name: str, space: str) -> Tensor | None:
         return heads.get(name) if space == "groups" else units.get(space)
 
-    kept_rows = {name: kept(name, ROWS[name]) for name in block.names}
-    return kept_rows, {name: kept(name, columns[name]) for name in block.names}
+    kept_rows = {name: indices_of(name, ROWS[name]) for name in block.names}
+    return kept_rows, {name: indices_of(name, columns[name]) for name in block.names}
 
 
 def _kept_heads(dims: BlockDims, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each matrix that heads are part of, its rows (of `o` the columns) that stay; empty where all heads do."""
+    """The rows that stay of each matrix with heads, for `o` the columns; empty if all heads stay."""
     if "groups" not in units and "heads" not in units:
         return {}
     groups, heads = units.get("groups", torch.arange(dims.groups)), units.get("heads", torch.arange(dims.heads))
     heads = heads[torch.isin(heads // dims.queries, groups)]  # the query heads of a group are neighbours
-    of_key, of_query = (_spread(kept, dims.head_width) for kept in (groups, heads))
+    of_key, of_query = (_spread(numbers, dims.head_width) for numbers in (groups, heads))
     members = MEMBERS["groups"]
     return {name: of_query if name in HEADS else of_key for name in (*members.writers, members.reader)}
 
 
 def _index_maps(family: Family, plan: BlockPlan) -> dict[str, Tensor]:
-    """Which features are read and written, by their names in `runtime.Select` and `runtime.Reader`."""
+    """The indices of the features read and written, by their tensor names in `runtime.Select` and `runtime.Reader`."""
     maps = {f"skips.{number}.write_index_map": space for number, space in enumerate(WRITES)}
     maps |= {f"skips.{number}.read_index_map": space for number, space in enumerate(READS)}
     if separates(plan):
@@ -167,7 +167,7 @@ def _reader(family: Family, name: str) -> str:
 
 
 def _narrowed_norms(block: BlockView, plan: BlockPlan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with gains and biases of the selected features alone. A norm that several read becomes several."""
+    """The tensors with norms of the selected features only. A norm with several readers becomes one norm for each."""
     norms = block.family.norms
     targets = {(*norms, SECOND_NORM)[1]: (norms[-1], READS[1])}
     if not separates(plan):

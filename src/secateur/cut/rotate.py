@@ -1,5 +1,4 @@
-"""The cut of a rotated residual stream: what reads it and what writes it, in the bases of a plan (arXiv:2401.15024,
-section 3).
+"""The cut of a rotated residual stream: its readers and writers in the bases of a plan (arXiv:2401.15024, section 3).
 
 With orthonormal columns B of the kept directions, a reader W [O, D] becomes W B, a writer W [D, I] becomes B^T W, an
 embedding E [V, D] becomes E B. Products are in the dtype of the canonical model (float32 or better), the results in the
@@ -20,11 +19,11 @@ from secateur.models.spaces import COLUMNS, RESIDUAL_READERS, ROWS
 from secateur.models.view import BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan, Place
 
-_ROWS = 1 << 12  # of a vocabulary in float32 at a time
+_ROWS = 1 << 12  # rows of the embeddings in memory at a time, in float32
 
 
 def rotate_block(block: BlockView, plan: BlockPlan) -> BlockView:
-    """A block of the canonical model in the bases of its places; the given one is left as it is."""
+    """A block of the canonical model in the bases of its places; the given block stays unchanged."""
     enter, leave = plan.places["enter"], plan.places["leave"]
     between = plan.places.get("between")
     place_of = {"attention_in": enter, "attention_out": between or leave, "mlp_in": between or enter, "mlp_out": leave}

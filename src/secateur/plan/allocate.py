@@ -1,4 +1,4 @@
-"""Scores turned into the plan of a block, under any pattern."""
+"""From scores to the plan of a block, for any pattern."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scope = Literal["row", "matrix"]
 Score = Callable[[str], Tensor]
 """Canonical matrix name -> score_OI, at least 0, higher is more worth keeping.
 
-Called once for a matrix, when its turn comes.
+It is called once for each matrix.
 """
 
 
@@ -26,7 +26,7 @@ def plan_masks_or_units(block: BlockView, score: Score, pattern: Pattern, scope:
     """The plan of one block: masks for `unstructured` and N:M, kept units for `rows` and `columns`.
 
     Args:
-        block: the block; `block.rates` says what is asked of each matrix.
+        block: the block; `block.rates` holds the sparsity of each matrix.
         score: see `Score`.
         pattern: the pattern; `scope` is used by `unstructured` alone: compare within each output row, or within the
             whole matrix.
@@ -52,12 +52,12 @@ def _mask(score_OI: Tensor, rate: float, pattern: Pattern, scope: Scope) -> Tens
 
 
 def removed_units(rate: float, units: int) -> int:
-    """How many of `units` a sparsity removes: floor(units * rate)."""
+    """The number of `units` that a sparsity removes: floor(units * rate)."""
     return math.floor(units * rate)
 
 
 def removed_blocks(sparsity: float, blocks: int) -> int:
-    """How many of `blocks` a sparsity removes: the nearest whole number, of a half the higher."""
+    """The number of `blocks` that a sparsity removes: the nearest whole number, with halves rounded up."""
     return math.floor(sparsity * blocks + 0.5)
 
 
@@ -74,8 +74,9 @@ def keep_units(score_U: Tensor, remove: int) -> Tensor:
 
 
 def unit_scores(block: BlockView, score: Score, pattern: Pattern) -> dict[str, Tensor]:
-    """The score of each unit the rates ask for: the root of the sum of squares over the weights that compute the unit
-    (`rows`) or that read it (`columns`). A key-value head is one unit with the query heads that use it."""
+    """The score of each unit in the spaces that have a rate: the root of the sum of squares over the weights that
+    compute the unit (`rows`) or that read it (`columns`). A key-value head is one unit with its query heads.
+    """
     return {
         space: _unit_score(block, score, pattern, space) for space in MEMBERS if MEMBERS[space].reader in block.rates
     }

@@ -1,7 +1,7 @@
-"""Which entries of a matrix may go together, and the selection of the lowest scores.
+"""Patterns: which entries of a matrix may be removed together, and the selection of the lowest scores.
 
-Exactly the asked number is removed, also among equal scores: of those, the entries with the lower index go first (the
-order of a stable sort), so that a selection is the same on every machine.
+Exactly the requested number is removed. Of equal scores the entries with the lower index go first (the order of a
+stable sort), so that a selection is the same on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pattern:
 
     @property
     def structured(self) -> bool:
-        """Whether whole units are removed."""
+        """True if whole units are removed."""
         return self.kind in ("rows", "columns")
 
     @property
@@ -46,7 +46,11 @@ class Pattern:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Raises UsageError for anything but the patterns above, with 0 < N < M."""
+    """Read a pattern from its text.
+
+    Raises:
+        UsageError: the text is none of the patterns above, or N:M does not have 0 < N < M.
+    """
     if text in ("unstructured", "rows", "columns"):
         return Pattern(text)  # type: ignore[arg-type]  # narrowed by the line above
     if match := re.fullmatch(r"(\d+):(\d+)", text):
@@ -66,18 +70,18 @@ def keep_highest_per_row(score_RC: Tensor, remove: int) -> Tensor:
         return torch.zeros(rows, columns, dtype=torch.bool, device=score_RC.device)
     if score_RC.device.type == "cpu":
         keep_RC = torch.from_numpy(_above_kth_lowest(score_RC, remove))
-        kept = int(np.count_nonzero(keep_RC.numpy()))
+        kept_count = int(np.count_nonzero(keep_RC.numpy()))
     else:
         keep_RC = score_RC > score_RC.kthvalue(remove, dim=1, keepdim=True).values
-        kept = int(keep_RC.sum())
-    if kept < rows * (columns - remove):  # rare: several scores of a row equal its threshold
+        kept_count = int(keep_RC.sum())
+    if kept_count < rows * (columns - remove):  # rare: several scores of a row equal its threshold
         crowded = (keep_RC.sum(1) < columns - remove).nonzero().squeeze(1)
         keep_RC[crowded] = _by_sorting(score_RC[crowded], remove)
     return keep_RC
 
 
 def _above_kth_lowest(score_RC: Tensor, k: int) -> np.ndarray:
-    """Where a score is above the k-th lowest of its row.
+    """The mask [R, C], True where a score is above the k-th lowest of its row.
 
     numpy's partition is a vectorised quickselect, many times faster than a sort or torch's kthvalue on a CPU. Floats
     that are not negative sort like the whole numbers of the same bits, which takes half the time on short rows.
@@ -125,7 +129,7 @@ def _keep_n_of_m_flat(score: np.ndarray, keep: int, group: int) -> np.ndarray:
     """The same on a flat array: each score against the one `apart` places later, in pieces that stay in the cache."""
     piece = _PIECE - _PIECE % group
     place, same_group = _places(piece, group)
-    kept = np.empty(len(score), np.bool_)
+    keep_mask = np.empty(len(score), np.bool_)
     for start in range(0, len(score), piece):
         part = score[start : start + piece]
         size = len(part)
@@ -135,14 +139,14 @@ def _keep_n_of_m_flat(score: np.ndarray, keep: int, group: int) -> np.ndarray:
             later_wins &= same_group[apart][: size - apart]
             beaten_by[: size - apart] += later_wins
             beaten_by[apart:] -= later_wins
-        np.less(beaten_by, keep, out=kept[start : start + size])
-    return kept
+        np.less(beaten_by, keep, out=keep_mask[start : start + size])
+    return keep_mask
 
 
 @cache
 def _places(size: int, group: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The place in its group of each of `size` entries, and for every distance whether the entry that far on is of the
-    same group.
+    """The place of each of `size` entries in its group, and for every distance a mask: 1 where the entry at that
+    distance is in the same group.
     """
     place = np.tile(np.arange(group, dtype=np.int8), size // group)
     return place, [(place < group - apart).view(np.int8) for apart in range(group)]

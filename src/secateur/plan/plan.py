@@ -1,8 +1,9 @@
 """A plan: what to keep and what to change, as data that can be saved, read, compared and merged.
 
-Making one changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every
-block) and `plan.safetensors` (bit-packed masks, kept indices, spectra; of a plan on its own the bases of the residual
-too). New weights are in neither. A checkpoint has both in its folder `secateur/`, where no engine looks for weights.
+A plan changes no model; `secateur.cut` applies it. On disk a plan is `plan.json` (settings and a summary of every
+block) and `plan.safetensors` (bit-packed masks, kept indices, spectra; a plan saved without a checkpoint also holds the
+bases of the residual). Neither file has new weights. A checkpoint has both files in its folder `secateur/`, where no
+engine looks for weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from secateur.core.names import without_paths
 from secateur.models.save import PLAN, PLAN_TENSORS, plan_file
 
 FORMAT = 1
-# What every plan of a checkpoint has; of a plan on its own, what is there is of this kind.
+# The fields of plan.json with their types. A plan in a checkpoint has all of them, a plan on its own may lack some.
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "method": str,
@@ -48,7 +49,7 @@ _AGAIN = "prune the original again, or copy the folder again"
 
 
 def sha256_of(tensor: Tensor) -> str:
-    """Of the bytes of a tensor: the name of weights that are kept elsewhere."""
+    """SHA-256 of a tensor's bytes, which names weights that are stored elsewhere."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -61,7 +62,7 @@ class Mask:
 
     @staticmethod
     def pack(keep_OI: Tensor) -> Mask:
-        """From a boolean mask, True where kept."""
+        """Pack a boolean mask, True where kept."""
         packed = np.packbits(keep_OI.cpu().numpy().reshape(-1))
         return Mask((keep_OI.shape[0], keep_OI.shape[1]), torch.from_numpy(packed))
 
@@ -87,13 +88,13 @@ class Place:
     """A place of the residual stream after slicing (arXiv:2401.15024): D directions before, W after.
 
     Attributes:
-        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None
-            where a plan was read from a checkpoint, which keeps its bases in its weights alone.
-        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None where
-            nothing is removed.
+        basis_DW: the kept directions, orthonormal columns in the coordinates of the canonical model, float64; None if
+            the plan was read from a checkpoint, which has its bases only inside its weights.
+        spectrum_D: the mean square of the residual along its principal directions, largest first, float64; None if no
+            direction is removed.
         width, of: W and D.
-        form: of the residual connection that leads here, see `runtime.Skip`.
-        skip: its parameters, by their names there.
+        form: the form of the residual connection that leads to this place, see `runtime.Skip`.
+        skip: the parameters of that connection, by their names in `runtime.Skip`.
     """
 
     basis_DW: Tensor | None
@@ -110,7 +111,7 @@ class Place:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the basis: the name of the weights that follow from it."""
+        """SHA-256 of the basis, which names the weights that are computed from it."""
         return None if self.basis_DW is None else sha256_of(self.basis_DW)
 
     def summary(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class Place:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a plan on its own holds more than the spectrum."""
+        """The tensors that only a plan on its own stores, beside the spectrum."""
         tensors = {f"skip.{name}": tensor.contiguous() for name, tensor in self.skip.items()}
         return tensors if self.basis_DW is None else {**tensors, "basis": self.basis_DW.contiguous()}
 
@@ -139,27 +140,26 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class BlockPlan:
-    """What happens to one block.
+    """The plan of one block.
 
     Attributes:
-        index: the block.
+        index: the number of the block.
         masks: canonical matrix name -> its mask.
         keep: space -> the kept indices, ascending: `ffn` (feed-forward units), `groups` (key-value heads with their
-            query heads), `heads` (query heads, as many of every group); and with `select` the features of the residual
-            that are read and written: `attention_in` (or `q_in`, `k_in`, `v_in`, where each selects for itself),
-            `attention_out`, `mlp_in`, `mlp_out`.
-        of: space -> how many there were.
-        select: how those features are read, see `runtime.Select`; None where all are.
+            query heads), `heads` (query heads, the same number in every group); and with `select` the features of the
+            residual that are read and written: `attention_in` (or `q_in`, `k_in`, `v_in`, if each has its own
+            selection), `attention_out`, `mlp_in`, `mlp_out`.
+        of: space -> the number of its indices before pruning.
+        select: how the selected features are read, see `runtime.Select`; None if blocks read all features.
         places: the residual stream where it `enter`s the block, `between` attention and MLP (not of a parallel block),
             and where it `leave`s. What leaves one block enters the next.
-        updates: canonical matrix name -> its new weight [O, I], of the block before anything is narrowed, in the dtype
-            of the computation or of the checkpoint; masks and kept units apply to it. Weights live in the written
-            checkpoint alone: a plan on disk names them by hash.
-        dropped: the whole block goes.
-        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None where that was
-            not measured.
-        hashes: canonical matrix name -> SHA-256 of its new weight, where a plan was read back and the weight itself is
-            elsewhere.
+        updates: canonical matrix name -> its new weight [O, I], with the shape from before the cut, in the dtype of the
+            computation or of the checkpoint; masks and kept units apply to it. Only the written checkpoint stores new
+            weights: a plan on disk names them by hash.
+        dropped: True if the whole block is removed.
+        influence: how much the block changes the residual stream (arXiv:2403.03853, equation 1); None if not measured.
+        hashes: canonical matrix name -> SHA-256 of its new weight, for a plan that was read from disk without the
+            weight.
     """
 
     index: int
@@ -179,7 +179,7 @@ class BlockPlan:
         return {**self.hashes, **{name: sha256_of(weight_OI) for name, weight_OI in self.updates.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the plan.safetensors of a checkpoint holds."""
+        """The tensors of this block in the plan.safetensors of a checkpoint."""
         prefix = f"blocks.{self.index}."
         masks = {f"{prefix}{name}.mask": mask.bits for name, mask in self.masks.items()}
         keep = {f"{prefix}{space}.keep": indices for space, indices in self.keep.items()}
@@ -194,7 +194,7 @@ class BlockPlan:
         )
 
     def bases(self) -> dict[str, Tensor]:
-        """What a plan on its own holds besides: large, and in another form in the weights of a checkpoint."""
+        """The tensors that only a plan on its own stores: large, and in a checkpoint already part of the weights."""
         return {
             f"blocks.{self.index}.{name}.{key}": tensor
             for name, place in self._own_places()
@@ -219,8 +219,8 @@ class BlockPlan:
 
     @staticmethod
     def read(summary: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockPlan:
-        """The inverse of `summary`, `tensors` and, where they are given too, `bases`; `tensors` must reach back to the
-        block before. New weights come back as their hashes alone.
+        """The inverse of `summary`, `tensors` and, if they are included, `bases`. `tensors` must also hold those of the
+        block before. New weights come back only as hashes.
         """
         index: int = summary["index"]
         prefix = f"blocks.{index}."
@@ -258,31 +258,31 @@ class BlockPlan:
     __hash__ = None  # type: ignore[assignment]
 
     def merge(self, other: BlockPlan) -> BlockPlan:
-        """What both keep.
+        """The plan that keeps what both plans keep.
 
         Raises:
-            SecateurError: nothing of a space would be left, one of them rotates the residual stream, they read it in
-                different ways, or both have a new weight for the same matrix.
+            SecateurError: a space would be empty, one plan rotates the residual stream, the two read it in different
+                ways, both choose among query heads, or both have a new weight for the same matrix.
         """
         if both := sorted(self.updated.keys() & other.updated.keys()):
             raise SecateurError(
-                f"block {self.index}: both plans have new weights for {', '.join(both)}: prune the result of the one "
-                "with the other instead"
+                f"block {self.index}: both plans have new weights for {', '.join(both)}, so they cannot be merged: "
+                "prune with one method, then prune the result with the other"
             )
         if self.select and other.select and self.select != other.select:
             raise SecateurError(
-                f"block {self.index}: one plan reads the residual by '{self.select}', the other by '{other.select}': "
-                "plan both with the same norm"
+                f"block {self.index}: one plan reads the residual with norm '{self.select}', the other with "
+                f"'{other.select}': make both plans with the same norm"
             )
         if self.places or other.places:
             raise SecateurError(
-                "a plan that rotates the residual stream cannot be merged: prune its result with the other method "
-                "instead"
+                "a plan that rotates the residual stream cannot be merged: prune with it, then prune the result with "
+                "the other method"
             )
         if "heads" in self.keep and "heads" in other.keep:
             raise SecateurError(
-                f"block {self.index}: both plans choose among the query heads, and what both keep may differ from "
-                "group to group: plan once"
+                f"block {self.index}: both plans choose among the query heads, and the groups might then keep "
+                "different numbers of them: make one plan instead"
             )
         masks = dict(self.masks)
         for name, mask in other.masks.items():
@@ -314,9 +314,9 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan for a model: the settings that made it and one entry a block.
+    """A plan for a model: its settings and one entry for each block.
 
-    `settings` holds what the record repeats: method, options, seed, sparsity, modules, pattern, model, calibration.
+    The record repeats the `settings`: method, options, seed, sparsity, modules, pattern, model, calibration.
     """
 
     settings: Mapping[str, Any]
@@ -324,14 +324,14 @@ class Plan:
 
     @property
     def rotates(self) -> bool:
-        """Whether it rotates the residual stream."""
+        """True if the plan rotates the residual stream."""
         return any(block.places for block in self.blocks)
 
     def merge(self, other: Plan) -> Plan:
-        """The plan that keeps what both keep.
+        """The plan that keeps what both plans keep.
 
         Raises:
-            SecateurError: the two are for models of different depth, or no block would be left.
+            SecateurError: the two plans are for models of different depth, or no block would be left.
         """
         if len(self.blocks) != len(other.blocks):
             raise SecateurError(
@@ -344,7 +344,7 @@ class Plan:
         return Plan(both, blocks)
 
     def save(self, folder: Path) -> None:
-        """Write `plan.json` and, where there are tensors, `plan.safetensors`."""
+        """Write `plan.json` and, if the plan has tensors, `plan.safetensors`."""
         (folder / PLAN).write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
         tensors = {
             name: t.contiguous() for block in self.blocks for name, t in (block.tensors() | block.bases()).items()
@@ -362,7 +362,7 @@ def read_plan(folder: Path) -> Plan:
     """Read what `Plan.save` wrote, or the plan of a checkpoint.
 
     Raises:
-        SecateurError: there is no plan, it is damaged, or its format is a later one.
+        SecateurError: the folder has no plan, or the plan is damaged or has a later format.
     """
     content = read_plan_json(folder)
     if content is None:
@@ -379,10 +379,10 @@ def read_plan(folder: Path) -> Plan:
 
 
 def read_plan_json(folder: Path) -> dict[str, Any] | None:
-    """The JSON part alone; None where the folder was not written by secateur.
+    """Read the JSON part alone; None if the folder was not written by secateur.
 
     Raises:
-        SecateurError: it is damaged, or its format is a later one.
+        SecateurError: the file is damaged or has a later format.
     """
     if (file := plan_file(folder)) is None:
         return None
@@ -392,7 +392,7 @@ def read_plan_json(folder: Path) -> dict[str, Any] | None:
         raise SecateurError(f"{file}: not JSON ({error}); {_AGAIN}") from None
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         if file.parent == folder:
-            return None  # another tool's: it names its plans alike
+            return None  # the file of another tool with the same name
         raise SecateurError(f"{file}: not a plan of secateur (it has no whole number as 'format'); {_AGAIN}")
     if content["format"] > FORMAT:
         raise SecateurError(f"{file} has format {content['format']}, this secateur knows {FORMAT}; use a newer one")

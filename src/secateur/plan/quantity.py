@@ -1,8 +1,8 @@
-"""What a sparsity is a fraction of: weights, units, the residual width, parameters, heads, or blocks.
+"""The quantity that a sparsity is a fraction of: weights, units, the residual width, parameters, heads, or blocks.
 
-Each `Quantity` knows the four things that depend on it: the sparsity that a wanted pruning ratio takes
-(`--params-removed`), how many parameters are left, the sizes of the blocks that are left, and the fraction that went
-in the end. All but the last follow from shapes alone, before any work.
+Each `Quantity` knows the four things that depend on it: the sparsity for a requested pruning ratio
+(`--params-removed`), the number of parameters left, the sizes of the blocks left, and the fraction removed in the end.
+All but the last follow from shapes alone, before any work.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _EDGE = 1e-9  # k / n times n may fall just short of k in floating point
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and how it is pruned, as far as sizes depend on that.
+    """A model and the settings of its pruning that sizes depend on.
 
     Attributes:
-        view: the model as it is before.
+        view: the model before pruning.
         method: the name of the method, for messages.
-        pattern: of what is removed from matrices.
-        modules: the sparsity of each matrix, as on the command line; None: one for all.
-        ranked: whether the units of all blocks are ranked together, so that the blocks lose different numbers.
-        sizes_left: sparsity -> the sizes of all blocks, where the method knows them; None where only the text does.
+        pattern: the pattern of the removal from matrices.
+        modules: the sparsity of each matrix, as on the command line; None for the same sparsity everywhere.
+        ranked: True if the units of all blocks are ranked together, so that blocks lose different numbers of units.
+        sizes_left: sparsity -> the sizes of all blocks; None if they depend on the calibration text.
     """
 
     view: ModelView
@@ -52,7 +52,7 @@ class Subject:
 
     @cached_property
     def dense(self) -> list[BlockDims]:
-        """The sizes of all blocks, as they are."""
+        """The sizes of all blocks before pruning."""
         return [self.view.dims(index) for index in range(self.view.blocks)]
 
     @cached_property
@@ -63,10 +63,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was there before and what is left, counted in the written result.
+    """The counts before and after pruning, from the written result.
 
     Attributes:
-        targeted, removed: weights (or directions of the residual) of what was to be pruned, and how many of them went.
+        targeted, removed: the number of targeted weights (or directions of the residual), and how many were removed.
         parameters, heads, blocks: (before, after), of the whole model.
     """
 
@@ -79,18 +79,18 @@ class Counts:
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a sparsity is a fraction of.
+    """A quantity that a sparsity is a fraction of.
 
     Attributes:
-        name: as `sparsity_of` in plans and records.
+        name: the value of `sparsity_of` in plans and records.
         words: the same for people: a sparsity is "0.5 of {words}".
-        shared: why the matrices have no sparsity of their own (`--modules`); None where they have.
-        needs_sizes: whether the method must say `sizes_left`.
-        sparsity_for: the sparsity whose pruning ratio is nearest to the one wanted, or the first that reaches it
+        shared: the reason why matrices have no sparsity of their own (`--modules`); None if they can have one.
+        needs_sizes: True if the method must provide `sizes_left`.
+        sparsity_for: the sparsity whose pruning ratio is nearest to the requested one, or the first that reaches it
             (`at_least`); see `budget.nearest`.
-        parameters: all parameters after the cut; None where only the text tells.
-        sizes: the sizes of the blocks after the cut; None where only the choice tells.
-        share_gone: the fraction that went.
+        parameters: the number of all parameters after the cut; None if it depends on the calibration text.
+        sizes: the sizes of the blocks after the cut; None if they depend on the choice of what to remove.
+        share_gone: the fraction removed.
     """
 
     name: str
@@ -103,10 +103,10 @@ class Quantity:
     needs_sizes: bool = False
 
     def check(self, method: str, sparsity: float | None, modules: str | None) -> float | None:
-        """The sparsity, within its range; for quantities that the whole model shares.
+        """Check the sparsity and return it.
 
         Raises:
-            UsageError: it is outside [0, 1), or there are `--modules`.
+            UsageError: the sparsity is outside [0, 1), or `modules` is given for a quantity of the whole model.
         """
         if modules is not None and self.shared is not None:
             raise UsageError(f"--modules does not go with {method}: {self.shared}; use --sparsity")
@@ -128,7 +128,7 @@ def _sparsity_of_units(subject: Subject, wanted: float, at_least: bool) -> float
 
     if subject.ranked:
         raise UsageError(
-            "--params-removed goes with scope=block: with scope=model the ratio follows from the scores; use --sparsity"
+            "--params-removed needs scope=block: with scope=model the ratio depends on the scores; use --sparsity"
         )
     sizes = {size for dims in subject.dense for size in (dims.ffn, dims.groups)}
     steps = [0.0, *(step + _EDGE for step in sorted({k / n for n in sizes for k in range(1, n)}))]
@@ -147,18 +147,18 @@ def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float
         return 0.0
     if subject.sizes_left(0.0) is None:
         raise UsageError(
-            f"--params-removed does not go with these options of {subject.method}: the text decides the widths; give "
-            "one of them"
+            f"--params-removed does not go with these options of {subject.method}: the text decides the widths; use "
+            "either --params-removed or these options"
         )
     hidden, before = int(subject.view.config.hidden_size), subject.view.parameters()
 
     def widths() -> Iterator[float]:
         yield 0.0
-        seen = hidden
+        narrowest = hidden
         for width in range(hidden - 1, 0, -1):
             with suppress(UsageError):  # nothing left after rounding
-                if (rounded := _residuals(subject, 1 - width / hidden)[0].attention[0]) < seen:
-                    seen = rounded
+                if (rounded := _residuals(subject, 1 - width / hidden)[0].attention[0]) < narrowest:
+                    narrowest = rounded
                     yield 1 - rounded / hidden
 
     def ratio(step: float) -> float:
@@ -170,7 +170,7 @@ def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float
 def _residuals(subject: Subject, sparsity: float) -> list[Residual]:
     """The widths of the residual stream in all blocks."""
     sizes = subject.sizes_left(sparsity)
-    assert sizes is not None, "shapes tell the widths"
+    assert sizes is not None, "the widths follow from shapes"
     residuals = [dims.residual for dims in sizes if dims.residual is not None]
     assert len(residuals) == len(sizes), "a narrowed residual stream has a width in every block"
     return residuals
@@ -195,9 +195,9 @@ def _sparsity_of_heads(subject: Subject, wanted: float, at_least: bool) -> float
 
 
 def _heads_left(subject: Subject, sparsity: float) -> Sequence[BlockDims]:
-    """The sizes of the blocks, were the first heads the least important; as many parameters go wherever they are."""
+    """The sizes of the blocks if the first heads go; every choice of heads removes the same number of parameters."""
     sizes = subject.sizes_left(sparsity)
-    assert sizes is not None, "shapes tell how many heads go"
+    assert sizes is not None, "the number of heads follows from shapes"
     return sizes
 
 
@@ -292,5 +292,5 @@ QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PA
 
 
 def words_of(name: str | None) -> str:
-    """What a `sparsity_of` of a record means, for people; records of older versions have none."""
+    """The words for a `sparsity_of` of a record; records of older versions have none."""
     return QUANTITIES[name].words if name in QUANTITIES else "what the method removes from"

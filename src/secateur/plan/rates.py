@@ -1,4 +1,4 @@
-"""`--sparsity` and `--modules` turned into a sparsity for each matrix of each block."""
+"""From `--sparsity` and `--modules` to a sparsity for each matrix of each block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern
 
 Rates = tuple[dict[str, float], ...]
-"""One entry a block: canonical matrix name -> sparsity. A matrix without an entry is left as it is."""
+"""One entry for each block: canonical matrix name -> sparsity. A matrix without an entry stays unchanged."""
 
 ALLOCATIONS = ("auto", "owl")
 """Values of `--modules` that leave the sparsity of each matrix to `secateur.prune.allocation`."""
@@ -20,7 +20,7 @@ _GROUPS = {"attention": ATTENTION, "mlp": MLP, "all": CANONICAL}
 
 
 def check_sparsity(value: float) -> float:
-    """Raises UsageError unless 0 <= value < 1."""
+    """Return the sparsity; raise UsageError unless 0 <= value < 1."""
     if not 0 <= value < 1:
         raise UsageError(f"sparsity {value:g} is outside [0, 1): it is the fraction that is removed, as in 0.5")
     return value
@@ -31,15 +31,15 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
 
     Args:
         view: the model.
-        sparsity: for all matrices, or for the names in `modules` that give none. N:M implies it.
+        sparsity: the sparsity of all matrices, or of the names in `modules` without a value. N:M implies it.
         modules: `NAME=S,...` or `NAME,...`: canonical names, `attention`, `mlp`, `all`, the family's own names, or
-            globs over `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one; what is not
-            named stays untouched.
+            globs over `model.layers.3.mlp.down_proj`-like paths. A later entry overrides an earlier one;
+            other matrices stay unchanged.
         pattern: the pattern, which may not fit every matrix.
 
     Raises:
-        UsageError: a value outside [0, 1], a name that matches nothing, N:M that does not divide, or a sparsity that
-            N:M contradicts.
+        UsageError: a value is outside [0, 1], a name matches nothing, M does not divide the inputs of a matrix, or the
+            sparsity contradicts N:M.
     """
     sparsity = _with_pattern(sparsity, pattern)
     entries = _entries(modules, sparsity, pattern) if modules else [("all", sparsity)]
@@ -64,19 +64,19 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
 
 
 def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> None:
-    """Raises UsageError where there is nothing to allocate."""
+    """Raise UsageError if no sparsity is given, or if this pattern needs the same one everywhere."""
     if pattern.kind == "n:m":
         raise UsageError(
-            f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so nothing is left to "
+            f"--modules {name}: pattern {pattern} fixes the sparsity of every matrix, so there is nothing to "
             "allocate; use pattern unstructured"
         )
     if pattern.structured:
         raise UsageError(
-            f"--modules {name} goes with pattern unstructured: {pattern} removes units that several matrices share, "
-            "so they cannot differ"
+            f"--modules {name} needs pattern unstructured: pattern {pattern} removes units that several matrices "
+            "share, so these matrices cannot have different sparsities"
         )
     if sparsity is None:
-        raise UsageError(f"--modules {name} needs --sparsity S: as many weights are removed as at S in every matrix")
+        raise UsageError(f"--modules {name} needs --sparsity S, the share of weights to remove over all matrices")
 
 
 def matching(family: Family, index: int, name: str) -> Sequence[str]:
@@ -99,7 +99,7 @@ def _with_pattern(sparsity: float | None, pattern: Pattern) -> float | None:
         return sparsity if sparsity is None else check_sparsity(sparsity)
     if sparsity is not None and abs(sparsity - implied) > 1e-9:
         raise UsageError(
-            f"pattern {pattern} removes {implied:g}, but --sparsity says {sparsity:g}; leave --sparsity out"
+            f"pattern {pattern} implies sparsity {implied:g}, but --sparsity is {sparsity:g}; leave --sparsity out"
         )
     return implied
 
@@ -118,8 +118,8 @@ def _entries(modules: str, sparsity: float | None, pattern: Pattern) -> list[tup
                 raise UsageError(f"--modules {part}: sparsity {value:g} is outside [0, 1]")
             if pattern.implied_sparsity not in (None, value):
                 raise UsageError(
-                    f"--modules {part}: pattern {pattern} removes {pattern.implied_sparsity:g}; name the modules "
-                    "without a value"
+                    f"--modules {part}: pattern {pattern} implies sparsity {pattern.implied_sparsity:g}; name the "
+                    "modules without a value"
                 )
         entries.append((name.strip(), value))
     if not entries:
@@ -152,6 +152,6 @@ def _check_units(family: Family, rate: dict[str, float], pattern: Pattern) -> No
             )
         if values == {1.0}:
             raise UsageError(
-                f"pattern {pattern} with {group}=1 would leave nothing of it; use a value below 1, or pattern "
+                f"pattern {pattern} with {group}=1 would leave nothing of {group}; use a value below 1, or pattern "
                 "unstructured to zero it"
             )

@@ -1,4 +1,4 @@
-"""What a method that plans the whole model at once is told, besides its options."""
+"""The settings that a method gets, beside its options, if it plans the whole model at once."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from secateur.models.save import disk, save_whole
 
 @dataclass(frozen=True)
 class Run:
-    """The run.
+    """The settings of one run.
 
     Attributes:
-        sparsity: the fraction of the parameters of the whole model to remove; 0 where matrices have rates of their own.
+        sparsity: the fraction of the parameters of the whole model to remove; 0 if matrices have their own rates.
         seed: of every random choice.
-        device, dtype: of the computation.
-        checkpoint: a file for what an interrupted run needs to go on; None keeps none. The caller removes it. Of a
-            method that is gradual it may be that of a run at a lower sparsity.
-        notes: what the method tells of its work, JSON, the same whenever the run is repeated; the caller puts it into
-            the plan and the record.
+        device, dtype: the device and dtype of the computation.
+        checkpoint: the file from which an interrupted run continues; None saves nothing. The caller removes it. For a
+            gradual method it may come from a run at a lower sparsity.
+        notes: the method's own entries for the plan and the record, as JSON values; a repeated run gives the same.
         spill: a file for activations; None keeps them in memory. The caller removes it.
-        labels: what is to be predicted at each place of the windows of a task [S, T], -100 in the questions; None: all.
+        labels: the token to predict at each place of the windows of a task [S, T], -100 in the questions; None to
+            predict all tokens.
     """
 
     sparsity: float
@@ -41,18 +41,18 @@ class Run:
     labels: Tensor | None = None
 
     def once(self, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `measure` gives, on a CPU: kept in `checkpoint`, from where a run that goes on takes it. For a method
-        that keeps nothing else there.
+        """The result of `measure`, on a CPU. It is saved in `checkpoint`, and a continued run reads it from there. Only
+        for methods that save nothing else there.
 
         Raises:
-            SecateurError: the disk is full, or may not be written.
+            SecateurError: the disk is full or not writable.
         """
         if self.checkpoint is None:
             return measure()
         if not self.checkpoint.is_file():
-            found = measure()
+            tensors = measure()
             if rank() > 0:
-                return found
+                return tensors
             with disk(self.checkpoint.parent):
-                save_whole(self.checkpoint, found)
+                save_whole(self.checkpoint, tensors)
         return load_file(self.checkpoint)

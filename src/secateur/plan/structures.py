@@ -1,9 +1,9 @@
-"""Where gates are, and what a choice of them costs in parameters (arXiv:2410.11988, section 4).
+"""The gates of DISP-LLM, and the number of parameters for a choice of them (arXiv:2410.11988, section 4).
 
-Five selections a block: S1 `attention_in`, S2 `attention_out`, S3 `mlp_in`, S4 `ffn` (the MLP's middle), S5 `mlp_out`.
-S1, S2, S3 and S5 choose among the residual's features, and may differ from block to block, since the residual itself
-keeps all of them. Attention keeps its heads. Separate (its section 4.1): `q_in`, `k_in` and `v_in` stand in place of
-S1.
+Each block has five selections: S1 `attention_in`, S2 `attention_out`, S3 `mlp_in`, S4 `ffn` (the MLP's middle), S5
+`mlp_out`. S1, S2, S3 and S5 choose among the residual's features, and may differ from block to block, since the
+residual itself keeps all of them. Attention keeps its heads. Separate (section 4.1): `q_in`, `k_in` and `v_in` stand in
+place of S1.
 
 Constrained (the paper's comparison): one choice serves S1, S2, S3 and S5 of every block.
 
@@ -33,9 +33,9 @@ class Structures:
     Attributes:
         widths: the number of gates of each structure.
         uses: for each block, selection -> the structure it takes its gates from.
-        costs: for each block, how its parameters follow from how many gates are open.
-        fixed: the parameters no gate removes.
-        total: T_total, all parameters counted.
+        costs: for each block, its number of parameters as a function of the number of open gates.
+        fixed: the number of parameters that no gate removes.
+        total: T_total, the number of all counted parameters.
     """
 
     widths: tuple[int, ...]
@@ -49,7 +49,7 @@ class Structures:
         return list(gate_N.split(self.widths))
 
     def parameters(self, kept: Sequence[float]) -> float:
-        """T(s): the parameters left with so many open gates in each structure."""
+        """T(s): the number of parameters left with `kept` open gates in each structure."""
         return sum(
             (
                 cost.parameters({s: kept[n] for s, n in uses.items()})
@@ -59,7 +59,7 @@ class Structures:
         )
 
     def counter(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """T(s) as a function of gates [N], with gradients, in a handful of operations however many blocks there are."""
+        """T(s) as a function of gates [N], with gradients, in a few operations whatever the number of blocks."""
         alone, pairs = [0.0] * len(self.widths), []
         for cost, uses in zip(self.costs, self.uses, strict=True):
             for selections, each in cost.products.items():
@@ -84,11 +84,11 @@ def find_structures(
     """The gates of a model.
 
     Args:
-        view: a model whose blocks read and write all of the residual.
-        constrained: one choice among the residual's features for all blocks.
+        view: a model whose blocks read and write the whole residual.
+        constrained: use one choice among the residual's features for all blocks.
         form: how blocks read, see `runtime.Select`.
-        whole: count all parameters; otherwise the matrices, biases and norms of the blocks alone.
-        separate: q, k and v choose for themselves.
+        whole: count all parameters; otherwise only the matrices, biases and norms of the blocks.
+        separate: q, k and v have a selection each.
     """
     widths = [int(view.config.hidden_size)] if constrained else []
     uses, costs, fixed = [], [], 0

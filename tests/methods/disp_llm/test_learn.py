@@ -103,8 +103,7 @@ def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(
     )
     with pytest.raises(
         SecateurError,
-        match=r"has not met its budget: draws of its gates remove 0\.0\d+ .+ asked 0\.3000; "
-        r"go on with --resume --set steps=4",
+        match=r"has not met its budget: the learned gates remove 0\.0\d+ .+ not 0\.3000; continue with --resume --set steps=4",
     ):
         api.prune(request, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -124,7 +123,7 @@ def test_a_budget_that_was_missed_may_be_cut_to_all_the_same(
         api.prune(request, tmp_path / "out")
     with pytest.raises(api.UsageError, match=r"had options\.lr = 0\.001"):
         api.prune(replace(request, options={"steps": 4, "lr": 0.1}), tmp_path / "out", resume=True)
-    with pytest.raises(SecateurError, match="has done 4 steps, more than the 3 asked for"):
+    with pytest.raises(SecateurError, match="has done 4 steps, more than steps=3"):
         api.prune(replace(request, options={"steps": 3}), tmp_path / "out", resume=True)
     record = api.prune(replace(request, options={"steps": 4, "unmet": "cut"}), tmp_path / "out", resume=True)
     assert record["pruning_ratio"] == pytest.approx(0.3, abs=0.01)
@@ -218,7 +217,7 @@ def spoiled(call: int, *, slope: bool) -> Callable[..., Tensor]:
     ("slope", "words"),
     [
         (False, "the loss is not finite .* at step 6;"),
-        (True, r"(a gradient by step 6|the loss) is not finite .*; the last state saved is kept"),
+        (True, r"(a gradient by step 6|the loss) is not finite .*; the last saved state is kept"),
     ],
 )
 def test_what_is_not_finite_stops_and_is_never_saved_over_a_good_state(
@@ -260,7 +259,7 @@ def test_a_run_that_stops_before_its_first_state_leaves_nothing(
     assert not (tmp_path / "out.partial").exists()
     with monkeypatch.context() as patch:
         patch.setattr(MaskedModel, "loss", spoiled(4, slope=False))
-        with pytest.raises(SecateurError, match=r"at step 4; .* kept: --resume goes on from it"):
+        with pytest.raises(SecateurError, match=r"at step 4; .* kept: --resume continues from it"):
             api.prune(request, tmp_path / "out")
     with pytest.raises(api.UsageError, match=r"had options.lr = 0.001, this one has 0.01; give the same settings"):
         api.prune(replace(request, options={**request.options, "lr": 0.01}), tmp_path / "out", resume=True)

@@ -426,7 +426,7 @@ def test_a_state_that_is_past_the_sparsity_is_left_alone(
     request = api.Request(str(saved("llama")), "llm_surgeon", calibration=ids_file, samples=1)
     for sparsity in (0.0375, 0.025):
         api.prune(replace(request, sparsity=sparsity), tmp_path / f"{sparsity}", states=tmp_path / "states")
-    assert "is after a shot to 0.0375, which is not on the way to what is asked" in capsys.readouterr().err
+    assert "was saved at sparsity 0.0375, which is not a step of the schedule of this run" in capsys.readouterr().err
     alone = api.prune(replace(request, sparsity=0.025), tmp_path / "alone")
     assert (tmp_path / "0.025" / "model.safetensors").read_bytes() == (
         tmp_path / "alone" / "model.safetensors"
@@ -443,7 +443,7 @@ def test_what_cannot_be_done_is_refused(saved: Callable[..., Path], windows: Ten
         ({"options": {"curvature": "hessian"}}, r"unknown curvature 'hessian' \(allowed: kfac, diagonal, identity\)"),
         ({"options": {"shots": -1}}, "shots is -1"),
         ({"options": {"damping": 0.0}}, "damping is 0; it must be above 0"),
-        ({"pattern": "columns"}, "pattern rows has the columns too"),
+        ({"pattern": "columns"}, "pattern 'columns' is not allowed, since pattern rows removes columns too"),
         (
             {"sparsity": None, "params_removed": 0.2, "pattern": "unstructured"},
             "pattern unstructured zeroes weights and removes no parameters",

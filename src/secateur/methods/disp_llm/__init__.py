@@ -3,8 +3,8 @@
 From arXiv:2410.11988. Every block has five selections (`plan/structures.py`): the features of the residual that
 attention and MLP read and write, and the units of the MLP's middle. The residual keeps its width, so blocks may differ
 in what they select, and no adapters are needed. Binary gates (`gates.py`) are drawn from logits that a small network
-gives (`hypernetwork.py`), which alone is trained, on the language-model loss plus lambda |log(T(s) / (p T_total))|. The
-sparsity is the fraction of the parameters of the whole model to remove.
+gives (`hypernetwork.py`). Only that network is trained, on the language-model loss plus lambda |log(T(s) / (p
+T_total))|. The sparsity is the fraction of the parameters of the whole model to remove.
 
 Differences from the authors' code: ReinMax as its paper derives it (they draw one Gumbel and keep the gate soft); one
 draw for the loss and the budget; the MLP's middle is masked once, so that a soft gate is not squared; T counts the
@@ -14,9 +14,9 @@ embeddings; what is kept is not a random draw but the gates with the highest log
 and fused weights are handled; heads are kept. The norm is over all features, then those are selected; `norm=selected`
 is the paper's order. The constrained variant shares one selection in place of its four of the residual, in all blocks.
 
-Beyond the paper, and off by default: `warm` begins where the gradients of a few windows say (near the budget, so that
-far fewer steps do), and `scale` learns a scale beside each gate, which the cut folds into the weights: no parameter
-more, but the weights are no longer those of the model.
+Beyond the paper, and off by default: `warm` chooses the first logits from the gradients of a few windows, so that
+learning starts near the budget and needs far fewer steps. `scale` learns a scale beside each gate, and the cut folds it
+into the weights: the number of parameters stays the same, but the weights are no longer those of the model.
 """
 
 from __future__ import annotations
@@ -48,18 +48,15 @@ from secateur.plan.structures import Structures, find_structures
 
 CALIBRATION = "wikitext2"
 REMOVES = PARAMETERS
-TRAINS = True  # a dry run does not know for how long
-SHARDS = True  # windows and blocks are shared among processes, and all learn the same
+TRAINS = True  # a dry run cannot say how long this takes
+SHARDS = True  # processes share windows and blocks, and all of them learn the same gates
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
 QUICK = {"steps": 2, "unmet": "cut"}
-MAY_CHANGE = (
-    "steps",
-    "unmet",
-)  # where an interrupted run goes on: the rate is constant, so more steps are the same run, longer
-UNMET = (
-    0.02  # of all parameters that are counted: learning that ends further from its budget has not done what was asked
-)
+# Options that `--resume` may change: the learning rate is constant, so a run with more steps is the same run, longer.
+MAY_CHANGE = ("steps", "unmet")
+# The largest allowed distance from the budget after learning, as a share of the counted parameters.
+UNMET = 0.02
 
 _FORMS = {"full": NORM_FIRST, "selected": SELECT_FIRST}
 _CHOICES = {
@@ -78,38 +75,40 @@ class DispLLM:
     """Options.
 
     Attributes:
-        steps: of the optimiser.
-        batch: windows a step.
-        accumulate: the equal parts a step's windows go through the model in, one after the other, or shared among
-            processes; it saves memory alone.
+        steps: the number of optimiser steps.
+        batch: the number of windows in each step.
+        accumulate: split the windows of a step into this many equal parts, which run one after the other or on
+            different processes. This only saves memory.
         lr: the learning rate, constant.
-        weight_decay: of AdamW.
-        checkpointing: run every block a second time on the way back instead of keeping what it computed: less memory,
-            about a third more time.
-        autocast: products in bfloat16: `auto` where an accelerator computes in float32, `on` or `off`.
-        clip: the largest norm of a step's gradient; 0 lets any pass.
-        strength: lambda, the weight of the budget term. The paper has 6, of a term that counts all parameters. This
-            term counts what gates can remove, and 4 pulls as much on a model that has a quarter of its parameters in
-            embeddings and head.
-        gate: the estimator: `reinmax`, `reinmax-printed` (algorithm 2 to the letter), `straight-through`, or `gumbel`
-            (soft).
-        bias: c; gates begin open with probability sigmoid(c).
+        weight_decay: the weight decay of AdamW.
+        checkpointing: compute every block a second time in the backward pass instead of storing its activations. This
+            needs less memory and about a third more time.
+        autocast: compute matrix products in bfloat16: `on`, `off`, or `auto` (on where an accelerator computes in
+            float32).
+        clip: the largest norm of a step's gradient; 0 turns clipping off.
+        strength: lambda, the weight of the budget term. The paper uses 6 for a term that counts all parameters. The
+            term here counts only parameters that gates can remove; with a quarter of the parameters in embeddings and
+            head, 4 has the same effect.
+        gate: the gradient estimator: `reinmax`, `reinmax-printed` (algorithm 2 exactly as printed),
+            `straight-through`, or `gumbel` (soft).
+        bias: c; at the start a gate is open with probability sigmoid(c).
         tau: the temperature of the gates.
-        hypernetwork: `gru`, `linear` (without the Bi-GRU), or `none` (one logit a gate).
-        constrained: one selection of the residual for all blocks, reading and writing.
-        separate: q, k and v choose for themselves what they read (the paper's section 4.1, which fears for the speed
-            and leaves it out).
-        norm: `full` (norm all features, then select) or `selected` (select, then norm those; the paper's).
-        budget: count the parameters of the whole `model`, or of the `blocks` alone.
-        warm: windows whose gradients say which gates begin open, see `warm.py`; 0 begins with all of them likely open,
-            as the paper does.
-        scale: also learn a scale beside each gate, which is folded into the weights after the cut. Weights are updated
-            then, as the record says.
-        cut: keep what the `budget` allows, or what is open `half` of the time.
-        unmet: where draws of the learned gates are more than 0.02 away from the budget, `refuse` the result, or let the
-            `cut` do the rest all the same.
-        round: widths are multiples of this.
-        save_every: steps between two saves of the state that `--resume` goes on from.
+        hypernetwork: `gru`, `linear` (without the Bi-GRU), or `none` (one logit for each gate).
+        constrained: use one selection of the residual for all blocks, for reading and writing.
+        separate: let q, k and v each select what they read. The paper's section 4.1 describes this and leaves it out,
+            since it may be slow.
+        norm: `full` (normalise all features, then select) or `selected` (select, then normalise the selected features,
+            as in the paper).
+        budget: count the parameters of the whole `model`, or only those of the `blocks`.
+        warm: the number of windows whose gradients choose the gates that begin open, see `warm.py`. With 0, all gates
+            begin likely open, as in the paper.
+        scale: also learn a scale beside each gate. The cut folds the scales into the weights, and the record lists
+            these weights as updated.
+        cut: keep as much as the `budget` allows, or (`half`) the gates that are open more than half of the time.
+        unmet: what to do if the learned gates miss the budget by more than 0.02: `refuse` the result, or let the `cut`
+            remove the rest.
+        round: make widths multiples of this.
+        save_every: the number of steps between two saves of the state that `--resume` continues from.
     """
 
     steps: int = 10_000
@@ -142,8 +141,8 @@ class DispLLM:
                 raise UsageError(f"disp_llm: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.constrained and self.separate:
             raise UsageError(
-                "disp_llm: constrained=true has one selection for everything, separate=true one for each of q, k and "
-                "v; set one of them"
+                "disp_llm: constrained=true and separate=true do not go together: the first has one selection for "
+                "everything, the second one for each of q, k and v; set only one of them"
             )
         for name in ("steps", "batch", "accumulate", "round", "save_every"):
             if getattr(self, name) < 1:
@@ -163,11 +162,11 @@ class DispLLM:
 
 
 def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
-    """Refuse before the work what cannot be done.
+    """Check before the work starts that this model can be pruned at this sparsity.
 
     Raises:
-        UsageError: there is no sparsity, or it is too high, for the method or for this model.
-        SecateurError: the residual stream of the model is rotated or selected from already, or the family's cannot be.
+        UsageError: the sparsity is missing, or too high for the method or for this model.
+        SecateurError: the residual stream of the model was already pruned, or this family does not allow it.
     """
     if sparsity is None:
         raise UsageError("disp_llm needs --sparsity S, the fraction of the parameters of the whole model to remove")
@@ -176,11 +175,11 @@ def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
     check_can(view.family, SELECT, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
-            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the "
-            "original model, at a higher sparsity"
+            f"{view.name}: the residual stream of this model was pruned already; prune the original model, at a higher "
+            "sparsity"
         )
     if sparsity >= MOST:
-        raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves next to nothing; it must be below {MOST:g}")
+        raise UsageError(f"disp_llm: --sparsity {sparsity:g} leaves almost nothing; it must be below {MOST:g}")
     if options.batch % (parts := math.lcm(options.accumulate, size())):
         raise UsageError(
             f"disp_llm: batch={options.batch} windows a step cannot be shared equally among {size()} processes; use "
@@ -190,22 +189,22 @@ def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
     most = 1 - smallest(structures, options.round) / structures.total
     if sparsity > most:
         raise UsageError(
-            f"disp_llm: --sparsity {sparsity:g} cannot be reached: embeddings, head and the rest that no gate "
-            f"removes leave at most {most:.4f}; "
-            f"use --sparsity {int(most * 100) / 100:g} or less"
+            f"disp_llm: --sparsity {sparsity:g} cannot be reached: at most {most:.4f} of the parameters can go, since "
+            "no gate removes the embeddings, the head and some other parameters; use --sparsity "
+            f"{int(most * 100) / 100:g} or less"
         )
 
 
 def never_stock(options: DispLLM) -> str | None:
-    """Why the result is no stock model."""
+    """The reason why the result is not a stock model."""
     return "it gives every block its own widths"
 
 
 def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tuple[BlockPlan, ...]:
-    """Learn the gates on windows `data` [S, T], and choose.
+    """Learn the gates on windows `data` [S, T], and choose what each block keeps.
 
     Raises:
-        NotFiniteError: a loss is NaN or infinite; the step is named.
+        NotFiniteError: a loss is NaN or infinite; the message names the step.
     """
     structures = _structures(view, options)
     target = (1 - run.sparsity) * structures.total
@@ -237,11 +236,11 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         clip=options.clip,
         save_every=options.save_every,
     )
-    seen = learn(network, masked, data, target, how, run.checkpoint)
+    looks = learn(network, masked, data, target, how, run.checkpoint)
     logit_N = network() + options.bias
     keep = choose(logit_N, structures, target=target, multiple=options.round, half=options.cut == "half")
-    half = _tell(logit_N, structures, keep, target, options)
-    run.notes["learning"] = {**history(seen, structures.total), "removed_half": half}
+    removed_half = _check_budget(logit_N, structures, keep, target, options)
+    run.notes["learning"] = {**history(looks, structures.total), "removed_half": removed_half}
     scales = None if (scale_N := network.scales()) is None else structures.split(scale_N.detach().cpu())
     return tuple(
         _block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks)
@@ -258,38 +257,41 @@ def _structures(view: ModelView, options: DispLLM) -> Structures:
     )
 
 
-def _tell(logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float, options: DispLLM) -> float:
-    """Say how far the learned gates were from the budget, and what the choice removes; returns what gates open half of
-    the time would remove.
+def _check_budget(
+    logit_N: Tensor, structures: Structures, keep: list[Tensor], target: float, options: DispLLM
+) -> float:
+    """Print how far the learned gates are from the budget, and check that distance.
+
+    Returns:
+        The share of the parameters that goes if every gate is kept that is open more than half of the time.
 
     Raises:
-        SecateurError: too far, and `unmet=refuse`.
+        SecateurError: the distance is above `UNMET`, and the option is `unmet=refuse`.
     """
     halves = [float((part > 0).sum()) for part in structures.split(logit_N)]
     learned, chosen = (
-        1 - float(structures.parameters(kept)) / structures.total
-        for kept in (halves, [float(len(indices)) for indices in keep])
+        1 - float(structures.parameters(counts)) / structures.total
+        for counts in (halves, [float(len(indices)) for indices in keep])
     )
     say(
-        f"disp_llm: asked to remove {1 - target / structures.total:.4f}; gates open half of the time remove "
-        f"{learned:.4f}, those kept {chosen:.4f}"
+        f"disp_llm: {1 - target / structures.total:.4f} of the parameters are to be removed; keeping the gates that "
+        f"are open more than half of the time removes {learned:.4f}, the final choice removes {chosen:.4f}"
     )
-    drawn = float(
-        structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach()))
-    )  # draws are independent: of products of counts, too
-    asked, removed = 1 - target / structures.total, 1 - drawn / structures.total
-    if abs(removed - asked) > UNMET:
+    # gates are drawn independently, so the mean of a product of counts is the product of their means
+    drawn = float(structures.counter(logit_N.device)(torch.sigmoid(logit_N.detach())))
+    requested, removed = 1 - target / structures.total, 1 - drawn / structures.total
+    if abs(removed - requested) > UNMET:
         missed = (
-            f"disp_llm: learning has not met its budget: draws of its gates remove {removed:.4f} of the parameters, "
-            f"asked {asked:.4f}"
+            f"disp_llm: learning has not met its budget: the learned gates remove {removed:.4f} of the parameters on "
+            f"average, not {requested:.4f}"
         )
         if options.unmet == "refuse":
             raise SecateurError(
-                f"{missed}; go on with --resume --set steps={2 * options.steps}, start again with --overwrite and "
-                "--set warm=32 or a higher "
-                f"--set strength=..., or take what ranks lowest as it is with --resume --set unmet=cut"
+                f"{missed}; continue with --resume --set steps={2 * options.steps}, start again with --overwrite and "
+                "--set warm=32 or a higher --set strength=..., or let the cut remove the lowest-ranked gates with "
+                "--resume --set unmet=cut"
             )
-        say(f"{missed}; the cut removes what ranks lowest")
+        say(f"{missed}; the cut removes the lowest-ranked gates")
     return learned
 
 
@@ -312,7 +314,7 @@ def _block_plan(
 
 
 def _folded(block: BlockView, scale: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights [O, I] with the scales in them: columns that read a selection, rows that write to the residual."""
+    """Multiply the scales into the weights [O, I]: columns that read a selection, rows that write to the residual."""
     columns = SEPARATE_COLUMNS if OWN_COLUMNS["q"] in scale else COLUMNS
     folded = {}
     for name in block.names:

@@ -1,8 +1,8 @@
-"""From learned logits to what is kept: deterministic, never empty, within the budget.
+"""The choice of the gates to keep from their learned logits: deterministic, never empty, within the budget.
 
-The authors' code draws a fresh, unseeded sample. Here a gate is kept where its logit is high: by default the threshold
-is moved until the parameters are those asked for (after a converged run it barely moves), or it stays where a gate is
-open as often as not.
+The authors' code draws a fresh, unseeded sample. Here the gates with a high logit are kept. By default the threshold
+moves until the parameters fit the budget (after a converged run it hardly moves). With `half` the threshold is 0: a
+gate is kept if it is open more than half of the time.
 
 Shape letter: N gates of all structures together.
 """
@@ -19,12 +19,12 @@ def choose(logit_N: Tensor, structures: Structures, *, target: float, multiple: 
     """The kept indices of each structure, ascending, int32.
 
     Args:
-        logit_N: of a gate being open, bias included.
-        structures: where gates are.
-        target: the parameters to keep at most.
-        multiple: widths are multiples of this (the best of a structure's gates make up the number), or all of a
+        logit_N: the logit of each gate being open, bias included.
+        structures: the gates of the model.
+        target: the number of parameters to keep at most.
+        multiple: make every width a multiple of this, by keeping more of a structure's best gates, or keep the whole
             structure.
-        half: keep what is open as often as not, whatever the budget.
+        half: keep the gates with a logit above 0, whatever the budget.
     """
     logits = [part.detach().double().cpu() for part in structures.split(logit_N)]
     orders = [torch.sort(part, descending=True, stable=True).indices for part in logits]
@@ -44,25 +44,25 @@ def smallest(structures: Structures, multiple: int) -> float:
 def _within(
     logits: list[Tensor], orders: list[Tensor], structures: Structures, target: float, multiple: int
 ) -> list[int]:
-    """How many to keep of each structure: the gates with the highest logits of all, as many as the target allows."""
+    """The number of gates to keep in each structure: those with the highest logits, as many as the target allows."""
     owner_N = torch.cat([torch.full((len(part),), number) for number, part in enumerate(logits)])
     ranked_N = owner_N[torch.sort(torch.cat(logits), descending=True, stable=True).indices]
     low, high = 0, len(ranked_N)
 
     def counts(first: int) -> list[int]:
-        found: list[int] = torch.bincount(ranked_N[:first], minlength=len(logits)).tolist()
-        return found
+        by_structure: list[int] = torch.bincount(ranked_N[:first], minlength=len(logits)).tolist()
+        return by_structure
 
     while low < high:
         middle = (low + high + 1) // 2
-        kept = [
+        widths = [
             float(_rounded(count, width, multiple))
             for count, width in zip(counts(middle), structures.widths, strict=True)
         ]
-        low, high = (middle, high) if float(structures.parameters(kept)) <= target else (low, middle - 1)
+        low, high = (middle, high) if float(structures.parameters(widths)) <= target else (low, middle - 1)
     return counts(low)
 
 
 def _rounded(count: int, width: int, multiple: int) -> int:
-    """At least one multiple, at most everything."""
+    """Round `count` up to a multiple: at least one multiple, at most `width`."""
     return min(width, max(1, -(-count // multiple)) * multiple)

@@ -33,9 +33,9 @@ def draw_gates(
     """One draw of gates.
 
     Args:
-        x_N: what is learned; a gate is open with probability sigmoid(x + bias).
+        x_N: the learned values; a gate is open with probability sigmoid(x + bias).
         noise_N: uniform in [0, 1); equal noise gives equal gates.
-        gate: one of `GATES`. All but `gumbel`, which is soft, give exactly 0 or 1.
+        gate: one of `GATES`. All give exactly 0 or 1, except `gumbel`, which is soft.
         bias: c; at x = 0 it decides how many gates are open.
         temperature: tau.
 
@@ -54,7 +54,7 @@ def draw_gates(
 
 
 def _slope(logit_N: Tensor, open_N: Tensor, drawn_N: Tensor, gate: str, temperature: float) -> Tensor:
-    """d gate / d logit."""
+    """The slope of each gate in its logit."""
     warm_N = torch.sigmoid(logit_N / temperature)
     if gate == "straight-through":
         return warm_N * (1 - warm_N) / temperature

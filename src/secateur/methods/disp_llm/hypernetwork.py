@@ -1,5 +1,5 @@
-"""What gives the logits of the gates: the hypernetwork of DISP-LLM (arXiv:2410.11988, appendix A.3, table 5), and two
-simpler sources.
+"""The networks that give the logits of the gates: the hypernetwork of DISP-LLM (arXiv:2410.11988, appendix A.3, table
+5), and two simpler ones.
 
     z [structures, 32], random and fixed -> Bi-GRU(32, 64) -> LayerNorm -> GELU -> one Linear(128, width) a structure
 
@@ -23,12 +23,12 @@ _INPUT, _HIDDEN = 32, 64
 
 
 class Hypernetwork(nn.Module):
-    """Logits of all gates.
+    """A network that gives the logits of all gates.
 
     Args:
-        widths: how many gates each structure has.
+        widths: the number of gates of each structure.
         kind: one of `HYPERNETWORKS`.
-        seed: of the fixed input and of the initial weights.
+        seed: the seed of the fixed input and of the initial weights.
         begin_N: added to all logits; None adds nothing.
         scaled: learn a scale beside each gate too, see `scales`.
     """
@@ -66,7 +66,7 @@ class Hypernetwork(nn.Module):
         return logit_N if self.begin_N is None else logit_N + self.begin_N
 
     def scales(self) -> Tensor | None:
-        """The scale [N] beside each gate, 1 at first; weight decay draws it back there. None where none are learned."""
+        """The scale [N] beside each gate, 1 at first; weight decay pulls it to 1. None if no scales are learned."""
         return None if self.stretch_N is None else 1 + self.stretch_N
 
     def _generated(self) -> Tensor:

@@ -10,7 +10,7 @@ One draw of the gates serves both terms and all windows of a step (the authors' 
 seeded generator on the device. Gradients of the first term are taken in the gates, part by part of the step's windows,
 summed in the order of the parts, and go through the network once. Several processes share the parts of a step and
 nothing else: all of them draw the same gates and take the same step of the optimiser, so that their number does not
-change the result. The host waits for the device when the losses are looked at or the state is saved, and not between.
+change the result. The host waits for the device only when it looks at the losses or saves the state.
 
 Shape letters: S windows, B windows of a part, T tokens, N gates, M gates and, where they are learned, scales.
 """
@@ -33,12 +33,12 @@ from secateur.methods.disp_llm.masked import MaskedModel
 from secateur.train.state import read_state, restore_state, save_state
 from secateur.train.steps import all_finite, rows_of_step
 
-LOOK_EVERY = 20  # steps between two looks at the losses
+LOOK_EVERY = 20  # steps between two looks, which bring the losses to the host
 
 
 @dataclass(frozen=True)
 class Learning:
-    """How the gates are learned; see `DispLLM`."""
+    """The settings of learning; see `DispLLM`."""
 
     steps: int
     batch: int
@@ -57,13 +57,14 @@ class Learning:
 def budget_term(left: Tensor | float, target: float, fixed: float = 0.0) -> Tensor:
     """|log(T(s) / (p T_total))|, equation 6, counted over what gates can remove.
 
-    Counted over everything, its slope shrinks with the share of what no gate removes: with embeddings of 80% it is a
-    tenth, and the budget is not met.
+    Counted over all parameters, the slope would shrink as more of them are out of reach of the gates: with 80% in the
+    embeddings it would be a tenth, and the budget would not be met.
 
     Args:
         left: T(s), the parameters that the gates leave.
         target: p T_total, the parameters to keep.
-        fixed: those that no gate removes, in both: embeddings, head, final norm, what heads share.
+        fixed: the parameters that no gate removes, part of both numbers: embeddings, head, final norm, and those that
+            heads share.
     """
     return torch.log((torch.as_tensor(left) - fixed) / (target - fixed)).abs()
 
@@ -79,32 +80,32 @@ def learn(
     """Train the network in place.
 
     Args:
-        network: gives the logits of the gates.
+        network: the network that gives the logits of the gates.
         masked: the frozen model, on the device of the network.
         windows: token ids [S, T].
         target: p T_total, the parameters to keep.
         how: the settings.
-        checkpoint: the file that an interrupted run goes on from, where it is there, and that this one writes; None
-            keeps none.
+        checkpoint: the file where the state is saved; if it exists, an interrupted run continues from it. With None no
+            state is saved.
 
     Returns:
-        What was seen on the way: `step`, `loss` (of the language model, mean since the last look), `budget` (the other
-        term, without lambda), `left` (T(s), the last draw).
+        One entry a look: `step`, `loss` (of the language model, mean since the last look), `budget` (the other term,
+        without lambda), `left` (T(s), of the last draw).
 
     Raises:
-        NotFiniteError: a loss is NaN or infinite; the step is named.
-        SecateurError: the same after a state was saved, which is kept; the disk is full; the networks of two processes
-            are no longer the same; or more steps are done than asked for.
+        NotFiniteError: a loss is NaN or infinite; the message names the step.
+        SecateurError: a loss is not finite, but a state was saved before, which stays; the disk is full; the networks
+            of two processes are no longer the same; or the interrupted run did more steps than `how.steps`.
     """
     learner = Learner(network, masked, windows, target, how, checkpoint)
     done = learner.resume()
     if done > how.steps:
-        steps = f"{done} steps, more than the {how.steps} asked for"
         raise SecateurError(
-            f"disp_llm: the interrupted run has done {steps}; give --set steps={done}, or start again with --overwrite"
+            f"disp_llm: the interrupted run has done {done} steps, more than steps={how.steps}; give --set "
+            f"steps={done}, or start again with --overwrite"
         )
     if done:
-        say(f"disp_llm: going on from step {done} of {how.steps}")
+        say(f"disp_llm: continuing from step {done} of {how.steps}")
     for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=learner.status):
         learner.step(step)
         if step % LOOK_EVERY == 0 or step == how.steps:
@@ -115,13 +116,13 @@ def learn(
 
 
 def with_scales(gate_N: Tensor, network: Hypernetwork) -> Tensor:
-    """The gates, and behind them the scales where some are learned, as the masked model takes them."""
+    """The input of the masked model: the gates, followed by the scales if scales are learned."""
     scale_N = network.scales()
     return gate_N if scale_N is None else torch.cat([gate_N, scale_N])
 
 
 class Learner:
-    """What a step changes, and what it needs."""
+    """The state of learning: what a step needs and changes."""
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class Learner:
         self.wrong = torch.zeros((), device=self.device, dtype=torch.int64)  # the first step whose loss was not finite
 
     def step(self, step: int) -> None:
-        """One step of the optimiser, the first being 1."""
+        """Take one step of the optimiser; the first one is number 1."""
         how = self.how
         logit_N = self.network()
         noise_N = torch.rand(logit_N.shape, generator=self.noise, device=self.device)
@@ -170,13 +171,13 @@ class Learner:
             part_M = open_M.clone().requires_grad_()
             loss = self.masked.loss(self.windows[rows_B].long(), part_M)
             (slope_M,) = torch.autograd.grad(loss, part_M)
-            for found_M1 in gather(torch.cat([slope_M, loss.detach().to(slope_M.dtype)[None]])):
-                total_M1 = total_M1 + found_M1  # in the order of the parts, however many processes there are
+            for part_M1 in gather(torch.cat([slope_M, loss.detach().to(slope_M.dtype)[None]])):
+                total_M1 = total_M1 + part_M1  # in the order of the parts, however many processes there are
         mean_M1 = total_M1 / len(parts)
         return mean_M1[-1], mean_M1[:-1]
 
     def look(self, step: int) -> None:
-        """Bring the losses to the host, and stop where they are not finite."""
+        """Bring the losses to the host, and raise an error if one is not finite."""
         self._check(step)
         since = step - (int(self.seen[-1]["step"]) if self.seen else 0)
         self.seen.append(
@@ -185,7 +186,7 @@ class Learner:
         self.loss = torch.zeros_like(self.loss)
 
     def save(self, step: int, file: Path) -> None:
-        """Write the state, but never one that is not finite over one that is."""
+        """Write the state, after a check that it is finite, so that a good file is never replaced by a bad one."""
         self._check(step)
         check_same(self.network.state_dict().values(), f"disp_llm: step {step}: the hypernetwork")
         on_first(
@@ -195,19 +196,19 @@ class Learner:
         )
 
     def resume(self) -> int:
-        """Go on from the saved state, where there is one; the number of steps that are done."""
+        """Load the saved state if it exists, and return the number of steps that are done."""
         file = self.checkpoint
-        found = on_first(lambda: read_state(file) if file is not None and file.is_file() else None)
+        state = on_first(lambda: read_state(file) if file is not None and file.is_file() else None)
         done = 0
-        if found is not None:
-            tensors, note = found
+        if state is not None:
+            tensors, note = state
             more = restore_state(tensors, self.network, self.optimizer, self.noise)
             self.loss, self.seen, done = more["loss"].to(self.device), note["seen"], int(note["step"])
         check_same(self.network.state_dict().values(), "disp_llm: at the start, the hypernetwork")
         return done
 
     def status(self) -> str:
-        """What the progress line says of the last look."""
+        """The text of the progress line: the values of the last look."""
         if not self.seen:
             return ""
         last = self.seen[-1]
@@ -220,15 +221,17 @@ class Learner:
         wrong = int(self.wrong)
         if not wrong and all_finite(self.network):
             return
-        found = (
+        problem = (
             f"the loss is not finite (NaN or infinity) at step {wrong}"
             if wrong
             else f"a gradient by step {step} is not finite (NaN or infinity)"
         )
         why = (
-            f"disp_llm: {found}; the checkpoint is damaged, its dtype is too narrow (try --dtype float32), "
+            f"disp_llm: {problem}; the checkpoint is damaged, its dtype is too narrow (try --dtype float32), "
             "or the learning rate is too high (try a smaller --set lr=...)"
         )
         if self.checkpoint is None or not self.checkpoint.is_file():
             raise NotFiniteError(why)
-        raise SecateurError(f"{why}; the last state saved is kept: --resume goes on from it, --overwrite starts again")
+        raise SecateurError(
+            f"{why}; the last saved state is kept: --resume continues from it, --overwrite starts again"
+        )

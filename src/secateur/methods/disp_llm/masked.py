@@ -33,15 +33,15 @@ class MaskedModel:
     """A model in memory, with gates.
 
     Args:
-        view: the model; its weights are used where they are, not copied, where device and dtype allow it.
-        structures: where its gates are.
-        form: how blocks read: all features normed and then masked, or the norm over the open gates alone, see
+        view: the model; its weights are not copied if device and dtype are already right.
+        structures: the gates of the model.
+        form: how blocks read: norm all features and then mask, or norm over the open gates alone, see
             `runtime.Select`.
-        device, dtype: of the computation.
+        device, dtype: the device and dtype of the computation.
         autocast: compute products in bfloat16 whatever the dtype.
-        checkpointing: keep of each block its input alone, and run the block again on the way back.
+        checkpointing: store only the input of each block, and run the block again in the backward pass.
 
-    Where several processes work together, each holds its share of every block (FSDP2), and embeddings and head whole.
+    With several processes, each holds a share of every block (FSDP2), and all of the embeddings and the head.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MaskedModel:
             fully_shard(decoder, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
 
     def _load(self, view: ModelView, module: nn.Module, prefix: str) -> None:
-        """Put the weights in that are not there yet."""
+        """Load the weights that are still missing from a module."""
         missing = {name for name, tensor in module.state_dict().items() if tensor.is_meta}
         names = [
             name for name in view.source.names() if name.startswith(prefix) and name.removeprefix(prefix) in missing
@@ -88,8 +88,8 @@ class MaskedModel:
         module.load_state_dict(state, strict=False, assign=True)
 
     def logits(self, ids_BT: Tensor, gate_N: Tensor) -> Tensor:
-        """The logits [B, T, V] with these gates, those of all structures one after the other; twice as many numbers are
-        gates and then scales.
+        """The logits [B, T, V] with these gates [N], structure after structure. A tensor [2 N] holds the gates and then
+        the scales.
         """
         self._set(gate_N, self.dtype)
         logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
@@ -111,7 +111,7 @@ class MaskedModel:
         return self._gates[self.structures.uses[index][selection]]
 
     def _stretched(self, x_BTN: Tensor, index: int, selection: str, bias_N: Tensor | None = None) -> Tensor:
-        """Times the scales; not of a bias, which is no part of a matrix that scales could be folded into."""
+        """Multiply by the scales, except for the bias: the cut folds scales into matrices, not into biases."""
         if self._scales is None:
             return x_BTN
         scale_N = self._scales[self.structures.uses[index][selection]]
@@ -158,7 +158,7 @@ class MaskedModel:
         block.get_submodule(family.matrices["down"]).register_forward_hook(write("mlp_out"))
 
     def _separate(self, block: nn.Module, index: int, view: ModelView) -> None:
-        """Let q, k and v read through gates of their own; a module that has all three becomes three products."""
+        """Let q, k and v read through their own gates; a fused module of all three becomes three products."""
         norm, paths = block.get_submodule(view.family.norms[0]), {name: view.family.matrices[name] for name in "qkv"}
 
         def read(hidden: Tensor, name: str) -> Tensor:  # receives what the hook of the norm lets through
@@ -188,7 +188,7 @@ class MaskedModel:
 
 
 class _ThreeLinears(nn.Module):
-    """q, k and v of one module, each with an input of its own."""
+    """The q, k and v of one fused module, each with its own input."""
 
     def __init__(self, linear: Any, rows: list[int], reads: Callable[[Tensor], list[Tensor]]) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class _ThreeLinears(nn.Module):
 
 def _run_again_on_the_way_back(block: nn.Module) -> None:
     forward = block.forward
-    # nothing in a frozen block is random, so no state of generators has to be kept
+    # nothing in a frozen block is random, so the states of random generators need not be stored
     block.forward = lambda *inputs, **named: checkpoint(
         forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named
     )
@@ -211,23 +211,23 @@ def _run_again_on_the_way_back(block: nn.Module) -> None:
 def masked_norm(
     hidden_BTD: Tensor, gate_D: Tensor, gain_D: Tensor | None, shift_D: Tensor | None, epsilon: float, *, centred: bool
 ) -> Tensor:
-    """The norm over the features of the open gates: it divides by their number, since by D outputs would shrink by
-    sqrt(open / D).
+    """The norm over the features of the open gates. It divides by their number: dividing by D would change the size of
+    the output by sqrt(D / open).
     """
     precise = torch.promote_types(hidden_BTD.dtype, torch.float32)
     gate_D = gate_D.to(precise)
     count = gate_D.sum().clamp(min=1e-6)
-    kept_BTD = hidden_BTD.to(precise) * gate_D
+    open_BTD = hidden_BTD.to(precise) * gate_D
     if centred:
-        kept_BTD = (kept_BTD - kept_BTD.sum(-1, keepdim=True) / count) * gate_D
-    unit_BTD = (kept_BTD * torch.rsqrt(kept_BTD.square().sum(-1, keepdim=True) / count + epsilon)).to(hidden_BTD.dtype)
+        open_BTD = (open_BTD - open_BTD.sum(-1, keepdim=True) / count) * gate_D
+    unit_BTD = (open_BTD * torch.rsqrt(open_BTD.square().sum(-1, keepdim=True) / count + epsilon)).to(hidden_BTD.dtype)
     if gain_D is not None:
         unit_BTD = unit_BTD * gain_D
     return unit_BTD if shift_D is None else unit_BTD + shift_D * gate_D.to(hidden_BTD.dtype)
 
 
 def keep_gates(structures: Structures, keep: Sequence[Tensor]) -> Tensor:
-    """The gates [N] that are open for the kept indices of each structure, float32."""
+    """Gates [N], float32: 1 at the kept indices of each structure, 0 elsewhere."""
     gates = []
     for width, indices in zip(structures.widths, keep, strict=True):
         gate_N = torch.zeros(width)

@@ -1,9 +1,9 @@
-"""Where the gates begin, from a few windows: beyond the paper, which begins with all of them open alike.
+"""The first logits of the gates, from a few windows. This is not in the paper, where all gates begin equally open.
 
 Closing gate n alone costs about (dL/dg_n)^2 / 2 times a constant (the empirical Fisher information; arXiv:1906.10771
-has it for units), and saves dT/dg_n parameters. Gates are ranked by cost for each parameter saved; as many as the
-budget allows begin likely open, the others likely shut, those in between undecided. So learning starts near the budget,
-and spends its steps on what is uncertain.
+has it for units), and saves dT/dg_n parameters. Gates are ranked by their cost for each parameter saved. The gates that
+the budget allows begin likely open, the others likely shut, and those near the limit undecided. So learning starts near
+the budget, and spends its steps on the uncertain gates.
 
 Shape letters: S windows, T tokens, N gates of all structures together.
 """
@@ -20,8 +20,8 @@ SURE = 3.0  # the logit at the ends of the ranking, the paper's c
 
 
 def importance(masked: MaskedModel, windows: Tensor) -> Tensor:
-    """The mean square of dL/dg over the windows [S, T] with all gates open, over the parameters a gate saves, float32
-    [N].
+    """The mean square of dL/dg over the windows [S, T] with all gates open, divided by the parameters that a gate
+    saves, float32 [N].
     """
     structures = masked.structures
     gate_N = torch.ones(sum(structures.widths), device=masked.device, requires_grad=True)
@@ -34,7 +34,7 @@ def importance(masked: MaskedModel, windows: Tensor) -> Tensor:
 
 
 def begin(score_N: Tensor, masked: MaskedModel, target: float) -> Tensor:
-    """The logits to begin with, [N]: by rank, from `SURE` (most important) through 0 (the last that the budget keeps)
+    """The first logits [N]: by rank, from `SURE` (the most important gate) through 0 (the last gate within the budget)
     to minus `SURE`.
     """
     structures = masked.structures

@@ -1,18 +1,18 @@
-"""LLM Surgeon: rows and columns, or weights, go that cost the loss least by its Kronecker-factored curvature, and what
-stays makes up for them.
+"""LLM Surgeon: remove the rows and columns, or the weights, that raise the loss least by its Kronecker-factored
+curvature, and update the weights that stay to compensate.
 
 From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`kronecker.py`), from
 gradients of the language-model loss at the text's own next tokens (the empirical Fisher), damped by a hundredth of its
-mean diagonal. What stays of a matrix is changed to the exact minimiser of the quadratic under all its removals at once.
-All that is done in `shots`: in each a part goes, on a linear schedule, and the next one has gradients of the model as
-it then is. A lower sparsity is a stop on the way to a higher one, so `sweep` and `compare` take several in one run; a
-stop between two steps of the schedule is one more shot.
+mean diagonal. The weights that stay in a matrix are set to the exact minimiser of the quadratic under all its removals
+at once. The work is done in `shots`: each shot removes a part, on a linear schedule, and the next shot computes the
+gradients of the changed model. A lower sparsity is a stop on the way to a higher one, so `sweep` and `compare` take
+several in one run; a stop between two steps of the schedule is one more shot.
 
 With the pattern `rows` units go, those that the runtime removes for real: the features of the residual that attention
 and MLP of a block read and write, its feed-forward units, and its key-value heads with their query heads. The cost of a
-feature is that of its rows and columns in all matrices that have it. A feed-forward unit or a head goes from the matrix
-that reads it: cost and update are those of these columns, all of a head together, and the rows that gave it go with
-them for nothing. One threshold serves all units of the model. The sparsity is the fraction of the parameters of the
+feature is the sum over its rows and columns in all matrices. For a feed-forward unit or a head, cost and update are
+those of its columns in the matrix that reads it, all columns of a head together; the rows that compute it then go
+at no cost. One threshold serves all units of the model. The sparsity is the fraction of the parameters of the
 whole model to remove.
 
 With `unstructured` and N:M weights become zero, and the sparsity is of the matrices, as for other methods. One
@@ -72,13 +72,13 @@ class LLMSurgeon:
     """Options.
 
     Attributes:
-        shots: in how many steps units go, with new gradients for each; 0 takes the paper's, 40 for a sparsity of one
-            half and in proportion.
-        update: whether the weights that stay make up for those that go; false is K-OBD.
-        curvature: `kfac`, `diagonal` (of the same factors), or `identity` (magnitude).
-        damping: of the factors, in units of their mean diagonal.
-        rank: units compete by their cost a `parameter`, or by their `cost` (of `rows`).
-        pattern: `rows` (rows and columns of all matrices are removed), or `unstructured` or N:M (weights are zeroed).
+        shots: the number of steps of the removal, each with new gradients; 0 takes the paper's number: 40 for a
+            sparsity of 0.5, and in proportion for others.
+        update: update the weights that stay, to compensate for those that are removed; false is K-OBD.
+        curvature: `kfac`, `diagonal` (the diagonals of the same factors), or `identity` (magnitude).
+        damping: the damping of the factors, in units of their mean diagonal.
+        rank: with pattern `rows`, compare units by their cost for each `parameter`, or by their whole `cost`.
+        pattern: `rows` (remove rows and columns of all matrices), or `unstructured` or N:M (zero weights).
     """
 
     shots: int = 0
@@ -94,11 +94,12 @@ class LLMSurgeon:
                 raise UsageError(f"llm_surgeon: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
         if self.pattern == "columns":
             raise UsageError(
-                "llm_surgeon: pattern rows has the columns too (allowed: rows, unstructured, or N:M such as 2:4)"
+                "llm_surgeon: pattern 'columns' is not allowed, since pattern rows removes columns too (allowed: rows, "
+                "unstructured, or N:M such as 2:4)"
             )
         if self.shots < 0:
             raise UsageError(
-                f"llm_surgeon: shots is {self.shots}; it is a count, 1 or more (0: as many as the paper takes)"
+                f"llm_surgeon: shots is {self.shots}; it is a count, at least 1, or 0 for the number in the paper"
             )
         if not self.damping > 0:
             raise UsageError(
@@ -107,12 +108,12 @@ class LLMSurgeon:
 
 
 def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
-    """Refuse before the work what cannot be done.
+    """Check before the work starts that this model can be pruned at this sparsity.
 
     Raises:
-        UsageError: there is no sparsity, or it would empty a block.
-        SecateurError: the residual stream of the model is rotated or selected from already, or the family's cannot be;
-            or its heads cannot go.
+        UsageError: the sparsity is missing, or it would empty a block.
+        SecateurError: the residual stream of the model was already pruned, or this family does not allow it; or its
+            heads cannot be removed.
     """
     if sparsity is None:
         raise UsageError("llm_surgeon needs --sparsity S, the fraction of the parameters of the whole model to remove")
@@ -122,20 +123,20 @@ def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
     check_can(view.family, HEADS, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(
-            f"{view.name}: what its blocks read and write of the residual stream was pruned already; prune the "
-            "original model, at a higher sparsity"
+            f"{view.name}: the residual stream of this model was pruned already; prune the original model, at a higher "
+            "sparsity"
         )
     most = removed_parameters(view, [dict.fromkeys(SPACES, 1)] * view.blocks) / view.parameters()
     if sparsity > most:
         raise UsageError(
-            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each space, at most "
-            f"{most:.4f} of the parameters go; "
-            f"use --sparsity {int(most * 100) / 100:g} or less"
+            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each kind, at most "
+            f"{most:.4f} of the parameters can be removed; use "
+            f"--sparsity {int(most * 100) / 100:g} or less"
         )
 
 
 def never_stock(options: LLMSurgeon) -> str | None:
-    """Why the result is no stock model, with `pattern=rows`."""
+    """The reason why the result is not a stock model; None for patterns that zero weights."""
     return "it gives every block its own widths" if parse_pattern(options.pattern).structured else None
 
 
@@ -158,44 +159,45 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
         )
     sparsity = run.sparsity or max(rate for rates in view.rates for rate in rates.values())
     work.load(lambda done: left(sparsity, options.shots, done) is not None)
-    for wanted in track(left(sparsity, options.shots, work.done) or (), "llm_surgeon: shots", status=work.status):
-        work.shot(data, wanted)
+    remaining = left(sparsity, options.shots, work.done) or ()
+    for share in track(remaining, "llm_surgeon: shots", status=work.status):
+        work.shot(data, share)
         work.save()
     run.notes["shots"] = work.told
     return tuple(work.plan(index) for index in range(view.blocks))
 
 
 def operations(view: ModelView, tokens: int, options: LLMSurgeon, sparsity: float) -> float:
-    """Multiplications of all shots, roughly: forward, forward again and back, sums of factors, factorisations, and 50
-    iterations where weights go.
+    """The multiplications of all shots, roughly: two forward passes, one backward pass, the sums and factorisations of
+    the factors, and 50 iterations of conjugate gradients if single weights are zeroed.
     """
     total, zeroes = 0.0, not parse_pattern(options.pattern).structured
     passes = 2 if options.update and options.curvature == "kfac" else 1
     for index in range(view.blocks):
         for rows, columns in view.matrix_shapes(index).values():
             total += passes * (tokens * (3 * rows * columns + rows**2 + columns**2 / 2) + rows**3 + columns**3)
-            total += (
-                50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0
-            )  # in float64, which counts twice
+            # in float64, which counts twice
+            total += 50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0
     return total * len(left(sparsity, options.shots) or ())
 
 
 def gradual(options: LLMSurgeon) -> bool:
-    """Whether a lower sparsity is a stop on the way to a higher one: with the paper's schedule it is."""
+    """True with the paper's schedule, where a lower sparsity is a stop on the way to a higher one."""
     return not options.shots
 
 
 def left(sparsity: float, shots: int, done: Sequence[float] = ()) -> list[float] | None:
-    """The sparsity after each shot that is left.
+    """The sparsity after each shot that still has to be done.
 
     Args:
-        sparsity: the last.
-        shots: how many in all; 0 is the paper's schedule, steps of 1/80, of which a higher sparsity has the same first
-            ones.
-        done: those before, where a run goes on; with the paper's schedule it may have stopped between two steps.
+        sparsity: the sparsity after the last shot.
+        shots: the number of all shots; 0 is the paper's schedule in steps of 1/80, where a higher sparsity begins with
+            the same steps.
+        done: the sparsities after the shots that are done, if a run continues; with the paper's schedule the last one
+            may lie between two steps.
 
     Returns:
-        None where those before are no part of this schedule.
+        The sparsities, or None if `done` does not belong to this schedule.
     """
     if shots:
         every = [sparsity * shot / shots for shot in range(1, shots + 1)]

@@ -1,8 +1,8 @@
-"""Kronecker-factored curvature of the loss, and what removing rows and columns of a matrix costs by it
+"""Kronecker-factored curvature of the loss, and the cost of removing rows and columns of a matrix
 (arXiv:2312.17244, section 3).
 
-The Fisher information of a matrix W is taken as G (x) A, with A = E[x x^T] of what it reads and G = E[g g^T] of the
-gradient of the loss with respect to what it gives, token by token. To second order a change D of the weights costs
+The Fisher information of a matrix W is approximated by G (x) A, with A = E[x x^T] of its inputs and G = E[g g^T] of the
+gradient of the loss with respect to its outputs, token by token. To second order a change D of the weights costs
 
     tr(G D A D^T) / 2
 
@@ -14,7 +14,7 @@ stay,
 (the minimiser over all of W'_KJ: G_KK W'_KJ A_JJ = (G W A)_KJ). For one row r alone it costs (W A W^T)_rr / (2
 [G^-1]_rr), for columns C together tr(W_:C^T G W_:C [A^-1]_CC^-1) / 2, for one weight W_oi^2 / (2 [G^-1]_oo [A^-1]_ii).
 
-Where single weights go, wherever they are, no closed form is left: the minimiser W' is zero there and has (G (W - W')
+If single weights are removed, there is no closed form: the minimiser W' is zero at those weights and has (G (W - W')
 A)_oi = 0 everywhere else, one linear system over all weights that stay. `Curvature.masked` solves it by conjugate
 gradients. Everything here is in float64.
 
@@ -46,7 +46,7 @@ class Curvature:
     a_II: Tensor
 
     def part(self, rows_O: Tensor, columns_I: Tensor) -> Curvature:
-        """That of a part of the matrix: what is gone already has no say. The masks are True where something stays."""
+        """The curvature of the rows and columns that are left, marked True in the masks."""
         return Curvature(
             *(
                 m if bool(stays.all()) else m[stays][:, stays]
@@ -55,11 +55,11 @@ class Curvature:
         )
 
     def row_costs(self, weight_OI: Tensor) -> Tensor:
-        """What making each row zero costs, [O]."""
+        """The cost of making each row zero, [O]."""
         return ((weight_OI @ self.a_II) * weight_OI).sum(1) / (2 * _inverse_diagonal(self.g_OO))
 
     def column_costs(self, weight_OI: Tensor, together: int = 1) -> Tensor:
-        """What making each column zero costs, or so many neighbours `together`, [I / together]."""
+        """The cost of making each column zero, or each set of `together` neighbouring columns, [I / together]."""
         if together == 1:
             return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
         count = weight_OI.shape[1] // together
@@ -71,22 +71,23 @@ class Curvature:
         return felt_UCC.sum((1, 2)) / 2
 
     def weight_costs(self, weight_OI: Tensor) -> Tensor:
-        """What making each weight zero costs, [O, I]."""
+        """The cost of making each weight zero, [O, I]."""
         return weight_OI.square() / (2 * _inverse_diagonal(self.g_OO)[:, None] * _inverse_diagonal(self.a_II))
 
     def masked(self, weight_OI: Tensor, keep_OI: Tensor, tolerance: float = 1e-5, most: int = 1000) -> Tensor:
-        """The weights that make up best for those that go, which are zero in it: by conjugate gradients.
+        """The matrix [O, I] with the removed weights at zero and the others updated to compensate best, by conjugate
+        gradients.
 
-        Preconditioned by the inverse of the whole of G (x) A, so that few removals take few iterations, and so that the
-        norm r of the residual bounds what is left to gain: with P the weights that stay and H = G (x) A, (H^-1)_PP is
-        at least (H_PP)^-1, so the cost is within r^2 / 2 of the lowest. An iteration has two products with G and A and
-        two with their inverses, 4 O I (O + I) multiplications and additions.
+        The preconditioner is the inverse of all of G (x) A. So few removals take few iterations, and the norm r of the
+        residual bounds the possible gain: with P the weights that stay and H = G (x) A, (H^-1)_PP is at least
+        (H_PP)^-1, so the cost is within r^2 / 2 of the lowest. An iteration has two products with G and A and two with
+        their inverses, 4 O I (O + I) multiplications and additions.
 
         Args:
             weight_OI: the weights before.
             keep_OI: True where a weight stays.
-            tolerance: how far the cost may be above the lowest, as a share of it.
-            most: iterations; the cost falls with each, so the last is the best.
+            tolerance: the allowed distance of the cost from the lowest cost, as a share of it.
+            most: the largest number of iterations; each lowers the cost, so the last result is the best.
         """
         g_inverse_OO, a_inverse_II = _inverse(self.g_OO), _inverse(self.a_II)
         made_OI = weight_OI * keep_OI
@@ -109,9 +110,9 @@ class Curvature:
         return made_OI
 
     def without(self, weight_OI: Tensor, rows_O: Tensor, columns_I: Tensor) -> Tensor:
-        """The weights that make up best for the rows and columns that go, which are zero in it.
+        """The matrix [O, I] with the removed rows and columns at zero and the others updated to compensate best.
 
-        The masks are True where something stays.
+        The masks are True for the rows and columns that stay.
         """
         made_OI = torch.zeros_like(weight_OI)
         left_KI = weight_OI[rows_O] + _fold(self.g_OO, rows_O) @ weight_OI[~rows_O]
@@ -121,9 +122,10 @@ class Curvature:
 
 
 def _inverse_diagonal(matrix: Tensor) -> Tensor:
-    """Of the inverse, some columns of the factor's inverse at a time: these are zero above the diagonal.
+    """The diagonal of the inverse of a positive definite matrix.
 
-    LAPACK's potri takes many times as long.
+    It inverts the triangular Cholesky factor, some columns at a time, and skips the zeros above the diagonal. LAPACK's
+    potri takes many times as long.
     """
     lower, parts = torch.linalg.cholesky(matrix), []
     for start in range(0, len(matrix), _COLUMNS):
@@ -141,20 +143,20 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def _fold(matrix: Tensor, keep: Tensor) -> Tensor:
-    """M_KK^-1 M_KR: how what stays takes up what goes."""
+    """M_KK^-1 M_KR, with K kept and R removed: the shares of the removed rows that are added to the kept ones."""
     return torch.cholesky_solve(matrix[keep][:, ~keep], torch.linalg.cholesky(matrix[keep][:, keep]))
 
 
 class Factors:
-    """The sums of x x^T and g g^T over the tokens of a block's matrices, one A for all that read the same; float32 or
-    better.
+    """The sums of x x^T and g g^T over the tokens of a block's matrices, float32 or better. Matrices with the same
+    input share one A.
 
     Args:
-        block: the block, which `backward` is at.
-        backward: the pass; it goes back through the block here.
-        kind: from `CURVATURES`: the Kronecker factors, their diagonals alone, or identities (then costs are half the
-            squares of weights).
-        damping: what is added to each diagonal, in units of its mean.
+        block: the current block of `backward`.
+        backward: the backward pass; the constructor runs it through the block.
+        kind: one of `CURVATURES`: the Kronecker factors, their diagonals alone, or identities (then a cost is half the
+            square of a weight).
+        damping: the amount added to each diagonal, in units of its mean.
     """
 
     def __init__(self, block: BlockView, backward: Backward, kind: str, damping: float) -> None:
@@ -177,7 +179,7 @@ class Factors:
         return Curvature(self._damped(self._g[name], name), self._damped(self._a[self._family.input_of(name)], name))
 
     def any(self) -> bool:
-        """Whether any gradient was not zero."""
+        """True if any gradient was not zero."""
         return any(bool(total.any()) for total in self._g.values())
 
     def _damped(self, total: Tensor, name: str) -> Tensor:
@@ -187,9 +189,8 @@ class Factors:
         if self._kind == "diagonal":
             mean = mean.diagonal().diag()
         level = float(mean.diagonal().mean())
-        mean.diagonal().add_(
-            self._damping * level if level > 0 else 1e-30
-        )  # nothing at all was seen: any positive definite matrix serves
+        # if all sums are zero, any positive definite matrix will do
+        mean.diagonal().add_(self._damping * level if level > 0 else 1e-30)
         return mean
 
 

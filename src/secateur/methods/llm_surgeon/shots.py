@@ -1,9 +1,8 @@
-"""Removing in shots: each one measures the curvature of the model as it then is, takes the cheapest, and changes what
-stays (arXiv:2312.17244).
+"""Removal in shots: each shot measures the curvature of the current model, removes the cheapest units or weights, and
+updates those that stay (arXiv:2312.17244).
 
-`UnitShots` (`unit_shots.py`) takes whole units, `WeightShots` (`weight_shots.py`) single weights. What the two share is
-here: the model as it is between shots, the two passes over its blocks that a shot has, and the file that an interrupted
-run goes on from.
+`UnitShots` (`units.py`) removes whole units, `WeightShots` (`weights.py`) single weights. This file has what both use:
+the model between two shots, the two passes over its blocks in a shot, and the checkpoint of an interrupted run.
 
 Shape letters: S windows, T tokens.
 """
@@ -33,54 +32,54 @@ from secateur.plan.run import Run
 
 @dataclass(frozen=True)
 class Overlay:
-    """A model some of whose tensors are replaced, by others in memory or in safetensors files. A `TensorSource`."""
+    """A `TensorSource` with some tensors replaced by others, in memory or in safetensors files."""
 
     source: TensorSource
     changed: dict[str, Tensor | Path]
 
     def names(self) -> list[str]:
-        """Those of the original."""
+        """The names of the original."""
         return self.source.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """That of the original."""
+        """The shape in the original."""
         return self.source.shape(name)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is now."""
-        now = self.changed.get(name)
-        if now is None:
+        """One tensor in its current state."""
+        changed = self.changed.get(name)
+        if changed is None:
             return self.source.read(name)
-        if isinstance(now, Tensor):
-            return now
-        with safe_open(now, framework="pt") as handle:
-            found: Tensor = handle.get_tensor(name)
-        return found
+        if isinstance(changed, Tensor):
+            return changed
+        with safe_open(changed, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+        return tensor
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:
-        """Some rows of a matrix outside the blocks, which nothing replaces."""
+        """Some rows of a matrix outside the blocks; such matrices are never replaced."""
         return self.source.rows(name, which)
 
 
 class Shots(ABC):
-    """The model as it is between shots: its weights in the checkpoint's dtype, zero where something went.
+    """The model between two shots: its weights in the checkpoint's dtype, with removed ones at zero.
 
     Changed weights are written beside the run's checkpoint, a file for each block, and are in memory one block at a
-    time; where it has none, they stay there.
+    time. Without a checkpoint they stay in memory.
 
     Args:
         view: the model.
-        run: the run; `save` writes its checkpoint, and `load` goes on from it.
+        run: the run; `save` writes its checkpoint, and `load` continues from it.
         curvature, damping: see `Factors`.
-        update: whether weights that stay make up for those that go.
+        update: update the weights that stay, to compensate for those that are removed.
 
     Attributes:
-        told: of each shot how much was `wanted`, the `loss` before, and what share is `removed` after.
+        told: one entry a shot: the share to remove (`wanted`), the `loss` before, and the share `removed` after.
     """
 
     def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool) -> None:
         self.run = run
-        self.update = update and curvature == "kfac"  # without correlations nothing is made up for
+        self.update = update and curvature == "kfac"  # without correlations an update changes nothing
         self.overlay = Overlay(view.source, {})
         self.view = replace(view, source=self.overlay)
         self.told: list[dict[str, float]] = []
@@ -88,39 +87,37 @@ class Shots(ABC):
 
     @property
     def done(self) -> list[float]:
-        """What was wanted of each shot so far."""
-        return [told["wanted"] for told in self.told]
+        """The share to remove of each shot that is done."""
+        return [shot["wanted"] for shot in self.told]
 
     @property
     @abstractmethod
     def removed(self) -> float:
-        """The share that is removed, of what `wanted` is a share of."""
+        """The share that is removed so far, of the same whole as `wanted`."""
 
     @abstractmethod
     def measure(self, block: BlockView, factors: Factors) -> None:
-        """Note what can go of a block, and what that costs."""
+        """Store the cost of removing each unit or weight of a block."""
 
     @abstractmethod
     def choose(self, wanted: float) -> None:
-        """Let the cheapest go, until the share `wanted` is removed."""
+        """Choose the cheapest for removal, until the share `wanted` is removed."""
 
     @abstractmethod
     def change(self, block: BlockView, factors: Factors | None) -> None:
-        """Make zero what has gone of a block, and change what stays, in place; `factors` is None where nothing is made
-        up for.
-        """
+        """Zero the removed weights of a block and update those that stay, in place; with `factors` None only zero."""
 
     @abstractmethod
     def plan(self, index: int) -> BlockPlan:
-        """What becomes of a block in the end."""
+        """The plan of a block after the last shot."""
 
     @abstractmethod
     def kept(self) -> dict[str, Tensor]:
-        """What stays, as tensors to be saved."""
+        """The current choice, as named tensors to save."""
 
     @abstractmethod
     def keep(self, name: str, tensor: Tensor) -> None:
-        """The inverse of `kept`, one tensor at a time."""
+        """Load one tensor that `kept` returned."""
 
     def shot(self, windows: Tensor, wanted: float) -> None:
         """Bring the share that is removed to `wanted`, by gradients on windows [S, T].
@@ -139,8 +136,8 @@ class Shots(ABC):
             give_back()
         if not reacts:
             raise HopelessError(
-                "all gradients are zero, so nothing costs less than anything else; the model does not react to its "
-                "weights, or give other text"
+                "all gradients are zero, so all costs are equal: the loss of this model does not depend on its "
+                "weights, or the text does not suit it; check the model, or give another --calibration text"
             )
         self.choose(wanted)
         loss = backward.loss
@@ -178,50 +175,49 @@ class Shots(ABC):
         self.overlay.changed.update(dict.fromkeys(changed, file))
 
     def status(self) -> str:
-        """Where it is, for who waits."""
+        """The text of the progress line."""
         return f"loss before {self.told[-1]['loss']:.4f}, {self.told[-1]['removed']:.4f} removed"
 
     def updates(self, index: int, names: Iterable[str]) -> dict[str, Tensor]:
-        """The weights that some matrices of a block have now; none where they are those of the original."""
+        """The current weights of some matrices of a block; empty if this run does not update weights."""
         block = self.view.block(index)
         return {name: block.matrix(name) for name in names} if self.update else {}
 
     def save(self) -> None:
-        """Write what the next shot needs, whole or not at all.
+        """Write the checkpoint for the next shot, as a whole or not at all.
 
         Raises:
-            SecateurError: the disk is full, or may not be written.
+            SecateurError: the disk is full or not writable.
         """
         if (file := self.run.checkpoint) is None:
             return
         weights = {name: place.name for name, place in self.overlay.changed.items() if isinstance(place, Path)}
         with disk(file.parent):
             save_whole(file, self.kept(), {"told": json.dumps(self.told), "weights": json.dumps(weights)})
-        for other in set(file.parent.glob(f"{file.stem}-*.safetensors")) - {
-            file.with_name(name) for name in weights.values()
-        }:
-            other.unlink()
+        current = {file.with_name(name) for name in weights.values()}
+        for outdated in set(file.parent.glob(f"{file.stem}-*.safetensors")) - current:
+            outdated.unlink()
 
     def load(self, fits: Callable[[list[float]], bool]) -> None:
-        """Go on from the run's checkpoint, where it is there.
+        """Continue from the run's checkpoint, if it exists.
 
         Args:
-            fits: given what was wanted of each shot so far, whether they are the first of this run.
+            fits: tells from the shares that the finished shots were to remove whether this run can continue from them.
         """
         if (file := self.run.checkpoint) is None or not file.is_file():
             return
         with safe_open(file, framework="pt") as handle:
-            told: list[dict[str, float]] = json.loads(handle.metadata()["told"])
-            if not fits([shot["wanted"] for shot in told]):
+            shots: list[dict[str, float]] = json.loads(handle.metadata()["told"])
+            if not fits([shot["wanted"] for shot in shots]):
                 say(
-                    f"'{file}' is after a shot to {told[-1]['wanted']:g}, which is not on the way to what is asked: "
-                    "starting from the original model"
+                    f"'{file}' was saved at sparsity {shots[-1]['wanted']:g}, which is not a step of the schedule of "
+                    "this run: starting from the original model"
                 )
                 return
-            self.told = told
+            self.told = shots
             for name in handle.keys():  # noqa: SIM118  # the handle has no iterator
                 self.keep(name, handle.get_tensor(name))
             self.overlay.changed.update(
                 {name: file.with_name(place) for name, place in json.loads(handle.metadata()["weights"]).items()}
             )
-        say(f"going on after shot {len(self.told)}")
+        say(f"continuing after shot {len(self.told)}")

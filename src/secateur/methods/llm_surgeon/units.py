@@ -1,4 +1,4 @@
-"""Units that go in shots: the cheapest rows and columns of all matrices, by the curvature of the model as it then is
+"""Removal of units in shots: the cheapest rows and columns of all matrices, by the curvature of the current model
 (arXiv:2312.17244, section 3).
 
 Units are what the runtime removes: of a block the features of the residual that attention and MLP read (`attention_in`,
@@ -6,9 +6,9 @@ Units are what the runtime removes: of a block the features of the residual that
 query heads (`groups`). Zero rows and columns in the weights of the stock model are the same function, so between shots
 nothing is narrowed.
 
-A feed-forward unit or a head is given by rows of some matrices and read by columns of another. It goes from its reader:
-what that costs, and what makes up for it, is of those columns, all of a head together. The rows that gave it are then
-read by nobody and go for nothing: to make up for them too would be to make up for one loss twice.
+A feed-forward unit or a head is computed by rows of some matrices and read by columns of another. Cost and update are
+those of the columns that read it, all columns of a head together. Nothing then reads the rows that computed it, so they
+go at no cost: an update for them too would compensate for one loss twice.
 
 Shape letters: O outputs, I inputs of a matrix, U units of a space, N units of all.
 """
@@ -30,11 +30,13 @@ from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
 
 Alive = dict[str, Tensor]
-"""Of one block: space -> [U], True for the units that stay."""
+"""The units of one block: space -> [U], True for the units that stay."""
 
 
 class UnitShots(Shots):
-    """Units go. Arguments as for `Shots`, and `rank`: units compete by their cost a `parameter`, or by their `cost`."""
+    """Shots that remove units. Arguments as for `Shots`, and `rank`: compare units by their cost for each `parameter`,
+    or by their whole `cost`.
+    """
 
     def __init__(self, view: ModelView, run: Run, *, curvature: str, damping: float, update: bool, rank: str) -> None:
         self.rank = rank
@@ -52,21 +54,21 @@ class UnitShots(Shots):
         return removed_parameters(self.view, [_counts(alive) for alive in self.alive]) / self.view.parameters()
 
     def measure(self, block: BlockView, factors: Factors) -> None:
-        """What the units of a block cost."""
+        """Store the costs of the units of a block."""
         self._costs[block.index] = unit_costs(block, factors, self.alive[block.index])
 
     def choose(self, wanted: float) -> None:
-        """The cheapest units of all blocks go."""
+        """Choose the cheapest units of all blocks for removal."""
         self._before = self.alive
         self.alive = choose(self.view, self._before, self._costs, wanted, self.rank)
 
     def change(self, block: BlockView, factors: Factors | None) -> None:
-        """The rows and columns of units that go become zero."""
+        """Zero the rows and columns of removed units, and update the others."""
         before, after = self._before[block.index], self.alive[block.index]
         for name in block.names:
             weight_OI = block.matrix(name)
             (rows_O, columns_I), (stay_O, stay_I) = (_sides(name, weight_OI, alive) for alive in (before, after))
-            # rows that go, and that nobody reads, are not made up for
+            # rows that nothing reads any more need no compensation
             felt_O = rows_O if ROWS[name] in INNER else stay_O
             if factors is not None and (not torch.equal(rows_O, felt_O) or not torch.equal(columns_I, stay_I)):
                 part_OI = weight_OI[rows_O][:, columns_I].double().cpu()
@@ -78,7 +80,7 @@ class UnitShots(Shots):
                 bias_O[~stay_O] = 0
 
     def plan(self, index: int) -> BlockPlan:
-        """What becomes of a block in the end."""
+        """The plan of a block after the last shot."""
         alive = self.alive[index]
         keep = {space: alive_U.nonzero().squeeze(1).to(torch.int32) for space, alive_U in alive.items()}
         of = {space: len(alive_U) for space, alive_U in alive.items()}
@@ -87,36 +89,36 @@ class UnitShots(Shots):
         )
 
     def kept(self) -> dict[str, Tensor]:
-        """What stays, by block and space."""
+        """The masks of the units that stay, named by block and space."""
         return {
-            f"{index}.{space}": alive_U for index, found in enumerate(self.alive) for space, alive_U in found.items()
+            f"{index}.{space}": alive_U for index, alive in enumerate(self.alive) for space, alive_U in alive.items()
         }
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """The inverse of `kept`, one tensor at a time."""
+        """Load one tensor that `kept` returned."""
         index, _, space = name.partition(".")
         self.alive[int(index)][space] = tensor
 
 
 def units(view: ModelView, index: int) -> dict[str, int]:
-    """Space -> the number of its units."""
+    """The number of units of each space."""
     sizes = view.dims(index).units()
     return {space: sizes[space] for space in SPACES}
 
 
 def unit_block_cost(view: ModelView, index: int) -> BlockCost:
-    """How the parameters of a block follow from the units that stay; attention and MLP have a norm each."""
+    """The parameters of a block as a function of the units that stay; attention and MLP have a norm each."""
     return block_cost(view, index, view.dims(index).selecting(NORM_FIRST))
 
 
 def removed_parameters(view: ModelView, kept: Sequence[Mapping[str, int]]) -> int:
-    """The parameters that go where so many units stay in each block."""
+    """The number of parameters removed if `kept` units stay in each space of each block."""
     before = sum(block_parameters(view, index) for index in range(view.blocks))
     return before - int(sum(unit_block_cost(view, index).parameters(counts) for index, counts in enumerate(kept)))
 
 
 def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Tensor]:
-    """What each unit costs, [U] float64 for each space; infinite for those that are gone."""
+    """The cost of each unit, [U] float64 for each space; infinite for units that are removed already."""
     costs = {
         space: torch.zeros(len(alive_U), dtype=torch.float64).masked_fill(~alive_U, torch.inf)
         for space, alive_U in alive.items()
@@ -135,21 +137,21 @@ def unit_costs(block: BlockView, factors: Factors, alive: Alive) -> dict[str, Te
 def choose(
     view: ModelView, alive: list[Alive], costs: list[dict[str, Tensor]], wanted: float, rank: str
 ) -> list[Alive]:
-    """The units that stay when the cheapest go, as many as bring the share of removed parameters to `wanted`; one of
-    each space of a block stays.
+    """The units that stay after removing the cheapest ones, until the share of removed parameters reaches `wanted`. In
+    each space of a block at least one unit stays.
     """
     places = [(index, space) for index in range(view.blocks) for space in SPACES]
     values, where = [], []
     block_costs = [unit_block_cost(view, index) for index in range(view.blocks)]
     for number, (index, space) in enumerate(places):
         cost_U = costs[index][space].clone()
-        cost_U[cost_U.masked_fill(cost_U.isinf(), -1).argmax()] = torch.inf  # the dearest stays
+        cost_U[cost_U.masked_fill(cost_U.isinf(), -1).argmax()] = torch.inf  # the unit with the highest cost stays
         here = block_costs[index].unit_parameters(space, _counts(alive[index]))
         values.append(cost_U / (max(1, here) if rank == "parameter" else 1))
         where.append(torch.full((len(cost_U),), number))
     value_N, place_N = torch.cat(values), torch.cat(where)
     order_N = value_N.sort(stable=True).indices[: int(value_N.isfinite().sum())]
-    start = [_counts(found) for found in alive]
+    start = [_counts(units_alive) for units_alive in alive]
 
     def removed(count: int) -> int:
         gone = torch.bincount(place_N[order_N[:count]], minlength=len(places)).tolist()
@@ -174,7 +176,7 @@ def _counts(alive: Alive) -> dict[str, int]:
 
 
 def _sides(name: str, weight_OI: Tensor, alive: Alive) -> tuple[Tensor, Tensor]:
-    """Which rows [O] and columns [I] of a matrix stay."""
+    """The rows [O] and columns [I] of a matrix that stay, as masks."""
     rows_U, columns_U = alive[ROWS[name]], alive[COLUMNS[name]]
     return rows_U.repeat_interleave(weight_OI.shape[0] // len(rows_U)), columns_U.repeat_interleave(
         weight_OI.shape[1] // len(columns_U)

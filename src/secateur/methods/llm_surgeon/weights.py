@@ -1,11 +1,11 @@
-"""Single weights that go in shots: the cheapest of all matrices, by the curvature of the model as it then is
+"""Removal of single weights in shots: the cheapest of all matrices, by the curvature of the current model
 (arXiv:2312.17244, section 3).
 
-Matrices that are asked for the same sparsity share one threshold; what is asked for less stops sooner. With N:M, of
-every M consecutive inputs of a row no more than M - N ever go. Of equal costs the weight of the earlier block, matrix,
-row and column goes.
+Matrices with the same requested sparsity share one threshold; those with a lower one stop earlier. With N:M, at most
+M - N of every M consecutive inputs of a row are removed. Of equal costs the weight of the earlier block, matrix, row
+and column goes.
 
-Of the costs of all weights a shot keeps as many of the lowest as it will remove, 16 bytes each.
+A shot stores only as many of the lowest costs as it will remove, 16 bytes each.
 
 Shape letters: O outputs, I inputs of a matrix, N candidates.
 """
@@ -34,9 +34,9 @@ class Pool:
 
     Attributes:
         starts: (block, matrix) -> the number of its first weight.
-        size: how many there are.
-        gone: how many of them went.
-        to_go: how many go in this shot; of more candidates the cheapest are kept.
+        size: the number of weights.
+        gone: the number of weights removed so far.
+        to_go: the number of weights to remove in this shot, which is the largest number of candidates stored.
         cost_N, number_N: the candidates, float64 and int64, in no order.
     """
 
@@ -48,26 +48,26 @@ class Pool:
     number_N: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def offer(self, cost_N: np.ndarray, number_N: np.ndarray) -> None:
-        """More candidates."""
+        """Add candidates, and store the cheapest ones."""
         cost_N, number_N = np.concatenate([self.cost_N, cost_N]), np.concatenate([self.number_N, number_N])
         lowest = _lowest(cost_N, number_N, self.to_go)
         self.cost_N, self.number_N = cost_N[lowest], number_N[lowest]
 
     def take(self) -> dict[tuple[int, str], np.ndarray]:
-        """The candidates go: matrix -> places in it, row after row."""
-        number_N, found = np.sort(self.number_N), {}
+        """Remove the candidates: (block, matrix) -> their places in the matrix, row after row."""
+        number_N, removed = np.sort(self.number_N), {}
         begins = [*self.starts.values(), self.size]
         for (place, begin), end in zip(self.starts.items(), begins[1:], strict=True):
             low, high = np.searchsorted(number_N, (begin, end))
             if high > low:
-                found[place] = number_N[low:high] - begin
+                removed[place] = number_N[low:high] - begin
         self.gone += len(number_N)
         self.cost_N, self.number_N = self.cost_N[:0], self.number_N[:0]
-        return found
+        return removed
 
 
 def _lowest(cost_N: np.ndarray, number_N: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` lowest costs are; of equal ones those of the lowest numbers."""
+    """The places of the `count` lowest costs; of equal costs those with the lowest numbers."""
     if len(cost_N) <= count:
         return np.arange(len(cost_N))
     if not count:
@@ -78,9 +78,9 @@ def _lowest(cost_N: np.ndarray, number_N: np.ndarray, count: int) -> np.ndarray:
 
 
 class WeightShots(Shots):
-    """Single weights go.
+    """Shots that remove single weights.
 
-    Arguments as for `Shots`, and the `pattern`; the rates of the view say how much of each matrix is asked for.
+    Arguments as for `Shots`, and the `pattern`; the rates of the view give the sparsity of each matrix.
     """
 
     def __init__(
@@ -101,21 +101,21 @@ class WeightShots(Shots):
 
     @property
     def removed(self) -> float:
-        """The share of the weights of the matrices that take part."""
+        """The removed share of the weights of the matrices that take part."""
         return sum(pool.gone for pool in self.pools.values()) / sum(pool.size for pool in self.pools.values())
 
     def aim(self, wanted: float) -> None:
-        """Say before the measurement how much goes."""
+        """Set the number of weights to remove in each pool, before the measurement."""
         for rate, pool in self.pools.items():
             pool.to_go = max(0, int(min(rate, wanted) * pool.size + _EDGE) - pool.gone)
 
     def shot(self, windows: Tensor, wanted: float) -> None:
-        """As for `Shots`: of a matrix that is asked for less than `wanted`, no more than that."""
+        """Bring the removed share to `wanted`, as for `Shots`; a matrix with a lower rate stops at its rate."""
         self.aim(wanted)
         super().shot(windows, wanted)
 
     def measure(self, block: BlockView, factors: Factors) -> None:
-        """What the weights of a block cost."""
+        """Store the costs of the weights of a block."""
         for name, rate in block.rates.items():
             keep_OI = self.masks[block.index, name].unpack()
             cost_OI = factors[name].weight_costs(block.matrix(name).double().cpu()).masked_fill_(~keep_OI, torch.inf)
@@ -126,7 +126,7 @@ class WeightShots(Shots):
             pool.offer(cost_N[place_N], place_N + pool.starts[block.index, name])
 
     def _allowed(self, cost_OI: Tensor, keep_OI: Tensor) -> Tensor:
-        """The costs, infinite for what a group of N:M may not lose any more."""
+        """The costs, with infinity for weights that must stay in their N:M group."""
         if self.pattern.kind != "n:m":
             return cost_OI
         cost_GM, keep_GM = (t.view(-1, self.pattern.group) for t in (cost_OI, keep_OI))
@@ -136,7 +136,7 @@ class WeightShots(Shots):
         )
 
     def choose(self, wanted: float) -> None:
-        """The cheapest weights of all blocks go."""
+        """Choose the cheapest weights of all blocks for removal."""
         self._changes = set()
         for pool in self.pools.values():
             for (index, name), place_N in pool.take().items():
@@ -146,7 +146,7 @@ class WeightShots(Shots):
                 self._changes.add((index, name))
 
     def change(self, block: BlockView, factors: Factors | None) -> None:
-        """The weights that go become zero, and stay it."""
+        """Zero the removed weights, and update the others."""
         for name in block.rates:
             if (block.index, name) not in self._changes:
                 continue
@@ -156,16 +156,16 @@ class WeightShots(Shots):
             weight_OI.masked_fill_(~keep_OI.to(weight_OI.device), 0)
 
     def plan(self, index: int) -> BlockPlan:
-        """What becomes of a block in the end."""
+        """The plan of a block after the last shot."""
         names = self.view.rates[index]
         return BlockPlan(index, {name: self.masks[index, name] for name in names}, updates=self.updates(index, names))
 
     def kept(self) -> dict[str, Tensor]:
-        """The masks, by block and matrix."""
+        """The bits of the masks, named by block and matrix."""
         return {f"{index}.{name}": mask.bits for (index, name), mask in self.masks.items()}
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """The inverse of `kept`, one tensor at a time."""
+        """Load one tensor that `kept` returned."""
         index, _, matrix = name.partition(".")
         place = int(index), matrix
         mask = self.masks[place] = Mask(self.masks[place].shape, tensor)
