@@ -20,7 +20,7 @@ FAMILY_TYPES = sorted(family.model_types[0] for family in all_families().values(
 
 
 def able(method: str, among: Sequence[str] = MODEL_TYPES, **options: Any) -> list[str]:
-    """The model types with which a method can be done, with these options."""
+    """The model types that a method can prune with these options."""
     return [model_type for model_type in among if not layout_of(model_type).refusal(method, **options)]
 
 

@@ -10,7 +10,7 @@ from secateur.cli import app
 
 
 def _commands(parent: Any, path: str = "") -> dict[str, Any]:
-    """Name -> command, that of a sub-command with that of its group before it."""
+    """Name -> command; the name of a sub-command begins with its group."""
     names: dict[str, Any] = {}
     for name, command in parent.commands.items():
         names |= _commands(command, f"{path}{name} ") if hasattr(command, "commands") else {path + name: command}

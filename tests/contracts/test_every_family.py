@@ -1,4 +1,4 @@
-"""What must hold for every family, whatever the method."""
+"""Properties of every family, for any method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold for every method on every family. Methods and families are found, not listed.
+"""Properties of every method on every family. Methods and families are found, not listed.
 
 Every method runs with every pattern on one model type of each family. On the other model types, and in bfloat16, it
 runs with one pattern: what is particular there does not depend on the pattern.

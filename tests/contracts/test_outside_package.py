@@ -1,4 +1,4 @@
-"""A package of someone else adds a method and a family by entry points. The documentation shows this very package."""
+"""Another package adds a method and a family by entry points. It is the package that the documentation shows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def secateur(site: Path, *commands: tuple[object, ...]) -> list[Any]:
-    """What commands say under --json, in one process that finds the package."""
+    """The --json output of commands, in one process that finds the package."""
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     texts = json.dumps([[str(arg) for arg in command] for command in commands])
     program = [sys.executable, "-c", COMMANDS, texts]

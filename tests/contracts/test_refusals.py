@@ -1,4 +1,4 @@
-"""What a family cannot do is refused before any work, with the reason, in one line; sparsity 0 asks nothing of it."""
+"""A family refuses what it cannot do before any work, in one line with the reason; sparsity 0 is never refused."""
 
 from __future__ import annotations
 

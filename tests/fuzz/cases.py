@@ -63,12 +63,12 @@ KNOWN = (
 
 
 class WrongOutcome(AssertionError):
-    """Something that a user must not see."""
+    """An outcome that a user must not see."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: its status, its last line on stderr, and its record."""
+    """The result of a command: its status, its last line on stderr, and its record."""
 
     status: int
     line: str
@@ -77,7 +77,7 @@ class Outcome:
 
 
 def invoke(args: list[str], out: Path) -> Outcome:
-    """Run a command; raises WrongOutcome where it fails in other ways than a user may see."""
+    """Run a command; raise WrongOutcome if it fails in a way that a user must not see."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = CliRunner().invoke(app, args)
@@ -126,7 +126,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def as_stock(folder: Path, draw: Random, place: Path) -> str:
-    """Prune or evaluate a model; where that works, the answer is that of transformers."""
+    """Prune or evaluate a model; if that works, the answer is that of transformers."""
     if draw.random() < 0.5:
         records = place / "records" / "r.jsonl"
         outcome = invoke(

@@ -87,7 +87,7 @@ def sweep() -> Path:
 
 @cache
 def interrupted() -> tuple[Path, Path]:
-    """What an interrupted prune left behind, and the result of one that was not."""
+    """The files that an interrupted prune left, and the result of an uninterrupted one."""
     from secateur.models.save import CheckpointWriter
 
     request = api.Request(str(checkpoint("llama")), "wanda", sparsity=0.5, calibration=str(ids()))

@@ -1,7 +1,7 @@
-"""What the tests know of each family by hand, from the stock modules of its tiny models alone: one file a family.
+"""The modules of each family's tiny models, written down by hand from the stock classes: one file a family.
 
 Tiny models (`tests/tiny.py`) have 4 query heads of width 8 on 2 key-value heads, 48 feed-forward units and 32 features.
-The files are found by the families there are, so a new one is added beside them and no list is edited.
+The files are found by the names of the families: a new family adds its file, and no list is edited.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Layout:
     refuses: Mapping[str, str] = field(default_factory=dict)
 
     def refusal(self, method: str, **options: Any) -> str | None:
-        """Words of the reason why a method cannot be done with these options, None where it can."""
+        """Words of the reason why the family cannot do a method with these options; None if it can."""
         asked = [method, *(f"{method} {name}={value}" for name, value in options.items())]
         return next((self.refuses[what] for what in asked if what in self.refuses), None)
 
