@@ -95,3 +95,8 @@ def test_what_works_in_one_process_is_refused_under_torchrun_before_any_work(
     ):
         api.prune(api.Request(str(dense), name, sparsity=0.3, calibration=ids_file), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_first_line_of_a_method_is_a_whole_sentence(name: str) -> None:
+    assert find_method(name).summary.endswith("."), "`secateur methods` and the documentation print it alone"

@@ -70,7 +70,7 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring of its module."""
+        """The first line of the docstring of its module; `secateur methods` prints it."""
         return (self.module.__doc__ or "").strip().splitlines()[0]
 
 

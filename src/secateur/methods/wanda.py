@@ -1,10 +1,9 @@
-"""Wanda: remove the weights that matter least to the output, by |W_ij| times the norm of input j, within each output
-row.
+"""Wanda: within each output row, remove the weights of the lowest |W_ij| times the norm of input j.
 
-From arXiv:2306.11695, equation 1 and algorithm 1: the score is S_ij = |W_ij| * ||X_j||_2. From each row the floor(I *
-s) weights of the lowest scores are removed (with N:M, all but N of every M consecutive inputs). Weights that stay are
-unchanged. Blocks are calibrated on the outputs of the already pruned ones. Calibration of the paper: 128 windows of
-2048 tokens of C4.
+From arXiv:2306.11695, equation 1 and algorithm 1: the score is S_ij = |W_ij| * ||X_j||_2. From each row the
+floor(I * s) weights of the lowest scores are removed (with N:M, all but N of every M consecutive inputs). Weights that
+stay are unchanged. Blocks are calibrated on the outputs of the already pruned ones. Calibration of the paper: 128
+windows of 2048 tokens of C4.
 
 Differences from the authors' code: q, k, v share one statistic, as do gate and up; the statistics pass of a block ends
 at the last input that is needed; ties (the lower index is removed first) and N:M are selected without loops over

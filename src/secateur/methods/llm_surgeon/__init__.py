@@ -1,5 +1,4 @@
-"""LLM Surgeon: remove the rows and columns, or the weights, that raise the loss least by its Kronecker-factored
-curvature, and update the weights that stay to compensate.
+"""LLM Surgeon: remove the rows and columns, or weights, that cost the loss least by its curvature, and update the rest.
 
 From arXiv:2312.17244 (ICLR 2024), section 3. The Fisher information of each matrix is G (x) A (`kronecker.py`), from
 gradients of the language-model loss at the text's own next tokens (the empirical Fisher), damped by a hundredth of its
