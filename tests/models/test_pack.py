@@ -99,7 +99,7 @@ def test_bad_input_is_refused_in_a_line_and_leaves_nothing(saved: Callable[..., 
     name = next(n for n in tensors if n.endswith(".mask"))
     damaged = {
         "truncated or damaged": lambda: file.write_bytes(whole[:-100]),
-        "truncated or damaged .what comes out": lambda: file.write_bytes(
+        "truncated or damaged .the unpacked file is not the file": lambda: file.write_bytes(
             whole[:value] + bytes([whole[value] ^ 1]) + whole[value + 1 :]
         ),
         "truncated or damaged .+ values for": lambda: save_file(

@@ -81,7 +81,7 @@ def test_the_same_folder_serves_the_tasks_to_measure(task_folder: Path, tmp_path
     result = CliRunner().invoke(
         app, [*COMMANDS["sweep"], "--include-path", str(task_folder), "--out", str(tmp_path / "none")]
     )
-    assert (result.exit_code, "name tasks too, --tasks a,b,..." in result.stderr) == (2, True)
+    assert (result.exit_code, "name the tasks too, as in --tasks a,b" in result.stderr) == (2, True)
 
 
 def test_healing_takes_the_folder_too(task_folder: Path, tmp_path: Path) -> None:
