@@ -23,10 +23,9 @@ from secateur.methods.llm_pruner import LLMPruner, channel_scores, group_scores
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import ModelView
-from secateur.plan.budget import parameters_left
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
-from secateur.plan.rates import resolve_rates
+from secateur.plan.quantity import UNITS, Subject
 from secateur.plan.run import Run
 from secateur.plan.structures import SELECTIONS
 from secateur.text.windows import IGNORE
@@ -432,7 +431,8 @@ def test_stock_only_takes_widths_that_agree_and_refuses_others(
 ) -> None:
     dense = saved("llama")
     view = api.prepare(api.Request(str(dense), "magnitude", sparsity=0.5)).job.view
-    half = parameters_left(view, resolve_rates(view, 0.5, None, parse_pattern("rows")))  # of each space of each block
+    half = UNITS.parameters(Subject(view, "magnitude", parse_pattern("rows")), 0.5)  # of each space of each block
+    assert half is not None
     request = api.Request(
         str(dense), "llm_pruner", sparsity=1 - half / view.parameters() - 1e-9, calibration=ids_file, stock_only=True
     )

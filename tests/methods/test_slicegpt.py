@@ -23,10 +23,10 @@ from secateur.calibrate.statistics import SecondMoment
 from secateur.calibrate.stream import Stream
 from secateur.core.timing import Stopwatch
 from secateur.methods import find_method
-from secateur.methods.slicegpt import plan_place, residuals, width_after
+from secateur.methods.slicegpt import plan_place, sizes_left, width_after
 from secateur.models.canonical import canonical_view
 from secateur.models.load import build_skeleton
-from secateur.plan.budget import sliced_parameters
+from secateur.models.parameters import count_parameters
 from secateur.plan.plan import Place, Plan
 from secateur.prune.driver import Job, pruned_blocks
 from tests.layouts import layout_of
@@ -291,8 +291,9 @@ def test_a_large_models_parameters_at_a_small_sparsity() -> None:
     canonical = canonical_view(view, torch.bfloat16)
     share = {}
     for form in ("dense", "aligned"):
-        widths = residuals(4096, 32, False, 0.1, METHOD.options({"adapters": form}))
-        share[form] = sliced_parameters(canonical, widths) / view.parameters()
+        after = sizes_left(view, METHOD.options({"adapters": form}), 0.1)
+        assert after is not None
+        share[form] = count_parameters(canonical, after) / view.parameters()
     assert share == pytest.approx({"dense": 1.029, "aligned": 0.915}, abs=2e-3)
 
 
@@ -301,11 +302,10 @@ def test_a_large_models_parameters_at_a_small_sparsity() -> None:
 def test_counting_by_shapes_is_counting(model_type: str, options: dict[str, Any], windows: Tensor) -> None:
     model = tiny_model(model_type)
     sliced = api.cut(model, api.plan(model, "slicegpt", windows, sparsity=0.25, **options))
-    family = api.view_model(model).family
-    widths = residuals(HIDDEN, BLOCKS, family.parallel, 0.25, METHOD.options(options))
-    assert sliced_parameters(canonical_view(api.view_model(model), model.dtype), widths) == sum(
-        p.numel() for p in sliced.parameters()
-    )
+    view = api.view_model(model)
+    after = sizes_left(view, METHOD.options(options), 0.25)
+    assert after is not None
+    assert count_parameters(canonical_view(view, model.dtype), after) == sum(p.numel() for p in sliced.parameters())
 
 
 @pytest.mark.parametrize("model_type", SLICED_FAMILIES)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from secateur import api
-from secateur.plan.budget import parameters_left
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.quantity import UNITS, Subject
-from secateur.plan.rates import resolve_rates
 from tests.tiny import FAMILY_TYPES, tiny_model
 
 
@@ -21,10 +19,11 @@ def test_the_step_nearest_to_the_ratio_is_taken_or_the_first_that_reaches_it(mod
     sparsity = UNITS.sparsity_for(Subject(view, "magnitude", pattern), wanted, False)
     pruned = api.cut(model, api.plan(model, "magnitude", sparsity=sparsity, pattern="rows"))
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, pruned))
-    assert after == parameters_left(view, resolve_rates(view, sparsity, None, pattern))
+    assert after == UNITS.parameters(Subject(view, "magnitude", pattern), sparsity)
     units = {size for index in range(view.blocks) for size in (view.dims(index).ffn, view.dims(index).groups)}
     steps = sorted({k / n + 1e-9 for n in units for k in range(1, n)})
-    ratios = {step: 1 - parameters_left(view, resolve_rates(view, step, None, pattern)) / before for step in steps}
+    subject = Subject(view, "magnitude", pattern)
+    ratios = {step: 1 - UNITS.parameters(subject, step) / before for step in steps}
     enough = UNITS.sparsity_for(Subject(view, "magnitude", pattern), wanted, True)
     if wanted:
         assert abs(1 - after / before - wanted) == pytest.approx(min(abs(ratio - wanted) for ratio in ratios.values()))

@@ -74,8 +74,8 @@ class LastPlace(Protocol):
 class Check(Protocol):
     """Refuse impossible requests before the work begins, with UsageError or SecateurError.
 
-    `sparsity` is None where the user gave none; 0 removes nothing and is always allowed. The driver calls it where a
-    sparsity counts the model as a whole, not the weights of each matrix.
+    The driver calls it where a sparsity counts the model as a whole, not the weights of each matrix. `sparsity` is
+    above 0. Only where an option may stand in for it (`Quantity.required` is None) is it also called with 0 or None.
     """
 
     def __call__(self, view: ModelView, sparsity: float | None, options: Any, /) -> None: ...

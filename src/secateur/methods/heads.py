@@ -63,20 +63,14 @@ class Heads:
         return dims.queries if self.unit == "groups" else dims.groups
 
 
-def check(view: ModelView, sparsity: float | None, options: Heads) -> None:
+def check(view: ModelView, sparsity: float, options: Heads) -> None:
     """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: no sparsity is given, or it is less than one unit, or it would empty a block; or `unit=heads` where
+        UsageError: the sparsity is less than one unit, or it would empty a block; or `unit=heads` where
             each query head has its own key-value head.
         SecateurError: heads of this family cannot be removed.
     """
-    if sparsity is None:
-        raise UsageError(
-            "heads needs --sparsity S, the fraction of the attention heads to remove, or --params-removed R"
-        )
-    if sparsity == 0:
-        return
     check_can(view.family, LOSE_HEADS, view.name)
     dims = [view.dims(index) for index in range(view.blocks)]
     heads = sum(d.heads for d in dims)

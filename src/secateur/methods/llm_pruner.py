@@ -46,11 +46,11 @@ from secateur.calibrate.backward import Backward, check_reacts, weight_gradient
 from secateur.core.errors import HopelessError, SecateurError, UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.family import HEADS, SELECT, check_can
+from secateur.models.parameters import unit_parameters
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.spaces import INNER, MEMBERS, RESIDUAL_WRITERS
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.allocate import keep_units
-from secateur.plan.budget import unit_parameters
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
@@ -126,17 +126,13 @@ class LLMPruner:
         return range(first, blocks - last)
 
 
-def check(view: ModelView, sparsity: float | None, options: LLMPruner) -> None:
+def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
     """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: no sparsity is given, no block is left to prune, or the sparsity would empty a block.
+        UsageError: no block is left to prune, or the sparsity would empty a block.
         SecateurError: the channels were pruned already, or channels or heads of this family cannot be removed.
     """
-    if sparsity is None:
-        raise UsageError("llm_pruner needs --sparsity S, the fraction of the parameters of the whole model to remove")
-    if sparsity == 0:
-        return
     if options.mode == "channel":
         check_can(view.family, SELECT, view.name)
         _check_channels(view, sparsity)

@@ -53,17 +53,13 @@ class ShortGPT:
                 raise UsageError(f"shortgpt: {name} is {getattr(self, name)}; it is a number of blocks, at least 0")
 
 
-def check(view: ModelView, sparsity: float | None, options: ShortGPT) -> None:
+def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
     """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: no sparsity is given, or it is less than half a block, or more blocks than may be removed.
+        UsageError: the sparsity is less than half a block, or more blocks than may be removed.
         SecateurError: the residual stream of the model is rotated, so that a block fits only its neighbours.
     """
-    if sparsity is None:
-        raise UsageError("shortgpt needs --sparsity S, the fraction of the blocks to remove, or --params-removed R")
-    if sparsity == 0:
-        return
     if (residual := view.dims(0).residual) is not None and not residual.selected:
         raise SecateurError(
             f"{view.name}: its residual stream is rotated, and each block reads one basis and writes the next, so"

@@ -97,6 +97,16 @@ def count_parameters(view: ModelView, after: Sequence[BlockDims | None]) -> int:
     return total
 
 
+def unit_parameters(view: ModelView, index: int, space: str) -> int:
+    """The number of weights and biases of one unit: a feed-forward unit, or a key-value head with its query heads."""
+    return block_cost(view, index).unit_parameters(space, view.dims(index).units())
+
+
+def mean_block(view: ModelView) -> float:
+    """The mean number of parameters of a block."""
+    return sum(block_parameters(view, index) for index in range(view.blocks)) / view.blocks
+
+
 def _norm_paths(family: Family) -> tuple[str, ...]:
     """Return the paths of all norms over the residual that a block, stock or pruned, may have."""
     readers = (family.separated().matrices[name].rpartition(".")[0] for name in OWN_COLUMNS)

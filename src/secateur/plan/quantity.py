@@ -8,7 +8,7 @@ All but the last follow from shapes alone, before any work.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,9 @@ import torch
 
 from secateur.core.errors import UsageError
 from secateur.models.canonical import canonical_view
-from secateur.models.view import BlockDims, ModelView, Residual
+from secateur.models.parameters import count_parameters, mean_block
+from secateur.models.view import BlockDims, ModelView
 from secateur.plan.allocate import removed_blocks, units_left
-from secateur.plan.budget import dims_parameters, mean_block, nearest, parameters_left, sliced_parameters
 from secateur.plan.pattern import Pattern
 from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 
@@ -86,8 +86,10 @@ class Quantity:
         words: the same for people: a sparsity is "0.5 of {words}".
         shared: the reason why matrices have no sparsity of their own (`--modules`); None if they can have one.
         needs_sizes: True if the method must provide `sizes_left`.
+        required: what `--sparsity` is, for the message that it is missing; None if an option may stand in for it, so
+            that the method checks for itself.
         sparsity_for: the sparsity whose pruning ratio is nearest to the requested one, or the first that reaches it
-            (`at_least`); see `budget.nearest`.
+            (`at_least`); see `nearest`.
         parameters: the number of all parameters after the cut; None if it depends on the calibration text.
         sizes: the sizes of the blocks after the cut; None if they depend on the choice of what to remove.
         share_gone: the fraction removed.
@@ -101,16 +103,47 @@ class Quantity:
     share_gone: Callable[[Counts], float]
     shared: str | None = None
     needs_sizes: bool = False
+    required: str | None = None
 
     def check(self, method: str, sparsity: float | None, modules: str | None) -> float | None:
-        """Check the sparsity and return it.
+        """Check the sparsity of a quantity that the whole model shares, and return it.
 
         Raises:
-            UsageError: the sparsity is outside [0, 1), or `modules` is given for a quantity of the whole model.
+            UsageError: the sparsity is missing or outside [0, 1), or `modules` is given.
         """
-        if modules is not None and self.shared is not None:
+        if modules is not None:
             raise UsageError(f"--modules does not go with {method}: {self.shared}; use --sparsity")
+        if sparsity is None and self.required is not None:
+            raise UsageError(f"{method} needs --sparsity S, {self.required}")
         return sparsity if sparsity is None else check_sparsity(sparsity)
+
+
+def nearest(
+    steps: Iterable[float], ratio: Callable[[float], float], wanted: float, *, at_least: bool, what: str
+) -> float:
+    """The step whose pruning ratio is nearest to the requested one. Of two equally near steps it takes the one that
+    removes less, but never one that removes nothing.
+
+    Args:
+        steps: sparsities, ascending from 0; a higher one removes more, or nearly always. They are read only as far as
+            needed.
+        ratio: step -> its pruning ratio, over all parameters.
+        wanted: the requested ratio.
+        at_least: take the first step that reaches the requested ratio, even if another one below is nearer.
+        what: the name of the pruning, for the message.
+
+    Raises:
+        UsageError: the ratio is outside its range, or no step reaches it.
+    """
+    if not 0 <= wanted < 1:
+        raise UsageError(f"--params-removed {wanted:g} is outside [0, 1)")
+    below, most = (0.0, 0.0), 0.0
+    for step in steps:
+        if (removed := ratio(step)) >= wanted:
+            nothing = below[0] == 0 < wanted
+            return step if at_least or nothing or removed - wanted < wanted - below[1] else below[0]
+        below, most = max(below, (step, removed), key=lambda pair: pair[1]), max(most, removed)
+    raise UsageError(f"--params-removed {wanted:g}: {what} can remove at most {most:.3f} of this model")
 
 
 def _zeroes_only(subject: Subject, wanted: float, at_least: bool) -> float:
@@ -124,7 +157,7 @@ def _sparsity_of_units(subject: Subject, wanted: float, at_least: bool) -> float
     before = subject.view.parameters()
 
     def ratio(sparsity: float) -> float:
-        return 1 - parameters_left(subject.view, subject.rates(sparsity)) / before
+        return 1 - _parameters_of_units(subject, sparsity) / before
 
     if subject.ranked:
         raise UsageError(
@@ -136,10 +169,13 @@ def _sparsity_of_units(subject: Subject, wanted: float, at_least: bool) -> float
     return nearest(steps[start:], ratio, wanted, at_least=at_least, what=f"pattern {subject.pattern}")
 
 
-def _sizes_of_units(subject: Subject, sparsity: float | None) -> Sequence[BlockDims] | None:
-    if subject.ranked:
-        return None
+def _units_left(subject: Subject, sparsity: float | None) -> Sequence[BlockDims]:
+    """The sizes of the blocks if each loses its own share; ranking all units together removes as many."""
     return [units_left(dims, rate) for dims, rate in zip(subject.dense, subject.rates(sparsity), strict=True)]
+
+
+def _parameters_of_units(subject: Subject, sparsity: float | None) -> int:
+    return count_parameters(subject.view, _units_left(subject, sparsity))
 
 
 def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float:
@@ -157,48 +193,46 @@ def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float
         narrowest = hidden
         for width in range(hidden - 1, 0, -1):
             with suppress(UsageError):  # nothing left after rounding
-                if (rounded := _residuals(subject, 1 - width / hidden)[0].attention[0]) < narrowest:
+                if (rounded := _method_sizes(subject, 1 - width / hidden)[0].enters) < narrowest:
                     narrowest = rounded
                     yield 1 - rounded / hidden
 
     def ratio(step: float) -> float:
-        return 1 - sliced_parameters(subject.canonical, _residuals(subject, step)) / before if step else 0.0
+        return 1 - count_parameters(subject.canonical, _method_sizes(subject, step)) / before if step else 0.0
 
     return nearest(widths(), ratio, wanted, at_least=at_least, what="narrowing the residual stream")
 
 
-def _residuals(subject: Subject, sparsity: float) -> list[Residual]:
-    """The widths of the residual stream in all blocks."""
+def _method_sizes(subject: Subject, sparsity: float) -> Sequence[BlockDims]:
+    """The sizes that the method gives for a sparsity. For heads they are those of the first heads gone; every choice of
+    heads removes the same number of parameters.
+    """
     sizes = subject.sizes_left(sparsity)
-    assert sizes is not None, "the widths follow from shapes"
-    residuals = [dims.residual for dims in sizes if dims.residual is not None]
-    assert len(residuals) == len(sizes), "a narrowed residual stream has a width in every block"
-    return residuals
+    assert sizes is not None, "the sizes follow from shapes"
+    return sizes
 
 
 def _parameters_of_width(subject: Subject, sparsity: float | None) -> int | None:
     if sparsity == 0:
         return subject.view.parameters()
-    if sparsity is None or subject.sizes_left(sparsity) is None:
-        return None
-    return sliced_parameters(subject.canonical, _residuals(subject, sparsity))
+    sizes = None if sparsity is None else subject.sizes_left(sparsity)
+    return None if sizes is None else count_parameters(subject.canonical, sizes)
 
 
 def _sparsity_of_heads(subject: Subject, wanted: float, at_least: bool) -> float:
     before, heads = subject.view.parameters(), sum(dims.heads for dims in subject.dense)
 
     def ratio(step: float) -> float:
-        return 1 - dims_parameters(subject.view, _heads_left(subject, step)) / before
+        return 1 - _parameters_of_heads(subject, step) / before
 
     steps = (gone / heads for gone in range(heads))
     return nearest(steps, ratio, wanted, at_least=at_least, what="removing heads")
 
 
-def _heads_left(subject: Subject, sparsity: float) -> Sequence[BlockDims]:
-    """The sizes of the blocks if the first heads go; every choice of heads removes the same number of parameters."""
-    sizes = subject.sizes_left(sparsity)
-    assert sizes is not None, "the number of heads follows from shapes"
-    return sizes
+def _parameters_of_heads(subject: Subject, sparsity: float | None) -> int:
+    if not sparsity:
+        return subject.view.parameters()
+    return count_parameters(subject.view, _method_sizes(subject, sparsity))
 
 
 def _sparsity_of_blocks(subject: Subject, wanted: float, at_least: bool) -> float:
@@ -244,8 +278,8 @@ UNITS = Quantity(
     "units",
     "the weights of the targeted matrices",
     sparsity_for=_sparsity_of_units,
-    parameters=lambda subject, sparsity: parameters_left(subject.view, subject.rates(sparsity)),
-    sizes=_sizes_of_units,
+    parameters=_parameters_of_units,
+    sizes=lambda subject, sparsity: None if subject.ranked else _units_left(subject, sparsity),
     share_gone=_of_targeted,
 )
 WIDTH = Quantity(
@@ -266,17 +300,17 @@ PARAMETERS = Quantity(
     sizes=lambda *_: None,
     share_gone=lambda counts: _gone(counts.parameters),
     shared=_ALL_PARAMETERS,
+    required="the fraction of the parameters of the whole model to remove",
 )
 HEADS = Quantity(
     "heads",
     "the attention heads",
     sparsity_for=_sparsity_of_heads,
-    parameters=lambda subject, s: (
-        dims_parameters(subject.view, _heads_left(subject, s)) if s else subject.view.parameters()
-    ),
+    parameters=_parameters_of_heads,
     sizes=lambda *_: None,
     share_gone=lambda counts: _gone(counts.heads),
     shared=_ALL_PARAMETERS,
+    required="the fraction of the attention heads to remove, or --params-removed R",
     needs_sizes=True,
 )
 BLOCKS = Quantity(
@@ -287,6 +321,7 @@ BLOCKS = Quantity(
     sizes=_sizes_of_blocks,
     share_gone=lambda counts: _gone(counts.blocks),
     shared=_ALL_PARAMETERS,
+    required="the fraction of the blocks to remove, or --params-removed R",
 )
 QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS)}
 

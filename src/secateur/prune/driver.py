@@ -125,7 +125,7 @@ def make_job(
     if quantity.shared is None:
         return _job_of_matrices(view, method, options, sparsity, modules, seed)
     sparsity = quantity.check(method.name, sparsity, modules)
-    if method.says.check is not None:
+    if method.says.check is not None and (sparsity or quantity.required is None):
         method.says.check(view, sparsity, options)
     rotates = method.says.plan_place is not None and sparsity != 0
     nothing: Rates = tuple({} for _ in range(view.blocks))

@@ -19,7 +19,7 @@ from secateur.models.pruned_config import drop_blocks, stock_problem
 from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import Subject
+from secateur.plan.quantity import Quantity, Subject
 from secateur.prune.driver import Job, make_job
 from secateur.requests import Request
 from secateur.text.specs import TASK, check_spec
@@ -34,17 +34,13 @@ class Prepared:
     request: Request
     checkpoint: Checkpoint
     job: Job
+    subject: Subject
     pattern: Pattern | None
     sparsity: float | None
     device: torch.device
     dtype: torch.dtype
     samples: int
     seqlen: int
-
-    @property
-    def subject(self) -> Subject:
-        """The model before pruning, and how it is pruned."""
-        return _subject(self.checkpoint.view(), self.job.method, self.job.options, self.request.modules)
 
     @property
     def calibration(self) -> str | None:
@@ -78,16 +74,16 @@ def prepare(request: Request) -> Prepared:
         )
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
-    sparsity = _sparsity(request, view, method, options)
+    subject = _subject(view, method, options, request.modules)
+    sparsity = _sparsity(request, subject, method.quantity(options), pattern)
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
     seqlen = min(method.says.SEQLEN, checkpoint.max_length()) if request.seqlen is None else request.seqlen
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    prepared = Prepared(
-        request, checkpoint, replace(job, device=device, dtype=dtype), pattern, sparsity, device, dtype, samples, seqlen
-    )
+    job = replace(job, device=device, dtype=dtype)
+    prepared = Prepared(request, checkpoint, job, subject, pattern, sparsity, device, dtype, samples, seqlen)
     if request.stock_only:
         _check_stock(prepared)
     return prepared
@@ -110,17 +106,16 @@ def _subject(view: ModelView, method: Method, options: Any, modules: str | None)
     )
 
 
-def _sparsity(request: Request, view: ModelView, method: Method, options: Any) -> float | None:
+def _sparsity(request: Request, subject: Subject, quantity: Quantity, pattern: Pattern | None) -> float | None:
     """Return the requested sparsity, or the one that reaches `--params-removed`."""
-    requested_ratio, pattern = request.params_removed, method.pattern(options)
+    requested_ratio = request.params_removed
     if requested_ratio is None:
         if request.at_least:
             raise UsageError("--at-least belongs to --params-removed R: add it")
         return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
     if request.sparsity is not None:
         raise UsageError("give --sparsity or --params-removed, not both")
-    subject = _subject(view, method, options, request.modules)
-    return method.quantity(options).sparsity_for(subject, requested_ratio, request.at_least)
+    return quantity.sparsity_for(subject, requested_ratio, request.at_least)
 
 
 def parameters_expected(prepared: Prepared) -> int | None:

@@ -161,17 +161,13 @@ class DispLLM:
             )
 
 
-def check(view: ModelView, sparsity: float | None, options: DispLLM) -> None:
+def check(view: ModelView, sparsity: float, options: DispLLM) -> None:
     """Check before the work starts that this model can be pruned at this sparsity.
 
     Raises:
-        UsageError: the sparsity is missing, or too high for the method or for this model.
+        UsageError: the sparsity is too high for the method or for this model.
         SecateurError: the residual stream of the model was already pruned, or this family does not allow it.
     """
-    if sparsity is None:
-        raise UsageError("disp_llm needs --sparsity S, the fraction of the parameters of the whole model to remove")
-    if sparsity == 0:
-        return
     check_can(view.family, SELECT, view.name)
     if view.dims(0).residual is not None:
         raise SecateurError(

@@ -106,18 +106,14 @@ class LLMSurgeon:
             )
 
 
-def check(view: ModelView, sparsity: float | None, options: LLMSurgeon) -> None:
+def check(view: ModelView, sparsity: float, options: LLMSurgeon) -> None:
     """Check before the work starts that this model can be pruned at this sparsity.
 
     Raises:
-        UsageError: the sparsity is missing, or it would empty a block.
+        UsageError: the sparsity would empty a block.
         SecateurError: the residual stream of the model was already pruned, or this family does not allow it; or its
             heads cannot be removed.
     """
-    if sparsity is None:
-        raise UsageError("llm_surgeon needs --sparsity S, the fraction of the parameters of the whole model to remove")
-    if sparsity == 0:
-        return
     check_can(view.family, SELECT, view.name)
     check_can(view.family, HEADS, view.name)
     if view.dims(0).residual is not None:
