@@ -278,9 +278,9 @@ def _measure_memory(side: str, folder: Path) -> None:
         return
     import torch
     import torch._dynamo  # which the first step of an optimiser imports
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  # imports are no part of the figure
 
-    import secateur.methods.disp_llm.learning  # noqa: F401
+    import secateur.methods.disp_llm.learning  # noqa: F401  # nor are these
     from secateur.core.records import peak_rss_bytes
 
     torch.randn(512, 512) @ torch.randn(512, 512)  # what the libraries of products set up for themselves

@@ -130,7 +130,7 @@ def _child_write(model: str, ids: str, shape: dict[str, Any], samples: int, seql
 
 def _child_prune(model: str, ids: str, out: str, method: str) -> None:
     before = peak_rss()
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  # imports are no part of the figure
 
     from secateur.prune.run import prune
     from secateur.requests import Request

@@ -70,7 +70,7 @@ def cli_page() -> str:
         "# Command line\n\nExit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Results go to stdout, "
         "everything else to stderr.\n"
     ]
-    top = get_command(app).commands  # type: ignore[attr-defined]
+    top = get_command(app).commands  # type: ignore[attr-defined]  # the app is a group of commands
     groups = {name: command.commands for name, command in top.items() if hasattr(command, "commands")}
     flat = {name: c for name, c in top.items() if name not in groups} | {
         f"{name} {sub}": c for name, inner in groups.items() for sub, c in inner.items()

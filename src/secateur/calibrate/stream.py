@@ -86,7 +86,7 @@ class Stream:
         self._windows = windows
         self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
         self.skeleton = build_skeleton(view.config, dtype)
-        self._blocks: nn.ModuleList = self.skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]
+        self._blocks: nn.ModuleList = self.skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]  # the list
         self._classes = [type(block) for block in self._blocks]
         self._enters_as_embedded = False
         self._arguments = {size: self._capture(size) for size in {rows.stop - rows.start for rows in self.slices()}}
@@ -305,7 +305,7 @@ def make_computed_tables(model: PreTrainedModel, device: torch.device) -> None:
         for name in names:
             module._buffers[name] = torch.full_like(module.get_buffer(name), torch.nan, device="cpu")
         for parameter in module.parameters(recurse=False):
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         with torch.no_grad():
             model._init_weights(module)
         for name in names:

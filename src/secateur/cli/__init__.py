@@ -1,6 +1,10 @@
 """The command line: parses, calls `secateur.api`, prints. Results go to stdout, everything else to stderr.
 
 One file a group of commands; this one lists them all.
+
+Typer reads the options of a command from its signature, so commands repeat the lines of the options they share. What an
+option is stands once in `options.py`, its default once in `requests.py`; tests/cli/test_given.py holds every signature
+against the requests.
 """
 
 from __future__ import annotations

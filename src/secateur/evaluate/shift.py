@@ -88,7 +88,7 @@ def _continue(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
     """Return greedy continuations, [B, new]. Generation does not stop at an end of text, so all are equally long."""
     new = min(NEW_TOKENS, model.config.max_position_embeddings - prompts_BT.shape[1])
     prompts_BT = prompts_BT.to(model.device)
-    out: Tensor = model.generate(  # type: ignore[operator]
+    out: Tensor = model.generate(  # type: ignore[operator]  # transformers mixes it in
         prompts_BT,
         attention_mask=torch.ones_like(prompts_BT),
         max_new_tokens=new,
