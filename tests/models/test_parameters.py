@@ -21,7 +21,7 @@ from secateur.models.parameters import block_cost, block_parameters, count_param
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST, is_index_map
 from secateur.models.spaces import MEMBERS, OWN_COLUMNS, SPACES
 from secateur.models.view import ModelView
-from secateur.plan.allocate import units_left
+from secateur.plan.counts import units_left
 from secateur.plan.plan import BlockPlan
 from secateur.plan.structures import SELECTIONS, SEPARATE, find_structures
 from tests.tiny import FAMILY_TYPES, HEADS, MODEL_TYPES, tiny_model

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from secateur.core.errors import SecateurError, UsageError
 from secateur.text.files import file_hash
 from secateur.text.specs import HUB_TEXTS, Text, read_instructions, read_text, same_text, task_names
-from secateur.text.windows import IGNORE, calibration_windows, check_ids, ids_hash, labelled_windows
+from secateur.text.tokens import check_ids
+from secateur.text.windows import IGNORE, ids_hash, labelled_windows
 
 
 def letters(text: str) -> list[int]:
@@ -46,7 +47,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     save_file({"ids": ids.to(torch.int32)}, tmp_path / "g.safetensors")
     for name in ("f.npy", "g.safetensors"):
         given = read_text(str(tmp_path / name), "calibration")
-        assert torch.equal(calibration_windows(given, letters, samples=99, seqlen=99, seed=7), ids), (
+        assert torch.equal(labelled_windows(given, letters, samples=99, seqlen=99, seed=7)[0], ids), (
             "used as given, in order"
         )
 
@@ -145,12 +146,12 @@ def test_a_hub_text_without_a_network_says_so(name: str) -> None:
 
 def test_windows_do_not_overlap_and_follow_the_seed() -> None:
     text = Text("t", ("".join(chr(i) for i in range(1000)),))
-    windows = calibration_windows(text, letters, samples=10, seqlen=20, seed=0)
+    windows = labelled_windows(text, letters, samples=10, seqlen=20, seed=0)[0]
     assert windows.shape == (10, 20)
     assert len(windows.unique()) == 200
-    assert torch.equal(windows, calibration_windows(text, letters, samples=10, seqlen=20, seed=0))
-    assert not torch.equal(windows, calibration_windows(text, letters, samples=10, seqlen=20, seed=1))
-    everything = calibration_windows(text, letters, samples=50, seqlen=20, seed=3)
+    assert torch.equal(windows, labelled_windows(text, letters, samples=10, seqlen=20, seed=0)[0])
+    assert not torch.equal(windows, labelled_windows(text, letters, samples=10, seqlen=20, seed=1)[0])
+    everything = labelled_windows(text, letters, samples=50, seqlen=20, seed=3)[0]
     assert torch.equal(everything.flatten(), torch.arange(1000))
 
 
@@ -160,7 +161,7 @@ def test_only_the_answers_of_questions_are_labels() -> None:
     text = Text("task:t", [question + "YES" for question in questions], questions=questions)
     assert labelled_windows(Text("t", text.rows), letters, samples=9, seqlen=30, seed=0)[1] is None
     windows, labels = labelled_windows(text, letters, samples=9, seqlen=30, seed=0)
-    assert torch.equal(windows, calibration_windows(Text("t", text.rows), letters, samples=9, seqlen=30, seed=0))
+    assert torch.equal(windows, labelled_windows(Text("t", text.rows), letters, samples=9, seqlen=30, seed=0)[0])
     assert labels is not None
     assert torch.equal(labels, windows.where(windows < ord("Z"), IGNORE).where(windows >= ord("A"), IGNORE))
 
@@ -187,7 +188,7 @@ def test_rows_are_shuffled_and_no_more_are_read_than_needed() -> None:
         read.append(row)
         return letters(row)
 
-    calibration_windows(text, tokenize, samples=2, seqlen=10, seed=0)
+    labelled_windows(text, tokenize, samples=2, seqlen=10, seed=0)
     assert len(read) == 8
     assert read != sorted(read)
 
@@ -196,7 +197,7 @@ def test_too_short_a_text_says_how_long_it_is() -> None:
     with pytest.raises(
         SecateurError, match="has 30 tokens, 3 windows of 10, but 4 are asked for; lower --samples or --seqlen"
     ):
-        calibration_windows(Text("t", ("x" * 30,)), letters, samples=4, seqlen=10, seed=0)
+        labelled_windows(Text("t", ("x" * 30,)), letters, samples=4, seqlen=10, seed=0)
 
 
 def test_the_hash_is_of_the_ids_alone() -> None:

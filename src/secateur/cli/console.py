@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from secateur.core.errors import SecateurError, UsageError
-from secateur.core.progress import launched, say, speaks
+from secateur.core.progress import say
+from secateur.core.torchrun import refuse_command, speaks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,19 +25,19 @@ RESUME = "the same command with --resume continues from here"
 
 
 @contextmanager
-def command(debug: bool, *, resume: str = "nothing was written", together: bool = False) -> Iterator[None]:
+def command(debug: bool, *, resume: str = "nothing was written", several: bool = False) -> Iterator[None]:
     """Run the body of a `with` statement; turn its failures into one line and an exit status.
 
     Args:
         debug: also show the traceback.
         resume: the second half of the message after an interrupt.
-        together: whether torchrun may start the command in several processes.
+        several: whether torchrun may start the command in several processes.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if launched() and not together:
-        _stop("error: torchrun: only `secateur prune` can use several processes; start this command without it", USAGE)
     try:
+        if not several:
+            refuse_command()
         yield
     except KeyboardInterrupt:
         _stop(f"interrupted; {resume}", INTERRUPTED)

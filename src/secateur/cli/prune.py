@@ -48,7 +48,7 @@ def prune(
     debug: opt.Debug = False,
 ) -> None:
     """Prune a model and write the result."""
-    with command(debug, resume=RESUME, together=True):
+    with command(debug, resume=RESUME, several=True):
         if not method:
             raise UsageError("--method M is missing: the name of a method (`secateur methods` lists them)")
         request = given(Request, "prune", locals(), options=settings(options))

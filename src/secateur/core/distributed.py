@@ -1,4 +1,7 @@
-"""Several processes, started by torchrun, that share one piece of work; without torchrun nothing here has an effect."""
+"""Several processes, started by torchrun, that share one piece of work. Without torchrun nothing here has an effect.
+
+`core/torchrun.py` refuses the work that cannot be shared.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.core.progress import launched
+from secateur.core.torchrun import launched
 
 T = TypeVar("T")
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Connect the processes of torchrun while the context lasts; also a decorator. Each uses its own accelerator.
+    """Connect the processes of torchrun for the length of a `with` statement. Each uses its own accelerator.
 
     Raises:
         SecateurError: the machine has fewer accelerators than processes.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
+
+from secateur.core.torchrun import speaks
 
 T = TypeVar("T")
 
@@ -34,16 +35,6 @@ def say(line: str) -> None:
     """Print one line for the user on stderr (stdout is for results)."""
     if speaks():
         print(line, file=sys.stderr, flush=True)
-
-
-def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
-def speaks() -> bool:
-    """Whether this process prints messages: among several processes only the first does."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 def _bar(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:

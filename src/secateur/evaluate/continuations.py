@@ -21,7 +21,7 @@ from secateur.core.errors import SecateurError
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
 from secateur.models.loss import head_of, hidden_states, positions_a_chunk
-from secateur.text.windows import outside_vocabulary
+from secateur.text.tokens import outside_vocabulary
 
 _TOKENS_A_BATCH = {"cpu": 2048, "cuda": 2**17}  # at the start
 

@@ -28,7 +28,8 @@ from secateur.plan.plan import read_plan_json
 from secateur.requests import EvalRequest
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.text.specs import holds_ids, same_text
-from secateur.text.windows import check_ids, ids_hash
+from secateur.text.tokens import check_ids
+from secateur.text.windows import ids_hash
 
 # The fields that an evaluation copies from the folder's plan.json.
 _FROM_PLAN = (

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.core.errors import SecateurError
 from secateur.text.files import alpaca_prompt
 from secateur.text.specs import read_instructions
+from secateur.text.tokens import tokenize
 from secateur.text.windows import IGNORE
 
 
@@ -83,7 +84,7 @@ def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tupl
     if tokenizer.is_fast:
         answered = (last > len(question) for _, last in encoded["offset_mapping"][: len(ids)])
     else:
-        question_ids = tokenizer(question, verbose=False)["input_ids"]
+        question_ids = tokenize(tokenizer, question)
         answered = (place >= len(question_ids) or question_ids[place] != id for place, id in enumerate(ids))
     given = next((place for place, is_answer in enumerate(answered) if is_answer), len(ids))
     return ids + ([] if end is None else [int(end)]), given

@@ -42,13 +42,14 @@ from secateur.models.save import (
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
+from secateur.prune.calibration import windows_of
 from secateur.prune.settings import identity, refuse_out
-from secateur.prune.windows import windows_of
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
 from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
-from secateur.text.windows import calibration_facts, check_ids
+from secateur.text.tokens import check_ids
+from secateur.text.windows import calibration_facts
 
 _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters and optimiser; the loss before training
 

@@ -100,6 +100,11 @@ def find_method(name: str) -> Method:
     return Method(name, module, options[0], read_contract(name, module))
 
 
+def sharing_methods() -> list[str]:
+    """Return the names of the methods whose work the processes of torchrun can share."""
+    return [name for name in method_names() if find_method(name).says.SHARDS]
+
+
 @cache
 def _added() -> dict[str, EntryPoint]:
     """Return the methods of other packages, by name. Cached: the look-up takes about ten milliseconds."""

@@ -50,10 +50,10 @@ from secateur.models.parameters import unit_parameters
 from secateur.models.runtime import SELECT_FIRST
 from secateur.models.spaces import INNER, MEMBERS, RESIDUAL_WRITERS
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.allocate import keep_units
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
+from secateur.plan.selection import keep_units
 from secateur.plan.structures import SELECTIONS, Structures, find_structures
 
 CALIBRATION = "c4"

@@ -20,9 +20,10 @@ from secateur.core.errors import UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.allocate import keep_units, plan_masks_or_units, removed_units, unit_scores
+from secateur.plan.counts import removed_units
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
+from secateur.plan.selection import keep_units, plan_masks_or_units, unit_scores
 
 CALIBRATION = None
 DEMO = [

@@ -32,9 +32,9 @@ from secateur.calibrate.statistics import InputNorm, Statistics
 from secateur.core.errors import UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.view import BlockView
-from secateur.plan.allocate import Scope, plan_masks_or_units
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
+from secateur.plan.selection import Scope, plan_masks_or_units
 
 CALIBRATION = "c4"
 STATISTICS = InputNorm

@@ -25,7 +25,7 @@ from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import say, track
 from secateur.models.view import ModelView
-from secateur.plan.allocate import removed_blocks
+from secateur.plan.counts import removed_blocks
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import BLOCKS
 from secateur.plan.run import Run

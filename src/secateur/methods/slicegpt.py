@@ -7,6 +7,8 @@ place the directions are the eigenvectors of the second moment of the residual, 
 sliced network. All weights that read or write there are rotated, and lose the columns or rows of the removed
 directions. Each residual connection then needs an adapter Q_prev^T Q_next from one basis to the next.
 
+An adapter is what `Place.skip` holds, in the form `Place.form`; `runtime.Skip` runs it. `_with_adapter` makes it.
+
 Width: floor((1 - s) D), rounded down to a multiple of `round`. The sparsity that is reached is 1 - width / D. The head
 is rotated, and sliced only with `slice_head`. Parallel blocks (Phi) have one place and one adapter a block. Norms
 divide by the original D.
@@ -153,7 +155,7 @@ def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, opti
     basis_DW = _fix_signs(vector_DD[:, :width])
     if before is None and options.orientation == "random":
         basis_DW = basis_DW @ _random_rotation(width, seed).to(basis_DW)
-    return _joined(Place(basis_DW, spectrum_D, width, len(spectrum_D)), vector_DD[:, width:], before, options)
+    return _with_adapter(Place(basis_DW, spectrum_D, width, len(spectrum_D)), vector_DD[:, width:], before, options)
 
 
 def last_place(before: Place, options: SliceGPT) -> Place | None:
@@ -170,7 +172,7 @@ def last_place(before: Place, options: SliceGPT) -> Place | None:
     everything_DD = torch.linalg.qr(basis_DW, mode="complete").Q
     whole = Place(torch.cat([basis_DW, everything_DD[:, width:]], 1), None, hidden, hidden)
     return (
-        replace(whole, form="dense", skip={"weight": _fresh(before, whole).t()})
+        replace(whole, form="dense", skip={"weight": _plain_adapter(before, whole).t()})
         if options.adapters == "dense"
         else whole
     )
@@ -195,7 +197,7 @@ def width_by_energy(spectrum_D: Tensor, options: SliceGPT) -> int:
     return min(len(spectrum_D), -(-needed // options.round) * options.round)
 
 
-def skip_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
+def adapter_form(inputs: int, outputs: int, hidden: int) -> int | str | None:
     """Return the form of an aligned adapter that has the fewest weights.
 
     Returns:
@@ -219,7 +221,7 @@ def sizes_left(view: ModelView, options: SliceGPT, sparsity: float) -> list[Bloc
 def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options: SliceGPT) -> list[Residual]:
     """Return the residual widths of all blocks at a sparsity, from shapes alone (not with `energy`)."""
     width = width_after(hidden, sparsity, options)
-    inside = "dense" if options.adapters == "dense" else skip_form(width, width, hidden)
+    inside = "dense" if options.adapters == "dense" else adapter_form(width, width, hidden)
     widths = []
     for index in range(blocks):
         whole = index == blocks - 1 and not options.slice_head
@@ -232,7 +234,7 @@ def residuals(hidden: int, blocks: int, parallel: bool, sparsity: float, options
     return widths
 
 
-def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceGPT) -> Place:
+def _with_adapter(place: Place, rest_DK: Tensor, before: Place | None, options: SliceGPT) -> Place:
     """Turn the basis of a place towards the place before, and add the adapter between them.
 
     `rest_DK` are the directions that the place removes.
@@ -240,13 +242,17 @@ def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceG
     if before is None:
         return place
     if options.adapters == "dense":
-        return replace(place, form="dense", skip={"weight": _fresh(before, place).t()})
+        return replace(place, form="dense", skip={"weight": _plain_adapter(before, place).t()})
     assert before.basis_DW is not None
     assert place.basis_DW is not None
     hidden, inputs = before.basis_DW.shape
     outputs = place.width
-    form = skip_form(inputs, outputs, hidden)
-    if isinstance(form, int) and inputs == outputs and (turned := _turned(before.basis_DW, rest_DK)) is not None:
+    form = adapter_form(inputs, outputs, hidden)
+    if (
+        isinstance(form, int)
+        and inputs == outputs
+        and (turned := _turn_and_adapter(before.basis_DW, rest_DK)) is not None
+    ):
         return replace(place, basis_DW=turned[0], form=form, skip={"left": turned[1]})
     adapter_IO = before.basis_DW.t() @ place.basis_DW
     identity_IO = torch.eye(inputs, outputs).to(adapter_IO)
@@ -262,7 +268,7 @@ def _joined(place: Place, rest_DK: Tensor, before: Place | None, options: SliceG
     return replace(place, form=form, skip=_factors(identity_IO - adapter_IO, form))
 
 
-def _turned(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
+def _turn_and_adapter(before_DW: Tensor, rest_DK: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the aligned basis and its factor L from the K removed directions.
 
     This is less work than the polar factor of the adapter.
@@ -303,7 +309,7 @@ def _factors(distance_IO: Tensor, rank: int) -> dict[str, Tensor]:
     return {"left": left[:, :rank] * root, "right": right[:rank].t() * root}
 
 
-def _fresh(before: Place, place: Place) -> Tensor:
+def _plain_adapter(before: Place, place: Place) -> Tensor:
     """Return the adapter Q_prev^T Q_next [I, O], without alignment."""
     assert before.basis_DW is not None
     assert place.basis_DW is not None

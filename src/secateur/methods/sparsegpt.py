@@ -45,6 +45,7 @@ from secateur.core.errors import HopelessError, UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import say
 from secateur.models.view import BlockView
+from secateur.plan.counts import removed_weights
 from secateur.plan.pattern import Pattern, keep_highest, keep_n_of_m, parse_pattern
 from secateur.plan.plan import BlockPlan, Mask
 
@@ -283,7 +284,7 @@ class _Columns:
 
     def _lowest(self, score_OB: Tensor, rate: float, start: int, end: int) -> Tensor:
         """Return the mask of some columns of one matrix, so that the whole matrix loses floor(O I rate) weights."""
-        before, after = (math.floor(len(score_OB) * columns * rate) for columns in (start, end))
+        before, after = (removed_weights(rate, len(score_OB) * columns) for columns in (start, end))
         return keep_highest(score_OB, after - before)
 
     def _settle(self, start: int, end: int, owed_BO: Tensor, keep_BO: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The view of a model through its family: blocks, matrices, and the spaces that matrices share.
 
-No other module knows about fused weights.
+Whoever asks for a canonical matrix (`block.matrix("q")`) gets it, fused in the file or not. Only code that hooks or
+rebuilds whole modules asks `Family.fused` which matrices a module holds.
 
 Shape letters: D residual, H query heads, G key-value heads, K head width, F feed-forward units, O outputs, I inputs of
 a matrix. Weights are `weight_OI` as in torch.nn.Linear.

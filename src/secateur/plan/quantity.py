@@ -19,7 +19,7 @@ from secateur.core.errors import UsageError
 from secateur.models.canonical import canonical_view
 from secateur.models.parameters import count_parameters, mean_block
 from secateur.models.view import BlockDims, ModelView
-from secateur.plan.allocate import removed_blocks, units_left
+from secateur.plan.counts import removed_blocks, units_left
 from secateur.plan.pattern import Pattern
 from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 
@@ -276,7 +276,7 @@ WEIGHTS = Quantity(
 )
 UNITS = Quantity(
     "units",
-    "the weights of the targeted matrices",
+    "the weights of the targeted matrices, in whole units",
     sparsity_for=_sparsity_of_units,
     parameters=_parameters_of_units,
     sizes=lambda subject, sparsity: None if subject.ranked else _units_left(subject, sparsity),

@@ -40,9 +40,9 @@ from secateur.core.records import Record, version
 from secateur.core.words import exp
 from secateur.models.view import ModelView
 from secateur.predict.points import Points
+from secateur.prune.calibration import read_windows
 from secateur.prune.prepare import Prepared
 from secateur.prune.settings import prepared_settings
-from secateur.prune.windows import read_windows
 
 FORMULA = "ln(PPL / PPL0) = c K(s)"
 # Geometric mean over six small models, and the factor within which all lie: benchmarks/predict_small_models.py

@@ -16,11 +16,12 @@ from torch import Tensor
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.distributed import on_first, processes, rank
-from secateur.core.errors import HopelessError, UsageError
+from secateur.core.errors import HopelessError
 from secateur.core.memory import give_back
-from secateur.core.progress import launched, say
+from secateur.core.progress import say
 from secateur.core.timing import Stopwatch
-from secateur.methods import find_method, method_names
+from secateur.core.torchrun import launched, refuse_pruning
+from secateur.methods import find_method, sharing_methods
 from secateur.models import card, runtime
 from secateur.models.load import load_model
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
@@ -28,11 +29,11 @@ from secateur.models.save import PLAN_PATH, CheckpointWriter, clean, differing_f
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
 from secateur.prune.allocation.allocate import Allocation, allocate
+from secateur.prune.calibration import read_labelled
 from secateur.prune.driver import check_finite, whole_model_plan
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
 from secateur.prune.settings import identity, prepared_settings, refuse_out
 from secateur.prune.totals import facts_of
-from secateur.prune.windows import read_labelled
 from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, write_blocks, write_outer
 from secateur.requests import Request
 
@@ -66,7 +67,9 @@ def prune(
     Raises:
         UsageError, SecateurError: the run failed; `out` then holds nothing that looks like a result.
     """
-    _refuse_processes(request)
+    if launched():
+        shares = find_method(request.method).says.SHARDS
+        refuse_pruning(request.method, shares, sharing_methods(), request.sparsity, request.device)
     with processes():
         return _prune(request, out, resume, overwrite, records_file, states)
 
@@ -119,28 +122,6 @@ def _prune(
     records.append(records_file, record)
     _say_result(record, warned)
     return record
-
-
-def _refuse_processes(request: Request) -> None:
-    """Refuse, before any work, a request that the processes of torchrun cannot share.
-
-    Raises:
-        UsageError: the method or the sparsity works in one process only, or `--device` names one device for all.
-    """
-    if not launched():
-        return
-    if not find_method(request.method).says.SHARDS:
-        shared = ", ".join(name for name in method_names() if find_method(name).says.SHARDS)
-        raise UsageError(
-            f"torchrun: {request.method} works in one process (several can share: {shared}); start it without torchrun"
-        )
-    if request.sparsity == 0:
-        raise UsageError("torchrun: --sparsity 0 leaves nothing to share among processes; start it without torchrun")
-    if ":" in request.device:
-        raise UsageError(
-            f"torchrun: --device {request.device} is one device for all processes; "
-            f"use --device {request.device.partition(':')[0]}"
-        )
 
 
 def _run(

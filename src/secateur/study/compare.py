@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.names import named, shown
-from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
+from secateur.core.workers import end_with_parent
 from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.throughput import bench
 from secateur.heal.heal import heal

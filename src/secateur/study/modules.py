@@ -33,10 +33,10 @@ from torch import Tensor
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
-from secateur.core.processes import end_with_parent
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
+from secateur.core.workers import end_with_parent
 from secateur.evaluate.evaluate import Questions, prepare_questions
 from secateur.evaluate.tasks import task_text
 from secateur.models.load import BUNDLED, load_model
@@ -45,11 +45,11 @@ from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.rates import Rates, resolve_rates
 from secateur.prune.allocation.dense import DenseModel
+from secateur.prune.calibration import read_windows
 from secateur.prune.driver import Job, make_job, pruned_blocks
 from secateur.prune.estimate import forward_seconds
 from secateur.prune.prepare import Prepared, prepare
 from secateur.prune.settings import identity, prepared_settings
-from secateur.prune.windows import read_windows
 from secateur.requests import EvalRequest, ModulesRequest, Request
 from secateur.text.specs import TASK, task_names
 from secateur.text.windows import ids_hash

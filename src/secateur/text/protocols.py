@@ -1,8 +1,7 @@
 """How perplexity is measured: named protocols, which show whether numbers can be compared with those of a paper.
 
 Every difference counts: the length of windows, how rows are joined, where BOS stands, whether the incomplete last
-    window
-counts, and how much of the text is used.
+window counts, and how much of the text is used.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError, UsageError, unknown
 from secateur.text.specs import NAMED, Text, read_text
+from secateur.text.tokens import tokenize
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,9 @@ def _stream(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase) 
     if protocol.lines and len(rows) == 1 and Path(text.spec).is_file():
         rows = wikitext_rows(rows[0])
     rows = rows[: protocol.rows]
-
-    def ids(string: str) -> list[int]:
-        found: list[int] = tokenizer(string, verbose=False)["input_ids"]
-        return found
-
-    return [i for row in rows for i in ids(row)] if protocol.bos == "each" else ids(protocol.join.join(rows))
+    if protocol.bos == "each":
+        return [i for row in rows for i in tokenize(tokenizer, row)]
+    return tokenize(tokenizer, protocol.join.join(rows))
 
 
 def wikitext_rows(raw: str) -> list[str]:

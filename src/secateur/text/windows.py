@@ -1,4 +1,4 @@
-"""Windows of token ids: draw them from a text, check them against a model, and hash them."""
+"""Windows of token ids: draw them from a text, and hash them. `tokens.py` makes and checks token ids."""
 
 from __future__ import annotations
 
@@ -17,13 +17,6 @@ from secateur.text.specs import Text
 # Tokens read per token needed: windows come from all over a large text, without reading all of it.
 _READ_AHEAD = 4
 IGNORE = -100  # the label of a token that is not predicted, as in transformers
-
-
-def calibration_windows(
-    text: Text, tokenize: Callable[[str], list[int]], *, samples: int, seqlen: int, seed: int
-) -> Tensor:
-    """Draw the windows of `labelled_windows`, without their labels."""
-    return labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)[0]
 
 
 def labelled_windows(
@@ -72,44 +65,6 @@ def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
     A token that joins the end of a question to its answer counts as the answer's.
     """
     return next((n for n, (a, b) in enumerate(zip(ids, begin, strict=False)) if a != b), min(len(ids), len(begin)))
-
-
-def check_ids(windows: Tensor, vocabulary: int, longest: int, spec: str, tokens: int | None = None) -> None:
-    """Check that a model takes these token ids.
-
-    Args:
-        windows: token ids [..., T].
-        vocabulary: the number of rows of the embedding.
-        longest: the number of positions of the model.
-        spec: the SPEC that the ids come from.
-        tokens: the size of the tokenizer that made the ids; None for a file of ids.
-
-    Raises:
-        SecateurError: a window is too long, or an id is outside the vocabulary.
-    """
-    if windows.shape[-1] > longest:
-        raise SecateurError(
-            f"{spec}: windows of {windows.shape[-1]} tokens, but this model knows at most {longest}; cut them shorter"
-        )
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= vocabulary:
-        raise outside_vocabulary(low if low < 0 else high, vocabulary, spec, tokens)
-
-
-def outside_vocabulary(token: int, vocabulary: int, spec: str, tokens: int | None) -> SecateurError:
-    """The error for a token id without a row in the embedding; see `check_ids` for the arguments."""
-    if tokens is None:
-        return SecateurError(
-            f"{spec}: token id {token} is outside the vocabulary of the model (0 to {vocabulary - 1}); "
-            "tokenise with its own tokenizer"
-        )
-    return SecateurError(
-        f"{spec}: the tokenizer gives id {token}, and the embedding of the model has {vocabulary} rows (ids 0 to "
-        f"{vocabulary - 1}; the tokenizer has {tokens} "
-        f"tokens): give the model rows for them (model.resize_token_embeddings({max(tokens, token + 1)}), "
-        "then save_pretrained), or use the tokenizer it was "
-        "trained with"
-    )
 
 
 def calibration_facts(spec: str, windows: Tensor) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.methods import find_method
 from secateur.models.view import ModelView
+from secateur.plan.counts import removed_weights
 from secateur.plan.rates import Rates
 from secateur.prune.allocation.curves import HIGHEST, Curve, cheapest
 from secateur.prune.allocation.dense import DenseModel
@@ -204,7 +205,7 @@ def balanced(view: ModelView, rates: Rates, change: Sequence[float], *, by_rows:
     def removed(candidate: Rates) -> int:
         pairs = ((*shapes[index][n], r) for index, rate in enumerate(candidate) for n, r in rate.items())
         return sum(
-            outputs * math.floor(inputs * r) if by_rows else math.floor(outputs * inputs * r)
+            outputs * removed_weights(r, inputs) if by_rows else removed_weights(r, outputs * inputs)
             for outputs, inputs, r in pairs
         )
 

@@ -1,4 +1,7 @@
-"""The calibration text of a run, as windows of token ids."""
+"""The calibration of a run: from its text SPEC to windows of token ids.
+
+`text/specs.py` reads the text, `text/tokens.py` tokenises it, and `text/windows.py` draws the windows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from secateur.evaluate.tasks import task_text
 from secateur.models.load import Checkpoint
 from secateur.prune.prepare import Prepared
 from secateur.text.specs import TASK, holds_ids, read_text
-from secateur.text.windows import check_ids, labelled_windows
+from secateur.text.tokens import check_ids, tokenize
+from secateur.text.windows import labelled_windows
 
 
 def read_windows(prepared: Prepared) -> Tensor | None:
@@ -61,12 +65,11 @@ def _labelled_of(
         else read_text(spec, "calibration", text_field=text_field)
     )
 
-    def tokenize(row: str) -> list[int]:
-        assert tokenizer is not None
-        ids: list[int] = tokenizer(row, verbose=False)["input_ids"]
-        return ids
+    def ids_of(row: str) -> list[int]:
+        assert tokenizer is not None, "only a file of token ids does without"
+        return tokenize(tokenizer, row)
 
-    windows, labels = labelled_windows(text, tokenize, samples=samples, seqlen=seqlen, seed=seed)
+    windows, labels = labelled_windows(text, ids_of, samples=samples, seqlen=seqlen, seed=seed)
     check_ids(
         windows,
         checkpoint.config.vocab_size,

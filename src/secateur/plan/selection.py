@@ -1,16 +1,16 @@
-"""From scores to the plan of a block, for any pattern."""
+"""The selection of what stays, from scores: masks or kept units, for any pattern."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from secateur.models.spaces import MEMBERS
-from secateur.models.view import BlockDims, BlockView
+from secateur.models.view import BlockView
+from secateur.plan.counts import removed_units, removed_weights
 from secateur.plan.pattern import Pattern, keep_highest, keep_highest_per_row, keep_n_of_m
 from secateur.plan.plan import BlockPlan, Mask
 
@@ -47,25 +47,8 @@ def _mask(score_OI: Tensor, rate: float, pattern: Pattern, scope: Scope) -> Tens
     if pattern.kind == "n:m":
         return keep_n_of_m(score_OI, pattern.keep, pattern.group)
     if scope == "row":
-        return keep_highest_per_row(score_OI, math.floor(score_OI.shape[1] * rate))
-    return keep_highest(score_OI, math.floor(score_OI.numel() * rate))
-
-
-def removed_units(rate: float, units: int) -> int:
-    """The number of `units` that a sparsity removes: floor(units * rate)."""
-    return math.floor(units * rate)
-
-
-def removed_blocks(sparsity: float, blocks: int) -> int:
-    """The number of `blocks` that a sparsity removes: the nearest whole number, with halves rounded up."""
-    return math.floor(sparsity * blocks + 0.5)
-
-
-def units_left(dims: BlockDims, rate: Mapping[str, float]) -> BlockDims:
-    """The sizes of a block after whole units are removed at these rates."""
-    groups = dims.groups - removed_units(rate.get(MEMBERS["groups"].reader, 0.0), dims.groups)
-    ffn = dims.ffn - removed_units(rate.get(MEMBERS["ffn"].reader, 0.0), dims.ffn)
-    return dims.with_units(groups, ffn)
+        return keep_highest_per_row(score_OI, removed_weights(rate, score_OI.shape[1]))
+    return keep_highest(score_OI, removed_weights(rate, score_OI.numel()))
 
 
 def keep_units(score_U: Tensor, remove: int) -> Tensor:

@@ -9,7 +9,7 @@ PROGRAM = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from secateur.core.processes import end_with_parent
+from secateur.core.workers import end_with_parent
 pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
 assert pool.submit(os.getpid).result() != os.getpid()
 pool.submit(time.sleep, 100)
