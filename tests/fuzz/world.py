@@ -4,8 +4,10 @@ an interrupted run.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -65,6 +67,8 @@ def texts() -> dict[str, Path]:
     (folder / "t.json").write_text(json.dumps([{"instruction": row, "output": row} for row in rows]))
     (folder / "t.txt").write_text("\n".join(rows))
     (folder / "t.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (folder / "t.txt.bz2").write_bytes(bz2.compress("\r\n".join(rows).encode()))
+    (folder / "t.json.xz").write_bytes(lzma.compress(lines.encode()))
     parquet.write_table(pa.table({"text": rows}), folder / "t.parquet")
     np.save(folder / "t.npy", np.load(ids()))
     save_file({"ids": torch.from_numpy(np.load(ids()))}, folder / "t.safetensors")

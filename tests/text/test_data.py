@@ -66,7 +66,11 @@ def test_text_may_be_packed_and_c4s_own_shards_are_lines_of_json(packing: str, t
             '{"text": "t"}\n{"instruction": "Hi", "output": "Ho"}\n',
             ("t", "### Instruction:\nHi\n\n### Response:\nHo"),
         ),
-        ("plain.txt", "as it\r\n is \n", ("as it\r\n is \n",)),
+        ("plain.txt", "as it\n is \n", ("as it\n is \n",)),
+        ("windows.txt", "as it\r\n is \r\n", ("as it\n is \n",)),
+        ("old-mac.txt", "as it\r is \r", ("as it\n is \n",)),
+        ("marked.txt", "\ufeffas it\n is \n", ("as it\n is \n",)),
+        ("marked.jsonl", '\ufeff{"text": "t"}\r\n{"text": "u"}\r\n', ("t", "u")),
     ):
         file = tmp_path / (name + packing)
         with write(file, "wb") as handle:
@@ -86,6 +90,41 @@ def test_a_packed_file_that_is_cut_short_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes((tmp_path / "a.txt.gz").read_bytes()[:-10])
     with pytest.raises(SecateurError, match=r"a\.txt\.gz: cannot be unpacked .+ download it again"):
         read_text(str(tmp_path / "a.txt.gz"), "calibration")
+
+
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz"])
+def test_a_file_that_is_not_packed_as_its_suffix_says(packing: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.txt{packing}").write_text("plain words\n" * 9)
+    with pytest.raises(SecateurError, match=r"a\.txt\.\w+: cannot be unpacked .+ not what its suffix says"):
+        read_text(str(tmp_path / f"a.txt{packing}"), "calibration")
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar.xz", "a.npy.gz", "a.safetensors.bz2", "a.parquet.gz", "a.txt.zst"])
+def test_packed_files_that_are_not_text_are_refused(name: str, tmp_path: Path) -> None:
+    with gzip.open(tmp_path / name, "wb") as handle:
+        handle.write(b"words " * 100)
+    with pytest.raises(SecateurError, match=rf"{name}: .+ (is|are) not read; unpack it first"):
+        read_text(str(tmp_path / name), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("pretty.json", '{\n  "text": "one"\n}\n', r"pretty\.json, line 1: not JSON .+ one object per line"),
+        ("late.jsonl", '{"text": "one"}\n\n{"text": }\n', r"late\.jsonl, line 3: not JSON"),
+        ("list.json", '[{"text": "one"},\n', r"list\.json: not JSON .+ one list of objects"),
+    ],
+)
+def test_json_that_is_neither_lines_nor_a_list(name: str, content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SecateurError, match=said):
+        read_text(str(tmp_path / name), "calibration")
+
+
+def test_the_place_of_a_byte_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\n" * 5000 + b"\xff")
+    with pytest.raises(SecateurError, match=r"a\.txt: not UTF-8 text \(byte 25000\)"):
+        read_text(str(tmp_path / "a.txt"), "calibration")
 
 
 def test_ids_outside_the_vocabulary_say_whose_fault_it_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
@@ -30,7 +31,8 @@ def alpaca_prompt(row: dict[str, Any]) -> str:
 ID_FILES = (".npy", ".safetensors")
 JSON_FILES = (".json", ".jsonl", ".ndjson")
 _COMPRESSED: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]  # read as bytes
-_OTHER_ARCHIVES = (".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
+_NOT_UNPACKED = (".zst", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".br")
+_NEVER_PACKED = (*ID_FILES, ".parquet", *_NOT_UNPACKED)
 
 
 def file_hash(spec: str) -> str | None:
@@ -64,7 +66,7 @@ def rows_of(path: Path, field: str) -> Sequence[str]:
     suffix = suffix_of(path)
     if suffix in JSON_FILES:
         return [_row_text(row, field, path) for row in read_objects(path)]
-    if suffix == ".parquet":
+    if path.suffix == ".parquet":
         table = read_parquet(path)
         if field not in table.column_names:
             raise SecateurError(
@@ -85,7 +87,7 @@ def read_objects(path: Path) -> Iterator[Any]:
     first = next(((n, line) for n, line in lines if line.strip()), None)
     if first is None:
         return
-    if first[1].lstrip("\ufeff \t\r").startswith("["):
+    if first[1].lstrip().startswith("["):
         rows = _json("".join([first[1], *(line for _, line in lines)]), str(path))
         yield from rows
         return
@@ -95,25 +97,47 @@ def read_objects(path: Path) -> Iterator[Any]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with their line breaks, decompressed, one at a time to save memory."""
-    if path.suffix in _OTHER_ARCHIVES:
-        raise SecateurError(
-            f"{path}: {path.suffix} is not read; unpack it first, or give it as {', '.join(_COMPRESSED)}"
-        )
-    place = 0
+    """Yield the lines of a text file, decompressed, one at a time to save memory.
+
+    Every line ends in `\\n`, whatever line end the file has, as in Python's text files; a byte-order mark is left out.
+    """
     try:
-        with _COMPRESSED.get(path.suffix, Path.open)(path, mode="rb") as file:  # type: ignore[call-arg]  # all of them have a mode
-            for line in file:
-                yield line.decode("utf-8")
-                place += len(line)
-    except UnicodeDecodeError as error:
+        with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+            yield from text
+    except UnicodeDecodeError:
         raise SecateurError(
-            f"{path}: not UTF-8 text (byte {place + error.start}); convert it, or give token ids as .npy"
+            f"{path}: not UTF-8 text (byte {_first_wrong_byte(path)}); convert it, or give token ids as .npy"
         ) from None
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk failed, not the unpacking
+            raise
         raise SecateurError(
             f"{path}: cannot be unpacked ({error}): it is cut short, or not what its suffix says; download it again"
         ) from None
+
+
+def _open(path: Path) -> IO[bytes]:
+    inner = suffix_of(path)
+    if path.suffix in _NOT_UNPACKED or (path.suffix in _COMPRESSED and inner in _NEVER_PACKED):
+        ending = path.suffix if path.suffix in _NOT_UNPACKED else inner + path.suffix
+        raise SecateurError(
+            f"{path}: {ending} files are not read; unpack it first (text and JSON may stay packed as "
+            f"{', '.join(_COMPRESSED)})"
+        )
+    return _COMPRESSED[path.suffix](path) if path.suffix in _COMPRESSED else path.open("rb")
+
+
+def _first_wrong_byte(path: Path) -> int:
+    """The place of the first byte that is not UTF-8, in the file without its compression."""
+    place = 0
+    with _open(path) as file:
+        for line in file:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return place + error.start
+            place += len(line)
+    return place
 
 
 def _row_text(row: Any, field: str, path: Path) -> str:
@@ -155,7 +179,9 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise SecateurError(f"{where}: not JSON ({error.msg})") from None
+        raise SecateurError(
+            f"{where}: not JSON ({error.msg}); the file must have one object per line, or be one list of objects"
+        ) from None
 
 
 def _string(value: Any, field: str, path: Path) -> str:

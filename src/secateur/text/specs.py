@@ -174,13 +174,13 @@ def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
     if name == "alpaca":
         return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
     path = Path(spec).expanduser()
-    if suffix_of(path) not in (*JSON_FILES, ".parquet") or name in NAMED:
+    if (suffix_of(path) not in JSON_FILES and path.suffix != ".parquet") or name in NAMED:
         raise UsageError(
             f"'{spec}' holds no instructions with answers: give alpaca, or a .json, "
             ".jsonl or .parquet file with 'instruction' and 'output'"
         )
     check_spec(spec)
-    rows: Any = read_parquet(path).to_pylist() if suffix_of(path) == ".parquet" else list(read_objects(path))
+    rows: Any = read_parquet(path).to_pylist() if path.suffix == ".parquet" else list(read_objects(path))
     if not in_alpaca_form(rows):
         has = (
             f", its first row has {', '.join(rows[0])}"
