@@ -436,7 +436,11 @@ def test_text_for_a_model_without_a_tokenizer(run: Run, dense: Path, tmp_path: P
         ("a.json", "[1, 2]", "a row has no field 'text' (it has a int)"),
         ("a.json", "[]", "holds no text"),
         ("a.json.gz", '{"text": "x"}', "cannot be unpacked"),
-        ("a.jsonl.zst", '{"text": "x"}', ".zst files are not read; unpack it first (text and JSON may stay packed as .gz, .bz2, .xz)"),
+        (
+            "a.jsonl.zst",
+            '{"text": "x"}',
+            ".zst files are not read; unpack it first (text and JSON may stay packed as .gz, .bz2, .xz)",
+        ),
         ("a.parquet", "no parquet", "not a parquet file"),
         ("a.npy", "no array", "cannot be read as token ids"),
     ],

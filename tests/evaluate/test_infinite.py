@@ -79,12 +79,35 @@ def test_a_sweep_and_its_resumption_go_on_and_report_and_laws_say_what_they_left
         assert "infinite" in result.stdout
     page = tmp_path / "report.html"
     assert CliRunner().invoke(app, ["report", str(tmp_path / "s"), "--out", str(page)]).exit_code == 0
-    assert (
-        "3 checkpoints with a perplexity that is not finite: in the table, left out of plots and laws"
-        in page.read_text()
-    )
+    assert "3 checkpoints with an infinite perplexity: in the table, left out of plots and laws" in page.read_text()
     card = (tmp_path / "s" / "magnitude-0.3" / "README.md").read_text()
     assert " predicted): infinite (" in card
+
+
+def test_a_study_of_modules_goes_on_and_says_that_nothing_can_be_compared(
+    loud: Path, ids_file: str, tmp_path: Path
+) -> None:
+    study = [
+        "study",
+        "modules",
+        str(loud),
+        "--method",
+        "magnitude",
+        "--kinds",
+        "attention,mlp",
+        "--sparsity",
+        "0.3,0.6",
+    ]
+    result = CliRunner().invoke(app, [*study, "--text", ids_file, "--out", str(tmp_path / "s")])
+    assert result.exit_code == 0, result.stderr
+    assert "dense infinite" in " ".join(result.stdout.split())
+    assert result.stdout.count("infinite") >= 5, "the dense model's, and that of each cell"
+    assert "The dense model has an infinite perplexity, so no cell can be compared with it." in result.stdout
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "s"), "--out", str(page)])
+    assert result.exit_code == 0, result.stderr
+    assert "The dense model has an infinite perplexity" in page.read_text()
+    assert "dense perplexity infinite" in page.read_text()
 
 
 def test_laws_leave_an_infinite_perplexity_out_and_say_so(tmp_path: Path) -> None:

@@ -388,7 +388,7 @@ def test_diverged_points_are_left_out_and_named(tmp_path: Path) -> None:
     file = write_records(tmp_path, [record(0.0, DENSE), *(record(s, paper(s)) for s in SWEEP), record(0.7, None)])
     answer = ask(file)
     assert answer["points"] == 4
-    assert "runs/0.7: ppl was not measured, or is not finite; left out" in answer["warnings"]
+    assert "runs/0.7: ppl was not measured, or is infinite; left out" in answer["warnings"]
 
 
 def test_equal_points_count_once(tmp_path: Path) -> None:

@@ -318,8 +318,8 @@ def test_unmeasured_and_diverged_runs_are_named(study: list[dict[str, Any]], tmp
     )[0]
     seen = text_of(page)
     assert "1 checkpoint without a perplexity (runs/alone): run 'secateur eval DIR'." in seen
-    assert "1 checkpoint with a perplexity that is not finite" in seen
-    assert "not finite" in next(row for row in table_rows(page) if "90.0%" in row)
+    assert "1 checkpoint with an infinite perplexity" in seen
+    assert "infinite" in next(row for row in table_rows(page) if "90.0%" in row)
 
 
 def test_later_records_win_and_a_stale_evaluation_stays_apart() -> None:

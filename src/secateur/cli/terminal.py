@@ -407,7 +407,7 @@ def _text(value: Any) -> str:
 def modules_table(study: Study) -> Table:
     """Return the perplexities of a study of modules: one line per kind, one column per sparsity."""
     heads, body = rows(study)
-    table = Table(title=f"{study.about}: perplexity, dense {study.dense:.2f}", padding=(0, 0))
+    table = Table(title=f"{study.about}: perplexity, dense {perplexity_words(study.dense)}", padding=(0, 0))
     _number_columns(table, *heads)
     for line in body:
         table.add_row(*line)

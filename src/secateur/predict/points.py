@@ -410,7 +410,7 @@ def _pruned_points(
     for record in pruned:
         point = read(record)
         if point is None:
-            skipped.append(f"{_place(record)}: {name} was not measured, or is not finite; left out")
+            skipped.append(f"{_place(record)}: {name} was not measured, or is infinite; left out")
         elif math.isinf(point.value):
             skipped.append(f"{_place(record)}: the perplexity is infinite, which no law can give; left out")
         elif point.s == 0:

@@ -63,7 +63,7 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
         Column("Zeroed", _zeroed, "measured: of all parameters", optional=True),
         Column(
             "PPL",
-            lambda row: Cell("not finite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl),
+            lambda row: Cell("infinite") if row.diverged else _cell(words.perplexity(row.ppl), row.ppl),
             "lower is better",
         ),
         *(

@@ -177,7 +177,7 @@ def _render(
             {
                 "about": s.about,
                 "calibration": s.calibration,
-                "dense": s.dense,
+                "dense": words.perplexity(s.dense),
                 "rows": modules.rows(s),
                 "verdict": modules.verdict(s),
             }

@@ -28,6 +28,8 @@ _SHADES = LinearSegmentedColormap.from_list("worse", [(1.0, 1.0, 1.0), (0.25, 0.
 
 def pictures(study: Study) -> list[Picture]:
     """Draw the figures that the study has cells for."""
+    if math.isinf(study.dense):
+        return []
     drawn = []
     if study.projections:
         drawn += [_by_sparsity(study), _by_weights(study)]

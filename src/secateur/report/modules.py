@@ -25,7 +25,7 @@ _TWICE = math.log(2)
 
 @dataclass(frozen=True)
 class Point:
-    """A cell: the request, the removed weights and the measurements. `ppl` is None if it is not finite."""
+    """A cell: the request, the removed weights and the measurements. `ppl` is None if it is infinite."""
 
     kind: str
     modules: str
@@ -43,7 +43,7 @@ class Study:
     Attributes:
         about: model, method, pattern and mode, as text.
         calibration: SPEC and size, as text.
-        dense: the perplexity of the dense model.
+        dense: the perplexity of the dense model; nothing can be compared with one that is infinite.
         dense_tasks: the task results of the dense model.
         curves: kind -> points, ascending by removed weights.
         grid: (attention rate, MLP rate) -> perplexity.
@@ -105,7 +105,7 @@ def read_studies(found: Sequence[Record]) -> list[Study]:
     studies = []
     for members in cells.values():
         first = members[0]
-        same = [r for r in plain if is_dense(r) and _model_and_text(r) == _model_and_text(first) and r.get("ppl")]
+        same = [r for r in plain if is_dense(r) and _model_and_text(r) == _model_and_text(first) and "ppl" in r]
         if same:
             studies.append(_study(members, same))
     return sorted(studies, key=lambda study: -sum(map(len, study.curves.values())))
@@ -146,7 +146,8 @@ def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
             record["tasks"] or {},
         )
         curves.setdefault(point.kind, {})[point.modules] = point
-    grid = {(0.0, 0.0): float(dense[-1]["ppl"])}
+    dense_ppl = math.inf if dense[-1]["ppl"] is None else float(dense[-1]["ppl"])
+    grid = {(0.0, 0.0): dense_ppl}
     for kind in (*GROUPS, "attention x mlp"):
         for point in curves.get(kind, {}).values():
             rates = dict(part.split("=") for part in point.modules.split(","))
@@ -165,7 +166,7 @@ def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
         f"{calibration['spec']}, {calibration['samples']} \N{MULTIPLICATION SIGN} {calibration['seqlen']} tokens"
         if calibration
         else "none",
-        float(dense[-1]["ppl"]),
+        dense_ppl,
         next((r["tasks"] for r in reversed(dense) if r.get("tasks")), {}),
         {kind: tuple(sorted(points.values(), key=lambda p: p.weights)) for kind, points in curves.items()},
         {both: ppl for both, ppl in grid.items() if combined and both[0] in sides and both[1] in sides},
@@ -174,6 +175,8 @@ def _study(members: Sequence[Record], dense: Sequence[Record]) -> Study:
 
 def verdict(study: Study) -> list[str]:
     """The conclusions of the study, each sentence with its numbers."""
+    if math.isinf(study.dense):
+        return ["The dense model has an infinite perplexity, so no cell can be compared with it.", *_tasks(study)]
     sentences = [*_per_sparsity(study), *_per_weight(study), *_steep(study), *_groups(study), *_tasks(study)]
     return sentences or [
         "Too few cells for a verdict: it compares kinds at sparsities that all of them were measured at."
@@ -356,7 +359,7 @@ def rows(study: Study) -> tuple[list[str], list[list[str]]]:
         cells = []
         for level in levels:
             point = next((p for p in points if p.sparsity == level), None)
-            cells.append("" if point is None else words.perplexity(point.ppl) or "not finite")
+            cells.append("" if point is None else words.perplexity(point.ppl) or "infinite")
         body.append([kind, f"{_size(points):,}", *cells])
     return ["kind", "weights", *(f"{level:.0%}" for level in levels)], body
 

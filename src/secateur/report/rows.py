@@ -71,12 +71,12 @@ class Row:
 
     @property
     def ppl(self) -> float | None:
-        """Perplexity; None if it was not measured, or is not finite."""
+        """Perplexity; None if it was not measured, or is infinite."""
         return as_number(self.measuring.get("ppl"))
 
     @property
     def diverged(self) -> bool:
-        """Whether perplexity was measured, but is not finite (null in JSON)."""
+        """Whether perplexity was measured, but is infinite (null in JSON)."""
         return self.ppl is None and "ppl" in self.measuring and self.protocol is not None
 
     @property

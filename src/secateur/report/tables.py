@@ -163,7 +163,7 @@ def _accuracy(row: Row, task: str, metric: str) -> Cell | None:
 
 
 def _perplexity(row: Row) -> Cell | None:
-    return Cell("not finite") if row.diverged else _number(words.perplexity, row.ppl)
+    return Cell("infinite") if row.diverged else _number(words.perplexity, row.ppl)
 
 
 def _loads(row: Row) -> Cell | None:
@@ -246,7 +246,7 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
         )
     if diverged:
         lines.append(
-            f"{words.plural(len(diverged), 'checkpoint')} with a perplexity that is not finite: in the table, "
+            f"{words.plural(len(diverged), 'checkpoint')} with an infinite perplexity: in the table, "
             "left out of plots and laws."
         )
     if groups[0].dense is None:
