@@ -161,6 +161,26 @@ def edit_config(folder: Path, **fields: Any) -> None:
             "its weights are sparse, in the format sparse-24-bitmask of compressed-tensors, which leaves zeros out "
             "(they are not quantised)",
         ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}},
+            "in its format dense the weights are stored whole and not quantised: take quantization_config out",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}},
+            "in its format dense the weights are stored whole and not quantised",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {"group_0": {}},
+                    "sparsity_config": {"format": "dense"},
+                }
+            },
+            "its weights are quantised (compressed-tensors)",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "format": "gptq"}}, "are quantised (gptq)"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' is a mixture of experts"),
         ({"model_type": "llava", "vision_config": {}}, "'llava' is multimodal"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5' is an encoder-decoder"),
@@ -625,6 +645,31 @@ def test_an_accelerator_out_of_memory_says_what_to_lower(
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"), writes=True)
     assert (status, "--spill" in line) == (1, True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+    ],
+    ids=["python", "torch"],
+)
+@pytest.mark.parametrize("reader", ["transformers.AutoModelForCausalLM.from_pretrained", "numpy.load"])
+def test_memory_that_runs_out_while_something_is_read_is_no_damaged_file(
+    reader: str, error: Exception, run: Run, dense: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(reader, fail)
+    status, line = run("eval", dense, "--text", ids_file)
+    assert (status, line) == (
+        1,
+        "error: out of memory; use shorter windows (--seqlen); when pruning, also fewer --samples or --spill",
+    )
 
 
 @pytest.mark.parametrize(

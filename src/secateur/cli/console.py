@@ -55,10 +55,12 @@ def _words(error: Exception) -> str:
         return f"error: {error}"
     import torch
 
+    from secateur.core.memory import is_out_of_memory
+
     windows, pruning = "use shorter windows (--seqlen)", "when pruning, also fewer --samples or --spill"
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: out of memory on the accelerator; {windows} or --device cpu; {pruning}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return f"error: out of memory; {windows}; {pruning}"
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"error: {type(error).__name__}: {first} (unexpected: --debug shows where; please report it)"

@@ -1,4 +1,4 @@
-"""Give freed memory back to the system, and measure peak memory."""
+"""Know when memory ran out, give freed memory back to the system, and measure peak memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; torch says so on a CPU with a RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def give_back() -> None:

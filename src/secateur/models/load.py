@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.memory import is_out_of_memory
 from secateur.core.progress import say
 from secateur.models import companions, runtime
 from secateur.models.family import Family, all_families, find_family
@@ -200,9 +201,9 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SecateurError(f"{checkpoint.name}: its weights cannot be loaded ({_reason(error)})") from error
     nn.Module.to(model, device)
     model.eval()
@@ -266,25 +267,30 @@ def _refuse_adapter(folder: Path, model: str) -> None:
         )
 
 
+def _refuse_quantised(stored: dict[str, Any], model: str) -> NoReturn:
+    """Refuse weights in another form, with the next step for each form."""
+    method, sparsity = stored.get("quant_method", "an unnamed method"), stored.get("sparsity_config")
+    form = sparsity.get("format") if isinstance(sparsity, dict) else stored.get("format")
+    if method == "compressed-tensors" and isinstance(form, str) and not stored.get("config_groups"):
+        if form == "dense":
+            raise SecateurError(
+                f"{model}: config.json says quantization_config of {method}, but in its format dense the weights are "
+                "stored whole and not quantised: take quantization_config out of config.json, then prune"
+            )
+        raise SecateurError(
+            f"{model}: its weights are sparse, in the format {form} of {method}, which leaves zeros out (they are not "
+            f"quantised): write them out dense with a version of {method} that reads it, then prune the result"
+        )
+    raise SecateurError(
+        f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result"
+    )
+
+
 def _refuse_other_kinds(raw: dict[str, Any], model: str) -> None:
     """Refuse each kind of model that is no dense decoder with its own message."""
     kind = raw["model_type"]
     if stored := raw.get("quantization_config"):
-        method = stored.get("quant_method", "an unnamed method") if isinstance(stored, dict) else "an unnamed method"
-        sparsity = stored.get("sparsity_config") if isinstance(stored, dict) else None
-        if (
-            isinstance(sparsity, dict)
-            and sparsity.get("format", "dense") != "dense"
-            and not stored.get("config_groups")
-        ):
-            raise SecateurError(
-                f"{model}: its weights are sparse, in the format {sparsity['format']} of {method}, which leaves zeros "
-                "out (they are not quantised): "
-                f"write them out dense with a version of {method} that reads it, then prune the result"
-            )
-        raise SecateurError(
-            f"{model}: its weights are quantised ({method}); prune the original model, then quantise the result"
-        )
+        _refuse_quantised(stored if isinstance(stored, dict) else {}, model)
     experts = [raw.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")]
     if any(isinstance(count, int | float) and count > 1 for count in experts):
         raise SecateurError(f"{model}: '{kind}' is a mixture of experts, which is not supported; use a dense model")

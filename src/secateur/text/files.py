@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
+from secateur.core.memory import is_out_of_memory
 
 
 def alpaca_prompt(row: dict[str, Any]) -> str:
@@ -53,6 +54,8 @@ def token_ids(path: Path) -> Tensor:
             else next(iter(load_file(path).values()))
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SecateurError(f"{path}: cannot be read as token ids ({error})") from error
     if ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape or ids.shape[1] < 2:
         raise SecateurError(
@@ -172,6 +175,8 @@ def read_parquet(path: Path) -> Any:
     try:
         return parquet.read_table(path)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise SecateurError(f"{path}: not a parquet file ({error})") from error
 
 

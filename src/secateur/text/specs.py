@@ -22,6 +22,7 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.hub import hub
+from secateur.core.memory import is_out_of_memory
 from secateur.text.builtin import documents
 from secateur.text.files import (
     ID_FILES,
@@ -225,6 +226,8 @@ def _hub_data(name: str, role: Role, revision: str | None) -> Any:
                 source.path, source.config, data_files=files, split=part, revision=revision or source.revision
             )
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             why = error if answers else "it does not answer"
             use, option = (
                 ("to calibrate on", "--calibration")
