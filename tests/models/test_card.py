@@ -38,8 +38,12 @@ OWN = "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n"
     ("config", "card", "base"),
     [
         ({"_name_or_path": "org/origin"}, "", "org/origin"),
-        ({}, "---\nbase_model: org/from-card\n---\n", "org/from-card"),
-        ({}, "---\nbase_model:\n- org/first\n- org/second\n---\n", "org/first"),
+        ({"_name_or_path": "output/checkpoint-500"}, "", "dense-llama"),
+        ({"_name_or_path": "models/tuned"}, "", "dense-llama"),
+        ({}, "---\nbase_model: org/parent\n---\n", "dense-llama"),
+        ({"_name_or_path": "org/parent"}, "---\nbase_model:\n- org/parent\n---\n", "dense-llama"),
+        ({"_name_or_path": "org/tuned"}, "---\nbase_model: org/parent\n---\n", "org/tuned"),
+        ({}, "---\nbase_model: org/parent\n---\n# org/tuned\n", "org/tuned"),
         ({"_name_or_path": "/home/somebody/models/x"}, "", "dense-llama"),
         ({}, "---\nbase_model: [broken\n---\n", "dense-llama"),
         ({}, "", "dense-llama"),
@@ -59,6 +63,42 @@ def test_the_card_names_the_original_by_its_hub_name_where_that_is_known(
     assert f"\nbase_model: {base}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_of_a_healed_result_names_the_original_of_the_pruned_one(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    folder = saved("llama")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# org/origin\n")
+    api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    api.heal(
+        api.HealRequest(str(tmp_path / "out"), ids_file, steps=2, rank=2, samples=2, text=ids_file), tmp_path / "healed"
+    )
+    front = (tmp_path / "healed" / "README.md").read_text().split("---")[1]
+    assert "base_model: org/origin" in front.splitlines()
+    assert "license: mit" in front.splitlines()
+
+
+def test_a_folder_of_the_hubs_cache_is_known_by_its_name(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--origin" / "snapshots" / ("0" * 40)
+    folder.parent.mkdir(parents=True)
+    saved("llama").rename(folder)
+    api.prune(api.Request(str(folder), "magnitude", sparsity=0.5), tmp_path / "out")
+    assert "base_model: org/origin\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+MIT = (
+    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
+    'documentation files (the "Software"), to deal in the Software without restriction, including without limitation '
+    "the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and "
+    "to permit persons to whom the Software is furnished to do so, subject to the following conditions:\n\nThe above "
+    "copyright notice and this permission notice shall be included in all copies or substantial portions of the "
+    'Software.\n\nTHE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT '
+    "NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO "
+    "EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN "
+    "ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR "
+    "OTHER DEALINGS IN THE SOFTWARE.\n"
+)
+
+
 @pytest.mark.parametrize(
     ("files", "lines"),
     [
@@ -66,7 +106,15 @@ def test_the_card_names_the_original_by_its_hub_name_where_that_is_known(
         ({"README.md": "---\r\nlicense: mit\r\n---\r\n"}, ["license: mit"]),
         ({"README.md": OWN}, ["license: other", "license_name: own", "license_link: LICENSE"]),
         ({"LICENSE": "  Apache License\n  Version 2.0, January 2004\n"}, ["license: apache-2.0"]),
-        ({"LICENSE.txt": "Copyright. Permission is hereby granted, free of charge, to any person"}, ["license: mit"]),
+        ({"LICENSE.txt": f"MIT License\n\nCopyright (c) 2026 X\n\n{MIT}"}, ["license: mit"]),
+        (
+            {"LICENSE": f"Modified MIT License\n\n{MIT}\nIf the Software has 100 million users, show its name.\n"},
+            ["license: other", "license_link: LICENSE"],
+        ),
+        (
+            {"LICENSE": "Own terms, which follow the\nApache License\nVersion 2.0, but no use by firms.\n"},
+            ["license: other", "license_link: LICENSE"],
+        ),
         ({"LICENSE": "ask me"}, ["license: other", "license_link: LICENSE"]),
         ({}, []),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -14,14 +15,19 @@ from huggingface_hub import metadata_load
 from secateur.core import records
 from secateur.core.names import shown
 from secateur.models.load import Checkpoint
+from secateur.models.save import PLAN_PATH
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LOCAL = ("checkpoints", "ckpt", "data", "model", "models", "out", "output", "outputs", "results", "runs", "tmp")
+"""First parts of names that look like hub names, but are folders of a training run."""
 _LICENCES = {
-    "apache-2.0": "Apache License Version 2.0",
-    "mit": "Permission is hereby granted, free of charge",
-    "gpl-3.0": "GNU GENERAL PUBLIC LICENSE Version 3",
-    "cc-by-4.0": "Creative Commons Attribution 4.0",
+    "apache-2.0": "Apache License Version 2.0, January 2004",
+    "gpl-3.0": "GNU GENERAL PUBLIC LICENSE Version 3, 29 June 2007",
+    "cc-by-4.0": "Creative Commons Attribution 4.0 International",
 }
+"""Licence -> how its text begins."""
+_MIT_BEGINS, _MIT_SHA256 = "Permission is hereby granted, free of charge", "0cf21bdfd1964a97"
+_LONGEST_NOTICE = 120  # words before the text of the MIT licence: its name and the holders of the copyright
 _BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
 
 
@@ -101,21 +107,52 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 
 def _base_model(checkpoint: Checkpoint, model: str, known: Mapping[str, Any]) -> str:
-    """Return the hub name of the original, from its name, configuration or card; otherwise the name the user gave."""
-    named = known.get("base_model")
-    candidates = [model, checkpoint.raw_config.get("_name_or_path"), *(named if isinstance(named, list) else [named])]
-    return next(
-        (
-            name
-            for name in candidates
-            if isinstance(name, str) and _HUB_NAME.fullmatch(name) and not Path(name).exists()
-        ),
-        shown(model),
+    """Return the hub name of the original, where that is known; otherwise the name that the user gave.
+
+    It is known from that name, from a folder of the hub's cache, from our own card if the checkpoint was healed, and
+    from the title or configuration of the original. `base_model` in the card of the original is its parent.
+    """
+    parents = known.get("base_model")
+    parents = parents if isinstance(parents, list) else [parents]
+    ours = (checkpoint.folder / PLAN_PATH).is_file()
+    configured = checkpoint.raw_config.get("_name_or_path")
+    candidates = [
+        model,
+        *_in_cache(checkpoint.folder),
+        *(parents if ours else [_title(checkpoint.folder)]),
+        None if configured in parents else configured,  # saved after a fine-tuning, it is still the parent's name
+    ]
+    return next((name for name in candidates if isinstance(name, str) and _is_hub_name(name)), shown(model))
+
+
+def _is_hub_name(name: str) -> bool:
+    owner, _, own = name.partition("/")
+    return (
+        bool(_HUB_NAME.fullmatch(name))
+        and not Path(name).exists()
+        and owner not in _LOCAL
+        and not own.startswith("checkpoint-")
     )
 
 
+def _in_cache(folder: Path) -> list[str]:
+    """Return the hub name that a folder of the hub's cache has: `models--ORG--NAME/snapshots/REVISION`."""
+    parts = folder.resolve().parts
+    return [part.removeprefix("models--").replace("--", "/", 1) for part in parts if part.startswith("models--")]
+
+
+def _title(folder: Path) -> str | None:
+    """Return the first heading of the card in a folder."""
+    file = folder / "README.md"
+    lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
+    return next((line[2:].strip() for line in lines if line.startswith("# ")), None)
+
+
 def _licence(folder: Path, known: Mapping[str, Any]) -> list[str]:
-    """Return the licence lines of the front matter, from the card of the original or the start of its LICENSE file."""
+    """Return the licence lines of the front matter, from the card of the original or from its LICENSE file.
+
+    A file that says more or less than a known licence is `other`.
+    """
     lines = [
         f"{name}: {known[name]}"
         for name in ("license", "license_name", "license_link")
@@ -124,9 +161,18 @@ def _licence(folder: Path, known: Mapping[str, Any]) -> list[str]:
     file = next((file for file in sorted(folder.glob("LICEN[CS]E*")) if file.is_file()), None)
     if lines or file is None:
         return lines
-    head = " ".join(file.read_text("utf-8", errors="replace")[:2000].split())
-    licence = next((name for name, words in _LICENCES.items() if words in head), None)
+    text = " ".join(file.read_text("utf-8", errors="replace").split())
+    licence = next((name for name, words in _LICENCES.items() if text.startswith(words)), None)
+    if licence is None and _is_mit(text):
+        licence = "mit"
     return [f"license: {licence}"] if licence else ["license: other", f"license_link: {file.name}"]
+
+
+def _is_mit(text: str) -> bool:
+    """Whether a text is the MIT licence, after its name and the holders of the copyright, and nothing else."""
+    notice, _, rest = text.partition(_MIT_BEGINS)
+    words = " ".join(re.findall(r"\w+", (_MIT_BEGINS + rest).lower()))
+    return len(notice.split()) <= _LONGEST_NOTICE and hashlib.sha256(words.encode()).hexdigest().startswith(_MIT_SHA256)
 
 
 def _loading(checkpoint: Checkpoint, not_stock: str | None, *, adapter: bool) -> str:
