@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +100,39 @@ def test_dry_run_writes_nothing_and_tells_the_truth(dense: Path, ids_file: str, 
     )
     learned = json.loads(stdout)
     assert (learned["calibration_tokens"], learned["memory_bytes"], learned["seconds_estimated"]) == (24, None, None)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "sparsegpt"])
+def test_a_dry_run_counts_zeros_as_the_method_does(method: str, dense: Path, ids_file: str, tmp_path: Path) -> None:
+    """Wanda rounds down in each row, the others in each matrix; at 0.37 the two differ."""
+    args = ["prune", dense, "--method", method, "--sparsity", 0.37, "--calibration", ids_file, "--json"]
+    said = json.loads(run(*args, "--dry-run")[1])
+    done = json.loads(run(*args, "--out", tmp_path / "out")[1])
+    assert said["nonzero_after"] == done["nonzero_after"] < done["params_after"]
+
+
+@pytest.mark.parametrize(
+    ("args", "warning"),
+    [
+        (["--method", "shortgpt", "--params-removed", 0.05], r"the nearest step removes 0\.\d+"),
+        (
+            ["--method", "shortgpt", "--params-removed", 0.05, "--at-least"],
+            r"the first step that reaches it removes 0\.",
+        ),
+        (
+            ["--method", "slicegpt", "--sparsity", 0.1, "--set", "round=1"],
+            r"slicegpt at sparsity 0\.1: [\d,]+ parameters",
+        ),
+    ],
+)
+def test_a_dry_run_warns_of_the_size_as_a_run_does(
+    args: list[Any], warning: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    prune = ["prune", saved("llama", tied=True), *args, "--calibration", ids_file, "--samples", 3, "--seqlen", 16]
+    for end in (["--dry-run"], ["--out", tmp_path / "out"]):
+        status, _, stderr = run(*prune, *end)
+        assert status == 0, stderr
+        assert re.search(rf"warning: .*{warning}", stderr), stderr
 
 
 def test_params_removed_reaches_the_ratio(dense: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def prune(
     debug: opt.Debug = False,
 ) -> None:
     """Prune a model and write the result."""
-    with command(debug, resume=RESUME, several=True):
+    with command(debug, resume=RESUME, several=not dry_run):
         if not method:
             raise UsageError("--method M is missing: the name of a method (`secateur methods` lists them)")
         request = given(Request, "prune", locals(), options=settings(options))

@@ -28,7 +28,9 @@ def refuse_command() -> None:
         UsageError: torchrun started this process.
     """
     if launched():
-        raise UsageError("torchrun: only `secateur prune` can use several processes; start this command without it")
+        raise UsageError(
+            "torchrun: only `secateur prune` can use several processes (not with --dry-run); start this command without it"
+        )
 
 
 def refuse_pruning(method: str, shares: bool, sharing: Sequence[str], sparsity: float | None, device: str) -> None:

@@ -50,6 +50,10 @@ class Method:
         both = self.says.plan_block is not None
         return self.says.plan_model is not None and (not both or bool(getattr(options, "whole_model", False)))
 
+    def by_rows(self, options: Any) -> bool:
+        """Return True if it removes the same number of weights from each row, with the pattern `unstructured`."""
+        return self.says.by_rows is not None and self.says.by_rows(options)
+
     def gradual(self, options: Any) -> bool:
         """Return True if a run to a higher sparsity passes through the lower ones."""
         return self.says.gradual is not None and self.says.gradual(options)

@@ -1,6 +1,7 @@
 """From a sparsity to whole numbers: how many weights, units or blocks it removes.
 
-The widths of a narrowed residual stream are rounded by their method (`methods/slicegpt.width_after`).
+Some methods count what they remove in their own way: SliceGPT rounds widths (`methods/slicegpt.width_after`), and
+LLM-Pruner, head pruning, LLM Surgeon and DISP-LLM remove units one after the other until a count is reached.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from secateur.models.view import BlockDims
 def removed_weights(rate: float, weights: int) -> int:
     """The number of `weights`, of a row or of a matrix, that a sparsity removes: floor(weights * rate)."""
     return math.floor(weights * rate)
+
+
+def removed_from_matrix(rate: float, outputs: int, inputs: int, *, by_rows: bool) -> int:
+    """The number of weights that a sparsity removes from a matrix, rounded down in each row or in the whole matrix."""
+    return outputs * removed_weights(rate, inputs) if by_rows else removed_weights(rate, outputs * inputs)
 
 
 def removed_units(rate: float, units: int) -> int:

@@ -8,8 +8,9 @@ from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import matrix_rate
 from secateur.core.records import Record
 from secateur.models.view import ModelView
+from secateur.plan.counts import removed_from_matrix
 from secateur.prune.allocation.allocate import TOKENS, cells_to_measure
-from secateur.prune.prepare import Prepared, parameters_expected
+from secateur.prune.prepare import Prepared, parameters_expected, say_expected
 from secateur.prune.settings import prepared_settings
 
 _OVERHEAD = 1.5  # a forward pass costs more than its matrix products
@@ -19,15 +20,20 @@ _DISK_BYTES_A_SECOND = 500e6
 def estimate(prepared: Prepared) -> Record:
     """Estimate parameters, memory, disk and time from shapes and a short measurement of this machine.
 
-    An entry is None if the text or options of the method decide it.
+    An entry is None if the text or options of the method decide it. Warns, as `prune` does, if the size will surprise.
     """
+    say_expected(prepared)
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
     zeroed = (
         0
         if after is None or after < before
-        else sum(int(o * i * r) for n, rate in enumerate(job.rates) for (o, i), r in _targets(view, n, rate))
+        else sum(
+            removed_from_matrix(r, o, i, by_rows=job.method.by_rows(job.options))
+            for n, rate in enumerate(job.rates)
+            for (o, i), r in _targets(view, n, rate)
+        )
     )
     stored = prepared.checkpoint.dtype.itemsize
     tokens = prepared.samples * prepared.seqlen if job.calibrates else 0

@@ -205,8 +205,8 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """The notes below the table: unequal ratios that stand together, and the sources of published numbers."""
     if any(asked_elsewhere(row) is not None for row in rows):
         yield (
-            "A ratio with 'asked' beside it is more than a point away from it: whole units go, and this was the "
-            "nearest step. Do not compare that row."
+            "A ratio with 'asked' beside it is more than a point away from it: whole units go, so it could not be "
+            "had. Do not compare that row."
         )
     levels: dict[float, list[Row]] = {}
     for row in rows:

@@ -34,7 +34,7 @@ from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.methods import find_method
 from secateur.models.view import ModelView
-from secateur.plan.counts import removed_weights
+from secateur.plan.counts import removed_from_matrix
 from secateur.plan.rates import Rates
 from secateur.prune.allocation.curves import HIGHEST, Curve, cheapest
 from secateur.prune.allocation.dense import DenseModel
@@ -169,8 +169,7 @@ def _by_outliers(job: Job, windows: Tensor) -> Allocation:
     span = share_L.max() - share_L.min()
     above_L = 2 * SPREAD * (share_L - share_L.min()) / span if span > 0 else torch.zeros_like(share_L)
     change = (above_L - above_L.mean()).tolist()
-    by_rows = job.method.says.by_rows
-    rates = balanced(view, job.rates, change, by_rows=by_rows is not None and by_rows(job.options))
+    rates = balanced(view, job.rates, change, by_rows=job.method.by_rows(job.options))
     return Allocation(
         rates,
         {
@@ -204,10 +203,7 @@ def balanced(view: ModelView, rates: Rates, change: Sequence[float], *, by_rows:
 
     def removed(candidate: Rates) -> int:
         pairs = ((*shapes[index][n], r) for index, rate in enumerate(candidate) for n, r in rate.items())
-        return sum(
-            outputs * removed_weights(r, inputs) if by_rows else removed_weights(r, outputs * inputs)
-            for outputs, inputs, r in pairs
-        )
+        return sum(removed_from_matrix(r, outputs, inputs, by_rows=by_rows) for outputs, inputs, r in pairs)
 
     # bisection for the smallest amount that removes at least the budget; 60 halvings reach float precision
     budget, low, high = removed(rates), -1.0, 1.0
