@@ -29,7 +29,8 @@ def refuse_command() -> None:
     """
     if launched():
         raise UsageError(
-            "torchrun: only `secateur prune` can use several processes (not with --dry-run); start this command without it"
+            "torchrun: only `secateur prune` can use several processes, and not with --dry-run; start this command "
+            "without it"
         )
 
 
