@@ -67,7 +67,7 @@ class CheckpointWriter:
         may_change: Sequence[str] = (),
     ) -> None:
         self.out = out.absolute()
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial = partial_folder(self.out)
         refuse_existing(self.out, overwrite)
         before = _read_journal(self.partial)
         if before is not None and resume:
@@ -275,6 +275,11 @@ def _read_journal(partial: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return journal
+
+
+def partial_folder(out: Path) -> Path:
+    """The folder of an unfinished run, beside its result."""
+    return out.with_name(out.name + ".partial")
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:

@@ -34,7 +34,7 @@ from secateur.prune.run import STATES, prune
 from secateur.report.compare import Comparison, comparison, markdown
 from secateur.report.rows import collect, group
 from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, Request
-from secateur.study.sweep import point_name
+from secateur.study.sweep import point_name, take_over
 
 T = TypeVar("T")
 
@@ -235,6 +235,8 @@ def run(
         target = out / label
         asking = replace(measure, model=str(target), revision=None)
         with _noted(todo.failed, label, "failed"):
+            if resume:
+                take_over(request, target)
             yield _finished_here(target, resume)(_prune, request, target, asking, records_file, resume, overwrite)
         if label in todo.failed:
             continue

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from secateur.core.records import Record
 from secateur.evaluate.evaluate import evaluate
-from secateur.models.save import is_finished
+from secateur.methods import find_method
+from secateur.models.save import is_finished, partial_folder, plan_file
 from secateur.prune.prepare import prepare
 from secateur.prune.run import STATES, prune
 from secateur.prune.settings import refuse_out
@@ -76,9 +77,29 @@ def prune_and_measure(
         is_finished(target, resume=resume, overwrite=overwrite)
     yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume)
     for once, target in points:
+        if resume:
+            take_over(once, target)
         prune(once, target, resume=resume, overwrite=overwrite, records_file=records_file, states=states)
         yield evaluate(replace(measure, model=str(target), revision=None), records_file=records_file, resume=resume)
     shutil.rmtree(states, ignore_errors=True)
+
+
+def take_over(request: Request, target: Path) -> None:
+    """Give the interrupted run of a point the name of its new options, so that `--resume` goes on from there.
+
+    Names of points hold the options. Some options may have another value when an interrupted run is resumed, such as
+    `steps` (`Says.MAY_CHANGE`); `prune` checks all other settings as always.
+    """
+    may_change = find_method(request.method).says.MAY_CHANGE
+    if not may_change or plan_file(target) or partial_folder(target).exists():
+        return
+
+    def fixed(name: str) -> list[str]:
+        return [part for part in name.split("-") if part.partition("=")[0] not in may_change]
+
+    runs = [partial for partial in target.parent.glob("*.partial") if fixed(partial.stem) == fixed(target.name)]
+    if runs:
+        max(runs, key=lambda run: run.stat().st_mtime).rename(partial_folder(target))
 
 
 def point_name(request: Request, sparsity: float) -> str:

@@ -103,7 +103,7 @@ def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(
     )
     with pytest.raises(
         SecateurError,
-        match=r"has not met its budget: the learned gates remove 0\.0\d+ .+ not 0\.3000; continue with --resume --set steps=4",
+        match=r"has not met its budget: the learned gates remove 0\.0\d+ .+ not 0\.3000; continue with --resume and the option steps=4",
     ):
         api.prune(request, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -283,9 +283,9 @@ def _check_budget(
         )
         if options.unmet == "refuse":
             raise SecateurError(
-                f"{missed}; continue with --resume --set steps={2 * options.steps}, start again with --overwrite and "
-                "--set warm=32 or a higher --set strength=..., or let the cut remove the lowest-ranked gates with "
-                "--resume --set unmet=cut"
+                f"{missed}; continue with --resume and the option steps={2 * options.steps}, start again with "
+                "--overwrite and warm=32 or a higher strength, or let the cut remove the lowest-ranked gates with "
+                "--resume and unmet=cut"
             )
         say(f"{missed}; the cut removes the lowest-ranked gates")
     return learned

@@ -101,7 +101,7 @@ def learn(
     done = learner.resume()
     if done > how.steps:
         raise SecateurError(
-            f"disp_llm: the interrupted run has done {done} steps, more than steps={how.steps}; give --set "
+            f"disp_llm: the interrupted run has done {done} steps, more than steps={how.steps}; give "
             f"steps={done}, or start again with --overwrite"
         )
     if done:

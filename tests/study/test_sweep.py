@@ -1,0 +1,63 @@
+"""A sweep, or a comparison, whose point was interrupted goes on under its new options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur import api
+from secateur.cli import app
+from secateur.study import compare
+
+FEW, MORE = "steps=2", "steps=80"
+
+
+def run(*args: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.stderr
+
+
+def whole(dense: Path, ids_file: str, out: Path) -> bytes:
+    options = {"steps": 80, "lr": 3e-3, "save_every": 1}
+    api.prune(api.Request(str(dense), "disp_llm", sparsity=0.3, calibration=ids_file, options=options), out)
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_a_sweep_goes_on_with_more_steps(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    dense = saved("llama")
+    args = ["sweep", dense, "--method", "disp_llm", "--sparsity", 0.3, "--calibration", ids_file, "--text", ids_file]
+    args += ["--set", "lr=3e-3", "--set", "save_every=1", "--out", tmp_path / "s"]
+    status, stderr = run(*args, "--set", FEW)
+    assert (status, "continue with --resume and the option steps=4" in stderr) == (1, True), stderr
+    assert (tmp_path / "s" / "disp_llm-lr=3e-3-save_every=1-steps=2-0.3.partial").is_dir()
+    status, stderr = run(*args, "--set", MORE, "--resume")
+    assert (status, "continuing from step 2 of 80" in stderr) == (0, True), stderr
+    assert not list((tmp_path / "s").glob("*.partial"))
+    (result,) = (tmp_path / "s").glob("disp_llm-*-steps=80-0.3")
+    assert (result / "model.safetensors").read_bytes() == whole(dense, ids_file, tmp_path / "whole")
+
+
+def test_a_comparison_goes_on_with_more_steps(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "in_own_process", lambda work, *given: work(*given))
+    args = ["compare", saved("llama"), "--methods", "disp_llm,magnitude", "--params-removed", 0.3]
+    args += ["--calibration", ids_file, "--text", ids_file, "--set", "disp_llm.lr=3e-3", "--out", tmp_path / "c"]
+    _, stderr = run(*args, "--set", f"disp_llm.{FEW}")
+    assert "continue with --resume and the option steps=4" in stderr
+    status, stderr = run(*args, "--set", f"disp_llm.{MORE}", "--resume")
+    assert (status, "continuing from step 2 of 80" in stderr) == (0, True), stderr
+    assert not list((tmp_path / "c").glob("*.partial"))
+
+
+def test_other_options_start_a_run_of_their_own(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    args = ["sweep", saved("llama"), "--method", "disp_llm", "--sparsity", 0.3, "--calibration", ids_file]
+    args += ["--text", ids_file, "--set", "save_every=1", "--out", tmp_path / "s"]
+    run(*args, "--set", FEW, "--set", "lr=1e-4")
+    status, stderr = run(*args, "--set", MORE, "--set", "lr=3e-3", "--resume")
+    assert (status, "continuing" in stderr) == (0, False), stderr
+    assert (tmp_path / "s" / "disp_llm-lr=1e-4-save_every=1-steps=2-0.3.partial").is_dir()
