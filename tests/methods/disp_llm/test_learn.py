@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from secateur import api
 from secateur.core.errors import NotFiniteError, SecateurError
-from secateur.methods.disp_llm import UNMET, learning
+from secateur.methods.disp_llm import UNMET, DispLLM, learning
 from secateur.methods.disp_llm.choose import choose
 from secateur.methods.disp_llm.hypernetwork import Hypernetwork
 from secateur.methods.disp_llm.learning import Learning, budget_term, learn
@@ -75,20 +75,29 @@ def test_lambda_pulls_alike_whatever_the_share_of_the_embeddings(share: float) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
-def test_the_budget_is_met_within_a_fifth_of_the_steps(share: float, windows: Tensor) -> None:
-    """Half of what blocks hold is to go."""
+def test_the_defaults_meet_the_budget_within_a_fifth_of_1000_steps(share: float, windows: Tensor) -> None:
+    """Half of what blocks hold is to go. A term that counts all parameters is 0.12 away at a share of 0.8."""
     model = tiny_with_embeddings(share)
     masked = masked_of(model, dtype=torch.float32)
     structures = masked.structures
-    assert sum(
-        p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight)
-    ) / structures.total == pytest.approx(share, abs=0.02)
+    tables = sum(p.numel() for p in (model.model.embed_tokens.weight, model.lm_head.weight))
+    assert tables / structures.total == pytest.approx(share, abs=0.02)
     target = structures.total - 0.5 * sum(p.numel() for p in model.model.layers.parameters())
-    network = Hypernetwork(structures.widths)
-    ids = windows % model.config.vocab_size
-    learn(network, masked, ids, target, replace(HOW, steps=40, lr=5e-3))
-    drawn = float(structures.counter(torch.device("cpu"))(torch.sigmoid(network() + HOW.bias)).detach())
-    assert abs(drawn - target) / structures.total < UNMET, "40 of the 200 steps that a short run has"
+    network, default = Hypernetwork(structures.widths), DispLLM()
+    how = Learning(
+        steps=200,
+        batch=default.batch,
+        lr=default.lr,
+        weight_decay=default.weight_decay,
+        strength=default.strength,
+        gate=default.gate,
+        bias=default.bias,
+        temperature=default.tau,
+        seed=0,
+    )
+    learn(network, masked, windows % model.config.vocab_size, target, how)
+    drawn = float(structures.counter(torch.device("cpu"))(torch.sigmoid(network() + how.bias)).detach())
+    assert abs(drawn - target) / (structures.total - structures.fixed) < UNMET
 
 
 def test_a_budget_that_was_missed_is_no_result_and_more_steps_go_on_from_there(
