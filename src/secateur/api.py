@@ -41,8 +41,9 @@ from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
 from secateur.prune.allocation.allocate import allocate
 from secateur.prune.calibration import read_windows
-from secateur.prune.driver import make_job, pruned_blocks, whole_model_plan
+from secateur.prune.driver import pruned_blocks, whole_model_plan
 from secateur.prune.estimate import estimate
+from secateur.prune.job import make_job
 from secateur.prune.prepare import prepare
 from secateur.prune.run import STATES, prune
 from secateur.report.modules import read_studies as read_module_studies

@@ -28,7 +28,8 @@ from secateur.models.canonical import canonical_view
 from secateur.models.load import build_skeleton
 from secateur.models.parameters import count_parameters
 from secateur.plan.plan import Place, Plan
-from secateur.prune.driver import Job, pruned_blocks
+from secateur.prune.driver import pruned_blocks
+from secateur.prune.job import Job
 from tests.layouts import layout_of
 from tests.tiny import BLOCKS, FAMILY_TYPES, HIDDEN, able, some_ids, tiny_config, tiny_model
 

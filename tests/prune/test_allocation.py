@@ -25,7 +25,7 @@ from secateur.methods import find_method
 from secateur.prune.allocation import allocate
 from secateur.prune.allocation.curves import Curve, cheapest, fitted, hull_slopes
 from secateur.prune.allocation.dense import DenseModel
-from secateur.prune.driver import make_job
+from secateur.prune.job import make_job
 from tests.folders import contents
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, tiny_model
 

@@ -38,7 +38,7 @@ def cut_block(block: BlockView, plan: BlockPlan) -> BlockView:
     if plan.places:
         assert not plan.updates, "new weights are of the model as it was before the rotation"
         return rotate_block(block, plan)
-    block = _rewritten(block, plan)
+    block = _masked(block, plan)
     return _narrowed(block, plan) if plan.keep else block
 
 
@@ -79,7 +79,8 @@ def family_after(family: Family, plan: BlockPlan) -> Family:
     return family.separated() if separates(plan) else family
 
 
-def _rewritten(block: BlockView, plan: BlockPlan) -> BlockView:
+def _masked(block: BlockView, plan: BlockPlan) -> BlockView:
+    """Put new weights in place, and set the weights to zero that masks remove."""
     touched = {f"{block.family.matrices[name]}.weight" for name in (*plan.masks, *plan.updates)}
     tensors = {name: _own_copy(tensor) if name in touched else tensor for name, tensor in block.tensors.items()}
     block = replace(block, tensors=tensors)

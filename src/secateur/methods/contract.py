@@ -106,7 +106,7 @@ class ByRows(Protocol):
 
 
 class Gradual(Protocol):
-    """Return True if a run to a higher sparsity passes through lower ones, and may go on from `run.checkpoint`."""
+    """Return True if a run to a higher sparsity passes through lower ones, and may go on from `run.state_file`."""
 
     def __call__(self, options: Any, /) -> bool: ...
 

@@ -23,7 +23,7 @@ class Run:
         sparsity: the fraction of the parameters of the whole model to remove; 0 if matrices have their own rates.
         seed: of every random choice.
         device, dtype: the device and dtype of the computation.
-        checkpoint: the file from which an interrupted run continues; None saves nothing. The caller removes it. For a
+        state_file: the file from which an interrupted run continues; None saves nothing. The caller removes it. For a
             gradual method it may come from a run at a lower sparsity.
         notes: the method's own entries for the plan and the record, as JSON values; a repeated run gives the same.
         spill: a file for activations; None keeps them in memory. The caller removes it.
@@ -35,24 +35,24 @@ class Run:
     seed: int
     device: torch.device
     dtype: torch.dtype
-    checkpoint: Path | None = None
+    state_file: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     spill: Path | None = None
     labels: Tensor | None = None
 
     def once(self, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The result of `measure`, on a CPU. It is saved in `checkpoint`, and a continued run reads it from there. Only
+        """The result of `measure`, on a CPU. It is saved in `state_file`, and a continued run reads it from there. Only
         for methods that save nothing else there.
 
         Raises:
             SecateurError: the disk is full or not writable.
         """
-        if self.checkpoint is None:
+        if self.state_file is None:
             return measure()
-        if not self.checkpoint.is_file():
+        if not self.state_file.is_file():
             tensors = measure()
             if rank() > 0:
                 return tensors
-            with disk(self.checkpoint.parent):
-                save_whole(self.checkpoint, tensors)
-        return load_file(self.checkpoint)
+            with disk(self.state_file.parent):
+                save_whole(self.state_file, tensors)
+        return load_file(self.state_file)

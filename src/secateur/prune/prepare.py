@@ -20,7 +20,7 @@ from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import Quantity, Subject
-from secateur.prune.driver import Job, make_job
+from secateur.prune.job import Job, make_job
 from secateur.requests import Request
 from secateur.text.specs import TASK, check_spec
 

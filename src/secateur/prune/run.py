@@ -34,7 +34,7 @@ from secateur.prune.driver import check_finite, whole_model_plan
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
 from secateur.prune.settings import identity, prepared_settings, refuse_out
 from secateur.prune.totals import facts_of
-from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, write_blocks, write_outer
+from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, prune_blocks, write_outer
 from secateur.requests import Request
 
 STATES = "gradual"  # the folder beside the results with the saved states of a gradual method, shared by its runs
@@ -95,12 +95,12 @@ def _prune(
         lambda: new_writer(prepared, windows, settings, out, resume=resume, overwrite=overwrite)
     )
     if rank() > 0:
-        whole_model_plan(replace(prepared.job, checkpoint=writer.part(LEARNING)), windows, watch)
+        whole_model_plan(replace(prepared.job, state_file=writer.part(LEARNING)), windows, watch)
         return {}
     state = None if states is None else _shared_state(prepared, settings, states)
     seconds_before = _seconds(state)
     facts, stock = _run(
-        replace(prepared, job=replace(prepared.job, checkpoint=state)), windows, settings, writer, watch
+        replace(prepared, job=replace(prepared.job, state_file=state)), windows, settings, writer, watch
     )
     seconds = round(time.perf_counter() - started, 3)
     if state is not None:
@@ -152,7 +152,7 @@ def _run(
                 spill=writer.scratch if prepared.request.spill else None,
             )
     try:
-        totals = write_blocks(prepared, windows, writer, stream, watch)
+        totals = prune_blocks(prepared, windows, writer, stream, watch)
     except HopelessError:
         writer.discard()
         raise

@@ -48,13 +48,13 @@ def new_writer(
     ), buffer
 
 
-def write_blocks(
+def prune_blocks(
     prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, stream: Stream | None, watch: Stopwatch
 ) -> Totals:
     """Prune and write every block that is not written yet; return the counts."""
     job = replace(
         prepared.job,
-        checkpoint=prepared.job.checkpoint or writer.part(LEARNING),
+        state_file=prepared.job.state_file or writer.part(LEARNING),
         spill=writer.scratch if prepared.request.spill else None,
     )
     view, rates = job.view, job.rates

@@ -46,8 +46,9 @@ from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.rates import Rates, resolve_rates
 from secateur.prune.allocation.dense import DenseModel
 from secateur.prune.calibration import read_windows
-from secateur.prune.driver import Job, make_job, pruned_blocks
+from secateur.prune.driver import pruned_blocks
 from secateur.prune.estimate import forward_seconds
+from secateur.prune.job import Job, make_job
 from secateur.prune.prepare import Prepared, prepare
 from secateur.prune.settings import identity, prepared_settings
 from secateur.requests import EvalRequest, ModulesRequest, Request

@@ -232,7 +232,7 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
         clip=options.clip,
         save_every=options.save_every,
     )
-    looks = learn(network, masked, data, target, how, run.checkpoint)
+    looks = learn(network, masked, data, target, how, run.state_file)
     logit_N = network() + options.bias
     keep = choose(logit_N, structures, target=target, multiple=options.round, half=options.cut == "half")
     removed_half = _check_budget(logit_N, structures, keep, target, options)

@@ -164,11 +164,11 @@ class Shots(ABC):
         changed = {
             self.view.block_prefix(block.index) + name: tensor for name, tensor in tensors.items() if name in touched
         }
-        if self.run.checkpoint is None:
+        if self.run.state_file is None:
             self.overlay.changed.update(changed)
             return
-        file = self.run.checkpoint.with_name(
-            f"{self.run.checkpoint.stem}-{len(self.told) + 1:03}-{block.index:05}.safetensors"
+        file = self.run.state_file.with_name(
+            f"{self.run.state_file.stem}-{len(self.told) + 1:03}-{block.index:05}.safetensors"
         )
         with disk(file.parent):
             save_whole(file, changed)
@@ -189,7 +189,7 @@ class Shots(ABC):
         Raises:
             SecateurError: the disk is full or not writable.
         """
-        if (file := self.run.checkpoint) is None:
+        if (file := self.run.state_file) is None:
             return
         weights = {name: place.name for name, place in self.overlay.changed.items() if isinstance(place, Path)}
         with disk(file.parent):
@@ -204,7 +204,7 @@ class Shots(ABC):
         Args:
             fits: tells from the shares that the finished shots were to remove whether this run can continue from them.
         """
-        if (file := self.run.checkpoint) is None or not file.is_file():
+        if (file := self.run.state_file) is None or not file.is_file():
             return
         with safe_open(file, framework="pt") as handle:
             shots: list[dict[str, float]] = json.loads(handle.metadata()["told"])

@@ -38,7 +38,8 @@ from secateur.plan.counts import removed_from_matrix
 from secateur.plan.rates import Rates
 from secateur.prune.allocation.curves import HIGHEST, Curve, cheapest
 from secateur.prune.allocation.dense import DenseModel
-from secateur.prune.driver import Job, collect
+from secateur.prune.driver import collect
+from secateur.prune.job import Job
 
 LEVELS = (0.35, 0.5, 0.7, 0.9)
 TOKENS = 4096  # tokens of the calibration text on which losses are measured

@@ -26,7 +26,8 @@ from secateur.models.loss import hidden_states, token_losses
 from secateur.models.view import BlockView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.rates import Rates
-from secateur.prune.driver import Job, collect
+from secateur.prune.driver import collect
+from secateur.prune.job import Job
 
 
 class DenseModel:
