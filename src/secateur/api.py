@@ -388,8 +388,14 @@ def predict_from_spectrum(
 
 
 def methods() -> dict[str, str]:
-    """Return the pruning methods, each with its summary."""
-    return {name: find_method(name).summary for name in method_names()}
+    """Return the pruning methods, each with its summary; for a file that breaks the contract, with what is wrong."""
+    found = {}
+    for name in method_names():
+        try:
+            found[name] = find_method(name).summary
+        except UsageError as error:
+            found[name] = f"cannot be used: {error}"
+    return found
 
 
 def demo(out: Path, *, quick: bool = False) -> list[records.Record]:

@@ -108,7 +108,7 @@ def test_scope_model_is_not_stock_and_has_no_ratio(run: Run, dense: Path, tmp_pa
         str(tmp_path / "out"),
     ]
     status, line = run(*base, "--sparsity", "0.5", "--stock-only")
-    assert (status, "--stock-only: the widths differ from block to block; nothing was written" in line) == (1, True)
+    assert (status, "--stock-only: the widths differ from block to block; no result was written" in line) == (1, True)
     status, line = run(*base, "--params-removed", "0.3")
     assert (status, "scope=block" in line) == (2, True)
     status, line = run(

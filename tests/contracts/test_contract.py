@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from secateur import api, methods
+from secateur.cli import app
 from secateur.core.errors import UsageError
 from secateur.methods import find_method, method_names
 from secateur.methods.contract import Says
@@ -45,6 +47,21 @@ BAD = [
     ),
     ("def plan_block(", "def plan(", "lacks a plan: define plan_block, plan_place or plan_model"),
     ("def plan_block(block, statistics, options)", "def plan_model(view, data, options, run)", "lacks REMOVES"),
+    ("CALIBRATION = None", "CALIBRATION = None\nSAMPLES = True", "SAMPLES is True; it must be: int"),
+    ("CALIBRATION = None", "CALIBRATION = None\nSHARDS = True", "SHARDS is for the work of plan_model"),
+    ("CALIBRATION = None", "CALIBRATION = None\nMAY_CHANGE = ('nosuch',)", "MAY_CHANGE names nosuch"),
+    (
+        "CALIBRATION = None",
+        "from secateur.plan.quantity import BLOCKS as REMOVES\nCALIBRATION = None",
+        "a sparsity of blocks is for the model as a whole, which plan_block does not plan",
+    ),
+    ("def plan_block(", "def by_row(options): ...\ndef plan_block(", r"by_row is no name .* did you mean by_rows\?"),
+    ("def plan_block(", "def chek(view, s, options): ...\ndef plan_block(", r"chek is no name .* did you mean check\?"),
+    (
+        "def plan_block(",
+        "def plan_model(view, data, options, run): ...\ndef plan_block(",
+        "its options need a property whole_model",
+    ),
     ("@dataclass(frozen=True)\n", "", "must define one dataclass, its options; it defines 0"),
 ]
 
@@ -71,6 +88,28 @@ def test_a_file_that_does_not_is_refused_by_name(
     with pytest.raises(UsageError, match=words) as caught:
         find_method("mine")
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_file_of_another_package_does_not_hide_the_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _added(GOOD.replace("CALIBRATION = None\n", ""), tmp_path, monkeypatch)
+    result = CliRunner().invoke(app, ["methods"])
+    assert result.exit_code == 0
+    assert "wanda " in result.stdout
+    assert "lacks CALIBRATION" in result.stdout
+    assert methods.sharing_methods() == ["disp_llm"]
+
+
+@pytest.mark.parametrize("asked", [{"sparsity": 0.0}, {"params_removed": 0.0}])
+def test_nothing_to_remove_is_nothing_to_share(
+    asked: dict[str, float], saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = saved("llama")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UsageError, match="torchrun: at sparsity 0 there is nothing to share"):
+        api.prune(api.Request(str(dense), "disp_llm", calibration=ids_file, **asked), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", method_names())

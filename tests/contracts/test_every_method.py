@@ -56,7 +56,12 @@ def _on_every_type(cases: list[Case]) -> list[tuple[str, str | None, str]]:
 
 
 IN_FLOAT32 = [(m, p, t, torch.float32) for m, p, t in _on_every_type(CASES)]
-IN_BFLOAT16 = [(m, p, t, torch.bfloat16) for m, p in _one_pattern(CASES) for t in FAMILY_TYPES]
+# the first pattern of a method is its default
+IN_BFLOAT16 = [
+    (m, p, t, torch.bfloat16)
+    for m, p in dict.fromkeys([*_one_pattern(CASES[::-1]), *_one_pattern(CASES)])
+    for t in FAMILY_TYPES
+]
 
 
 def _asked(pattern: str | None) -> dict[str, Any]:

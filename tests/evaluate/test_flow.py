@@ -26,8 +26,21 @@ from secateur.evaluate.flow import SPARSITIES, activation_flow, inspect_flow, ra
 from secateur.evaluate.maps import Map
 from secateur.models import load
 from secateur.models.runtime import pruned_class
+from secateur.report.flow_plot import flow_picture
 from tests.layouts import layout_of
-from tests.tiny import BLOCKS, FFN, GROUPS, HEADS, HIDDEN, MODEL_TYPES, VOCABULARY, some_ids, tiny_config, tiny_model
+from tests.tiny import (
+    BLOCKS,
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    MODEL_TYPES,
+    VOCABULARY,
+    able,
+    some_ids,
+    tiny_config,
+    tiny_model,
+)
 
 HEAD_WIDTH = HIDDEN // HEADS
 
@@ -75,6 +88,18 @@ def named(maps: tuple[Map, ...], name: str) -> list[Map]:
     return [found for found in maps if found.name == name]
 
 
+def test_a_stream_that_cannot_be_narrowed_has_no_table_over_s(saved: Callable[..., Path]) -> None:
+    flow = inspect_flow(str(saved("gemma3_text")))
+    record = flow.record()
+    assert (record["by_sparsity"], record["formula"], record["sliced"]) == ([], None, None)
+    assert "a norm (post_attention_layernorm) stands between" in record["why_no_by_sparsity"]
+    shown = CliRunner().invoke(app, ["inspect", str(saved("gemma3_text")), "--flow"])
+    assert (shown.exit_code, "no residual stream of this family is narrowed" in shown.stdout) == (0, True)
+    assert flow_picture(flow).png
+    with pytest.raises(SecateurError, match="no residual stream of this family is narrowed"):
+        flow.at(0.2)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_parameters_are_those_of_the_files(saved: Callable[..., Path], model_type: str, tied: bool) -> None:
@@ -101,7 +126,7 @@ def test_flops_are_those_that_torch_counts(model_type: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("slicegpt"))
 def test_a_narrower_model_has_what_by_sparsity_says(model_type: str, sparsity: float, tied: bool) -> None:
     flow = activation_flow(api.view_model(tiny_model(model_type, tied=tied)))
     width = round((1 - sparsity) * HIDDEN)
@@ -439,7 +464,7 @@ def test_the_command_with_json_and_a_plot(saved: Callable[..., Path], tmp_path: 
     assert (tmp_path / "again.png").read_bytes() == picture, "the same model gives the same picture"
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", able("slicegpt"))
 def test_the_tables_for_people(saved: Callable[..., Path], model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     status, stdout, stderr = run("inspect", saved(model_type, tied=True), "--flow")

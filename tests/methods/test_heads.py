@@ -220,3 +220,6 @@ def test_stock_only_takes_heads_of_equal_number_and_refuses_others(
     with pytest.raises(api.SecateurError, match="--stock-only: the widths differ from block to block"):
         api.prune(replace(request, sparsity=0.34), tmp_path / "no")
     assert not list(tmp_path.glob("*no*"))
+    api.prune(replace(request, sparsity=0.34, stock_only=False), tmp_path / "runtime")
+    with pytest.raises(api.UsageError, match=r"--stock-only: '.*runtime' is finished, and it is not a stock model"):
+        api.prune(replace(request, sparsity=0.34), tmp_path / "runtime", resume=True)

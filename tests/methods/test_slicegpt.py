@@ -475,8 +475,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "options": {"energy": 0.9}}, "--sparsity does not go with --set energy=0.9"),
     (
         {"params_removed": 0.5, "options": {"energy": 0.9}},
-        "--params-removed does not go with these options of slicegpt: the text decides the widths",
+        r"--params-removed 0\.5 does not go with these options of slicegpt \(energy=0\.9\): the text decides the widths",
     ),
+    ({"params_removed": 0.0, "options": {"energy": 0.9}}, r"--params-removed 0 does not go with .*energy=0\.9"),
     ({"params_removed": 0.95}, "narrowing the residual stream can remove at most"),
     ({}, "needs --sparsity S, --params-removed R, or --set energy=E"),
     ({"sparsity": 1.0}, "sparsity 1 is outside"),

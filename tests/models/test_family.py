@@ -174,6 +174,14 @@ def test_a_kind_of_block_that_is_not_described_is_refused() -> None:
         find_family(config, "x")
 
 
+def test_a_gemma_that_looks_ahead_is_no_causal_model() -> None:
+    config = tiny_config("gemma3_text")
+    find_family(config, "x")
+    config.use_bidirectional_attention = True
+    with pytest.raises(SecateurError, match=r"x: .*use_bidirectional_attention it is an encoder"):
+        find_family(config, "x")
+
+
 @pytest.mark.parametrize("model_type", FAMILY_TYPES)
 def test_epsilon_is_that_of_the_norms(model_type: str) -> None:
     model = tiny_model(model_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.core.records import Record
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_HEAD_START_SECONDS = 10.0
 RESUME = "the same command with --resume continues from here"
 
 
@@ -47,6 +49,9 @@ def command(debug: bool, *, resume: str = "nothing was written", several: bool =
         # A SecateurError is the same in all processes, and the first one prints it. Other failures concern one process.
         if not speaks() and not isinstance(error, SecateurError):
             typer.echo(f"process {os.environ['RANK']}: {_words(error)}", err=True)
+        if not speaks() and isinstance(error, SecateurError):
+            # torchrun ends all processes when one has failed: let the first one, which prints, be the first to end
+            time.sleep(_HEAD_START_SECONDS)
         _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
 
 

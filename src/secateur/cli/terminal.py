@@ -319,12 +319,10 @@ def flow_tables(record: Record) -> list[Table | str]:
         f"with them its share is {touched['flops_share_with_attention']:.2%}.",
     ]
     if (formula := record["formula"]) is None:
-        widths = ", ".join(str(width) for width in record["sliced"]["widths"])
-        return [
-            *about,
-            f"d of the places of the residual stream, of {record['sliced']['hidden']} each: {widths}.",
-            record["sliced"]["why_no_by_sparsity"] + ".",
-        ]
+        if (sliced := record["sliced"]) is not None:
+            widths = ", ".join(str(width) for width in sliced["widths"])
+            about.append(f"d of the places of the residual stream, of {sliced['hidden']} each: {widths}.")
+        return [*about, record["why_no_by_sparsity"] + "."]
     return [
         *about,
         _sparsities_table(record, "parameters", ("adapter_parameters", "untied_parameters")),

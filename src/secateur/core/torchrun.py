@@ -34,14 +34,14 @@ def refuse_command() -> None:
         )
 
 
-def refuse_pruning(method: str, shares: bool, sharing: Sequence[str], sparsity: float | None, device: str) -> None:
+def refuse_pruning(method: str, shares: bool, sharing: Sequence[str], *, nothing: bool, device: str) -> None:
     """Refuse, before any work, a run of `prune` that several processes cannot share.
 
     Args:
         method: the name of the method.
         shares: whether the processes can share its work.
         sharing: the names of the methods that can be shared, for the message.
-        sparsity: the requested sparsity, if there is one.
+        nothing: whether nothing is to be removed.
         device: the value of `--device`.
 
     Raises:
@@ -52,8 +52,8 @@ def refuse_pruning(method: str, shares: bool, sharing: Sequence[str], sparsity: 
             f"torchrun: {method} works in one process (several can share: {', '.join(sharing)}); start it without "
             "torchrun"
         )
-    if sparsity == 0:
-        raise UsageError("torchrun: --sparsity 0 leaves nothing to share among processes; start it without torchrun")
+    if nothing:
+        raise UsageError("torchrun: at sparsity 0 there is nothing to share among processes; start it without torchrun")
     if ":" in device:
         raise UsageError(
             f"torchrun: --device {device} is one device for all processes; use --device {device.partition(':')[0]}"

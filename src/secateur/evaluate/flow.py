@@ -22,6 +22,7 @@ from itertools import groupby
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.records import Record
 from secateur.evaluate.maps import Attention, Axis, Map, attention_products, linear_maps
+from secateur.models.family import ROTATE
 from secateur.models.load import open_checkpoint
 from secateur.models.view import BlockDims, ModelView
 
@@ -70,6 +71,7 @@ class Flow:
         dims: the sizes of each block.
         context: the number of positions that attention looks at, the token itself included.
         parallel: whether attention and MLP read the same residual and share one addition.
+        fixed: why the residual stream cannot be narrowed; None where it can be.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Flow:
     dims: tuple[BlockDims, ...]
     context: int
     parallel: bool
+    fixed: str | None = None
 
     @property
     def sliced(self) -> bool:
@@ -158,8 +161,10 @@ class Flow:
         return sum(products.flops() for products in self.attention)
 
     @property
-    def refusal(self) -> str:
-        """The reason why there is no table over s for a sliced model."""
+    def refusal(self) -> str | None:
+        """The reason why there is no table over s; None where there is one."""
+        if not self.sliced:
+            return f"{self.name}: no residual stream of this family is narrowed: {self.fixed}" if self.fixed else None
         if (residual := self.dims[0].residual) is not None and residual.selected:
             return (
                 f"{self.name}: its blocks already read and write parts of the residual stream; "
@@ -174,9 +179,9 @@ class Flow:
         """Return the sizes of the model with d narrowed to (1 - s)d.
 
         Raises:
-            SecateurError: the model is sliced already.
+            SecateurError: the model is sliced already, or its residual stream cannot be narrowed.
         """
-        if self.sliced:
+        if self.refusal is not None:
             raise SecateurError(self.refusal)
         width = Axis("d", self.width).at(sparsity)
         adapters = self.adapters * width * width if sparsity else 0
@@ -196,7 +201,8 @@ class Flow:
     def record(self, sparsities: Sequence[float] = SPARSITIES) -> Record:
         """Return the record: `flow` (the maps), `attention`, `by_sparsity`, `formula`, and `touched` (the share of d).
 
-        For a sliced model `sliced` has the hidden size and the widths, `by_sparsity` is empty and `formula` is null.
+        For a sliced model `sliced` has the hidden size and the widths. Without a table over s `by_sparsity` is empty,
+        `formula` is null, and `why_no_by_sparsity` is the reason.
         """
         parameters, flops, attention = self.parameters(), self.flops(), self.attention_flops()
         by_d, flops_by_d = self.touched_parameters(), self.touched_flops()
@@ -214,12 +220,11 @@ class Flow:
                 "flops_per_token": attention,
                 "products": [products.record() for products in self.attention],
             },
-            "sliced": {"hidden": self.hidden, "widths": self.widths, "why_no_by_sparsity": self.refusal}
-            if self.sliced
-            else None,
-            "by_sparsity": [] if self.sliced else [self.at(sparsity).record() for sparsity in sparsities],
+            "sliced": {"hidden": self.hidden, "widths": self.widths} if self.sliced else None,
+            "why_no_by_sparsity": self.refusal,
+            "by_sparsity": [] if self.refusal else [self.at(sparsity).record() for sparsity in sparsities],
             "formula": None
-            if self.sliced
+            if self.refusal
             else {
                 "parameters": f"(1 - s) * {by_d} + {parameters - by_d}",
                 "flops_per_token": f"(1 - s) * {flops_by_d} + {flops - flops_by_d}",
@@ -269,6 +274,7 @@ def activation_flow(view: ModelView, context: int | None = None) -> Flow:
         dims=tuple(view.dims(index) for index in range(view.blocks)),
         context=context,
         parallel=view.family.parallel,
+        fixed=view.family.why_not(ROTATE),
     )
 
 

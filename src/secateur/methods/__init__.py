@@ -11,6 +11,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -101,12 +102,16 @@ def find_method(name: str) -> Method:
     ]
     if len(options) != 1:
         raise UsageError(f"method '{name}': its file must define one dataclass, its options; it defines {len(options)}")
-    return Method(name, module, options[0], read_contract(name, module))
+    return Method(name, module, options[0], read_contract(name, module, options[0]))
 
 
 def sharing_methods() -> list[str]:
-    """Return the names of the methods whose work the processes of torchrun can share."""
-    return [name for name in method_names() if find_method(name).says.SHARDS]
+    """Return the names of the methods whose work the processes of torchrun can share; broken ones are left out."""
+    names = []
+    for name in method_names():
+        with suppress(UsageError):
+            names += [name] if find_method(name).says.SHARDS else []
+    return names
 
 
 @cache

@@ -27,10 +27,10 @@ from secateur.calibrate.statistics import NewStatistic
 from secateur.core.errors import UsageError
 from secateur.models.view import BlockDims, BlockView, ModelView
 from secateur.plan.plan import BlockPlan, Place
-from secateur.plan.quantity import Quantity
+from secateur.plan.quantity import UNITS, WEIGHTS, Quantity
 from secateur.plan.run import Run
 
-_SPELLING = 0.9  # a name at least this similar to a name of the contract is taken for a misspelling
+_SPELLING = 0.85  # a name at least this similar to a name of the contract is taken for a misspelling
 
 
 class PlanBlock(Protocol):
@@ -174,8 +174,13 @@ class Says:
     operations: Operations | None = None
 
 
-def read_contract(name: str, module: ModuleType) -> Says:
+def read_contract(name: str, module: ModuleType, options: type[Any]) -> Says:
     """Read the definitions of a method from its module, and check them.
+
+    Args:
+        name: the name of the method.
+        module: its module.
+        options: the dataclass of its options.
 
     Raises:
         UsageError: a required name is missing, has the wrong type or arguments, or is misspelled. The message names the
@@ -195,13 +200,15 @@ def read_contract(name: str, module: ModuleType) -> Says:
             )
     says = Says(**values)
     _check_whole(where, says)
+    _check_options(where, says, options)
     return says
 
 
 def _check_spelling(where: str, module: ModuleType, known: Mapping[str, Any]) -> None:
-    """Refuse a constant whose name is almost a name of the contract."""
-    for own in vars(module):
-        if own.isupper() and own not in known and (meant := get_close_matches(own, known, 1, _SPELLING)):
+    """Refuse a constant or a public function whose name is almost a name of the contract."""
+    for own, value in vars(module).items():
+        public = own.isupper() or (inspect.isfunction(value) and value.__module__ == module.__name__ and own[0] != "_")
+        if public and own not in known and (meant := get_close_matches(own, known, 1, _SPELLING)):
             raise UsageError(f"{where}: {own} is no name of the contract; did you mean {meant[0]}?")
 
 
@@ -213,7 +220,7 @@ def _check_form(where: str, value: Any, hint: Any) -> None:
             if callable(value):
                 _check_arguments(where, value, kind)
                 return
-        elif isinstance(value, get_origin(kind) or kind):
+        elif isinstance(value, get_origin(kind) or kind) and (kind is bool or not isinstance(value, bool)):
             return
     words = ", ".join("None" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise UsageError(f"{where} is {value!r}; it must be: {words} (methods/contract.py)")
@@ -240,10 +247,28 @@ def _check_whole(where: str, says: Says) -> None:
         raise UsageError(
             f"{where} lacks REMOVES: what a sparsity is a fraction of, such as PARAMETERS of plan/quantity.py"
         )
+    if says.plan_model is None and says.plan_place is None and says.REMOVES not in (None, WEIGHTS, UNITS):
+        raise UsageError(
+            f"{where}: a sparsity of {says.REMOVES.name} is for the model as a whole, which plan_block does not plan: "
+            "define plan_model"
+        )
+    if says.SHARDS and says.plan_model is None:
+        raise UsageError(f"{where}: SHARDS is for the work of plan_model, which is missing")
     for name in ("new_moment", "last_place", "sizes_left"):
         if says.plan_place is not None and getattr(says, name) is None:
             raise UsageError(f"{where} lacks {name}, which plan_place needs beside it (methods/contract.py)")
     if says.REMOVES is not None and says.REMOVES.needs_sizes and says.sizes_left is None:
         raise UsageError(
             f"{where} lacks sizes_left, which a sparsity of {says.REMOVES.name} needs (methods/contract.py)"
+        )
+
+
+def _check_options(where: str, says: Says, options: type[Any]) -> None:
+    """Check that the options have what the definitions speak of."""
+    names = [option.name for option in fields(options)]
+    if unknown := [name for name in says.MAY_CHANGE if name not in names]:
+        raise UsageError(f"{where}: MAY_CHANGE names {', '.join(unknown)}, but the options are {', '.join(names)}")
+    if says.plan_block is not None and says.plan_model is not None and not hasattr(options, "whole_model"):
+        raise UsageError(
+            f"{where} has plan_block and plan_model: its options need a property whole_model, which chooses"
         )

@@ -35,6 +35,7 @@ class Subject:
         method: the name of the method, for messages.
         pattern: the pattern of the removal from matrices.
         modules: the sparsity of each matrix, as on the command line; None for the same sparsity everywhere.
+        options: the options that were given, as NAME=VALUE, for messages.
         ranked: True if the units of all blocks are ranked together, so that blocks lose different numbers of units.
         sizes_left: sparsity -> the sizes of all blocks; None if they depend on the calibration text.
     """
@@ -43,6 +44,7 @@ class Subject:
     method: str
     pattern: Pattern
     modules: str | None = None
+    options: str = ""
     ranked: bool = False
     sizes_left: Callable[[float], Sequence[BlockDims] | None] = lambda _: None
 
@@ -149,7 +151,7 @@ def nearest(
 def _zeroes_only(subject: Subject, wanted: float, at_least: bool) -> float:
     raise UsageError(
         f"--params-removed: pattern {subject.pattern} zeroes weights and removes no parameters; use --sparsity, or "
-        "--pattern rows or columns"
+        "a method with --pattern rows or columns"
     )
 
 
@@ -179,13 +181,13 @@ def _parameters_of_units(subject: Subject, sparsity: float | None) -> int:
 
 
 def _sparsity_of_width(subject: Subject, wanted: float, at_least: bool) -> float:
-    if wanted == 0:
-        return 0.0
     if subject.sizes_left(0.0) is None:
         raise UsageError(
-            f"--params-removed does not go with these options of {subject.method}: the text decides the widths; use "
-            "either --params-removed or these options"
+            f"--params-removed {wanted:g} does not go with these options of {subject.method} "
+            f"({subject.options}): the text decides the widths; leave out one of the two"
         )
+    if wanted == 0:
+        return 0.0
     hidden, before = int(subject.view.config.hidden_size), subject.view.parameters()
 
     def widths() -> Iterator[float]:
@@ -264,8 +266,6 @@ def _gone(before_and_after: tuple[int, int]) -> float:
     return 1 - after / before
 
 
-_ALL_PARAMETERS = "it chooses among all parameters of the model"
-
 WEIGHTS = Quantity(
     "weights",
     "the weights of the targeted matrices",
@@ -299,7 +299,7 @@ PARAMETERS = Quantity(
     parameters=lambda subject, sparsity: round((1 - (sparsity or 0.0)) * subject.view.parameters()),
     sizes=lambda *_: None,
     share_gone=lambda counts: _gone(counts.parameters),
-    shared=_ALL_PARAMETERS,
+    shared="it chooses among all parameters of the model",
     required="the fraction of the parameters of the whole model to remove",
 )
 HEADS = Quantity(
@@ -309,7 +309,7 @@ HEADS = Quantity(
     parameters=_parameters_of_heads,
     sizes=lambda *_: None,
     share_gone=lambda counts: _gone(counts.heads),
-    shared=_ALL_PARAMETERS,
+    shared="it chooses among all attention heads of the model",
     required="the fraction of the attention heads to remove, or --params-removed R",
     needs_sizes=True,
 )
@@ -320,7 +320,7 @@ BLOCKS = Quantity(
     parameters=_parameters_of_blocks,
     sizes=_sizes_of_blocks,
     share_gone=lambda counts: _gone(counts.blocks),
-    shared=_ALL_PARAMETERS,
+    shared="it chooses among all blocks of the model",
     required="the fraction of the blocks to remove, or --params-removed R",
 )
 QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS)}

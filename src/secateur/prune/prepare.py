@@ -74,7 +74,7 @@ def prepare(request: Request) -> Prepared:
         )
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
-    subject = _subject(view, method, options, request.modules)
+    subject = _subject(view, method, options, request)
     sparsity = _sparsity(request, subject, method.quantity(options), pattern)
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
@@ -93,14 +93,15 @@ def _options(request: Request) -> dict[str, Any]:
     return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
 
 
-def _subject(view: ModelView, method: Method, options: Any, modules: str | None) -> Subject:
+def _subject(view: ModelView, method: Method, options: Any, request: Request) -> Subject:
     """Return the model and how it is pruned, as `plan.quantity` needs them."""
-    sizes_left = method.says.sizes_left
+    sizes_left, given = method.says.sizes_left, _options(request)
     return Subject(
         view,
         method.name,
         method.pattern(options) or parse_pattern("unstructured"),
-        modules,
+        request.modules,
+        options=", ".join(f"{name}={value}" for name, value in given.items()),
         ranked=method.whole_model(options),
         sizes_left=(lambda _: None) if sizes_left is None else partial(sizes_left, view, options),
     )
@@ -179,4 +180,4 @@ def check_stock_plans(prepared: Prepared, plans: Sequence[BlockPlan]) -> None:
     sizes = [dims_after(view.dims(plan.index), plan) for plan in kept]
     raw = drop_blocks(view.raw_config, view.config, [plan.index for plan in kept])
     if problem := stock_problem(raw, view.family, sizes):
-        raise HopelessError(f"--stock-only: {problem}; nothing was written")
+        raise HopelessError(f"--stock-only: {problem}; no result was written")

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.distributed import on_first, processes, rank
-from secateur.core.errors import HopelessError
+from secateur.core.errors import HopelessError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.progress import say
 from secateur.core.timing import Stopwatch
@@ -69,7 +69,8 @@ def prune(
     """
     if launched():
         shares = find_method(request.method).says.SHARDS
-        refuse_pruning(request.method, shares, sharing_methods(), request.sparsity, request.device)
+        nothing = request.sparsity == 0 or request.params_removed == 0
+        refuse_pruning(request.method, shares, sharing_methods(), nothing=nothing, device=request.device)
     with processes():
         return _prune(request, out, resume, overwrite, records_file, states)
 
@@ -88,7 +89,11 @@ def _prune(
         windows, labels = read_labelled(prepared)
     prepared = replace(prepared, job=replace(prepared.job, labels=labels))
     settings = prepared_settings(prepared, windows)
-    if finished and (record := on_first(lambda: _finished(out, settings, records_file, overwrite))) is not None:
+    if (
+        finished
+        and (record := on_first(lambda: _finished(out, settings, records_file, overwrite, request.stock_only)))
+        is not None
+    ):
         return record if rank() == 0 else {}
     warned = say_expected(prepared)
     writer, buffer_bytes = on_first(
@@ -188,17 +193,23 @@ def _allocated(prepared: Prepared, windows: Tensor | None, writer: CheckpointWri
     return replace(prepared, job=replace(job, rates=chosen.rates, notes={**job.notes, "allocation": chosen.facts}))
 
 
-def _finished(out: Path, settings: Mapping[str, Any], records_file: Path, overwrite: bool) -> records.Record | None:
+def _finished(
+    out: Path, settings: Mapping[str, Any], records_file: Path, overwrite: bool, stock_only: bool
+) -> records.Record | None:
     """Return the record of a run that is complete already; None to start again."""
     plan = read_plan_json(out)
     assert plan is not None
     if not same_run(out, differing_from_plan(plan, settings), overwrite):
         return None
+    stock = not (out / f"{runtime.MODULE}.py").is_file()
+    if stock_only and not stock:
+        raise UsageError(
+            f"--stock-only: '{out}' is finished, and it is not a stock model; use another method or sparsity"
+        )
     clean(out)
     say(f"{out}: already there")
     if (last := records.last(records_file, "prune", out)) is not None:
         return last
-    stock = not (out / f"{runtime.MODULE}.py").is_file()
     record = {
         "command": "prune",
         "version": records.version(),

@@ -43,14 +43,16 @@ def write_flow(flow: Flow, out: Path) -> None:
 def flow_picture(flow: Flow) -> Picture:
     """Draw parameters (above) and FLOPs per token (below).
 
-    The left panels are by kind of map. The right ones are against s; a model that is already sliced has none.
+    The left panels are by kind of map. The right ones are against s; a model without a table over s has none.
     """
     parameters = _kinds(flow, lambda entry: (entry.touched_parameters(), entry.parameters()))
     flops = _kinds(flow, lambda entry: (entry.flops() if entry.touched else 0, entry.flops()))
     flops[_ATTENTION] = (0, flow.attention_flops())
     figure = Figure(figsize=(10, 7.6), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_title(flow), 105)), fontsize=12, x=0.01, ha="left", color="#111111")
-    panels = figure.subplots(2, 1 if flow.sliced else 2, squeeze=False, width_ratios=None if flow.sliced else (1.15, 1))
+    panels = figure.subplots(
+        2, 1 if flow.refusal else 2, squeeze=False, width_ratios=None if flow.refusal else (1.15, 1)
+    )
     bars, flop_bars = panels[:, 0]
     _bars(
         bars,
@@ -66,7 +68,7 @@ def flow_picture(flow: Flow) -> Picture:
         *bars.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9, frameon=False
     )  # below, where it hides no bar
     _bars(flop_bars, flops, f"FLOPs per token, attention at {flow.context:,} positions")
-    if not flow.sliced:
+    if not flow.refusal:
         _by_sparsity(flow, panels[0, 1], panels[1, 1])
     readings = "; ".join(f"{name} {words.count(total)}" for name, (_, total) in parameters.items())
     return Picture(

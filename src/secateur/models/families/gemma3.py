@@ -4,7 +4,19 @@ The residual stream can neither be rotated nor selected from: what attention and
 which divides by the mean square of all features.
 """
 
+from transformers import PreTrainedConfig
+
 from secateur.models.family import Family, Norm
+
+
+def _refuse(config: PreTrainedConfig) -> str | None:
+    if getattr(config, "use_bidirectional_attention", False):
+        return (
+            "with use_bidirectional_attention it is an encoder, where each token sees the ones after it; use a causal "
+            "language model"
+        )
+    return None
+
 
 FAMILY = Family(
     name="gemma3",
@@ -27,4 +39,5 @@ FAMILY = Family(
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     norm=Norm(gain_offset=1.0),
     logit_cap="final_logit_softcapping",
+    refuse=_refuse,
 )
