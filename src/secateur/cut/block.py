@@ -15,7 +15,7 @@ from secateur.core.errors import SecateurError
 from secateur.cut.rotate import residual_after, rotate_block, rotate_outer
 from secateur.models.family import Family
 from secateur.models.runtime import SECOND_NORM, SELECT_FIRST
-from secateur.models.spaces import COLUMNS, HEADS, MEMBERS, OWN_COLUMNS, ROWS, SEPARATE_COLUMNS
+from secateur.models.spaces import COLUMNS, MEMBERS, OWN_COLUMNS, QUERY_HEADS, ROWS, SEPARATE_COLUMNS
 from secateur.models.view import BlockDims, BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan
 
@@ -149,7 +149,7 @@ def _kept_heads(dims: BlockDims, units: Mapping[str, Tensor]) -> dict[str, Tenso
     heads = heads[torch.isin(heads // dims.queries, groups)]  # the query heads of a group are neighbours
     of_key, of_query = (_spread(numbers, dims.head_width) for numbers in (groups, heads))
     members = MEMBERS["groups"]
-    return {name: of_query if name in HEADS else of_key for name in (*members.writers, members.reader)}
+    return {name: of_query if name in QUERY_HEADS else of_key for name in (*members.writers, members.reader)}
 
 
 def _index_maps(family: Family, plan: BlockPlan) -> dict[str, Tensor]:

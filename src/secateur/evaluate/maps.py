@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from secateur.core.records import Record
 from secateur.models.family import MLP
 from secateur.models.runtime import is_index_map
-from secateur.models.spaces import COLUMNS, HEADS, ROWS
+from secateur.models.spaces import COLUMNS, QUERY_HEADS, ROWS
 from secateur.models.view import ModelView
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -26,7 +26,7 @@ _EDGE = 1e-9  # (1 - s) d may fall just short of a whole number in floating poin
 def _letters(name: str, space: str) -> str:
     """Return the letters of one side of a matrix, as in table 2 of the paper."""
     if space == "groups":
-        return "h·k" if name in HEADS else "g·k"
+        return "h·k" if name in QUERY_HEADS else "g·k"
     return "m" if space == "ffn" else "d"
 
 

@@ -7,7 +7,7 @@ A method is one file, `methods/NAME.py`, or one folder, `methods/NAME/`, whose `
 3. what it needs and what it can do: the constants and functions of `Says`. CALIBRATION is required; the rest has
    defaults.
 
-No method changes weights. It returns plans (`plan/plan.py`); only `cut/` changes the model.
+No method changes the model. It returns plans (`plan/plan.py`), which may hold new weights; `cut/` applies them.
 """
 # ruff: noqa: D102 (the docstring of a protocol's class describes its function)
 

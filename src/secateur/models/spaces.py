@@ -49,7 +49,7 @@ SPACES = tuple(dict.fromkeys([*ROWS.values(), *COLUMNS.values()]))
 INNER = ("ffn", "groups")
 """The spaces inside a block: its own matrices write and read their units. The other spaces belong to the residual."""
 
-HEADS = ("q", "o")
+QUERY_HEADS = ("q", "o")
 """The matrices in which a unit of `groups` is several query heads; in the others it is one key-value head."""
 
 

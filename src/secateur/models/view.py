@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from secateur.models.family import CANONICAL, Family, is_pruned
 from secateur.models.runtime import SELECT_FORMS, is_index_map
-from secateur.models.spaces import COLUMNS, HEADS, OWN_COLUMNS, ROWS, SEPARATE_COLUMNS
+from secateur.models.spaces import COLUMNS, OWN_COLUMNS, QUERY_HEADS, ROWS, SEPARATE_COLUMNS
 
 
 class TensorSource(Protocol):
@@ -104,7 +104,7 @@ class BlockDims:
         """Return the number of rows or columns of a matrix that belong to one unit of a space."""
         if space != "groups":
             return 1
-        return self.head_width * (self.queries if name in HEADS else 1)
+        return self.head_width * (self.queries if name in QUERY_HEADS else 1)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the shape (O, I) of a matrix by its canonical name."""

@@ -64,7 +64,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Counts:
+class BeforeAndAfter:
     """The counts before and after pruning, from the written result.
 
     Attributes:
@@ -102,7 +102,7 @@ class Quantity:
     sparsity_for: Callable[[Subject, float, bool], float]
     parameters: Callable[[Subject, float | None], int | None]
     sizes: Callable[[Subject, float | None], Sequence[BlockDims] | None]
-    share_gone: Callable[[Counts], float]
+    share_gone: Callable[[BeforeAndAfter], float]
     shared: str | None = None
     needs_sizes: bool = False
     required: str | None = None
@@ -257,7 +257,7 @@ def _sizes_of_blocks(subject: Subject, sparsity: float | None) -> Sequence[Block
     return subject.dense if all(dims == subject.dense[0] for dims in subject.dense) else None
 
 
-def _of_targeted(counts: Counts) -> float:
+def _of_targeted(counts: BeforeAndAfter) -> float:
     return counts.removed / counts.targeted if counts.targeted else 0.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.models.view import BlockDims, BlockView
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import Counts
+from secateur.plan.quantity import BeforeAndAfter
 from secateur.prune.prepare import Prepared
 
 
@@ -62,7 +62,7 @@ def facts_of(prepared: Prepared, totals: Totals) -> dict[str, Any]:
     view, quantity = prepared.checkpoint.view(), prepared.job.quantity
     before, matrices = view.parameters(), view.matrix_parameters()
     heads = sum(view.dims(index).heads for index in range(view.blocks))
-    counts = Counts(
+    counts = BeforeAndAfter(
         totals.targeted,
         totals.removed,
         parameters=(before, totals.parameters),
