@@ -18,7 +18,9 @@ from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
+from secateur.core.words import perplexity_words
 from secateur.evaluate.answers import Answers
+from secateur.evaluate.kept import keep, kept
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.shift import functionality_shift
 from secateur.evaluate.tasks import Tasks, find_tasks
@@ -104,13 +106,16 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     )
 
 
-def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: bool = False) -> records.Record:
+def evaluate(
+    request: EvalRequest, *, records_file: Path | None = None, resume: bool = False, known: bool = False
+) -> records.Record:
     """Measure a model; returns the record, which is also appended to `records_file`.
 
     Args:
         request: what to measure.
         records_file: where the record goes; None is `records.jsonl` in the folder's parent.
         resume: go on with an interrupted run; a run that is in the records already is not repeated.
+        known: take the numbers of an earlier evaluation of a dense model, if the cache has them (see `kept.py`).
 
     Raises:
         UsageError, SecateurError: the evaluation cannot be done; nothing is recorded.
@@ -131,6 +136,11 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         earlier = [r for r in records.read([records_file]) if r.get("key") == key]
         if earlier:
             return earlier[-1]
+    versions = records.versions() | tasks.versions()
+    if known and plan is None and (found := kept(key, versions)) is not None:
+        say(f"{request.model}: measured before under this protocol, perplexity {perplexity_words(found['ppl'])}")
+        records.append(records_file, found)
+        return found
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
     dense = load_model(against, device=device, dtype=dtype) if against is not None else None
@@ -146,20 +156,36 @@ def evaluate(request: EvalRequest, *, records_file: Path | None = None, resume: 
         **facts,
         "key": key,
         "tasks": task_results,
-        **(
-            {"shift": {"against": request.against, **functionality_shift(dense, model, windows[:32], tokenizer)}}
-            if dense is not None
-            else {}
-        ),
+        **({} if both is None else _against(request, questions, model, both)),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": records.peak_rss_bytes(),
-        "versions": records.versions() | tasks.versions(),
+        "versions": versions,
     }
     records.append(records_file, record)
+    if plan is None and against is None:
+        keep(record, versions)
     progress.unlink(missing_ok=True)
     if plan is not None and Path(request.model).is_dir():
         card.note_measurement(checkpoint.folder, record)
     return record
+
+
+def _against(
+    request: EvalRequest, questions: Questions, model: PreTrainedModel, both: tuple[PreTrainedModel, Checkpoint]
+) -> dict[str, Any]:
+    """Return the fields of a record that compare with the dense model: its perplexity, and the shift from it."""
+    dense, against = both
+    assert request.against is not None
+    # the key of the dense model's own evaluation, without tasks
+    key = _key({**questions.facts, "out": _place(request.against)}, against, None, Tasks())
+    found = kept(key, records.versions())
+    measured = {"ppl": found["ppl"], "loss": found["loss"]} if found else perplexity(dense, questions.windows).facts
+    shift = functionality_shift(dense, model, questions.windows[:32], questions.tokenizer)
+    return {
+        "ppl_dense": measured["ppl"],
+        "loss_dense": measured["loss"],
+        "shift": {"against": request.against, **shift},
+    }
 
 
 def _place(model: str) -> str:

@@ -75,7 +75,7 @@ def prune_and_measure(
         prepared = prepare(once)
         refuse_out(target, prepared.checkpoint, prepared.calibration, records_file)
         is_finished(target, resume=resume, overwrite=overwrite)
-    yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume)
+    yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume, known=True)
     for once, target in points:
         if resume:
             take_over(once, target)
