@@ -364,7 +364,7 @@ def test_a_shard_that_is_named_but_missing(run: Run, dense: Path, tmp_path: Path
     names = load_file(dense / "model.safetensors")
     (dense / "model.safetensors").unlink()
     (dense / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")})
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")})
     )
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
     assert (status, "model-00001-of-00002.safetensors is named in" in line) == (1, True)
@@ -516,11 +516,18 @@ def test_an_output_that_exists_is_not_touched(run: Run, dense: Path, tmp_path: P
     assert (status, "is a file; give a new folder" in line) == (2, True)
 
 
-def test_a_damaged_index(run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
-    (dense / "model.safetensors").unlink()
-    (dense / "model.safetensors.index.json").write_text('{"weight_map": {"a"')
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"weight_map": {"a"', "not an index of weights"),
+        ('{"weight_map": {"a": "model.safetensors"}}', 'transformers requires an object "metadata" in it'),
+    ],
+)
+def test_a_damaged_index(content: str, words: str, run: Run, dense: Path, tmp_path: Path, ids_file: str) -> None:
+    (dense / "model.safetensors").rename(dense / "part.safetensors")
+    (dense / "model.safetensors.index.json").write_text(content)
     status, line = run(*prune(dense, tmp_path, ids_file, "--sparsity", "0.5"))
-    assert (status, "not an index of weights" in line) == (1, True)
+    assert (status, words in line) == (1, True), line
 
 
 def test_a_tied_head_that_differs_is_refused(

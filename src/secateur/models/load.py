@@ -353,8 +353,8 @@ def weight_files(folder: Path, model: str) -> list[Path]:
         return []
     try:
         index = json.loads(index_file.read_text("utf-8"))
-        if not isinstance(index.get("metadata", {}), dict):
-            raise ValueError("its 'metadata' is no object, which transformers requires")
+        if not isinstance(index.get("metadata"), dict):
+            raise ValueError('transformers requires an object "metadata" in it, such as "metadata": {}')
         names = sorted(set(index["weight_map"].values()))
         if wrong := [
             name
@@ -363,7 +363,9 @@ def weight_files(folder: Path, model: str) -> list[Path]:
         ]:
             raise ValueError(f"'{wrong[0]!s:.40}' is no name of a file beside it")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SecateurError(f"{index_file}: not an index of weights ({error}); download the model again") from None
+        raise SecateurError(
+            f"{index_file}: not an index of weights ({error}); mend it, or download the model again"
+        ) from None
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise SecateurError(
             f"{model}: {', '.join(missing)} is named in {index_file.name} but missing; download the model again"
