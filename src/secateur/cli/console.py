@@ -92,16 +92,21 @@ def emit(record: Record) -> None:
     sys.stdout.flush()
 
 
-def print_record(record: Record, *, as_json: bool) -> None:
-    """Print one record."""
+def print_record(record: Record, *, as_json: bool, verbose: bool = False) -> None:
+    """Print the answer of a command; the whole record with `as_json` or `verbose`, or where there is no answer."""
     if not speaks():
         return
     if as_json:
         emit(record)
         return
+    from secateur.cli.answer import answer
     from secateur.cli.terminal import record_table
 
-    show(record_table(record))
+    lines = answer(record)
+    if verbose or not lines:
+        show(record_table(record))
+    for line in lines:
+        typer.echo(line)
 
 
 def print_records(records: list[Record], *, as_json: bool) -> None:

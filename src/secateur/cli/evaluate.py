@@ -36,6 +36,7 @@ def evaluate(
     records: opt.Records = None,
     resume: opt.Resume = False,
     json: opt.Json = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Measure perplexity, tasks, and the shift from a dense model."""
@@ -43,4 +44,4 @@ def evaluate(
         request = given(EvalRequest, "eval", locals(), tasks=names(tasks))
         from secateur.cli.quiet_api import api
 
-        print_record(api.evaluate(request, records_file=records, resume=resume), as_json=json)
+        print_record(api.evaluate(request, records_file=records, resume=resume), as_json=json, verbose=verbose)

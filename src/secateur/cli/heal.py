@@ -68,6 +68,7 @@ def heal(
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Recover a pruned model with low-rank adapters: zeros stay zero, shapes stay as they are."""
@@ -76,4 +77,4 @@ def heal(
         from secateur.cli.quiet_api import api
 
         record = api.heal(request, out, resume=resume, overwrite=overwrite, records_file=records)
-        print_record(record, as_json=json)
+        print_record(record, as_json=json, verbose=verbose)

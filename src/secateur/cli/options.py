@@ -94,4 +94,5 @@ Json = Annotated[
     bool,
     Option("--json", help="Print the record as one JSON object, the last line of stdout; the rest goes to stderr."),
 ]
+Verbose = Annotated[bool, Option("--verbose", help="Print the whole record as a table too.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of a failure.")]

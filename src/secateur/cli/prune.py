@@ -45,6 +45,7 @@ def prune(
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
     """Prune a model and write the result."""
@@ -60,7 +61,7 @@ def prune(
             raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
         else:
             record = api.prune(request, out, resume=resume, overwrite=overwrite, records_file=records)
-        print_record(record, as_json=json)
+        print_record(record, as_json=json, verbose=verbose)
 
 
 def methods(json: opt.Json = False) -> None:

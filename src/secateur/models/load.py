@@ -116,6 +116,10 @@ class Checkpoint:
                 "give token ids (.npy or .safetensors) as text"
             ) from error
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of the files that hold the weights."""
+        return sum(file.stat().st_size for file in {file for file, _ in self.index.values()})
+
     def max_length(self) -> int:
         """Return the largest number of tokens that the model has positions for."""
         positions = getattr(self.config, "max_position_embeddings", None)

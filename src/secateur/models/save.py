@@ -277,6 +277,11 @@ def _read_journal(partial: Path) -> dict[str, Any] | None:
     return journal
 
 
+def weight_bytes(folder: Path) -> int:
+    """The bytes of the files of weights in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def partial_folder(out: Path) -> Path:
     """The folder of an unfinished run, beside its result."""
     return out.with_name(out.name + ".partial")

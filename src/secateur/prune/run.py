@@ -25,7 +25,16 @@ from secateur.methods import find_method, sharing_methods
 from secateur.models import card, runtime
 from secateur.models.load import load_model
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
-from secateur.models.save import PLAN_PATH, CheckpointWriter, clean, differing_from_plan, disk, is_finished, same_run
+from secateur.models.save import (
+    PLAN_PATH,
+    CheckpointWriter,
+    clean,
+    differing_from_plan,
+    disk,
+    is_finished,
+    same_run,
+    weight_bytes,
+)
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
 from secateur.prune.allocation.allocate import Allocation, allocate
@@ -116,6 +125,8 @@ def _prune(
         **settings,
         **facts,
         "stock": stock,
+        "bytes_before": prepared.checkpoint.weight_bytes(),
+        "bytes_after": weight_bytes(out),
         "seconds": seconds,
         **({"seconds_before": round(sum(seconds_before.values()), 3)} if seconds_before else {}),
         "seconds_by": watch.rounded(),

@@ -1,0 +1,141 @@
+"""The answer of a command: a few lines that say what came out, before or instead of the whole record."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+
+from secateur.core.names import shown
+from secateur.core.records import Record
+from secateur.core.words import perplexity_words
+from secateur.plan.quantity import words_of
+
+_SEEN = 0.0005  # a share below this is shown as none
+
+
+def answer(record: Record) -> list[str]:
+    """Return the lines for the record of `prune`, `eval`, `heal`, `pack` or `unpack`, or of a dry run."""
+    kind = "dry run" if record.get("dry_run") else record["command"]
+    lines = {"prune": _prune, "dry run": _dry_run, "eval": _eval, "heal": _heal}.get(kind)
+    return [] if lines is None else list(lines(record))
+
+
+def _prune(record: Record) -> Iterator[str]:
+    yield f"{_size(record)}, {_time(record)}"
+    yield f"{_how(record)}. {_loading(record)}"
+    yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
+
+
+def _dry_run(record: Record) -> Iterator[str]:
+    if record.get("params_after") is None:
+        yield "The size of the result depends on the text, so it is not known before the run."
+    elif "params_before" in record:
+        yield _size(record)
+    expected = [
+        _seconds(record["seconds_estimated"]) if record.get("seconds_estimated") is not None else "",
+        f"{_bytes(record['memory_bytes'])} of memory" if record.get("memory_bytes") is not None else "",
+        f"{_bytes(record['disk_bytes'])} of disk while it runs" if record.get("disk_bytes") is not None else "",
+    ]
+    if any(expected):
+        yield f"Expected, about: {', '.join(filter(None, expected))}. Nothing was written."
+
+
+def _eval(record: Record) -> Iterator[str]:
+    protocol, dense = record["ppl_protocol"], record.get("ppl_dense")
+    text = f"{shown(protocol['spec'])}, {protocol['windows']:,} windows of {protocol['seqlen']:,} tokens"
+    yield f"perplexity {_perplexities(dense, record['ppl'])} ({text}), {_time(record)}"
+    if record.get("method"):
+        yield f"{_size(record)}. {_how(record)}."
+    for task, result in (record.get("tasks") or {}).items():
+        metric = "acc" if result.get("acc") is not None else "acc_norm"
+        if result.get(metric) is not None:
+            error = result.get("stderr" if metric == "acc" else "stderr_norm")
+            yield f"{task}: accuracy {result[metric]:.3f}" + (f" \N{PLUS-MINUS SIGN} {error:.3f}" if error else "")
+    if shift := record.get("shift"):
+        yield (
+            f"Behaviour: the most likely token is the dense model's at {shift['top1_agreement']:.1%} of positions; KL "
+            f"divergence {shift['kl']:.3f} nats a token"
+        )
+    if record.get("method") and not record.get("heal"):
+        yield f"Next: {_next('heal', record['out'], '--out', record['out'] + '-healed')}"
+
+
+def _heal(record: Record) -> Iterator[str]:
+    yield f"perplexity {_perplexities(record.get('ppl_before'), record['ppl'])} by healing, {_time(record)}"
+    yield f"{_size(record)}. {_how(record)}."
+    yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
+
+
+def _size(record: Record) -> str:
+    """Parameters before and after, the shares removed and zeroed, and the bytes of the weights."""
+    before, after = record["params_before"], record["params_after"]
+    removed = 1 - after / before
+    zeroed = 1 - record["nonzero_after"] / after if record.get("nonzero_after") is not None else 0.0
+    parts = [
+        f"{_count(before)} -> {_count(after)} parameters ({_removed(removed)})"
+        if abs(removed) >= _SEEN
+        else f"{_count(after)} parameters",
+        f"{zeroed:.1%} of the weights zeroed" if zeroed >= _SEEN else "",
+        _change(record["bytes_before"], record["bytes_after"]) if record.get("bytes_after") else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _removed(share: float) -> str:
+    return f"{_percent(share)} removed" if share >= 0 else f"{_percent(-share)} added"
+
+
+def _how(record: Record) -> str:
+    """The method, and how much it was told to remove of what it removes from."""
+    share = record.get("sparsity_measured")
+    healed = " + LoRA" if record.get("heal") else ""
+    return f"{record['method']}{healed}" + (
+        "" if share is None else f": {_percent(share)} of {words_of(record.get('sparsity_of'))}"
+    )
+
+
+def _loading(record: Record) -> str:
+    if record["stock"]:
+        return "A stock model: it loads as the original does."
+    return "Loads with trust_remote_code=True, or after import secateur."
+
+
+def _perplexities(before: float | None, after: float) -> str:
+    return perplexity_words(after) if before is None else f"{perplexity_words(before)} -> {perplexity_words(after)}"
+
+
+def _next(command: str, *words: str) -> str:
+    return shlex.join(["secateur", command, *words])
+
+
+def _change(before: float, after: float) -> str:
+    old, new = _bytes(before), _bytes(after)
+    return new if old == new else f"{old} -> {new}"
+
+
+def _time(record: Record) -> str:
+    return _seconds(record["seconds"] + (record.get("seconds_before") or 0.0))
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}" if number < 100 * size else f"{number / size:.1f} {letter}"
+    return f"{number:,}"
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 100 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:,.0f} bytes"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"

@@ -1,0 +1,107 @@
+"""What a command prints first: a few lines that answer it. The record is there with --verbose and --json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from secateur.cli import app
+from secateur.cli.answer import answer
+
+RECORD: dict[str, Any] = {
+    "command": "prune",
+    "model": "org/model",
+    "method": "slicegpt",
+    "sparsity_measured": 0.25,
+    "sparsity_of": "width",
+    "params_before": 134_515_008,
+    "params_after": 100_886_256,
+    "nonzero_after": 100_886_256,
+    "bytes_before": 269_060_552,
+    "bytes_after": 201_785_888,
+    "stock": False,
+    "seconds": 125.3,
+    "out": "/runs/my model",
+}
+
+
+def run(*args: Any) -> str:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
+    assert answer(RECORD) == [
+        "134.5 M -> 100.9 M parameters (25.0% removed), 269 MB -> 202 MB, 2 min",
+        "slicegpt: 25.0% of the residual width. Loads with trust_remote_code=True, or after import secateur.",
+        "Next: secateur eval '/runs/my model' --against org/model",
+    ]
+    zeros = {
+        **RECORD,
+        "method": "wanda",
+        "sparsity_of": "weights",
+        "sparsity_measured": 0.5,
+        "params_after": 134_515_008,
+        "nonzero_after": 81_428_544,
+        "bytes_after": 269_060_552,
+        "stock": True,
+        "seconds": 3.2,
+    }
+    assert answer(zeros)[:2] == [
+        "134.5 M parameters, 39.5% of the weights zeroed, 269 MB, 3 s",
+        "wanda: 50.0% of the weights of the targeted matrices. A stock model: it loads as the original does.",
+    ]
+
+
+def test_a_larger_result_is_not_called_smaller() -> None:
+    (first, *_) = answer({**RECORD, "params_after": 140_000_000, "nonzero_after": 140_000_000})
+    assert first.startswith("134.5 M -> 140.0 M parameters (4.1% added)")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "under 1 s"), (89.0, "89 s"), (300.0, "5 min"), (9000.0, "2.5 h")]
+)
+def test_times_are_in_the_unit_that_people_plan_by(seconds: float, words: str) -> None:
+    assert answer({**RECORD, "seconds": seconds})[0].endswith(f", {words}")
+
+
+def test_commands_answer_and_print_the_record_when_it_is_asked_for(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    dense, out = saved("llama"), tmp_path / "out"
+    prune = ["prune", dense, "--method", "magnitude", "--pattern", "rows", "--sparsity", 0.5]
+    said = run(*prune, "--dry-run").splitlines()
+    assert said[0].endswith("% removed)")
+    assert said[1].endswith("Nothing was written.")
+    done = run(*prune, "--out", out).splitlines()
+    assert done[0].startswith(said[0]), "the dry run told the truth"
+    assert done[-1] == f"Next: secateur eval {out} --against {dense}"
+    measured = run("eval", out, "--text", ids_file, "--against", dense)
+    record = json.loads(run("eval", out, "--text", ids_file, "--against", dense, "--json"))
+    assert measured.startswith(f"perplexity {record['ppl_dense']:.2f} -> {record['ppl']:.2f} (ids.npy, 6 windows of 20")
+    assert "Behaviour: the most likely token is the dense model's at" in measured
+    assert "ppl_protocol" not in measured
+    assert "sparsity_measured" not in measured
+    assert "sparsity_measured" in run("eval", out, "--text", ids_file, "--verbose")
+    healed = run(
+        "heal",
+        out,
+        "--calibration",
+        ids_file,
+        "--text",
+        ids_file,
+        "--steps",
+        1,
+        "--samples",
+        2,
+        "--out",
+        tmp_path / "h",
+    )
+    assert healed.startswith(f"perplexity {record['ppl']:.2f} -> ")
+    assert "magnitude + LoRA: 50.0% of" in healed
