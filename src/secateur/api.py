@@ -299,6 +299,7 @@ def predict(
     metric: str | None = None,
     law: str | None = None,
     at: Sequence[float] = (),
+    params_removed: Sequence[float] = (),
     target_ppl: float | None = None,
     target_acc: float | None = None,
     chance: float | None = None,
@@ -313,6 +314,7 @@ def predict(
         metric: "ppl", the name of a task, or "TASK:acc_norm"; None takes perplexity if the points have it.
         law: a name from `secateur.predict.laws`, "best", or None for the paper's.
         at: sparsities in [0, 1); empty takes the measured ones.
+        params_removed: shares of all parameters to remove, in [0, 1), beside or instead of `at`.
         target_ppl: the perplexity not to exceed.
         target_acc: the accuracy not to fall below.
         chance: the accuracy of guessing on the task, if secateur does not know it.
@@ -343,7 +345,7 @@ def predict(
             f"{option} does not go with the metric {measured.metric}: add {missing}, or leave {option} out"
         )
     target = target_ppl if measured.kind == "ppl" else target_acc
-    fit, record = answer.predict(measured, law, at=at, target=target, dense_in_fit=dense_in_fit)
+    fit, record = answer.predict(measured, law, at=at, removed=params_removed, target=target, dense_in_fit=dense_in_fit)
     if plot is not None:
         from secateur.report import law_plots  # imported here: matplotlib takes a second to load
 

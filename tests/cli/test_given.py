@@ -30,6 +30,7 @@ VALUES = {
 NEEDS = {
     "prune": ["--dry-run"],
     "compare": ["--heal", "--bench"],
+    "sweep": ["--params-removed", "0.2"],
     "study modules": ["--dry-run"],
     "study disp-llm": ["--dry-run"],
     "predict": ["--spectrum", "model"],

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from secateur import api
 from secateur.cli import app
+from secateur.core import records
+from secateur.core.errors import UsageError
 
 DENSE = 5.0
 PROTOCOL = {
@@ -107,7 +109,7 @@ def test_the_contract_of_the_json(sweep: Path) -> None:
     assert answer["heldout_rmse"] == pytest.approx(0, abs=1e-12)
     assert [entry["sparsity"] for entry in answer["predictions"]] == [0.15, 0.25, 0.6]
     for entry in answer["predictions"]:
-        assert set(entry) == {"sparsity", "ppl", "low", "high", "extrapolated"}
+        assert set(entry) == {"sparsity", "params_removed", "ppl", "low", "high", "extrapolated"}
         assert entry["ppl"] == pytest.approx(paper(entry["sparsity"]))
         assert entry["low"] <= entry["ppl"] * (1 + 1e-9)
         assert entry["high"] >= entry["ppl"] * (1 - 1e-9)
@@ -312,7 +314,7 @@ def test_accuracy_of_a_task(tmp_path: Path) -> None:
     assert (answer["law"], answer["metric"], answer["chance"]) == ("log-ratio", "cloze", 0.25)
     assert (answer["a"], answer["b"]) == pytest.approx((-0.9, 0.01))
     assert answer["predictions"][0]["acc"] == pytest.approx(0.7 * math.exp(-0.9 * 0.25 + 0.01))
-    assert set(answer["predictions"][0]) == {"sparsity", "acc", "low", "high", "extrapolated"}
+    assert set(answer["predictions"][0]) == {"sparsity", "params_removed", "acc", "low", "high", "extrapolated"}
     assert answer["target"]["sparsity"] == pytest.approx((0.01 - math.log(0.6 / 0.7)) / 0.9)
     assert len(answer["published"]) == 8
     assert ask(file, "--metric", "cloze", "--law", "proportional")["b"] == 0.0
@@ -599,3 +601,64 @@ def test_plots_without_points_and_of_accuracy(tmp_path: Path) -> None:
 def test_a_plot_that_cannot_be_written(sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot write the plot to" in refused(sweep, "--plot", tmp_path / "file" / "law.png")[1]
+
+
+def sliced(tmp_path: Path) -> Path:
+    """Records of a narrower stream: the share removed is 1.2 s - 0.2 s^2 - 0.01, with adapters."""
+    for s in (0.0, 0.1, 0.2, 0.3, 0.4):
+        records.append(
+            tmp_path / "records.jsonl",
+            {
+                "command": "eval",
+                "model": "m",
+                "method": "slicegpt" if s else None,
+                "sparsity": s,
+                "sparsity_measured": s,
+                "pruning_ratio": 1.2 * s - 0.2 * s * s - 0.01 if s else 0.0,
+                "ppl": 10 * math.exp(s),
+                "out": f"/runs/{s}",
+            },
+        )
+    return tmp_path
+
+
+def test_a_share_of_the_parameters_is_turned_into_a_sparsity(tmp_path: Path) -> None:
+    record = api.predict([sliced(tmp_path)], at=[0.3], params_removed=[0.2, 0.5])
+    at, near, far = record["predictions"]
+    assert at["params_removed"] == pytest.approx(1.2 * 0.3 - 0.2 * 0.09 - 0.01)
+    for entry, wanted in ((near, 0.2), (far, 0.5)):
+        s = entry["sparsity"]
+        assert 1.2 * s - 0.2 * s * s - 0.01 == pytest.approx(wanted, abs=1e-4)
+        assert entry["params_removed"] == pytest.approx(wanted, abs=1e-4)
+    assert (near["extrapolated"], far["extrapolated"]) == (False, True)
+    target = api.predict([tmp_path], target_ppl=12.0)["target"]
+    s = target["sparsity"]
+    assert target["params_removed"] == pytest.approx(1.2 * s - 0.2 * s * s - 0.01)
+
+
+@pytest.mark.parametrize(
+    ("removed", "said"),
+    [
+        (1.0, r"--params-removed 1 is outside \[0, 1\)"),
+        (-0.1, r"--params-removed -0\.1 is outside"),
+        (0.995, r"--params-removed 0\.995: this pruning removes at most 0\.98"),
+    ],
+)
+def test_shares_that_no_sparsity_removes(removed: float, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        api.predict([sliced(tmp_path)], params_removed=[removed])
+
+
+def test_points_that_do_not_tell_the_share(tmp_path: Path) -> None:
+    (tmp_path / "points.csv").write_text("sparsity,ppl\n0,10\n0.2,12\n0.4,16\n0.6,30\n")
+    with pytest.raises(UsageError, match="these points do not tell how many parameters were removed"):
+        api.predict([tmp_path / "points.csv"], params_removed=[0.2])
+    assert api.predict([tmp_path / "points.csv"], at=[0.2])["predictions"][0]["params_removed"] is None
+
+
+def test_the_answer_comes_before_the_laws(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["predict", str(sliced(tmp_path)), "--params-removed", "0.2"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("20.0% of the parameters removed (sparsity 0.18): perplexity ")
+    result = CliRunner().invoke(app, ["predict", str(tmp_path), "--params-removed", "0,2"])
+    assert (result.exit_code, "--params-removed 2 is outside [0, 1)" in result.stderr) == (2, True)

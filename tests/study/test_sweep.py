@@ -61,3 +61,18 @@ def test_other_options_start_a_run_of_their_own(saved: Callable[..., Path], ids_
     status, stderr = run(*args, "--set", MORE, "--set", "lr=3e-3", "--resume")
     assert (status, "continuing" in stderr) == (0, False), stderr
     assert (tmp_path / "s" / "disp_llm-lr=1e-4-save_every=1-steps=2-0.3.partial").is_dir()
+
+
+def test_a_sweep_over_shares_of_the_parameters(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    args = ["sweep", saved("llama"), "--method", "magnitude", "--pattern", "columns", "--text", ids_file]
+    status, stderr = run(*args, "--params-removed", "0.1,0.2", "--out", tmp_path / "s")
+    assert status == 0, stderr
+    folders = sorted(path.name for path in (tmp_path / "s").iterdir() if path.is_dir())
+    assert folders == ["magnitude-columns-0.1-params", "magnitude-columns-0.2-params"]
+    assert " removed: ppl " in stderr
+    status, stderr = run(*args, "--params-removed", "0.1,0.2", "--out", tmp_path / "s", "--resume")
+    assert (status, stderr.count("already there")) == (0, 2)
+    status, stderr = run(*args, "--out", tmp_path / "t")
+    assert (status, "give --sparsity S,S,... or --params-removed R,R,..." in stderr) == (2, True)
+    status, stderr = run(*args, "--sparsity", 0.3, "--at-least", "--out", tmp_path / "t")
+    assert (status, "--at-least belongs to --params-removed" in stderr) == (2, True)

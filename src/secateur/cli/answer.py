@@ -8,16 +8,32 @@ from collections.abc import Iterator
 from secateur.core.names import shown
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
-from secateur.plan.quantity import words_of
 
 _SEEN = 0.0005  # a share below this is shown as none
 
 
 def answer(record: Record) -> list[str]:
-    """Return the lines for the record of `prune`, `eval`, `heal`, `pack` or `unpack`, or of a dry run."""
+    """Return the lines for the record of `prune`, `eval`, `heal` or `predict`, or of a dry run; none for others."""
     kind = "dry run" if record.get("dry_run") else record["command"]
-    lines = {"prune": _prune, "dry run": _dry_run, "eval": _eval, "heal": _heal}.get(kind)
+    lines = {"prune": _prune, "dry run": _dry_run, "eval": _eval, "heal": _heal, "predict": _predict}.get(kind)
     return [] if lines is None else list(lines(record))
+
+
+def how_much(record: Record) -> str:
+    """Return how much of a model is gone, for one line: `18.7% removed` of its parameters, `37.5% zeroed`, or both."""
+    gone = {"removed": removed_share(record), "zeroed": zeroed_share(record)}
+    return ", ".join(f"{_percent(share)} {word}" for word, share in gone.items() if abs(share) >= _SEEN)
+
+
+def removed_share(record: Record) -> float:
+    """Return the share of the parameters of the original that the result no longer has; below 0 if it has more."""
+    return float(1 - record["params_after"] / record["params_before"]) if record.get("params_before") else 0.0
+
+
+def zeroed_share(record: Record) -> float:
+    """Return the share of zeros among the parameters of the result."""
+    after, nonzero = record.get("params_after"), record.get("nonzero_after")
+    return 0.0 if not after or nonzero is None else float(1 - nonzero / after)
 
 
 def _prune(record: Record) -> Iterator[str]:
@@ -66,11 +82,31 @@ def _heal(record: Record) -> Iterator[str]:
     yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
 
 
+def _predict(record: Record) -> Iterator[str]:
+    what = "perplexity" if record["metric"] == "ppl" else f"accuracy on {record['metric']}"
+    value = "ppl" if "ppl" in (record["predictions"] or [{}])[0] or record["metric"] == "ppl" else "acc"
+    if not record.get("measured"):
+        return
+    for entry in record["predictions"]:
+        share = entry.get("params_removed")
+        amount = f"sparsity {entry['sparsity']:.3g}"
+        if share:
+            amount = f"{_percent(share)} of the parameters removed ({amount})"
+        ends = (
+            "" if entry["low"] is None else f" (95%: {_value(entry['low'], value)} to {_value(entry['high'], value)})"
+        )
+        doubt = ", beyond what was measured" if entry["extrapolated"] else ""
+        yield f"{amount}: {what} {_value(entry[value], value)}{ends}{doubt}"
+
+
+def _value(number: float, kind: str) -> str:
+    return perplexity_words(number) if kind == "ppl" else f"{number:.3f}"
+
+
 def _size(record: Record) -> str:
     """Parameters before and after, the shares removed and zeroed, and the bytes of the weights."""
     before, after = record["params_before"], record["params_after"]
-    removed = 1 - after / before
-    zeroed = 1 - record["nonzero_after"] / after if record.get("nonzero_after") is not None else 0.0
+    removed, zeroed = removed_share(record), zeroed_share(record)
     parts = [
         f"{_count(before)} -> {_count(after)} parameters ({_removed(removed)})"
         if abs(removed) >= _SEEN
@@ -87,6 +123,8 @@ def _removed(share: float) -> str:
 
 def _how(record: Record) -> str:
     """The method, and how much it was told to remove of what it removes from."""
+    from secateur.plan.quantity import words_of  # imported here: torch takes seconds, which --help need not wait for
+
     share = record.get("sparsity_measured")
     healed = " + LoRA" if record.get("heal") else ""
     return f"{record['method']}{healed}" + (

@@ -37,7 +37,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
     ("eval", EvalRequest): {},
     ("heal", HealRequest): {},
     ("bench", BenchRequest): {"batches": "--batch has them"},
-    ("sweep", Request): {**_SEVERAL, **_NO_RATIO},
+    ("sweep", Request): {**_SEVERAL, "params_removed": "--params-removed has several"},
     ("sweep", EvalRequest): {**_SEQLEN, **_DENSE_REVISION},
     ("compare", Request): {
         **_SEVERAL,

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, Option, echo
 
 from secateur.cli import options as opt
+from secateur.cli.answer import answer
 from secateur.cli.console import command, emit, show
 from secateur.cli.given import given
 from secateur.cli.parse import numbers, settings
@@ -38,6 +39,10 @@ def predict(
     at: Annotated[
         list[str] | None,
         Option(metavar="S,S,...", help="Sparsities to predict. Default: the measured ones."),
+    ] = None,
+    params_removed: Annotated[
+        list[str] | None,
+        Option(metavar="R,R,...", help="Shares of all parameters to remove: what would that cost?"),
     ] = None,
     target_ppl: Annotated[float | None, Option(help="Find the largest sparsity with this perplexity or less.")] = None,
     target_acc: Annotated[float | None, Option(help="Find the largest sparsity with this accuracy or more.")] = None,
@@ -73,7 +78,13 @@ def predict(
         sparsities = [s for part in at or [] for s in numbers(part, "--at")]
         filters = settings(where, "--where")
         if spectrum is not None:
-            unused = {"--law": law, "--metric": metric, "--target-acc": target_acc, "--plot": plot}
+            unused = {
+                "--params-removed": params_removed,
+                "--law": law,
+                "--metric": metric,
+                "--target-acc": target_acc,
+                "--plot": plot,
+            }
             _refuse(unused, "does not go with --spectrum, which has one law, for perplexity; leave it out")
             request = given(Request, "predict", locals(), model=spectrum, method="slicegpt")
             from secateur.cli.quiet_api import api
@@ -103,6 +114,7 @@ def predict(
                 metric=metric,
                 law=law,
                 at=sparsities,
+                params_removed=[r for part in params_removed or [] for r in numbers(part, "--params-removed")],
                 target_ppl=target_ppl,
                 target_acc=target_acc,
                 chance=chance,
@@ -114,6 +126,8 @@ def predict(
         if json:
             emit(record)
             return
+        for line in answer(record):
+            echo(line)
         show(*tables(record))
         for warning in record["warnings"]:
             say(f"warning: {warning}")

@@ -121,7 +121,10 @@ def study_modules(
 def study_disp_llm(
     model: opt.Model,
     out: Annotated[Path | None, Option(help="The folder for the checkpoints and records.jsonl.")] = None,
-    sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions of all parameters to remove.")] = "0.3,0.5",
+    sparsity: Annotated[
+        str,
+        Option("--params-removed", "--sparsity", metavar="R,R,...", help="The shares of all parameters to remove."),
+    ] = "0.3,0.5",
     parts: Annotated[
         str,
         Option(help="Parts of the study, separated by commas; an unknown name lists all of them. Default: all."),

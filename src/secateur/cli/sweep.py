@@ -8,9 +8,11 @@ from typing import Annotated
 from typer import Option
 
 from secateur.cli import options as opt
+from secateur.cli.answer import how_much
 from secateur.cli.console import RESUME, command, print_records
 from secateur.cli.given import given
 from secateur.cli.parse import folder_for_calibration, folder_for_tasks, names, numbers, settings
+from secateur.core.errors import UsageError
 from secateur.core.progress import say
 from secateur.core.words import perplexity_words
 from secateur.requests import EvalRequest, Request
@@ -20,7 +22,15 @@ def sweep(
     model: opt.Model,
     out: Annotated[Path, Option(help="The folder for the checkpoints and records.jsonl.")],
     method: Annotated[str, Option(help="A method; `secateur methods` lists them.")],
-    sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions to remove, in [0, 1).")],
+    params_removed: Annotated[
+        str | None,
+        Option(metavar="R,R,...", help="The shares of all parameters to remove, each to the nearest step."),
+    ] = None,
+    at_least: opt.AtLeast = Request.at_least,
+    sparsity: Annotated[
+        str | None,
+        Option(metavar="S,S,...", help="The fractions to remove of what the method removes from, in [0, 1)."),
+    ] = None,
     modules: opt.Modules = Request.modules,
     pattern: opt.Pattern = Request.pattern,
     calibration: opt.Calibration = Request.calibration,
@@ -65,12 +75,18 @@ def sweep(
             against_revision=revision,
             include_path=folder_for_tasks(include_path, calibration, tasks),
         )
-        sparsities = numbers(sparsity, "--sparsity")
+        if sparsity is None and params_removed is None:
+            raise UsageError("give --sparsity S,S,... or --params-removed R,R,...")
+        if at_least and params_removed is None:
+            raise UsageError("--at-least belongs to --params-removed R: add it")
+        sparsities = [] if sparsity is None else numbers(sparsity, "--sparsity")
+        ratios = [] if params_removed is None else numbers(params_removed, "--params-removed")
         from secateur.cli.quiet_api import api
 
         measured = []
         writing = {"resume": resume, "overwrite": overwrite}
-        for record in api.sweep(request, sparsities, out, measure, records_file=records, **writing):
+        for record in api.sweep(request, sparsities, out, measure, ratios=ratios, records_file=records, **writing):
             measured.append(record)
-            say(f"{record.get('method') or 'dense'} {record.get('sparsity')}: ppl {perplexity_words(record['ppl'])}")
+            about = f"{record['method']} {how_much(record)}" if record.get("method") else "dense"
+            say(f"{about}: ppl {perplexity_words(record['ppl'])}")
         print_records(measured, as_json=json)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.cli.answer import removed_share, zeroed_share
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
 from secateur.evaluate.flow import ranges
@@ -51,14 +52,14 @@ def runs_table(found: Sequence[Record]) -> Table:
     """Return a table of evaluations, one line per record."""
     tasks = list(dict.fromkeys(task for record in found for task in record.get("tasks") or {}))
     with_shift = any(record.get("shift") for record in found)
-    headings = ["method", "pattern", "sparsity", "params M", "nonzero M", "PPL"]
+    headings = ["method", "pattern", "removed", "zeroed", "sparsity", "PPL"]
     table = Table(*headings, *tasks, *(["KL", "top-1"] if with_shift else []))
     for record in found:
         row = [
             f"{record.get('method') or 'dense'}{' + LoRA' if record.get('heal') else ''}",
             _pattern(record),
+            *(f"{share:.1%}" for share in (removed_share(record), zeroed_share(record))),
             f"{record.get('sparsity_measured') or 0:.3f}",
-            *(f"{record[key] / 1e6:.3f}" if record.get(key) else "" for key in ("params_after", "nonzero_after")),
             perplexity_words(record["ppl"]),
         ]
         accuracies = [((record.get("tasks") or {}).get(task) or {}).get("acc") for task in tasks]

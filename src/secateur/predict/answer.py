@@ -24,6 +24,7 @@ def predict(
     law: str | None = None,
     *,
     at: Sequence[float] = (),
+    removed: Sequence[float] = (),
     target: float | None = None,
     dense_in_fit: bool = False,
 ) -> tuple[Prediction, Record]:
@@ -31,7 +32,8 @@ def predict(
 
     Args:
         points, law, dense_in_fit: see `choose`.
-        at: sparsities in [0, 1); empty takes the measured ones.
+        at: sparsities in [0, 1); empty, and without `removed`, takes the measured ones.
+        removed: shares of all parameters to remove, instead of sparsities.
         target: the perplexity not to exceed, or the accuracy not to fall below.
 
     Returns:
@@ -42,9 +44,11 @@ def predict(
     for s in at:
         if not 0 <= s < 1:
             raise UsageError(f"--at {s:g} is outside [0, 1)")
-    sparsities = list(at) or (list(points.s) or list(_NO_POINTS_AT)) * (target is None)
-    answers = [_at(prediction.chosen, s) for s in sparsities]
+    sparsities = [*at, *map(points.sparsity_for, removed)] or (list(points.s) or list(_NO_POINTS_AT)) * (target is None)
+    answers = [_at(prediction.chosen, s) | _removed(points, s) for s in sparsities]
     target_answer = None if target is None else _aim(prediction.chosen, target)
+    if target_answer is not None and target_answer["sparsity"] is not None:
+        target_answer |= _removed(points, target_answer["sparsity"])
     chosen, constants = prediction.chosen, prediction.chosen.named()
     record: Record = {
         "command": "predict",
@@ -102,6 +106,12 @@ def _at(fit: Fit, s: float) -> Record:
         "high": None if ends is None else float(ends[1][0]),
         "extrapolated": fit.extrapolates(s),
     }
+
+
+def _removed(points: Points, s: float) -> Record:
+    """The share of all parameters that a sparsity removes, if the points tell."""
+    shares = points.removed_at(np.array([s]))
+    return {"params_removed": None if shares is None else float(shares[0])}
 
 
 def _aim(fit: Fit, target: float) -> Record:

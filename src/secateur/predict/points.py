@@ -40,12 +40,14 @@ class Point:
         value: perplexity or accuracy.
         stderr: standard error of an accuracy, if it was measured.
         place: the file and line, or the folder, that it comes from, for messages.
+        removed: the share of all parameters that was removed, if it is known.
     """
 
     s: float
     value: float
     stderr: float | None = None
     place: str = ""
+    removed: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,7 @@ class Points:
         dense: the value of the dense model.
         s, values: pruned points, float64 [N].
         chance: the accuracy of guessing; None if unknown, and for perplexity.
+        removed: the share of all parameters that each pruned point has lost, float64 [N]; None if it is not known.
         about: model, method and so on, for titles; empty for a CSV.
         warnings: points that were left out, and values that look odd.
     """
@@ -68,6 +71,41 @@ class Points:
     chance: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    removed: Array | None = None
+
+    def removed_at(self, sparsities: Array) -> Array | None:
+        """The share of all parameters that each sparsity removes [N]; None if the points do not tell.
+
+        It is a polynomial of degree two in the sparsity at most (a narrower residual stream has adapters, whose size is
+        a square), through the measured points.
+        """
+        if self.removed is None or not (self.removed > 0).any():
+            return None
+        s, removed = self.s, self.removed
+        if len(s) == 1:
+            s, removed = np.append(0.0, s), np.append(0.0, removed)
+        shares: Array = np.polyval(np.polyfit(s, removed, min(2, len(s) - 1)), sparsities).astype(np.float64)
+        return shares
+
+    def sparsity_for(self, removed: float) -> float:
+        """The sparsity that removes this share of all parameters.
+
+        Raises:
+            UsageError: the points do not tell, or no sparsity below 1 removes as much.
+        """
+        if not 0 <= removed < 1:
+            raise UsageError(f"--params-removed {removed:g} is outside [0, 1)")
+        grid = np.linspace(0.0, 0.999, 1000)
+        if (shares := self.removed_at(grid)) is None:
+            raise UsageError(
+                "--params-removed: these points do not tell how many parameters were removed (weights were zeroed, or "
+                "they come from a CSV); use --at S"
+            )
+        start = int(shares.argmin())  # adapters make small sparsities add parameters
+        rising = np.maximum.accumulate(shares[start:])
+        if removed > rising[-1]:
+            raise UsageError(f"--params-removed {removed:g}: this pruning removes at most {rising[-1]:.3f}")
+        return float(np.interp(removed, rising, grid[start:]))
 
     @property
     def kind(self) -> Kind:
@@ -153,7 +191,11 @@ def make_points(
     distinct.sort(key=lambda point: point.s)
     _note_non_monotone([dense, *distinct], metric, warnings)
     s, values = (np.array([getattr(point, name) for point in distinct], dtype=np.float64) for name in ("s", "value"))
-    return Points(metric, dense.value, s, values, chance if metric != "ppl" else None, about or {}, tuple(warnings))
+    removed = [point.removed for point in distinct]
+    known = np.array(removed, dtype=np.float64) if removed and None not in removed else None
+    return Points(
+        metric, dense.value, s, values, chance if metric != "ppl" else None, about or {}, tuple(warnings), known
+    )
 
 
 def _check_ppl(point: Point) -> None:
@@ -447,6 +489,7 @@ def _reader(records_read: list[Record], metric: str | None) -> tuple[str, Callab
             float(value),
             task.get("stderr_norm" if variant == "acc_norm" else "stderr"),
             _place(record),
+            record.get("pruning_ratio"),
         )
 
     return metric, read

@@ -26,6 +26,7 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     records_file: Path | None = None,
+    ratios: Sequence[float] = (),
 ) -> Iterator[Record]:
     """Prune at several sparsities, the lowest first, and measure each, and the dense model before them.
 
@@ -39,8 +40,14 @@ def sweep(
         resume: leave what is finished as it is; with `overwrite`, do again what was made with other settings.
         overwrite: replace checkpoints that are there.
         records_file: where records go instead.
+        ratios: shares of all parameters to remove (`--params-removed`), beside or instead of sparsities.
     """
     requests = {point_name(request, s): replace(request, sparsity=s) for s in sorted(sparsities) if s != 0}
+    requests |= {
+        f"{point_name(request, ratio)}-params": replace(request, sparsity=None, params_removed=ratio)
+        for ratio in sorted(ratios)
+        if ratio != 0
+    }
     measure = replace(measure, model=request.model, revision=request.revision)
     how = {"resume": resume, "overwrite": overwrite}
     yield from prune_and_measure(requests, out, measure, records_file=records_file, **how)
