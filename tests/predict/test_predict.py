@@ -661,4 +661,4 @@ def test_the_answer_comes_before_the_laws(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("20.0% of the parameters removed (sparsity 0.18): perplexity ")
     result = CliRunner().invoke(app, ["predict", str(tmp_path), "--params-removed", "0,2"])
-    assert (result.exit_code, "--params-removed 2 is outside [0, 1)" in result.stderr) == (2, True)
+    assert (result.exit_code, "--params-removed: 2 is outside [0, 1)" in result.stderr) == (2, True), result.stderr

@@ -52,6 +52,8 @@ def estimate(prepared: Prepared) -> Record:
         "pruning_ratio": None if after is None else 1 - after / before,
         "calibration_tokens": tokens,
         "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
+        "bytes_before": prepared.checkpoint.weight_bytes(),
+        "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored,
         "seconds_estimated": _training_seconds(prepared, tokens) if _trains(prepared) else round(seconds, 1),
     }
