@@ -131,6 +131,7 @@ def test_prompts_of_the_command_line_and_of_a_file(tmp_path: Path) -> None:
         ([], 2, "there is no prompt: give --prompt"),
         (["def main():"], 2, "'def main():' is in the place of the dense model"),
         (["--prompt", "  "], 2, "--prompt is empty"),
+        (["--prompt", "caf\udce9"], 2, "--prompt 'caf\\udce9': not UTF-8 text"),
         (["--prompts", "nowhere.txt"], 2, "--prompts nowhere.txt: does not exist"),
         (["--prompts", "."], 2, "is a folder"),
         (["--prompts", "{latin}"], 2, "not UTF-8 text (byte 1)"),

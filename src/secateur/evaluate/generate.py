@@ -211,6 +211,10 @@ def _read_prompts(request: GenerateRequest) -> list[str]:
     given = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
     if any(not prompt.strip() for prompt in given):
         raise UsageError('--prompt is empty: give a text to go on from, as in --prompt "Once upon a time"')
+    if broken := [prompt for prompt in given if any("\ud800" <= c <= "\udfff" for c in prompt)]:
+        raise UsageError(
+            f"--prompt {broken[0]!a}: not UTF-8 text; write it in UTF-8, or put it into a file for --prompts"
+        )
     if request.prompts is not None:
         given += _lines(Path(request.prompts).expanduser())
     if not given:
@@ -220,7 +224,7 @@ def _read_prompts(request: GenerateRequest) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
-    if not file.is_file():
+    if file.is_dir() or not file.exists():  # a pipe is as good as a file
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UsageError(f"--prompts {file}: {what}; give a text file with one prompt a line")
     try:
