@@ -25,6 +25,7 @@ from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
 from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
+from secateur.evaluate.generate import generate
 from secateur.evaluate.size import inspect
 from secateur.evaluate.throughput import bench
 from secateur.heal.heal import heal
@@ -48,7 +49,15 @@ from secateur.prune.prepare import prepare
 from secateur.prune.run import STATES, prune
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
-from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, ModulesRequest, Request
+from secateur.requests import (
+    BenchRequest,
+    CompareRequest,
+    EvalRequest,
+    GenerateRequest,
+    HealRequest,
+    ModulesRequest,
+    Request,
+)
 from secateur.study.compare import Compared, compare
 from secateur.study.disp_llm import estimate as estimate_study_disp_llm
 from secateur.study.disp_llm import run as study_disp_llm
@@ -64,6 +73,7 @@ __all__ = [
     "Compared",
     "EvalRequest",
     "Flow",
+    "GenerateRequest",
     "HealRequest",
     "ModulesRequest",
     "Plan",
@@ -79,6 +89,7 @@ __all__ = [
     "estimate_study_modules",
     "evaluate",
     "find_method",
+    "generate",
     "heal",
     "inspect",
     "inspect_flow",

@@ -165,6 +165,38 @@ class BenchRequest:
 
 
 @dataclass(frozen=True)
+class GenerateRequest:
+    """The settings of `generate`, with the defaults of the command line.
+
+    Attributes:
+        model: a folder (pruned or not), a hub name, or `bundled`.
+        dense: a model whose text is put beside; None writes with `model` alone.
+        prompt: the texts to go on from, or one text.
+        prompts: a file with more of them, one a line; empty lines are skipped.
+        chat: put each prompt into the chat template of the tokenizer, as a message of the user, if it has one.
+        new: the largest number of tokens to write after each prompt.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        top_p: draw from the likeliest tokens that have this share of the probability together.
+        seed: the seed of the draws, the same for every prompt and model.
+        revision, dense_revision: the hub revisions of the two models.
+    """
+
+    model: str
+    dense: str | None = None
+    prompt: Sequence[str] = ()
+    prompts: str | Path | None = None
+    chat: bool = True
+    new: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    revision: str | None = None
+    dense_revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
 class ModulesRequest:
     """The settings of `study modules`, with the defaults of the command line: what it varies and how it runs.
 

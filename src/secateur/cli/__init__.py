@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import typer
 
-from secateur.cli import compare, demo, evaluate, heal, inspect, pack, predict, prune, study, sweep
+from secateur.cli import compare, demo, evaluate, generate, heal, inspect, pack, predict, prune, study, sweep
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, measure what it cost, and ship the result.",
@@ -24,6 +24,7 @@ studies = typer.Typer(help="Studies: many runs that answer one question, each ru
 
 app.command()(prune.prune)
 app.command(name="eval")(evaluate.evaluate)
+app.command()(generate.generate)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
 app.command()(heal.heal)

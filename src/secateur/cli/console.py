@@ -17,7 +17,7 @@ from secateur.core.progress import say
 from secateur.core.torchrun import refuse_command, speaks
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from secateur.core.records import Record
 
@@ -76,7 +76,7 @@ def _stop(line: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def show(*parts: Table | str) -> None:
+def show(*parts: RenderableType) -> None:
     """Print tables and lines for people."""
     from rich.console import Console
 
@@ -100,13 +100,14 @@ def print_record(record: Record, *, as_json: bool, verbose: bool = False) -> Non
         emit(record)
         return
     from secateur.cli.answer import answer
-    from secateur.cli.terminal import record_table
+    from secateur.cli.terminal import record_table, sample_parts
 
     lines = answer(record)
     if verbose or not lines:
         show(record_table(record))
     for line in lines:
         typer.echo(line)
+    show(*sample_parts(record))
 
 
 def print_records(records: list[Record], *, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.requests import BenchRequest, EvalRequest, HealRequest, Request
+from secateur.requests import BenchRequest, EvalRequest, GenerateRequest, HealRequest, Request
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,6 +36,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
     ("prune", Request): {},
     ("eval", EvalRequest): {},
     ("heal", HealRequest): {},
+    ("generate", GenerateRequest): {},
     ("bench", BenchRequest): {"batches": "--batch has them"},
     ("sweep", Request): {**_SEVERAL, "params_removed": "--params-removed has several"},
     ("sweep", EvalRequest): {**_SEQLEN, **_DENSE_REVISION},

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from secateur.cli.answer import removed_share, zeroed_share
 from secateur.core.records import Record
@@ -18,6 +22,13 @@ from secateur.models.runtime import SELECT_FORMS
 from secateur.report.modules import Study, rows
 from secateur.report.tables import Table as Cells
 
+_SHIFT = {
+    "against": "shift from",
+    "kl": "KL, nats a token",
+    "top1_agreement": "top-1 agreement",
+    "repetition": "repetition",
+    "repetition_dense": "repetition, dense",
+}  # fmt: skip
 _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version", "allocation")
 
 
@@ -28,9 +39,70 @@ def record_table(record: Record) -> Table:
         if key == "tasks":
             for task, result in value.items():
                 table.add_row(task, _task(result))
+        elif key == "shift" and value is not None:
+            for name in _SHIFT:
+                if value.get(name) is not None:
+                    table.add_row(_SHIFT[name], escape(_text(value[name])))
         elif key not in _NOT_SHOWN and value is not None:
-            table.add_row(key, _text(value))
+            table.add_row(key, escape(_text(value)))
     return table
+
+
+def sample_parts(record: Record) -> list[RenderableType]:
+    """Return the sample of text in the shift of an evaluation, to print below its table; empty without one."""
+    shift = record.get("shift") or {}
+    if shift.get("sample") is None:
+        return []
+    name = Path(str(record.get("out") or record["model"])).name
+    return _written(
+        "the prompt, from the text of the evaluation",
+        shift.get("prompt") or "",
+        {name: shift["sample"], _dense(shift.get("against"), name): shift.get("sample_dense") or ""},
+    )
+
+
+def generated_parts(record: Record) -> list[RenderableType]:
+    """Return what `generate` prints: each prompt, the text of the model, and that of the dense model."""
+    name = Path(record["model"]).name or record["model"]
+    names = {"": name} | ({"_dense": _dense(record["dense"], name)} if record["dense"] is not None else {})
+    parts: list[RenderableType] = []
+    for index, entry in enumerate(record["texts"], start=1):
+        heading = "prompt" if len(record["texts"]) == 1 else f"prompt {index} of {len(record['texts'])}"
+        texts = {}
+        for ending, shown in names.items():
+            tokens = entry[f"tokens{ending}"]
+            about = [shown, f"{tokens:,} token{'' if tokens == 1 else 's'}"]
+            texts[", ".join([*about, "chat"] if record[f"chat{ending}"] else about)] = entry[f"text{ending}"]
+        parts += _written(heading, entry["prompt"], texts)
+    return parts
+
+
+def _dense(against: str | None, other: str) -> str:
+    """Return the name of the dense model, which must not read like that of the model beside it."""
+    name = Path(against or "").name or "dense model"
+    return f"{against} (dense)" if name == other else f"{name} (dense)"
+
+
+def _written(heading: str, prompt: str, texts: Mapping[str, str]) -> list[RenderableType]:
+    """Return a prompt and the texts of models, one below the other, each indented under its name.
+
+    Below each other, not side by side: half of 80 columns breaks most lines of code.
+    """
+    parts: list[RenderableType] = []
+    for name, text in {heading: prompt, **texts}.items():
+        lines = _printable(text).strip("\n")
+        parts += [
+            Text(name, style="bold"),
+            Padding(Text(lines if lines.strip() else "(no text)"), (0, 0, 1, 2), expand=False),
+        ]
+    return parts
+
+
+def _printable(text: str) -> str:
+    """Return the text with escapes in place of characters that would move the cursor or colour the terminal."""
+    return "".join(
+        c if c in "\n\t" or not unicodedata.category(c).startswith("C") else repr(c)[1:-1] for c in text
+    ).expandtabs(4)
 
 
 def _task(result: Record) -> str:

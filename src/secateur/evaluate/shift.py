@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError
 from secateur.core.progress import track
+from secateur.evaluate.generate import write_on
 from secateur.evaluate.perplexity import equal_batches
 from secateur.models.loss import head_of, hidden_states, positions_a_chunk
 
@@ -83,20 +84,10 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[
     return math.fsum(kl), agreement, tokens
 
 
-@torch.inference_mode()
 def _continue(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
     """Return greedy continuations, [B, new]. Generation does not stop at an end of text, so all are equally long."""
     new = min(NEW_TOKENS, model.config.max_position_embeddings - prompts_BT.shape[1])
-    prompts_BT = prompts_BT.to(model.device)
-    out: Tensor = model.generate(  # type: ignore[operator]  # transformers mixes it in
-        prompts_BT,
-        attention_mask=torch.ones_like(prompts_BT),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[:, prompts_BT.shape[1] :].cpu()
+    return write_on(model, prompts_BT, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
 
 
 def repetition_rate(ids_BT: Tensor) -> float:

@@ -100,8 +100,11 @@ class Checkpoint:
             digest.update(self.read(name).flatten()[:_BEGINNING].contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, instead: str = "give token ids (.npy or .safetensors) as text") -> PreTrainedTokenizerBase:
         """Return the tokenizer.
+
+        Args:
+            instead: what to do without one, for the message.
 
         Raises:
             SecateurError: the folder has no tokenizer that works.
@@ -112,8 +115,7 @@ class Checkpoint:
             return tokenizer
         except Exception as error:
             raise SecateurError(
-                f"{self.name}: no tokenizer that transformers can load ({_reason(error)}); "
-                "give token ids (.npy or .safetensors) as text"
+                f"{self.name}: no tokenizer that transformers can load ({_reason(error)}); {instead}"
             ) from error
 
     def weight_bytes(self) -> int:
