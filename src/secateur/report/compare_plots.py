@@ -36,7 +36,7 @@ _COLOURS = (*COLOURS, "#000000", "#8C6D31", "#7F7F7F")  # a comparison has more 
 
 @dataclass(frozen=True)
 class _Point:
-    """A result: its method, its level (a number and a text), its perplexity or inf, and whether it is after recovery."""
+    """A result: its method, its level (a number and a text), its perplexity or inf, and whether it was healed."""
 
     name: str
     at: float

@@ -185,7 +185,7 @@ def logarithmic(axes: Axes, span: float) -> None:
 
 
 class Percent(Formatter):
-    """Fractions as percentages, with as many decimals as it takes for no two ticks to read the same."""
+    """Fractions as percentages, with as many decimals as the ticks have: no two read the same, and 12.5% is not 12%."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """The label of one value, which has no neighbours to differ from."""
@@ -195,7 +195,8 @@ class Percent(Formatter):
         """The labels of all ticks."""
         for decimals in range(5):
             labels = [f"{round(100 * value, decimals) + 0.0:.{decimals}f}%" for value in values]  # + 0.0: no "-0%"
-            if len(set(labels)) == len({round(value, 9) for value in values}):
+            exact = all(abs(round(100 * value, decimals) - 100 * value) < 1e-6 for value in values)
+            if exact and len(set(labels)) == len({round(value, 9) for value in values}):
                 break
         return labels
 
