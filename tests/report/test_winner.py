@@ -58,7 +58,7 @@ def test_what_was_asked_apart_is_compared_within_two_points() -> None:
 
 def test_a_run_that_went_astray_is_named_and_one_that_lies_near_joins() -> None:
     found = compared(*THREE, removed("coarse", 0.125, 25.0, 0.25), removed("other", 0.255, 99.0))[0]
-    assert [entry.label for entry in found.entries][0] == "other"
+    assert found.entries[0].label == "other"
     said = words.finding(found, None)
     assert "not compared since more than two points away: coarse (12.5%)" in said
     assert "Not asked for 25%, and compared since within two points: other." in said
