@@ -47,6 +47,7 @@ from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import prepare
 from secateur.prune.run import STATES, prune
+from secateur.report import find as report_find
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
 from secateur.requests import (
@@ -89,6 +90,7 @@ __all__ = [
     "estimate_study_modules",
     "evaluate",
     "find_method",
+    "find_records",
     "generate",
     "heal",
     "inspect",
@@ -288,6 +290,11 @@ def _stored(
     }
     records.append(records_file or out.parent / "records.jsonl", record)
     return record
+
+
+def find_records(paths: Sequence[Path]) -> list[records.Record]:
+    """The records of files and folders, as `secateur report` finds them: see `report.find`."""
+    return report_find.find_records(paths)
 
 
 def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pruning report") -> list[Path]:

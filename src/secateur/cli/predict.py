@@ -141,17 +141,26 @@ def _refuse(values: Mapping[str, object], why: str) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], Argument(metavar="RUNS", help="Records files, or folders that hold records.jsonl.")],
+    runs: Annotated[
+        list[Path],
+        Argument(
+            metavar="RUNS",
+            help="The folder of a sweep or comparison, of one checkpoint, or of several sweeps; or a records file.",
+        ),
+    ],
     out: Annotated[Path, Option(help="The HTML page to write; the plots go beside it.")] = Path("report.html"),
     json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Write one HTML page, and plots, from records."""
+    """Write one HTML page, and plots, from records.
+
+    A folder stands for its own records.jsonl. A checkpoint without one stands for the records in its parent that are
+    about it, with the dense model; any other folder for every records.jsonl one level below.
+    """
     with command(debug):
         from secateur.cli.quiet_api import api
-        from secateur.core import records
 
-        written = api.write_report(records.read(runs), out)
+        written = api.write_report(api.find_records(runs), out)
         for path in written:
             say(str(path))
         if json:

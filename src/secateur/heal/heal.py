@@ -145,7 +145,7 @@ def heal(
         "version": records.version(),
         **{key: value for key, value in prepared.plan.items() if key not in ("format", "blocks")},
         **facts,
-        "healed": prepared.request.model,
+        "healed": str(source.absolute()) if (source := Path(prepared.request.model)).is_dir() else str(source),
         "ppl_protocol": protocol_facts(prepared.protocol, prepared.held_out),
         "device": settings["device"],
         "dtype": settings["dtype"],

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from secateur.report import words
 from secateur.report.layers import Layers
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture, plain, png
 
 MAXIMUM = 6
 _SHARES = (0, 0.25, 0.5, 0.75, 1)
@@ -48,9 +48,7 @@ def block_removal(layers: Sequence[Layers], labels: Sequence[str]) -> Picture | 
         axes.set_visible(False)
     drawn = [(image, axes) for image, axes in zip(images, panels, strict=False) if image is not None]
     if drawn:
-        bar = figure.colorbar(
-            drawn[0][0], ax=list(panels), format=PercentFormatter(1.0, decimals=0), shrink=0.9, pad=0.02
-        )
+        bar = figure.colorbar(drawn[0][0], ax=list(panels), format=Percent(), shrink=0.9, pad=0.02)
         bar.set_label("removed", fontsize=8)
         bar.ax.tick_params(labelsize=8)
     return Picture(
@@ -149,7 +147,7 @@ def _widths(axes: Axes, plan: Layers) -> None:
     axes.set_ylim(0, 1.18 if few else 1.6)
     axes.set_yticks(_SHARES)
     axes.set_ylabel("kept", fontsize=8)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(Percent())
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(

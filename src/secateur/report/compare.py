@@ -16,7 +16,8 @@ from typing import Any
 from secateur.core.records import Record
 from secateur.report import words
 from secateur.report.published import PublishedTable, published
-from secateur.report.rows import Row, as_number, seconds_of, task_names
+from secateur.report.rows import Row, as_number, seconds_of, source_of, task_names
+from secateur.report.series import NEAR
 from secateur.report.tables import Cell, Column, Table, table
 
 _NEAR = 0.03
@@ -179,7 +180,8 @@ def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | No
     taken = [row.pruning]
     if row.get("heal"):
         healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
-        sources = {record.get("healed") for record in healing}
+        places = {str(r["out"]) for r in records if r.get("out")}
+        sources = {source_of(record, places) for record in healing} - {None}
         taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
     seconds, peaks = (
         [v for record in taken if (v := value(record)) is not None]
@@ -203,10 +205,11 @@ def _cell(text: str | None, exact: float | None) -> Cell | None:
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """The notes below the table: unequal ratios that stand together, and the sources of published numbers."""
-    if any(asked_elsewhere(row) is not None for row in rows):
+    away = [(row.number("pruning_ratio") or 0.0) - asked for row in rows if (asked := asked_elsewhere(row))]
+    if away:
         yield (
-            "A ratio with 'asked' beside it is more than a point away from it: whole units go, so it could not be "
-            "had. Do not compare that row."
+            "A ratio with 'asked' beside it is more than a point away from it: whole units go, so it could not be had."
+            + (" Do not compare a row that is more than two points away." if max(map(abs, away)) > NEAR else "")
         )
     levels: dict[float, list[Row]] = {}
     for row in rows:

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from secateur.report import words
-from secateur.report.plots import COLOURS, DENSE, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
+from secateur.report.plots import (
+    COLOURS,
+    DENSE,
+    DPI,
+    GRID,
+    MARKERS,
+    Far,
+    Percent,
+    Picture,
+    legend,
+    plain,
+    png,
+    room,
+    scale,
+)
 from secateur.report.rows import Row
 
-_FAR = 10  # times the lowest perplexity: such a model is of no use
+_TALL = 10  # times the lowest bar: what is taller is cut off, with its value, so that the others can be told apart
 _FEW = 3  # levels of sparsity: more of them are curves, which the report has anyway
 _COLOURS = (*COLOURS, "#000000", "#8C6D31", "#7F7F7F")  # a comparison has more curves than other plots
 
 
 @dataclass(frozen=True)
 class _Point:
-    """A result: its method, its level (a number and a text), its perplexity, and whether it is after recovery."""
+    """A result: its method, its level (a number and a text), its perplexity or inf, and whether it was healed."""
 
     name: str
     at: float
@@ -39,18 +53,20 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
     dense = next((row.ppl for row in rows if row.dense), None)
     removed, zeroed = [], []
     for row in rows:
-        if row.dense or row.ppl is None or row.get("modules"):
+        ppl = math.inf if row.diverged else row.ppl
+        if row.dense or ppl is None or row.get("modules"):
             continue
         method, pattern, healed = str(row.get("method")).partition(" + ")[0], row.get("pattern"), bool(row.get("heal"))
         if ratio := row.number("pruning_ratio"):
-            removed.append(_Point(" ".join(filter(None, (method, pattern))), ratio, f"{ratio:.0%}", row.ppl, healed))
+            removed.append(_Point(" ".join(filter(None, (method, pattern))), ratio, f"{100 * ratio:.3g}%", ppl, healed))
         elif pattern and row.sparsity:
             zeroed.append(
-                _Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", row.ppl, healed)
+                _Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", ppl, healed)
             )
     methods = dict.fromkeys(_method(name) for name in [*_best_first(removed), *_best_first(zeroed)])
     colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has the same colour in both plots
     drawn = []
+    removed, zeroed = (points if any(math.isfinite(p.ppl) for p in points) else [] for points in (removed, zeroed))
     if len({point.name for point in removed}) > 1:
         drawn.append(_curves(removed, dense, colours))
     if len({point.name for point in zeroed}) > 1 and len({point.where for point in zeroed}) <= _FEW:
@@ -62,7 +78,11 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
     figure, axes = _figure("What removing parameters costs", height=5)
     for name, marker in zip(_best_first(points), itertools.cycle(MARKERS)):
         for healed in (False, True):
-            own = sorted((point.at, point.ppl) for point in points if point.name == name and point.healed == healed)
+            own = sorted(
+                (point.at, point.ppl)
+                for point in points
+                if point.name == name and point.healed == healed and math.isfinite(point.ppl)
+            )
             colour = colours[_method(name)]
             line, fill, label = ("--", "white", None) if healed else ("-", colour, plain(name))
             axes.plot(
@@ -76,21 +96,22 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
                 label=label,
             )
     axes.set_xlabel("share of all parameters removed, measured")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     caption = (
         "Results of one model under one protocol, at the share of all parameters that the written checkpoint lacks."
     )
     if any(point.healed for point in points):
         axes.plot([], [], "--", color="#777777", marker="o", markerfacecolor="white", label="after recovery (LoRA)")
         caption += " Dashed and hollow: after recovery with low-rank adapters."
-    values = [point.ppl for point in points] + ([] if dense is None else [dense])
-    low, high = min(values), max(values)
-    if high > _FAR * low:
-        axes.set_ylim(low / 1.1, _FAR * low)
-        caption += f" Above {_FAR} times the lowest perplexity nothing is drawn."
-    if wide := high > 3 * low:
-        logarithmic(axes, min(high / low, _FAR))
-    _finish(axes, dense, "perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
+    if dense is not None:
+        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
+    room(axes, [point.at for point in points])
+    known = [point.ppl for point in points if math.isfinite(point.ppl)]
+    far = [
+        Far(point.at, point.ppl if math.isfinite(point.ppl) else None, colours[_method(point.name)]) for point in points
+    ]
+    caption += scale(axes, known, dense, far)
+    legend(axes, figure, inside=0)
     return Picture(
         "compare-removed",
         png(figure),
@@ -108,10 +129,13 @@ def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, s
     )
     names = _best_first(points)
     wide = 0.8 / len(names)
+    lowest = min(point.ppl for point in points)
+    top = 1.12 * max(value for value in [dense or 0.0, *(point.ppl for point in points)] if value <= _TALL * lowest)
+    cut, labelled = [point for point in points if point.ppl > top], set()
     for point in sorted(points, key=lambda point: (point.healed, names.index(point.name))):
         nth = names.index(point.name)
         x = groups.index(point.where) - 0.4 + wide * (nth + 0.5)
-        if point.healed:
+        if point.healed and point.ppl <= top:
             axes.plot(
                 [x - wide * 0.4, x + wide * 0.4],
                 [point.ppl, point.ppl],
@@ -119,21 +143,28 @@ def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, s
                 linewidth=2,
                 linestyle=(0, (2, 1)),
             )
-        else:
-            axes.bar(
-                x,
-                point.ppl,
-                wide * 0.92,
-                color=colours[point.name],
-                label=None if groups.index(point.where) else plain(point.name),
-            )
-            axes.annotate(words.perplexity(point.ppl) or "", (x, point.ppl), ha="center", va="bottom", fontsize=8)
+        elif not point.healed:
+            label = None if point.name in labelled else plain(point.name)
+            labelled.add(point.name)
+            axes.bar(x, min(point.ppl, top), wide * 0.92, color=colours[point.name], label=label)
+            said = words.perplexity(point.ppl)
+            arrow = "\N{UPWARDS ARROW} " if point.ppl > top else ""
+            axes.annotate(f"{arrow}{said}", (x, min(point.ppl, top)), ha="center", va="bottom", fontsize=8)
     axes.set_xticks(range(len(groups)), [plain(group) for group in groups])
     axes.grid(visible=False, axis="x")
     caption = "Parameters stay, as zeros."
     if any(point.healed for point in points):
         caption += " White dashes: after recovery with low-rank adapters, which keeps the zeros."
-    _finish(axes, dense, "perplexity (lower is better)")
+    if cut:
+        axes.set_ylim(0, 1.06 * top)
+        caption += f" Bars with an arrow go on to their value: it is above {_TALL} times the lowest, or infinite."
+    if lost := [point for point in cut if point.healed]:
+        told = ", ".join(f"{point.name} {words.perplexity(point.ppl)}" for point in lost)
+        caption += f" Off the scale after recovery: {told}."
+    if dense is not None:
+        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
+    axes.set_ylabel("perplexity (lower is better)")
+    legend(axes, figure, inside=0)
     return Picture("compare-zeroed", png(figure), f"Perplexity where weights are zeroed: {_readings(points)}", caption)
 
 
@@ -145,13 +176,6 @@ def _figure(title: str, height: float) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _finish(axes: Axes, dense: float | None, label: str) -> None:
-    if dense is not None:
-        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
-    axes.set_ylabel(label)
-    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _best_first(points: Sequence[_Point]) -> list[str]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.evaluate.flow import SPARSITIES, Flow
 from secateur.report import words
-from secateur.report.plots import COLOURS, DPI, GRID, Picture, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, Percent, Picture, plain, png
 
 _TOUCHED, _REST, _SLICED = COLOURS[0], "#999999", COLOURS[1]
 _ATTENTION = "scores, values"
@@ -187,7 +187,7 @@ def _curves(axes: Axes, title: str, curves: Mapping[str, list[float]]) -> None:
     axes.axhline(1, color="#333333", linestyle=":", linewidth=1.2)
     axes.set_ylim(0, 1.08 * max(1.0, *(share for shares in curves.values() for share in shares)))
     axes.set_xlabel("s, by which d is narrowed")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(Percent())
     _dress(axes, title, "both")
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID, loc="lower left")
 

@@ -34,8 +34,8 @@ from secateur.report import (
 from secateur.report.compare import Comparison, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
-from secateur.report.rows import Group, Row, collect, group, task_names
-from secateur.report.series import base, compare, series
+from secateur.report.rows import CHANGES, Group, Row, collect, group, task_names
+from secateur.report.series import base, compare, comparisons, series
 from secateur.report.spectra import spectra
 
 
@@ -72,11 +72,11 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
         The paths written, the page first.
 
     Raises:
-        SecateurError: no record is of `prune` or `eval`, or the page cannot be written.
+        SecateurError: no record is of `prune`, `eval` or `heal`, or the page cannot be written.
     """
     records = named(records)
     studies = modules.read_studies(records)
-    alone = not any(record.get("command") in ("prune", "eval") for record in records)
+    alone = not any(record.get("command") in ("prune", "eval", *CHANGES) for record in records)
     rows = collect([{**r, "command": "eval"} for r in records if modules.is_dense(r)] if alone and studies else records)
     groups = group(rows)
     main = groups[0].rows
@@ -153,7 +153,9 @@ def _name(row: Row) -> str:
 
 def _others(records: Sequence[Record]) -> str:
     """The commands whose records the page does not show."""
-    commands = sorted({str(record.get("command") or "unnamed") for record in records} - {"prune", "eval", "study"})
+    commands = sorted(
+        {str(record.get("command") or "unnamed") for record in records} - {"prune", "eval", "study", *CHANGES}
+    )
     return ", ".join(commands)
 
 
@@ -163,12 +165,14 @@ def _render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
-    compared = compare(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    found = comparisons(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    compared, levels = next(iter(found), None), words.levels(found)
     uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
     return template.render(
         title=title,
         measured=_measured(findings),
         finding=modules.verdict(studies[0])[0] if studies and compared is None else words.finding(compared, main.dense),
+        levels=levels if len(levels) > 1 else [],
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},

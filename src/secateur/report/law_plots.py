@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from secateur.core.errors import SecateurError
 from secateur.predict.choose import Prediction
@@ -21,7 +20,7 @@ from secateur.predict.fit import Fit
 from secateur.predict.laws import Array
 from secateur.predict.select import Judged
 from secateur.report import words
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, legend, logarithmic, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture, legend, logarithmic, plain, png
 from secateur.report.series import Series
 
 _INK, _LAW, _CLAIM = "#111111", COLOURS[0], COLOURS[1]
@@ -53,7 +52,7 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         axes.set_xlabel("sparsity, measured", fontsize=9)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.xaxis.set_major_formatter(Percent())
         axes.tick_params(labelsize=8)
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
@@ -301,7 +300,7 @@ def compression(curves: Sequence[Series]) -> Picture | None:
     axes.set_xlabel("sparsity, measured (expected compression)")
     axes.set_ylabel("pruning ratio, measured")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_major_formatter(Percent())
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

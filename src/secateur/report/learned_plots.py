@@ -15,14 +15,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from secateur.core.records import Record
 from secateur.models.save import PLAN_TENSORS, plan_file
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
 from secateur.report.learned import FULL, Run, at_default_strength, by_strength, perplexities
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, legend, logarithmic, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture, legend, logarithmic, plain, png
 from secateur.report.rows import Group, Row, as_number, task_names
 from secateur.report.series import Series, base, series
 
@@ -167,7 +167,7 @@ def _variants(runs: Sequence[Run], dense: Row | None) -> Picture | None:
         values.append(dense.ppl)
     logarithmic(axes, max(values) / min(values))
     _dress(axes, "parameters removed, asked", "perplexity, log scale (lower is better)")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
     highest = max(s for at in lines.values() for s in at)
     there = {name: fmean(at[highest]) for name, at in lines.items() if highest in at}
@@ -277,7 +277,7 @@ def selections(plan: Plan, label: str) -> Picture:
     last.plot(rate, color=COLOURS[1], linewidth=1.0, drawstyle="steps-mid")
     last.axhline(rate.mean(), color=_INK, linestyle="--", linewidth=1.0)
     last.set_ylim(0, 1.02)
-    last.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    last.yaxis.set_major_formatter(Percent())
     last.set_title(
         f"share of all selections that keep the feature: {rate.min():.0%} to {rate.max():.0%}, mean {rate.mean():.0%}",
         fontsize=9,
@@ -344,7 +344,7 @@ def _measured_ratio(group: Group) -> Picture | None:
             "pruning ratio, measured",
             "perplexity, log scale (lower is better)" if name == "perplexity" else f"accuracy on {plain(name)}",
         )
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.xaxis.set_major_formatter(Percent())
     figure.suptitle(
         "What the same share of all parameters costs, method by method", fontsize=11, x=0.01, ha="left", color=_INK
     )
@@ -378,7 +378,7 @@ def _repetition(group: Group) -> Picture | None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.2, label=f"dense, {dense:.0%}")
     _dress(axes, "pruning ratio, measured", "4-grams repeated")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_major_formatter(Percent())
     axes.set_title("Repetition in greedy continuations", fontsize=11, loc="left", color=_INK)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
     alt = "; ".join(
@@ -436,7 +436,7 @@ def throughput(records: Sequence[Record]) -> Picture | None:
         label="as much as parameters removed, 1 / (1 - ratio)",
     )
     _dress(axes, "pruning ratio, measured", "times as fast as the dense model")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     best, at = max(curves.items(), key=lambda item: max(item[1].values()))
     axes.set_title(
         plain(f"Throughput: at most {max(at.values()):.2f} times the dense model's ({best[0]}, {best[1]})"),

@@ -11,12 +11,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
 from secateur.predict.points import CHANCE
 from secateur.report import words
 from secateur.report.modules import NAMES, Point, Study, task_bars
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Picture, logarithmic, plain, png
+from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture, logarithmic, plain, png
 
 _DENSE = "#333333"
 _MORE = ("#000000", "#999999", "#8C564B", "#7F3C8D")
@@ -159,7 +159,7 @@ def _bare(axes: Axes) -> None:
 
 def _sparsity_axis(axes: Axes) -> None:
     axes.set_xlabel("sparsity of the kind, measured")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
 
 
 def _weights_axis(axes: Axes) -> None:

@@ -15,8 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatter
 
 from secateur.predict.points import CHANCE
 from secateur.report import words
@@ -45,6 +46,7 @@ class Picture:
     caption: str
 
 
+FAR = 100  # times the lowest perplexity of a pruned model: what lies above has its value at the edge of the plot
 _LOG_ABOVE = 3  # where the largest perplexity is so many times the smallest, small differences drown on a linear axis
 
 
@@ -53,16 +55,20 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     if not _drawable(curves, lambda row: row.ppl):
         return None
     figure, axes = _axes(words.perplexity_title(found, dense))
-    low, high = _draw_curves(axes, curves, lambda row: row.ppl)
+    values = [row.ppl for curve in curves for row in curve.rows if row.sparsity is not None and row.ppl is not None]
+    _draw_curves(axes, curves, lambda row: row.ppl)
     if dense is not None and dense.ppl is not None:
-        low = min(low, dense.ppl)
         axes.axhline(
             dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}"
         )
-    wide = low > 0 and high > _LOG_ABOVE * low
-    if wide:
-        logarithmic(axes, high / low)
-    axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
+    colours = _colours(curves)
+    far = [
+        Far(row.sparsity, row.ppl, colours[curve.method])
+        for curve in curves
+        for row in curve.rows
+        if row.sparsity is not None and (row.ppl is not None or row.diverged)
+    ]
+    cut = scale(axes, values, None if dense is None else dense.ppl, far)
     legend(axes, figure)
     alt = "Perplexity against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.ppl, words.perplexity))
     caption = (
@@ -70,7 +76,10 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
         "or widths)"
     )
     return Picture(
-        "perplexity", png(figure), alt, f"{caption}; the table has the pruning ratio, which is what files shrink by."
+        "perplexity",
+        png(figure),
+        alt,
+        f"{caption}; the table has the pruning ratio, which is what files shrink by.{cut}",
     )
 
 
@@ -105,7 +114,7 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot(facecolor="white")
     axes.set_title(plain(textwrap.fill(title, 76)), fontsize=11, loc="left", color="#111111")
     axes.set_xlabel("sparsity, measured")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter(Percent())
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -117,10 +126,10 @@ def _draw_curves(
     curves: Sequence[Series],
     value: Callable[[Row], float | None],
     error: Callable[[Row], float | None] | None = None,
-) -> tuple[float, float]:
-    """Draw the points of each curve and a line through their means; returns the least and the largest value."""
+) -> None:
+    """Draw the points of each curve and a line through their means."""
     drawn: list[float] = []
-    methods = list(dict.fromkeys(curve.method for curve in curves))
+    colours = _colours(curves)
     lines: dict[str, int] = {}
     for curve, marker in zip(curves, itertools.cycle(MARKERS)):
         points = [
@@ -130,7 +139,7 @@ def _draw_curves(
         ]
         if not points:
             continue
-        colour, line = COLOURS[methods.index(curve.method) % len(COLOURS)], "none"
+        colour, line = colours[curve.method], "none"
         if curve.joined and len({round(x, 3) for x, _, _ in points}) > 1:
             nth = lines[curve.method] = lines.get(curve.method, -1) + 1
             line = _DASHES[nth % len(_DASHES)]
@@ -149,8 +158,12 @@ def _draw_curves(
         axes.plot(xs, ys, color=colour, marker=marker, linestyle="none", **look)
         # The legend shows line and marker together; the calls above drew them separately.
         axes.plot([], [], color=colour, marker=marker, linestyle=line, linewidth=1.8, label=plain(curve.label), **look)
-        drawn += ys
-    return min(drawn), max(drawn)
+        drawn += xs
+    room(axes, drawn)
+
+
+def _colours(curves: Sequence[Series]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(curve.method for curve in curves), itertools.cycle(COLOURS)))
 
 
 def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -171,18 +184,135 @@ def logarithmic(axes: Axes, span: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-_LINE = 0.19  # inches per line of a legend
+class Percent(Formatter):
+    """Fractions as percentages, with as many decimals as the ticks have: no two read the same, and 12.5% is not 12%."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of one value, which has no neighbours to differ from."""
+        return f"{100 * x:.3g}%"
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """The labels of all ticks."""
+        for decimals in range(5):
+            labels = [f"{round(100 * value, decimals) + 0.0:.{decimals}f}%" for value in values]  # + 0.0: no "-0%"
+            exact = all(abs(round(100 * value, decimals) - 100 * value) < 1e-6 for value in values)
+            if exact and len(set(labels)) == len({round(value, 9) for value in values}):
+                break
+        return labels
 
 
-def legend(axes: Axes, figure: Figure) -> None:
-    """Draw the legend inside a plot with few curves, else beside it in an enlarged figure, where it hides no point."""
-    entries = len(axes.get_legend_handles_labels()[1])
-    if entries <= 6:
-        axes.legend(fontsize=9, framealpha=0.9, edgecolor=GRID)
+_ROOM = 0.05  # the least width of an axis of fractions: results within half a point should not look far apart
+
+
+def room(axes: Axes, xs: Sequence[float]) -> None:
+    """Make an x axis of fractions at least _ROOM wide."""
+    if xs and max(xs) - min(xs) < _ROOM:
+        middle = (max(xs) + min(xs)) / 2
+        axes.set_xlim(middle - 0.55 * _ROOM, middle + 0.55 * _ROOM)
+
+
+@dataclass(frozen=True)
+class Far:
+    """A point that may lie above the plot: its place, its value (None if infinite) and its colour."""
+
+    x: float
+    y: float | None
+    colour: str
+
+
+def scale(axes: Axes, values: Sequence[float], dense: float | None, points: Sequence[Far]) -> str:
+    """Fit the y axis to perplexities, mark what lies above it with arrows, and label it.
+
+    The axis is logarithmic where the values spread. It ends at FAR times the lowest value.
+
+    Args:
+        axes: what was drawn on.
+        values: the measured perplexities of pruned models; at least one.
+        dense: that of the dense model.
+        points: every point.
+
+    Returns:
+        A sentence for the caption, with a space before it; empty if everything is drawn.
+    """
+    limit = FAR * min(values)
+    drawn = [value for value in [*values, *([] if dense is None else [dense])] if value <= limit]
+    low, high = min(drawn), max(drawn)
+    wide = low > 0 and high > _LOG_ABOVE * low
+    cut = [point for point in points if point.y is None or point.y > limit]
+    if wide:
+        logarithmic(axes, high / low)
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    if cut:  # the arrows need room above the highest point that is drawn
+        span = 0.06 * (high - low) or 0.05 * high
+        axes.set_ylim((low / 1.15, high * 1.6) if wide else (low - span, high + 4 * span))
+    axes.set_ylabel("perplexity, log scale (lower is better)" if wide else "perplexity (lower is better)")
+    _mark(axes, cut)
+    above = [point for point in cut if point.y is not None]
+    said = [
+        f"above {FAR} times the lowest perplexity of a pruned model" if above else "",
+        "infinite" if len(above) < len(cut) else "",
+    ]
+    return (
+        f" Arrows at the upper edge stand for results off the scale ({', '.join(filter(None, said))})." if cut else ""
+    )
+
+
+def _mark(axes: Axes, points: Sequence[Far]) -> None:
+    """Draw an arrow at the upper edge for each point, with its value; values at one place stand below one another."""
+    low, high = axes.get_xlim()
+    used: list[float] = []
+    for point in sorted(points, key=lambda point: (point.x, point.y is None, point.y or 0.0)):
+        place = (point.x - low) / ((high - low) or 1.0)
+        nth = sum(abs(place - other) < 0.15 for other in used)
+        used.append(place)
+        right = place > 0.8
+        edge = axes.get_xaxis_transform()
+        axes.plot(point.x, 1.0, "^", color=point.colour, markersize=8, clip_on=False, transform=edge, zorder=5)
+        axes.annotate(
+            words.perplexity(point.y) or "infinite",
+            (point.x, 1.0),
+            xycoords=edge,
+            xytext=(-8 if right else 8, -4 - 11 * nth),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="top",
+            fontsize=8,
+            color=point.colour,
+        )
+    axes.set_xlim(low, high)
+
+
+_LABEL = 44  # letters in a line of a legend beside a plot
+
+
+def legend(axes: Axes, figure: Figure, *, inside: int = 6) -> None:
+    """Draw the legend inside a plot with few curves, else beside it in an enlarged figure, where it hides no point.
+
+    Args:
+        axes, figure: the plot.
+        inside: the most entries that stand inside; 0 puts every legend beside.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    labels = [textwrap.fill(label, _LABEL) for label in labels]
+    if len(labels) <= inside:
+        axes.legend(handles, labels, fontsize=9, framealpha=0.9, edgecolor=GRID)
         return
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    beside = axes.legend(
+        handles,
+        labels,
+        fontsize=8 if len(labels) > 6 else 9,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+    )
+    FigureCanvasAgg(figure)  # which can measure text; without it matplotlib gives up where the legend takes all room
+    size = beside.get_window_extent()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width + (2 if entries > 12 else 0), max(height, _LINE * entries + 1))
+    figure.set_size_inches(width - _OWN + size.width / figure.dpi, max(height, size.height / figure.dpi + 1))
+
+
+_OWN = 1.5  # inches of a figure's width that a legend beside the plot may take
 
 
 def _readings(

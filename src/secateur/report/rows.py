@@ -1,5 +1,8 @@
 """From records to rows: one row per checkpoint, with its `prune` record and its `eval` record.
 
+A `heal` record measures two checkpoints: the one that was healed, before, and the result. Each is a row where no `eval`
+record says the same.
+
 Perplexities are comparable only under one protocol on one model, so rows are also sorted into groups of (model,
 protocol); what a report plots and concludes is about its largest group alone.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,13 @@ from secateur.core.records import Record, to_json
 
 PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
 
+# Commands that change a pruned checkpoint and measure it before and after, each with the field that names its source.
+CHANGES = {"heal": "healed", "reconstruct": "reconstructed"}
+
 # Fields of the pruning in both records of a folder. If they differ, the folder was pruned again after the measurement.
 _IDENTITY = ("method", "sparsity", "sparsity_measured", "pattern", "modules", "options", "seed")
+
+_ADDED = {"reconstruct": "reconstruction", "heal": "LoRA"}  # how a row names what followed the pruning
 
 Protocol = tuple[tuple[str, Any], ...]
 
@@ -32,17 +40,20 @@ class Row:
 
     Attributes:
         pruning: the `prune` record.
-        measuring: the `eval` record.
+        measuring: the `eval` record, or what another record says about the perplexity.
     """
 
     pruning: Record
     measuring: Record
 
     def get(self, name: str) -> Any:
-        """A field of the pruning record, else of the measuring record, else None; "method" also names the healing."""
+        """A field of the pruning record, else of the measuring record, else None; "method" also names what followed."""
         value = self.pruning.get(name)
         value = self.measuring.get(name) if value is None else value
-        return f"{value} + LoRA" if name == "method" and value and self.measuring.get("heal") else value
+        if name != "method" or not value:
+            return value
+        added = [words for command, words in _ADDED.items() if self.measuring.get(command)]
+        return " + ".join([str(value), *added])
 
     def number(self, name: str) -> float | None:
         """A field that is a number; None otherwise."""
@@ -110,6 +121,11 @@ class Group:
         return next((row for row in reversed(self.rows) if row.dense), None)
 
 
+def changed(row: Row) -> bool:
+    """Whether the model was changed after it was pruned (healed)."""
+    return any(row.measuring.get(command) for command in CHANGES)
+
+
 def as_number(value: Any) -> float | None:
     """The value as a float, if it is a number; else None (also for True and False)."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -122,29 +138,109 @@ def seconds_of(record: Record) -> float | None:
 
 
 def collect(records: Sequence[Record]) -> list[Row]:
-    """The rows of the `prune` and `eval` records, the dense ones first, then by method and sparsity.
+    """The rows of the `prune`, `eval` and `heal` records, the dense ones first, then by method and sparsity.
 
     A later record replaces an earlier one of the same command and folder.
 
     Raises:
-        SecateurError: no record is of `prune` or `eval`.
+        SecateurError: no record is of `prune`, `eval` or `heal`.
     """
     if not records:
         raise SecateurError(
             "no records to report: give a records.jsonl that 'secateur prune', 'eval' or 'sweep' wrote, or its folder"
         )
-    last: dict[str, dict[str, Record]] = {"prune": {}, "eval": {}}
+    pruned: dict[str, Record] = {}
+    measured: dict[str, Record] = {}
+    changed: list[Record] = []
+    places = {str(record["out"]) for record in records if record.get("out")}
     for index, record in enumerate(records):
-        if record.get("command") in last:
-            plain: Record = json.loads(to_json(record))  # so that a record fresh from memory reads like one from a file
-            last[record["command"]][str(Path(str(plain["out"])).resolve()) if plain.get("out") else f"#{index}"] = plain
-    if not last["prune"] and not last["eval"]:
+        if (command := record.get("command")) not in ("prune", "eval", *CHANGES):
+            continue
+        plain: Record = json.loads(to_json(record))  # so that a record fresh from memory reads like one from a file
+        place = _place(str(plain["out"])) if plain.get("out") else f"#{index}"
+        if command in CHANGES:
+            changed.append(plain | {"out": place})
+            if _stale(measured.get(place), plain):
+                del measured[place]
+        else:
+            (pruned if command == "prune" else measured)[place] = plain
+    beside = _add_changes(changed, measured, places)
+    if not pruned and not measured:
         commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in records}))
         raise SecateurError(
-            f"nothing to report: of {len(records)} records none is of prune or eval (found: {commands}); "
+            f"nothing to report: of {len(records)} records none is of prune, eval or heal (found: {commands}); "
             "run 'secateur eval DIR' first"
         )
-    return sorted(_merge(last["prune"], last["eval"]), key=_order)
+    rows = _merge(pruned, measured)
+    for place, found in beside:
+        pruning = pruned.get(place, {})
+        rows.append(Row({} if _disagree(pruning, found) else pruning, found))
+    return sorted(rows, key=_order)
+
+
+def _add_changes(
+    changed: Sequence[Record], measured: dict[str, Record], places: Iterable[str]
+) -> list[tuple[str, Record]]:
+    """Add to `measured` what the records of CHANGES say of folders that `eval` did not measure.
+
+    Returns:
+        What they say of sources that `eval` measured under another protocol: the result can be compared with it alone.
+    """
+    beside: dict[str, tuple[str, Record]] = {}
+    for record in changed:
+        for place, found in _measurements(record, places):
+            known = measured.get(place, found)
+            if "from" in known:
+                measured[place] = found
+            elif known.get("ppl_protocol") != found["ppl_protocol"] and "from" in measured.get(record["out"], found):
+                beside[place] = place, found
+    return list(beside.values())
+
+
+def _place(out: str) -> str:
+    return str(Path(out).resolve())
+
+
+def _stale(measured: Record | None, changed: Record) -> bool:
+    """Whether the folder was made again, otherwise, after it was measured."""
+    command = changed["command"]
+    return measured is not None and measured.get(command) != changed.get(command)
+
+
+def _measurements(record: Record, places: Iterable[str]) -> Iterator[tuple[str, Record]]:
+    """What a record of CHANGES says about two folders, as records of `eval`: its source's first, then its result's."""
+    command = str(record["command"])
+    if not isinstance(record.get("ppl_protocol"), dict):
+        return
+    # Time and memory are those of the healing. An adapter that is kept apart lies beside the weights.
+    shared = {name: value for name, value in record.items() if name not in ("seconds", "peak_rss_bytes", "loss", "ppl")}
+    shared |= {"command": "eval", "from": command}
+    if (source := source_of(record, places)) is not None and "ppl_before" in record:
+        earlier = record[command].get("before") if isinstance(record.get(command), dict) else None
+        unknown = {name: value for name, value in shared.items() if name != "nonzero_after"}
+        yield (
+            _place(source),
+            unknown | {"ppl": record["ppl_before"], "loss": record.get("loss_before"), "out": source, command: earlier},
+        )
+    if "ppl" in record:
+        yield str(record["out"]), shared | {"ppl": record["ppl"], "loss": record.get("loss")}
+
+
+def source_of(record: Record, places: Iterable[str]) -> str | None:
+    """The folder that a record of CHANGES started from; None if it does not say.
+
+    Args:
+        record: the record.
+        places: folders of other records. Records of version 0.1.0 may name the source relative to a folder that nobody
+            knows any more; it is then the one of these with this ending, or lies beside the result.
+    """
+    named = record.get(CHANGES.get(str(record.get("command")), ""))
+    if not isinstance(named, str) or Path(named).is_absolute():
+        return named if isinstance(named, str) else None
+    parts = Path(os.path.normpath(named)).parts
+    ending = sorted(place for place in places if Path(place).parts[-len(parts) :] == parts)
+    beside = str(Path(str(record.get("out"))).parent / parts[-1])
+    return beside if beside in ending or len(ending) != 1 else ending[0]
 
 
 def _merge(pruned: dict[str, Record], measured: dict[str, Record]) -> list[Row]:

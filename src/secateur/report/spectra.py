@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from secateur.models.save import PLAN_TENSORS, plan_file
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
-from secateur.report.plots import DPI, GRID, Picture, plain, png
+from secateur.report.plots import DPI, GRID, Percent, Picture, plain, png
 from secateur.report.rows import Row
 
 _SLICED = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -99,7 +99,7 @@ def _picture(plan: Plan, label: str) -> Picture:
             va="center",
         )
     right.set_yscale("log")
-    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.yaxis.set_major_formatter(Percent())
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlim(-0.3, (len(places) - 1) * 1.18 + 0.3)
     _labels(right, "place in the network, first to last", "share discarded")

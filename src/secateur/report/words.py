@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from secateur.core.words import perplexity_words
 from secateur.report.rows import Row
 from secateur.report.series import Comparison, Entry
@@ -95,7 +97,7 @@ def accuracy_title(task: str, found: Comparison | None, dense: float | None) -> 
 
 
 def finding(found: Comparison | None, dense: Row | None) -> str:
-    """The best result in one sentence, which claims only what was measured."""
+    """The best result, which claims only what was measured, and what its comparison leaves open."""
     if found is None:
         return "No perplexities to compare yet: run 'secateur eval DIR' on the pruned folders and report again."
     best, rest = found.entries[0], found.entries[1:]
@@ -107,11 +109,46 @@ def finding(found: Comparison | None, dense: Row | None) -> str:
             f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; "
             "nothing else was measured at that level to compare it with."
         )
-    nearest = "; ".join(f"{entry.label} has {_value(entry)}" for entry in rest)
-    return (
+    said = [_value(entry) + ("" if found.equal else f" ({entry.reached:.1%})") for entry in found.entries]
+    nearest = "; ".join(f"{entry.label} has {value}" for entry, value in zip(rest, said[1:], strict=True))
+    first = (
         f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: "
-        f"{_value(best)}{times}; {nearest}."
+        f"{said[0]}{times}; {nearest}."
     )
+    return " ".join([first, *_reservations(found)])
+
+
+def _reservations(found: Comparison) -> list[str]:
+    """What the reader must know about a comparison of several."""
+    best, noun = found.entries[0], "removed" if found.removed else "zeroed"
+    said = []
+    if best.changed and (alone := next((entry for entry in found.entries if not entry.changed), None)) is not None:
+        said.append(f"Without recovery {alone.label} is the best, {perplexity(alone.value)}.")
+    if not found.equal and best.reached == min(entry.reached for entry in found.entries):
+        said.append(f"{best.label} also {noun} the least, which helps it.")
+    if not found.asked and not found.equal:
+        said.append(f"No ratio was asked for in common: what {noun} within two points of one another is compared.")
+    if found.joined:
+        said.append(
+            f"Not asked for {100 * found.level:.3g}%, and compared since within two points: {', '.join(found.joined)}."
+        )
+    if found.astray:
+        far = ", ".join(f"{label} ({reached:.1%})" for label, reached in found.astray)
+        said.append(f"Asked for the same, and not compared since more than two points away: {far}.")
+    return said
+
+
+def levels(found: Sequence[Comparison]) -> list[str]:
+    """One line for each level at which several were compared: the winner and the next."""
+    lines = []
+    for comparison in sorted((c for c in found if len(c.entries) > 1), key=lambda c: (not c.removed, c.level)):
+        best, second = comparison.entries[:2]
+        at = "" if comparison.equal else f" ({best.reached:.1%})"
+        lines.append(
+            f"At {comparison.where}: {best.label}, {_value(best)}{at}; then {second.label}, {_value(second)}"
+            f"{'' if comparison.equal else f' ({second.reached:.1%})'}; {len(comparison.entries)} compared."
+        )
+    return lines
 
 
 def _value(entry: Entry) -> str:
