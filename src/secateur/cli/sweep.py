@@ -19,7 +19,7 @@ from secateur.requests import EvalRequest, Request
 def sweep(
     model: opt.Model,
     out: Annotated[Path, Option(help="The folder for the checkpoints and records.jsonl.")],
-    method: Annotated[str, Option(help="A method; `secateur methods` lists them.")],
+    method: Annotated[str, Option(metavar="NAME", help=opt.METHOD)],
     sparsity: Annotated[str, Option(metavar="S,S,...", help="The fractions to remove, in [0, 1).")],
     modules: opt.Modules = Request.modules,
     pattern: opt.Pattern = Request.pattern,
