@@ -35,7 +35,7 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert bool(printed) or "print(" not in block, f"block {number + 1} prints something: {block}"
     assert "did you mean wanda?" in printed
     runs = tmp_path / "runs" / "python"
-    for made in ("flow.png", "compare/compare.md", "report.html", "packed", "restored", "silent", "healed"):
+    for made in ("flow.png", "compare/report.html", "report.html", "packed", "restored", "silent", "healed"):
         assert (runs / made).exists(), made
     weights = "model.safetensors"
     assert (runs / "restored" / weights).read_bytes() == (runs / "wanda50" / weights).read_bytes()

@@ -34,12 +34,16 @@ def test_lines_go_to_stderr_or_where_they_are_sent(capsys: pytest.CaptureFixture
 
 @pytest.mark.usefixtures("often")
 def test_none_drops_them_until_the_end_also_after_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(KeyError), progress_to(None):
-        _work()
-        with progress_to(print):
-            say("inside")
-        _work()
-        raise KeyError
+    def fail() -> None:
+        with progress_to(None):
+            _work()
+            with progress_to(print):
+                say("inside")
+            _work()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert tuple(capsys.readouterr()) == ("inside\n", "")
     say("again")
     assert capsys.readouterr().err == "again\n"
