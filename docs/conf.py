@@ -1,6 +1,6 @@
 """The documentation site.
 
-Pages that the code writes (methods, command line, protocols) are made when the build starts.
+Pages that the code writes (methods, command line, protocols) are brought up to date when the build starts.
 """
 
 from __future__ import annotations

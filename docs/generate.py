@@ -1,10 +1,12 @@
-"""Pages that are written by the code: one a method from its docstring, the command line from the parser, the tables of
+"""Pages that are written by the code: the methods from their docstrings, the command line from the parser, the tables of
 protocols and of laws, the example of the activation flow.
+
+They are in the repository, so that the links to them work in a checkout. `python docs/generate.py` writes them, and so
+does a build of the site; tests/test_docs.py says where they are old.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import io
 import re
@@ -14,7 +16,7 @@ from rich.console import Console
 from typer.main import get_command
 
 from secateur.cli import app
-from secateur.cli.terminal import flow_tables
+from secateur.cli.terminal import flow_tables, option_words
 from secateur.evaluate.flow import inspect_flow
 from secateur.methods import Method, find_method, method_names
 from secateur.predict.laws import LAWS
@@ -23,25 +25,43 @@ from secateur.report.flow_plot import flow_picture
 from secateur.text.protocols import PROTOCOLS
 
 
-def method_page(method: Method) -> str:
-    """A method's docstring, its options with their defaults, and where the code is."""
-    title, _, body = inspect.cleandoc(method.module.__doc__ or "").partition("\n")
-    fields = dataclasses.fields(method.options_class)
-    descriptions = dict(
-        re.findall(
-            r"^\s+(\w+): (.+?)(?=^\s+\w+: |\Z)",
-            inspect.cleandoc(method.options_class.__doc__ or ""),
-            re.MULTILINE | re.DOTALL,
-        )
+def methods_page() -> str:
+    """The table of methods, then each with its docstring, its options with their defaults, and where the code is."""
+    methods = [find_method(name) for name in method_names()]
+    own = [method for method in methods if method.module.__name__.startswith("secateur.")]  # not of other packages
+    table = "\n".join(f"| [{m.name}](#{m.name}) | {_text(m.summary)} |" for m in own)
+    head = (
+        "# Methods\n\n`secateur methods NAME` prints the facts and options below, and `secateur prune --method NAME --help` "
+        "the options.\n\n"
+    )
+    return f"{head}| method | |\n|---|---|\n{table}\n\n" + "\n".join(_method(method) for method in own)
+
+
+def _method(method: Method) -> str:
+    found = method.describe()
+    facts = [f"Paper: <{found['paper']}>"] if found["paper"] else []
+    facts.append(f"A sparsity is a fraction of {found['sparsity_of']}")
+    facts += [
+        f"with pattern `{pattern}` of {words}"
+        for pattern, words in found["patterns"].items()
+        if words != found["sparsity_of"]
+    ]
+    text = found["calibration"]
+    facts.append(
+        "It needs no text"
+        if text is None
+        else f"It calibrates by default with {text['samples']:,} windows of {text['seqlen']:,} tokens of `{text['spec']}`"
     )
     rows = "\n".join(
-        f"| `{f.name}` | `{f.default!r}` | {' '.join(descriptions.get(f.name, '').split())} |" for f in fields
+        f"| `{option['name']}` | `{option_words(option['default'])}` | {option['meaning']} |"
+        for option in found["options"]
     )
     return (
-        f"# {method.name}\n\n**{_text(title)}**\n{_text(body)}\n\n## Options\n\nWith `--set option=value` (`pattern` "
-        "also as `--pattern`).\n\n"
-        f"| option | default | |\n|---|---|---|\n{rows}\n\n## Use\n\n```sh\nsecateur prune MODEL --method "
-        f"{method.name} --sparsity 0.5 --out DIR\n```\n\n"
+        f"## {method.name}\n\n**{_text(method.summary)}**\n\n{_text(method.about)}\n\n"
+        + "".join(f"- {fact}.\n" for fact in facts)
+        + "\n**Options**, with `--set option=value` (`pattern` also as `--pattern`):\n\n"
+        f"| option | default | |\n|---|---|---|\n{rows}\n\n"
+        f"```sh\nsecateur prune MODEL --method {method.name} --sparsity 0.5 --out DIR\n```\n\n"
         f"The code is `{_code(method)}`.\n"
     )
 
@@ -55,13 +75,6 @@ def _code(method: Method) -> str:
 def _text(text: str) -> str:
     """Escape the characters of formulas that Markdown would take for markup."""
     return "`".join(part if n % 2 else re.sub(r"([*_|])", r"\\\1", part) for n, part in enumerate(text.split("`")))
-
-
-def methods_index(names: list[str]) -> str:
-    """The table of methods."""
-    rows = "\n".join(f"| [{name}]({name}.md) | {_text(find_method(name).summary)} |" for name in names)
-    toc = "```{toctree}\n:hidden:\n" + "\n".join(names) + "\n```\n"
-    return f"# Methods\n\n| method | |\n|---|---|\n{rows}\n\n{toc}"
 
 
 def cli_page() -> str:
@@ -114,13 +127,13 @@ def protocols_table() -> str:
     return heading + "\n".join(rows) + "\n"
 
 
-def flow_example() -> tuple[str, bytes]:
-    """The output and the picture of `secateur inspect bundled --flow --plot flow.png`."""
-    flow, text = inspect_flow("bundled"), io.StringIO()
+def flow_table() -> str:
+    """The output of `secateur inspect bundled --flow --plot flow.png`."""
+    text = io.StringIO()
     console = Console(file=text, width=110)
-    for part in flow_tables(flow.record()):
+    for part in flow_tables(inspect_flow("bundled").record()):
         console.print(part)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n", flow_picture(flow).png
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
 def laws_table() -> str:
@@ -143,22 +156,34 @@ def published_table() -> str:
     return f"| {SOURCE}, SliceGPT | data | a | b | RMSE in y |\n|---|---|---:|---:|---:|\n" + "\n".join(rows) + "\n"
 
 
-def write_pages(folder: Path) -> None:
-    """Write all pages into a folder that is not in the repository."""
-    (folder / "methods").mkdir(parents=True, exist_ok=True)
-    names = method_names()
-    table, picture = flow_example()
-    pages = {
-        "methods/index.md": methods_index(names),
+def pages() -> dict[str, str]:
+    """Name -> text of every page but the picture."""
+    return {
+        "methods.md": methods_page(),
         "cli.md": cli_page(),
         "protocols.md": protocols_table(),
         "laws.md": laws_table(),
         "published.md": published_table(),
-        "flow.txt": table,
+        "flow.txt": flow_table(),
     }
-    pages |= {f"methods/{name}.md": method_page(find_method(name)) for name in names}
-    for path, text in pages.items():
-        file = folder / path
-        if not file.is_file() or file.read_text("utf-8") != text:
-            file.write_text(text, "utf-8")
-    (folder / "flow.png").write_bytes(picture)
+
+
+def write_pages(folder: Path) -> None:
+    """Write the pages that changed. The picture is drawn again only where its table changed: its bytes depend on the
+    version of matplotlib.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = [
+        name
+        for name, text in pages().items()
+        if not (folder / name).is_file() or (folder / name).read_text("utf-8") != text
+    ]
+    for name in changed:
+        (folder / name).write_text(pages()[name], "utf-8")
+    picture = folder / "flow.png"
+    if "flow.txt" in changed or not picture.is_file():
+        picture.write_bytes(flow_picture(inspect_flow("bundled")).png)
+
+
+if __name__ == "__main__":
+    write_pages(Path(__file__).parent / "generated")

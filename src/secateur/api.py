@@ -1,7 +1,9 @@
 """The functions for Python programs and for the command line: one per command; `plan` and `cut` for models in memory.
 
 `secateur eval` is `evaluate`, and `secateur report` is `write_report`. Every other function has the name of its
-command, with underscores. The functions `estimate...` return what `--dry-run` prints.
+command, with underscores. The functions `estimate...` return what `--dry-run` prints. docs/python.md shows them all.
+
+`__all__` is the whole interface: functions, requests, and the classes of what functions take, return and raise.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 from secateur.calibrate.stream import Stream, make_computed_tables
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import progress_to
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
 from secateur.evaluate.evaluate import evaluate
@@ -41,12 +44,12 @@ from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
 from secateur.predict.points import read_points
 from secateur.prune.allocation.allocate import allocate
-from secateur.prune.calibration import read_windows
+from secateur.prune.calibration import draw_windows, read_windows
 from secateur.prune.driver import pruned_blocks, whole_model_plan
 from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import prepare
-from secateur.prune.run import STATES, prune
+from secateur.prune.run import prune
 from secateur.report import find as report_find
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
@@ -68,7 +71,6 @@ from secateur.study.modules import run as study_modules
 from secateur.study.sweep import point_name, prune_and_measure, sweep
 
 __all__ = [
-    "STATES",
     "BenchRequest",
     "CompareRequest",
     "Compared",
@@ -76,6 +78,7 @@ __all__ = [
     "Flow",
     "GenerateRequest",
     "HealRequest",
+    "ModelSource",
     "ModulesRequest",
     "Plan",
     "Request",
@@ -85,6 +88,8 @@ __all__ = [
     "compare",
     "cut",
     "demo",
+    "describe_method",
+    "draw_windows",
     "estimate",
     "estimate_study_disp_llm",
     "estimate_study_modules",
@@ -103,6 +108,7 @@ __all__ = [
     "predict",
     "predict_from_spectrum",
     "prepare",
+    "progress_to",
     "prune",
     "prune_and_measure",
     "read_module_studies",
@@ -114,8 +120,14 @@ __all__ = [
     "sweep",
     "unpack",
     "verdict",
+    "view_model",
     "write_report",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return `__all__`: completion in a shell or a notebook offers the interface alone, not what this file imports."""
+    return __all__
 
 
 @dataclass(frozen=True)
@@ -416,6 +428,18 @@ def methods() -> dict[str, str]:
         except UsageError as error:
             found[name] = f"cannot be used: {error}"
     return found
+
+
+def describe_method(name: str) -> dict[str, Any]:
+    """Return what `secateur methods NAME` prints: paper, sparsity, calibration, patterns and options of one method.
+
+    Returns:
+        JSON values; see `secateur.methods.Method.describe`.
+
+    Raises:
+        UsageError: no method has that name, or its file breaks the contract.
+    """
+    return find_method(name).describe()
 
 
 def demo(out: Path, *, quick: bool = False) -> list[records.Record]:

@@ -62,6 +62,7 @@ BAD = [
         "def plan_model(view, data, options, run): ...\ndef plan_block(",
         "its options need a property whole_model",
     ),
+    ('    """Options."""', "    share: float", "its option share has no default; write share: TYPE = VALUE"),
     ("@dataclass(frozen=True)\n", "", "must define one dataclass, its options; it defines 0"),
 ]
 
@@ -99,6 +100,23 @@ def test_a_broken_file_of_another_package_does_not_hide_the_methods(
     assert "wanda " in result.stdout
     assert "lacks CALIBRATION" in result.stdout
     assert methods.sharing_methods() == ["disp_llm"]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("nosuch_module", "nosuch_module cannot be imported .ModuleNotFoundError: .*; repair or uninstall"),
+        ("json:dumps", "json:dumps is of type function; it must name a module"),
+    ],
+)
+def test_a_method_that_cannot_be_imported_does_not_hide_the_others(
+    target: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_added", lambda: {"mine": EntryPoint("mine", target, "secateur.methods")})
+    with pytest.raises(UsageError, match=words):
+        find_method("mine")
+    assert api.methods()["mine"].startswith("cannot be used: ")
+    assert api.methods()["wanda"] == find_method("wanda").summary
 
 
 @pytest.mark.parametrize("asked", [{"sparsity": 0.0}, {"params_removed": 0.0}])

@@ -73,7 +73,9 @@ def test_its_method_is_listed_and_prunes_a_family_of_ours(
 ) -> None:
     out = tmp_path / "out"
     prune = ("prune", saved("opt"), "--method", "chance", "--sparsity", 0.5, "--set", "seed=3", "--out", out)
-    listed, record = secateur(site, ("methods",), prune)
+    listed, shown, record = secateur(site, ("methods",), ("methods", "chance"), prune)
+    assert [option["name"] for option in shown["options"]] == ["pattern", "seed"]
+    assert shown["options"][1] == {"name": "seed", "default": 0, "meaning": "of the scores."}
     assert listed["methods"].keys() == {*method_names(), "chance"}
     assert "chance" not in method_names(), "where the package is not installed"
     assert listed["methods"]["chance"].startswith("Random pruning")
@@ -84,6 +86,20 @@ def test_its_method_is_listed_and_prunes_a_family_of_ours(
         zero = weights[f"model.decoder.layers.1.{path}.weight"] == 0
         assert int(zero.sum()) == zero.numel() // 2
         assert zero.equal(~masks[name].unpack())
+
+
+def test_help_shows_the_options_of_its_method(site: Path) -> None:
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "secateur.cli", "prune", "--method", "chance", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Show this message and exit" in done.stdout
+    assert "of the scores." in done.stdout.partition("options of chance")[2]
 
 
 def test_its_family_is_pruned_by_a_method_of_ours_and_by_its_own(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import typer
 
 from secateur.cli import compare, demo, evaluate, generate, heal, inspect, pack, predict, prune, study, sweep
+from secateur.cli.method_help import MethodCommand
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, measure what it cost, and ship the result.",
@@ -22,10 +23,10 @@ app = typer.Typer(
 )
 studies = typer.Typer(help="Studies: many runs that answer one question, each run a record.", no_args_is_help=True)
 
-app.command()(prune.prune)
+app.command(cls=MethodCommand)(prune.prune)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(generate.generate)
-app.command()(sweep.sweep)
+app.command(cls=MethodCommand)(sweep.sweep)
 app.command()(compare.compare)
 app.command()(heal.heal)
 app.command()(predict.predict)
@@ -37,7 +38,7 @@ app.command()(predict.report)
 app.command()(prune.methods)
 app.command()(demo.demo)
 app.add_typer(studies, name="study")
-studies.command(name="modules")(study.study_modules)
+studies.command(name="modules", cls=MethodCommand)(study.study_modules)
 studies.command(name="disp-llm")(study.study_disp_llm)
 
 

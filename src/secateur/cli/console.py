@@ -81,7 +81,7 @@ def show(*parts: RenderableType) -> None:
     from rich.console import Console
 
     for part in parts:
-        Console().print(part)
+        Console(emoji=False).print(part)  # "N:M: ..." holds no emoji
 
 
 def emit(record: Record) -> None:

@@ -13,6 +13,7 @@ from typer import Argument, Option
 from secateur.requests import EvalRequest
 
 _PAPER = "Default: as in the method's paper"
+METHOD = "A method; `secateur methods` lists them. With --help: also show its options."
 LENGTH = f"{_PAPER} or in the protocol, or 2048; at most the model's maximum."
 
 Model = Annotated[
@@ -25,7 +26,11 @@ OutFolder = Annotated[Path, Option(help="The folder to write.")]
 # What is removed, and how much of it.
 SetOption = Annotated[
     list[str] | None,
-    Option("--set", metavar="OPTION=VALUE", help="Set an option of the method; may be repeated."),
+    Option(
+        "--set",
+        metavar="OPTION=VALUE",
+        help="Set an option of the method (`secateur methods NAME` shows them); may be repeated.",
+    ),
 ]
 Modules = Annotated[
     str | None,

@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option, echo
+from typer import Argument, Option, echo
 
 from secateur.cli import options as opt
-from secateur.cli.console import RESUME, command, emit, print_record
+from secateur.cli.console import RESUME, command, emit, print_record, show
 from secateur.cli.given import given
 from secateur.cli.parse import settings
 from secateur.core.errors import UsageError
+from secateur.core.progress import say
 from secateur.requests import Request
 
 
 def prune(
     model: opt.Model,
     out: Annotated[Path | None, Option(help="The folder to write.")] = None,
-    method: Annotated[str, Option(help="A method; `secateur methods` lists them.")] = "",
+    method: Annotated[str, Option(metavar="NAME", help=opt.METHOD)] = "",
     sparsity: Annotated[float | None, Option(help="The fraction to remove, in [0, 1).")] = Request.sparsity,
     params_removed: Annotated[
         float | None,
@@ -64,13 +65,30 @@ def prune(
         print_record(record, as_json=json, verbose=verbose)
 
 
-def methods(json: opt.Json = False) -> None:
-    """List the pruning methods."""
-    from secateur.cli.quiet_api import api
+def methods(
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="Show this method alone: paper, sparsity, calibration, options.")
+    ] = None,
+    json: opt.Json = False,
+    debug: opt.Debug = False,
+) -> None:
+    """List the pruning methods, or show one with its options."""
+    with command(debug):
+        from secateur.cli.quiet_api import api
 
-    summaries = api.methods()
-    if json:
-        emit({"command": "methods", "methods": summaries})
-        return
-    for name, summary in summaries.items():
-        echo(f"{name:12} {summary}")
+        if name is not None:
+            record = api.describe_method(name)
+            if json:
+                emit({"command": "methods", **record})
+                return
+            from secateur.cli.terminal import method_parts
+
+            show(*method_parts(record))
+            return
+        summaries = api.methods()
+        if json:
+            emit({"command": "methods", "methods": summaries})
+            return
+        for known, summary in summaries.items():
+            echo(f"{known:12} {summary}")
+        say("`secateur methods NAME` shows the options of one")

@@ -23,7 +23,9 @@ def study_modules(
         Path | None,
         Option(help="The folder of the study: records.jsonl, and the text of the calibration tasks."),
     ] = None,
-    method: Annotated[str, Option(help="A method that masks each matrix.")] = "wanda",
+    method: Annotated[
+        str, Option(metavar="NAME", help="A method that masks each matrix. With --help: also show its options.")
+    ] = "wanda",
     kinds: Annotated[
         str,
         Option(

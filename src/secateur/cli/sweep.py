@@ -21,7 +21,7 @@ from secateur.requests import EvalRequest, Request
 def sweep(
     model: opt.Model,
     out: Annotated[Path, Option(help="The folder for the checkpoints and records.jsonl.")],
-    method: Annotated[str, Option(help="A method; `secateur methods` lists them.")],
+    method: Annotated[str, Option(metavar="NAME", help=opt.METHOD)],
     params_removed: Annotated[
         str | None,
         Option(metavar="R,R,...", help="The shares of all parameters to remove, each to the nearest step."),

@@ -32,6 +32,7 @@ class NotFiniteError(HopelessError):
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `allowed`; it offers the most similar names."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=3)
+    plain = {known.lower(): known for known in reversed(allowed)}  # WANDA is near wanda
+    near = [plain[match] for match in difflib.get_close_matches(name.lower(), plain, n=3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UsageError(f"unknown {kind} '{name}'{hint} (known: {', '.join(allowed) or 'none'})")

@@ -1,10 +1,13 @@
-"""Progress of long work, on stderr: a bar on a terminal, plain lines otherwise."""
+"""Progress of long work, on stderr: a bar on a terminal, plain lines otherwise. `progress_to` sends it elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from multiprocessing import parent_process
 from typing import TypeVar
 
 from secateur.core.torchrun import speaks
@@ -12,6 +15,38 @@ from secateur.core.torchrun import speaks
 T = TypeVar("T")
 
 _LINE_EVERY_SECONDS = 10.0
+_QUIET_WORKERS = "SECATEUR_QUIET_WORKERS"  # an environment variable: worker processes inherit it
+
+_receive: Callable[[str], object] | None = None  # what gets every line; None: stderr
+
+
+@contextmanager
+def progress_to(receive: Callable[[str], object] | None) -> Iterator[None]:
+    """Send progress, notes and warnings to a function instead of stderr, one line a call; None drops them.
+
+    It holds inside the `with` statement, for all threads of this process. Worker processes (of `compare`, and of
+    `study_modules` with several jobs) print nothing meanwhile.
+
+        with api.progress_to(None):
+            record = api.prune(request, out)
+    """
+    global _receive
+    before, variable = _receive, os.environ.get(_QUIET_WORKERS)
+    _receive = receive if receive is not None else lambda _: None
+    os.environ[_QUIET_WORKERS] = "1"
+    try:
+        yield
+    finally:
+        _receive = before
+        if variable is None:
+            os.environ.pop(_QUIET_WORKERS, None)
+        else:
+            os.environ[_QUIET_WORKERS] = variable
+
+
+def _quiet_worker() -> bool:
+    """Return True in a worker process whose parent sends its own progress elsewhere."""
+    return _QUIET_WORKERS in os.environ and parent_process() is not None
 
 
 def track(
@@ -25,15 +60,19 @@ def track(
         total = len(items)
     if not speaks():
         yield from items
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and _receive is None and not _quiet_worker():
         yield from _bar(items, description, total, status)
     else:
         yield from _lines(items, description, total, status)
 
 
 def say(line: str) -> None:
-    """Print one line for the user on stderr (stdout is for results)."""
-    if speaks():
+    """Print one line for the user on stderr (stdout is for results), or give it to what `progress_to` names."""
+    if not speaks():
+        return
+    if _receive is not None:
+        _receive(line)
+    elif not _quiet_worker():
         print(line, file=sys.stderr, flush=True)
 
 

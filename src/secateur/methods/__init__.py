@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import pkgutil
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,12 +20,15 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
+from secateur.core.docstrings import attributes
 from secateur.core.errors import UsageError, unknown
 from secateur.methods.contract import Says, read_contract
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.quantity import UNITS, WEIGHTS, Quantity
 
 _NO_METHODS = ("contract",)
+_KINDS = {"unstructured": "unstructured", "N:M": "2:4", "rows": "rows", "columns": "columns"}
+_PAPERS = re.compile(r"arXiv:(?P<arxiv>\d{4}\.\d{4,5})|(?P<openreview>openreview\.net/forum\?id=\w+)")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,60 @@ class Method:
     @property
     def summary(self) -> str:
         """The first line of the docstring of its module; `secateur methods` prints it."""
-        return (self.module.__doc__ or "").strip().splitlines()[0]
+        return next(iter((self.module.__doc__ or "").strip().splitlines()), "")
+
+    @property
+    def about(self) -> str:
+        """The docstring of its module without the first line."""
+        return inspect.cleandoc(self.module.__doc__ or "").partition("\n")[2].strip()
+
+    @property
+    def paper(self) -> str | None:
+        """The address of the first paper that the docstring of its module names; None if it names none."""
+        if (named := _PAPERS.search(self.module.__doc__ or "")) is None:
+            return None
+        return f"https://arxiv.org/abs/{named['arxiv']}" if named["arxiv"] else f"https://{named['openreview']}"
+
+    def patterns(self) -> dict[str, Quantity]:
+        """Return the patterns that its options allow, each with what a sparsity is then a fraction of."""
+        allowed = {}
+        if "pattern" in (field.name for field in dataclasses.fields(self.options_class)):
+            for kind, example in _KINDS.items():
+                with suppress(UsageError):
+                    allowed[kind] = self.quantity(self.options({"pattern": example}))
+        return allowed
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a user can know of it before a run, as JSON values.
+
+        Returns:
+            `method`, `summary`, `about` (the rest of its docstring), `paper`, `module`; `sparsity_of`, in words, with
+            the default options; `pattern`, the default, and `patterns`: name -> what the sparsity is a fraction of;
+            `calibration`: `spec`, `samples` and `seqlen`, or None; whether it takes `gradients`, `trains`, or works
+            under `torchrun`; and `options`, each with `name`, `default` and `meaning`, which is empty where its
+            docstring does not say.
+        """
+        defaults = self.options({})
+        says, meanings = self.says, attributes(self.options_class)
+        size = {"spec": says.CALIBRATION, "samples": says.SAMPLES, "seqlen": says.SEQLEN}
+        return {
+            "method": self.name,
+            "summary": self.summary,
+            "about": self.about,
+            "paper": self.paper,
+            "module": self.module.__name__,
+            "sparsity_of": self.quantity(defaults).words,
+            "pattern": getattr(defaults, "pattern", None),
+            "patterns": {kind: counted.words for kind, counted in self.patterns().items()},
+            "calibration": None if says.CALIBRATION is None else size,
+            "gradients": says.GRADIENTS,
+            "trains": says.TRAINS,
+            "torchrun": says.SHARDS,
+            "options": [
+                {"name": field.name, "default": getattr(defaults, field.name), "meaning": meanings.get(field.name, "")}
+                for field in dataclasses.fields(self.options_class)
+            ],
+        }
 
 
 def method_names() -> list[str]:
@@ -93,8 +151,7 @@ def find_method(name: str) -> Method:
     """
     if name not in method_names():
         raise unknown("method", name, method_names())
-    added = _added()
-    module = added[name].load() if name in added else importlib.import_module(f"{__name__}.{name}")
+    module = _load(_added()[name]) if name in _added() else importlib.import_module(f"{__name__}.{name}")
     options = [
         c
         for c in vars(module).values()
@@ -112,6 +169,27 @@ def sharing_methods() -> list[str]:
         with suppress(UsageError):
             names += [name] if find_method(name).says.SHARDS else []
     return names
+
+
+def _load(entry: EntryPoint) -> ModuleType:
+    """Import the module of a method of another package.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    try:
+        module = entry.load()
+    except Exception as error:  # whatever the file of someone else does
+        raise UsageError(
+            f"method '{entry.name}': its module {entry.value} cannot be imported ({type(error).__name__}: {error});"
+            " repair or uninstall the package that adds it"
+        ) from error
+    if not isinstance(module, ModuleType):
+        raise UsageError(
+            f"method '{entry.name}': its entry point {entry.value} is of type {type(module).__name__}; it must name a"
+            " module, as in my_package.chance"
+        )
+    return module
 
 
 @cache

@@ -266,6 +266,9 @@ def _check_whole(where: str, says: Says) -> None:
 def _check_options(where: str, says: Says, options: type[Any]) -> None:
     """Check that the options have what the definitions speak of."""
     names = [option.name for option in fields(options)]
+    for option in fields(options):
+        if option.default is MISSING and option.default_factory is MISSING:
+            raise UsageError(f"{where}: its option {option.name} has no default; write {option.name}: TYPE = VALUE")
     if unknown := [name for name in says.MAY_CHANGE if name not in names]:
         raise UsageError(f"{where}: MAY_CHANGE names {', '.join(unknown)}, but the options are {', '.join(names)}")
     if says.plan_block is not None and says.plan_model is not None and not hasattr(options, "whole_model"):

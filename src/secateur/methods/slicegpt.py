@@ -50,6 +50,7 @@ class SliceGPT:
     Attributes:
         round: every width is a multiple of this number, and at least one multiple.
         energy: a share of the mean square, instead of --sparsity: every place gets the smallest width that keeps it.
+            With 0, --sparsity decides.
         signal: the input of the principal component analysis: `residual` (the authors' code), or `normed` (the paper's
             text), where each token is divided by its root mean square, so that a few tokens of large norm do not
             decide.

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.core.errors import UsageError
 from secateur.evaluate.tasks import task_text
 from secateur.models.load import Checkpoint
 from secateur.prune.prepare import Prepared
-from secateur.text.specs import TASK, holds_ids, read_text
+from secateur.text.specs import TASK, check_spec, holds_ids, read_text
 from secateur.text.tokens import check_ids, tokenize
 from secateur.text.windows import labelled_windows
 
@@ -20,6 +23,49 @@ from secateur.text.windows import labelled_windows
 def read_windows(prepared: Prepared) -> Tensor | None:
     """Return the calibration windows, token ids [S, T]; None if the method needs none."""
     return read_labelled(prepared)[0]
+
+
+def draw_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: str,
+    *,
+    samples: int = 128,
+    seqlen: int | None = None,
+    seed: int = 0,
+    text_field: str = "text",
+) -> Tensor:
+    """Draw calibration windows for a model in memory: those that `prune` draws with the same settings.
+
+    Args:
+        model: the model, for its vocabulary and its number of positions.
+        tokenizer: its tokenizer; None for a file of token ids.
+        text: a text SPEC: `builtin`, `wikitext2`, `c4`, `alpaca`, a file, or `task:NAME`.
+        samples, seqlen: the number of windows and their length in tokens; None is min(2048, the model's maximum).
+        seed: the seed of the choice of windows.
+        text_field: the field of .jsonl and .parquet rows that holds the text.
+
+    Returns:
+        Token ids, int64 [samples, seqlen]; a file of token ids is taken as it is.
+
+    Raises:
+        UsageError: an unknown text, no tokenizer although the text needs one, or a size out of range.
+        SecateurError: the text is too short, or its tokens do not go with the model.
+    """
+    vocabulary, longest = int(model.config.vocab_size), int(model.config.max_position_embeddings)
+    seqlen = min(2048, longest) if seqlen is None else seqlen
+    check_spec(text)
+    if samples < 1:
+        raise UsageError(f"samples {samples}: at least one window is needed")
+    if not 1 < seqlen <= longest:
+        raise UsageError(f"seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
+    if tokenizer is None and not holds_ids(text):
+        raise UsageError(
+            f"the text '{text}' needs a tokenizer: give AutoTokenizer.from_pretrained(...), or a file of token ids"
+            " (.npy or .safetensors)"
+        )
+    how = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    return _labelled(text, tokenizer, vocabulary, longest, text_field=text_field, include_path=None, **how)[0]
 
 
 def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
@@ -49,16 +95,25 @@ def windows_of(
 
 
 def _labelled_of(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint, spec: str, *, include_path: str | Path | None = None, **how: Any
+) -> tuple[Tensor, Tensor | None]:
+    tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
+    vocabulary, longest = checkpoint.config.vocab_size, checkpoint.max_length()
+    return _labelled(spec, tokenizer, vocabulary, longest, include_path=include_path, **how)
+
+
+def _labelled(
     spec: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int,
+    longest: int,
     *,
     samples: int,
     seqlen: int,
     seed: int,
     text_field: str,
-    include_path: str | Path | None = None,
+    include_path: str | Path | None,
 ) -> tuple[Tensor, Tensor | None]:
-    tokenizer = None if holds_ids(spec) else checkpoint.tokenizer()
     text = (
         task_text(spec, include_path)
         if spec.startswith(TASK)
@@ -70,11 +125,5 @@ def _labelled_of(
         return tokenize(tokenizer, row)
 
     windows, labels = labelled_windows(text, ids_of, samples=samples, seqlen=seqlen, seed=seed)
-    check_ids(
-        windows,
-        checkpoint.config.vocab_size,
-        checkpoint.max_length(),
-        spec,
-        None if tokenizer is None else len(tokenizer),
-    )
+    check_ids(windows, vocabulary, longest, spec, None if tokenizer is None else len(tokenizer))
     return windows, labels

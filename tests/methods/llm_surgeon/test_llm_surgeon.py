@@ -22,6 +22,7 @@ from secateur.methods.llm_surgeon import shots, units, weights
 from secateur.methods.llm_surgeon.kronecker import Curvature, Factors
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.run import Run
+from secateur.prune.run import STATES
 from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -393,7 +394,7 @@ def test_a_sweep_is_one_run_with_the_bytes_of_separate_ones_and_goes_on_after_a_
             list(api.sweep(request, sorted(folders, reverse=True), tmp_path / "sweep", measure))
         list(api.sweep(request, list(folders), tmp_path / "sweep", measure, resume=True))
     assert wanted == [0.0125, 0.025, 0.0375, 0.0375, 0.045]
-    assert not (tmp_path / "sweep" / api.STATES).exists()
+    assert not (tmp_path / "sweep" / STATES).exists()
     for sparsity, folder in folders.items():
         alone = api.prune(replace(request, sparsity=sparsity), tmp_path / f"alone-{sparsity}")
         assert (folder / "model.safetensors").read_bytes() == (
