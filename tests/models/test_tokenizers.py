@@ -11,13 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from secateur import api
 from secateur.models.load import bundled_folder
+from tests.tiny import MODEL_TYPES
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 TEXT = "def main():\n    return 1"
@@ -79,3 +81,26 @@ def test_it_loads_with_its_template_without_a_question_or_a_warning(result: Path
 def test_it_loads_with_nothing_but_the_folder(result: Path) -> None:
     stdout, stderr, ran = load_in_a_fresh_process(result, "")
     assert (stdout, stderr, ran) == ([expected(bundled_folder())], "", False)
+
+
+@pytest.mark.parametrize("named", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_runtime_result_has_the_tokens_of_its_original(
+    model_type: str, named: str | None, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Transformers takes another class for some model types than for ours, if the folder does not name it."""
+    dense = saved(model_type)
+    for file in bundled_folder().glob("tokenizer*"):
+        shutil.copyfile(file, dense / file.name)
+    config = json.loads((dense / "tokenizer_config.json").read_text())
+    del config["tokenizer_class"]
+    (dense / "tokenizer_config.json").write_text(json.dumps(config | ({"tokenizer_class": named} if named else {})))
+    try:
+        ids = AutoTokenizer.from_pretrained(dense)(TEXT)["input_ids"]
+    except Exception:
+        pytest.skip("transformers cannot load this tokenizer for this type")
+    request = api.Request(str(dense), "magnitude", sparsity=0.4, pattern="rows", options={"scope": "model"})
+    assert not api.prune(request, tmp_path / "out")["stock"]
+    alone = AutoTokenizer.from_pretrained(tmp_path / "out", config=PreTrainedConfig())
+    assert alone(TEXT)["input_ids"] == ids, "in a process without secateur"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == ids

@@ -118,6 +118,22 @@ class Checkpoint:
                 f"{self.name}: no tokenizer that transformers can load ({_reason(error)}); {instead}"
             ) from error
 
+    def named_tokenizer(self) -> str | None:
+        """Return a `tokenizer_config.json` that names the class of the tokenizer; None if it does so, or there is none.
+
+        Transformers chooses the class by the model type too, and may give a result with a type of our own another one
+        that gives other token ids (seen with 5.23 for `qwen2`).
+        """
+        file = self.folder / "tokenizer_config.json"
+        try:
+            name = type(self.tokenizer()).__name__
+            content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        except (SecateurError, OSError, ValueError):
+            return None
+        if content.get("tokenizer_class") == name or "auto_map" in content:
+            return None
+        return json.dumps({**content, "tokenizer_class": name}, indent=2, ensure_ascii=False) + "\n"
+
     def weight_bytes(self) -> int:
         """Return the bytes of the files that hold the weights."""
         return sum(file.stat().st_size for file in {file for file, _ in self.index.values()})

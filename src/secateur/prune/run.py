@@ -183,6 +183,8 @@ def _run(
         files = {"README.md": words, PLAN_PATH: plan_json({**settings, **facts}, totals.summaries)}
         if problem:
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
+            if (tokenizer_config := checkpoint.named_tokenizer()) is not None:
+                files["tokenizer_config.json"] = tokenizer_config
         writer.finish(weights, [plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
     return facts, problem is None
 
