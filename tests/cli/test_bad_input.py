@@ -753,7 +753,7 @@ def test_stock_only_is_refused_before_the_work(
 
 def test_reports_need_records(run: Run, tmp_path: Path) -> None:
     status, line = run("report", str(tmp_path / "nowhere"), "--out", str(tmp_path / "r.html"))
-    assert (status, "no records at" in line) == (1, True)
+    assert (status, "does not exist; give a records.jsonl, or a folder" in line) == (2, True)
     (tmp_path / "bad.jsonl").write_text('{"command": "eval"}\n{oops\n')
     status, line = run("report", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "r.html"))
     assert (status, "bad.jsonl, line 2: not JSON" in line) == (1, True)

@@ -51,53 +51,46 @@ _LOG_ABOVE = 3  # where the largest perplexity is so many times the smallest, sm
 
 
 def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
-    """Draw perplexity against sparsity; None if no pruned row has both. The title states the comparison `found`."""
-    if not _drawable(curves, lambda row: row.ppl):
+    """Draw perplexity against what is gone; None if no pruned row has both. The title states the comparison `found`."""
+    gone = _amount(curves)
+    if not _drawable(curves, gone, lambda row: row.ppl):
         return None
-    figure, axes = _axes(words.perplexity_title(found, dense))
-    values = [row.ppl for curve in curves for row in curve.rows if row.sparsity is not None and row.ppl is not None]
-    _draw_curves(axes, curves, lambda row: row.ppl)
+    figure, axes = _axes(words.perplexity_title(found, dense), gone)
+    values = [row.ppl for curve in curves for row in curve.rows if gone.of(row) is not None and row.ppl is not None]
+    _draw_curves(axes, curves, gone, lambda row: row.ppl)
     if dense is not None and dense.ppl is not None:
         axes.axhline(
             dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}"
         )
     colours = _colours(curves)
     far = [
-        Far(row.sparsity, row.ppl, colours[curve.method])
+        Far(x, row.ppl, colours[curve.method])
         for curve in curves
         for row in curve.rows
-        if row.sparsity is not None and (row.ppl is not None or row.diverged)
+        if (x := gone.of(row)) is not None and (row.ppl is not None or row.diverged)
     ]
     cut = scale(axes, values, None if dense is None else dense.ppl, far)
     legend(axes, figure)
-    alt = "Perplexity against measured sparsity: " + "; ".join(_readings(curves, lambda row: row.ppl, words.perplexity))
-    caption = (
-        "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, "
-        "or widths)"
-    )
-    return Picture(
-        "perplexity",
-        png(figure),
-        alt,
-        f"{caption}; the table has the pruning ratio, which is what files shrink by.{cut}",
-    )
+    readings = "; ".join(_readings(curves, gone, lambda row: row.ppl, words.perplexity))
+    return Picture("perplexity", png(figure), f"Perplexity against {gone.name}: {readings}", f"{gone.caption}{cut}")
 
 
 def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
-    """Draw the accuracy of a task against sparsity, with standard errors; None if no pruned row has both."""
-    if not _drawable(curves, lambda row: row.accuracy(task)):
+    """Draw the accuracy of a task against what is gone, with standard errors; None if no pruned row has both."""
+    gone = _amount(curves)
+    if not _drawable(curves, gone, lambda row: row.accuracy(task)):
         return None
     reference = dense.accuracy(task) if dense is not None else None
-    figure, axes = _axes(words.accuracy_title(task, found, reference))
-    _draw_curves(axes, curves, lambda row: row.accuracy(task), lambda row: row.task(task, "stderr"))
+    figure, axes = _axes(words.accuracy_title(task, found, reference), gone)
+    _draw_curves(axes, curves, gone, lambda row: row.accuracy(task), lambda row: row.task(task, "stderr"))
     if reference is not None:
         axes.axhline(reference, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {reference:.3f}")
     if task in CHANCE:
         axes.axhline(CHANCE[task], color="#888888", linestyle=":", linewidth=1.6, label=f"chance, {CHANCE[task]:g}")
     axes.set_ylabel(f"accuracy on {plain(task)} (higher is better)")
     legend(axes, figure)
-    alt = f"Accuracy on {task} against measured sparsity: " + "; ".join(
-        _readings(curves, lambda row: row.accuracy(task), lambda value: f"{value:.3f}")
+    alt = f"Accuracy on {task} against {gone.name}: " + "; ".join(
+        _readings(curves, gone, lambda row: row.accuracy(task), lambda value: f"{value:.3f}")
     )
     slug = "".join(c if c.isascii() and c.isalnum() else "-" for c in task)
     return Picture(
@@ -105,15 +98,49 @@ def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comp
     )
 
 
-def _drawable(curves: Sequence[Series], value: Callable[[Row], float | None]) -> bool:
-    return any(row.sparsity is not None and value(row) is not None for curve in curves for row in curve.rows)
+@dataclass(frozen=True)
+class _Amount:
+    """What stands on the x axis: how much of the model is gone.
+
+    Attributes:
+        name: what it is a share of, for the axis.
+        of: the share of a row; None if it is not known.
+        caption: the same as a sentence, with its limits.
+    """
+
+    name: str
+    of: Callable[[Row], float | None]
+    caption: str
 
 
-def _axes(title: str) -> tuple[Figure, Axes]:
+_GONE = _Amount(
+    "parameters removed or zeroed",
+    lambda row: row.gone,
+    "Results of one share have as many parameters left that are not zero. Files shrink by the share removed alone; the "
+    "table has both.",
+)
+_SPARSITY = _Amount(
+    "sparsity, measured",
+    lambda row: row.sparsity,
+    "Sparsity is the fraction removed of what a method removes from (the weights of the targeted matrices, or widths).",
+)
+
+
+def _amount(curves: Sequence[Series]) -> _Amount:
+    """What all rows know: the parameters that are gone, or else (records of earlier versions) the sparsity alone."""
+    rows = [row for curve in curves for row in curve.rows]
+    return _GONE if all(row.gone is not None for row in rows) else _SPARSITY
+
+
+def _drawable(curves: Sequence[Series], gone: _Amount, value: Callable[[Row], float | None]) -> bool:
+    return any(gone.of(row) is not None and value(row) is not None for curve in curves for row in curve.rows)
+
+
+def _axes(title: str, gone: _Amount) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
     axes.set_title(plain(textwrap.fill(title, 76)), fontsize=11, loc="left", color="#111111")
-    axes.set_xlabel("sparsity, measured")
+    axes.set_xlabel(gone.name)
     axes.xaxis.set_major_formatter(Percent())
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -124,6 +151,7 @@ def _axes(title: str) -> tuple[Figure, Axes]:
 def _draw_curves(
     axes: Axes,
     curves: Sequence[Series],
+    gone: _Amount,
     value: Callable[[Row], float | None],
     error: Callable[[Row], float | None] | None = None,
 ) -> None:
@@ -133,9 +161,9 @@ def _draw_curves(
     lines: dict[str, int] = {}
     for curve, marker in zip(curves, itertools.cycle(MARKERS)):
         points = [
-            (row.sparsity, y, error(row) if error else None)
+            (x, y, error(row) if error else None)
             for row in curve.rows
-            if row.sparsity is not None and (y := value(row)) is not None
+            if (x := gone.of(row)) is not None and (y := value(row)) is not None
         ]
         if not points:
             continue
@@ -316,11 +344,14 @@ _OWN = 1.5  # inches of a figure's width that a legend beside the plot may take
 
 
 def _readings(
-    curves: Sequence[Series], value: Callable[[Row], float | None], say: Callable[[float], str | None]
+    curves: Sequence[Series],
+    gone: _Amount,
+    value: Callable[[Row], float | None],
+    say: Callable[[float], str | None],
 ) -> list[str]:
     return [
         f"{curve.label}: "
-        + ", ".join(f"{say(y)} at {words.percent(row.sparsity)}" for row in curve.rows if (y := value(row)) is not None)
+        + ", ".join(f"{say(y)} at {words.percent(gone.of(row))}" for row in curve.rows if (y := value(row)) is not None)
         for curve in curves
         if any(value(row) is not None for row in curve.rows)
     ]

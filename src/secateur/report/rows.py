@@ -81,6 +81,23 @@ class Row:
         return self.number("sparsity") if measured is None else measured
 
     @property
+    def removed(self) -> float | None:
+        """The share of the parameters that was removed."""
+        return self.number("pruning_ratio")
+
+    @property
+    def zeroed(self) -> float | None:
+        """The share of zeros among the parameters that are left."""
+        after, nonzero = self.number("params_after"), self.number("nonzero_after")
+        return 1 - nonzero / after if after and nonzero is not None else None
+
+    @property
+    def gone(self) -> float | None:
+        """The share of the parameters that was removed or zeroed, of all that there were."""
+        before, nonzero = self.number("params_before"), self.number("nonzero_after")
+        return 1 - nonzero / before if before and nonzero is not None else None
+
+    @property
     def ppl(self) -> float | None:
         """Perplexity; None if it was not measured, or is infinite."""
         return as_number(self.measuring.get("ppl"))

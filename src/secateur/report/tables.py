@@ -87,20 +87,14 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
             "per-module sparsity",
             text=True,
         ),
+        Column("Removed", lambda row: _number(words.percent, row.removed), "of all parameters"),
+        Column("Zeroed", lambda row: _number(words.percent, row.zeroed), "of the parameters that are left"),
         Column(
             "Sparsity",
             lambda row: _number(words.percent, row.sparsity),
             "measured: the fraction removed of what the method removes from",
         ),
-        Column(
-            "Pruning ratio",
-            lambda row: _number(words.percent, row.number("pruning_ratio")),
-            "1 - parameters after / before, over all parameters",
-        ),
         Column("Parameters", lambda row: _number(words.count, parameters(row)), "in the written checkpoint"),
-        Column(
-            "Not zero", lambda row: _number(words.count, row.number("nonzero_after")), "parameters that are not zero"
-        ),
         Column("PPL", _perplexity, "perplexity, lower is better"),
         Column(
             "PPL / dense", lambda row: _number(words.ratio, times_dense(row)), "perplexity over that of the dense model"

@@ -74,7 +74,7 @@ def plural(number: int, noun: str) -> str:
 def perplexity_title(found: Comparison | None, dense: Row | None) -> str:
     """The title of the plot of perplexity: its main result."""
     if found is None:
-        return "Perplexity against measured sparsity"
+        return "Perplexity against what is gone"
     best = found.entries[0]
     value = f"perplexity {perplexity(best.value)}" + (
         f" (dense {perplexity(dense.ppl)})" if dense and dense.ppl else ""
@@ -86,7 +86,7 @@ def perplexity_title(found: Comparison | None, dense: Row | None) -> str:
 def accuracy_title(task: str, found: Comparison | None, dense: float | None) -> str:
     """The title of the plot of a task's accuracy: its main result."""
     if found is None:
-        return f"{task}: accuracy against measured sparsity"
+        return f"{task}: accuracy against what is gone"
     best = found.entries[0]
     reference = f" (dense {dense:.3f})" if dense is not None else ""
     if len(found.entries) == 1:
