@@ -203,6 +203,21 @@ def test_wrong_usage(dense: Path, tmp_path: Path, ids_file: str, more: list[str]
     assert not (tmp_path / "out").exists()
 
 
+def test_the_winner_comes_first_and_no_name_is_cut_at_80_columns(
+    dense: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    args = [dense, "--methods", "magnitude,llm_pruner", "--params-removed", "0.2", "--calibration", ids_file]
+    status, stdout, _ = invoke(*args, "--text", ids_file, "--out", tmp_path / "out")
+    assert status == 0
+    first, *table = stdout.splitlines()
+    assert first.startswith("At ")
+    assert "has the lowest perplexity of the 2 compared" in first
+    assert "\N{HORIZONTAL ELLIPSIS}" not in stdout
+    assert any("magnitude rows" in line for line in table)
+    assert first in (tmp_path / "out" / "compare.md").read_text().splitlines()
+
+
 def test_own_process_has_its_own_peak_and_its_errors_come_back() -> None:
     ballast = torch.ones(100 * 2**18)  # 100 MB
     here = records.peak_rss_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Option, echo
 
 from secateur.cli import options as opt
 from secateur.cli.console import RESUME, command, emit, show
@@ -97,6 +97,7 @@ def compare(
         elif result.table is not None:
             from secateur.cli.terminal import cells_table
 
+            echo(result.finding)
             show(cells_table(result.table.table))
             for note in result.table.notes:
                 say(note)

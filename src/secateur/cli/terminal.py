@@ -146,9 +146,9 @@ def runs_table(found: Sequence[Record]) -> Table:
 
 def cells_table(found: Cells) -> Table:
     """Return a table of the report for the terminal."""
-    table = Table()
+    table = Table(padding=(0, 0))
     for head, _, text in found.heads:
-        table.add_column(head, justify="left" if text else "right")
+        table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=head in ("Method", "PPL"))
     for row in found.rows:
         table.add_row(*(escape(cell.text) for cell in row))
     return table

@@ -16,8 +16,8 @@ from typing import Any
 from secateur.core.records import Record
 from secateur.report import words
 from secateur.report.published import PublishedTable, published
-from secateur.report.rows import Row, as_number, seconds_of, source_of, task_names
-from secateur.report.series import NEAR
+from secateur.report.rows import Group, Row, as_number, seconds_of, source_of, task_names
+from secateur.report.series import NEAR, compare, series
 from secateur.report.tables import Cell, Column, Table, table
 
 _NEAR = 0.03
@@ -31,6 +31,12 @@ class Comparison:
 
     table: Table
     notes: tuple[str, ...]
+
+
+def winner(group: Group) -> str:
+    """The result that loses least among those that can be compared, in words, as the page has it."""
+    best = compare(series(group.rows), lambda row: row.ppl, lambda _: None, lowest=True)
+    return words.finding(best, group.dense)
 
 
 def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | None:

@@ -31,7 +31,7 @@ from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.pattern import parse_pattern
 from secateur.prune.prepare import prepare
 from secateur.prune.run import STATES, prune
-from secateur.report.compare import Comparison, comparison, markdown
+from secateur.report.compare import Comparison, comparison, markdown, winner
 from secateur.report.rows import collect, group
 from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, Request
 from secateur.study.sweep import point_name, take_over
@@ -80,11 +80,13 @@ class Compared:
         records: the evaluation records, the dense model's first.
         cells: the runs, and what could not be done.
         table: what `compare.md` prints; None where nothing can be put side by side.
+        finding: the winner and what it was compared with, in one sentence or two; as the report has it.
     """
 
     records: list[Record]
     cells: Cells
     table: Comparison | None
+    finding: str
 
 
 def compare(
@@ -115,7 +117,8 @@ def compare(
         measured.append(record)
         name = Path(record["out"]).name if record.get("method") else "dense"
         say(f"{name}: ppl {perplexity_words(record['ppl'])}")
-    return Compared(measured, todo, summary(asked, todo, out.absolute(), measured, records_file=records_file))
+    table, finding = summary(asked, todo, out.absolute(), measured, records_file=records_file)
+    return Compared(measured, todo, table, finding)
 
 
 def cells(asked: CompareRequest) -> Cells:
@@ -276,8 +279,8 @@ def _bench(request: BenchRequest, dense: str, target: Path, records_file: Path, 
 
 def summary(
     asked: CompareRequest, todo: Cells, out: Path, found: Sequence[Record], *, records_file: Path | None = None
-) -> Comparison | None:
-    """Write `compare.md` and `report.html` into `out`; returns the table.
+) -> tuple[Comparison | None, str]:
+    """Write `compare.md` and `report.html` into `out`; returns the table, and the winner in words.
 
     Args:
         asked, todo, out, records_file: as for `run`.
@@ -290,16 +293,17 @@ def summary(
         if record.get("command") in ("prune", "heal", "bench") and record.get("out") in places
     ]
     both, model = named([*taken, *found]), shown(asked.base.model)
-    result = comparison(group(collect(both))[0].rows, both)
+    main = group(collect(both))[0]
+    result, finding = comparison(main.rows, both), winner(main)
     if result is not None:
         notes = [*result.notes, *todo.notes()]
         (out / "compare.md").write_text(
-            f"# {model}: methods compared\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8"
+            f"# {model}: methods compared\n\n{finding}\n\n{markdown(replace(result, notes=tuple(notes)))}", "utf-8"
         )
     from secateur.report import html  # matplotlib takes a second
 
     html.write_report(both, out / "report.html", title=f"{model}: methods compared")
-    return result
+    return result, finding
 
 
 def _finished_here(target: Path, resume: bool) -> Callable[..., Record]:
