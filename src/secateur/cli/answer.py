@@ -57,9 +57,7 @@ def _dry_run(record: Record) -> Iterator[str]:
 
 
 def _eval(record: Record) -> Iterator[str]:
-    protocol, dense = record["ppl_protocol"], record.get("ppl_dense")
-    text = f"{shown(protocol['spec'])}, {protocol['windows']:,} windows of {protocol['seqlen']:,} tokens"
-    yield f"perplexity {_perplexities(dense, record['ppl'])} ({text}), {_time(record)}"
+    yield f"perplexity {_perplexities(record.get('ppl_dense'), record['ppl'])} ({_text(record)}), {_time(record)}"
     if record.get("method"):
         yield f"{_size(record)}. {_how(record)}."
     for task, result in (record.get("tasks") or {}).items():
@@ -77,7 +75,7 @@ def _eval(record: Record) -> Iterator[str]:
 
 
 def _heal(record: Record) -> Iterator[str]:
-    yield f"perplexity {_perplexities(record.get('ppl_before'), record['ppl'])} by healing, {_time(record)}"
+    yield f"perplexity {_perplexities(record.get('ppl_before'), record['ppl'])} by healing ({_text(record)}), {_time(record)}"
     yield f"{_size(record)}. {_how(record)}."
     yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
 
@@ -101,6 +99,12 @@ def _predict(record: Record) -> Iterator[str]:
 
 def _value(number: float, kind: str) -> str:
     return perplexity_words(number) if kind == "ppl" else f"{number:.3f}"
+
+
+def _text(record: Record) -> str:
+    """The text that perplexity was measured on."""
+    protocol = record["ppl_protocol"]
+    return f"{shown(protocol['spec'])}, {protocol['windows']:,} windows of {protocol['seqlen']:,} tokens"
 
 
 def _size(record: Record) -> str:

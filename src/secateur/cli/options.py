@@ -73,7 +73,13 @@ IncludePath = Annotated[Path | None, Option(metavar="DIR", help="A folder of tas
 Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on disk instead of in memory.")]
 
 # What is measured.
-Text = Annotated[str | None, Option(help="Evaluation text: builtin, wikitext2, c4, or a file.")]
+Text = Annotated[
+    str | None,
+    Option(
+        help="Evaluation text: builtin, wikitext2, c4, or a file. Default: that of --protocol, or wikitext2 ('builtin' for "
+        "the model in the package)."
+    ),
+]
 Protocol = Annotated[str | None, Option(help="The name of a perplexity protocol; an unknown name lists all of them.")]
 Tasks = Annotated[
     str,
