@@ -75,7 +75,8 @@ def _eval(record: Record) -> Iterator[str]:
 
 
 def _heal(record: Record) -> Iterator[str]:
-    yield f"perplexity {_perplexities(record.get('ppl_before'), record['ppl'])} by healing ({_text(record)}), {_time(record)}"
+    change = _perplexities(record.get("ppl_before"), record["ppl"])
+    yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
     yield f"{_size(record)}. {_how(record)}."
     yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
 

@@ -76,8 +76,8 @@ Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on 
 Text = Annotated[
     str | None,
     Option(
-        help="Evaluation text: builtin, wikitext2, c4, or a file. Default: that of --protocol, or wikitext2 ('builtin' for "
-        "the model in the package)."
+        help="Evaluation text: builtin, wikitext2, c4, or a file. Default: that of --protocol, or wikitext2 "
+        "('builtin' for the model in the package)."
     ),
 ]
 Protocol = Annotated[str | None, Option(help="The name of a perplexity protocol; an unknown name lists all of them.")]
