@@ -71,6 +71,18 @@ def test_times_are_in_the_unit_that_people_plan_by(seconds: float, words: str) -
     assert answer({**RECORD, "seconds": seconds})[0].endswith(f", {words}")
 
 
+@pytest.mark.parametrize("lost", ["seconds", "stock", "params_before", "params_after", "bytes_before"])
+def test_a_record_without_a_number_has_its_table_instead(lost: str) -> None:
+    assert answer({key: value for key, value in RECORD.items() if key != lost}) == []
+    assert answer({"command": "eval", "out": "x", "shift": {"kl": None}}) == []
+
+
+def test_studies_have_their_table_on_a_dry_run(saved: Callable[..., Path], ids_file: str) -> None:
+    said = run("study", "disp-llm", saved("llama"), "--calibration", ids_file, "--text", ids_file, "--dry-run")
+    assert "runs" in said
+    assert "depends on the text" not in said
+
+
 def test_commands_answer_and_print_the_record_when_it_is_asked_for(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -45,7 +46,7 @@ def test_sweeps_share_the_dense_model_and_a_second_eval_measures_again(
 
 
 def test_other_weights_other_text_or_another_type_are_measured(
-    saved: Callable[..., Path], ids_file: str, tmp_path: Path, measured: list[str]
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = saved("llama")
     measure = api.EvalRequest(str(dense), text=ids_file)
@@ -61,6 +62,11 @@ def test_other_weights_other_text_or_another_type_are_measured(
     assert ask(replace(measure, text=str(tmp_path / "other.npy"))) == 1
     os.utime(dense / "model.safetensors")
     assert ask(measure) == 1
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    assert ask(measure) == 1, "the same weights with another norm are another model"
+    monkeypatch.chdir(tmp_path)
+    assert ask(replace(measure, model=f"./{dense.name}")) == 0, "a folder by another name is the same folder"
 
 
 def test_against_gives_the_dense_perplexity_beside_the_pruned_one(
@@ -75,6 +81,11 @@ def test_against_gives_the_dense_perplexity_beside_the_pruned_one(
     assert record["ppl"] != record["ppl_dense"]
     api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file, against=str(dense)))
     assert len(measured) == 4, "the dense model was known by then"
+    before = len(measured)
+    api.prune(api.Request(str(dense), "magnitude", sparsity=0.6), tmp_path / "more")
+    for folder in ("more", "out"):
+        api.evaluate(api.EvalRequest(str(tmp_path / folder), text=ids_file, against=str(dense)))
+    assert len(measured) - before == 2, "what --against measured is kept too"
 
 
 def test_a_cache_that_cannot_be_written_or_read_is_no_error(
@@ -88,7 +99,7 @@ def test_a_cache_that_cannot_be_written_or_read_is_no_error(
     assert len(measured) == 2
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     module.evaluate(measure, records_file=tmp_path / "r.jsonl", known=True)
-    (file,) = (tmp_path / "cache" / "dense").iterdir()
-    file.write_text("{broken")
+    for file in (tmp_path / "cache" / "dense").iterdir():
+        file.write_text("{broken")
     module.evaluate(measure, records_file=tmp_path / "r.jsonl", known=True)
     assert len(measured) == 4

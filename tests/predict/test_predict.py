@@ -628,12 +628,12 @@ def test_a_share_of_the_parameters_is_turned_into_a_sparsity(tmp_path: Path) -> 
     assert at["params_removed"] == pytest.approx(1.2 * 0.3 - 0.2 * 0.09 - 0.01)
     for entry, wanted in ((near, 0.2), (far, 0.5)):
         s = entry["sparsity"]
-        assert 1.2 * s - 0.2 * s * s - 0.01 == pytest.approx(wanted, abs=1e-4)
+        assert 1.2 * s - 0.2 * s * s - 0.01 == pytest.approx(wanted, abs=5e-3)
         assert entry["params_removed"] == pytest.approx(wanted, abs=1e-4)
     assert (near["extrapolated"], far["extrapolated"]) == (False, True)
     target = api.predict([tmp_path], target_ppl=12.0)["target"]
     s = target["sparsity"]
-    assert target["params_removed"] == pytest.approx(1.2 * s - 0.2 * s * s - 0.01)
+    assert target["params_removed"] == pytest.approx(1.2 * s - 0.2 * s * s - 0.01, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -641,12 +641,21 @@ def test_a_share_of_the_parameters_is_turned_into_a_sparsity(tmp_path: Path) -> 
     [
         (1.0, r"--params-removed 1 is outside \[0, 1\)"),
         (-0.1, r"--params-removed -0\.1 is outside"),
-        (0.995, r"--params-removed 0\.995: this pruning removes at most 0\.98"),
     ],
 )
 def test_shares_that_no_sparsity_removes(removed: float, said: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
         api.predict([sliced(tmp_path)], params_removed=[removed])
+
+
+def test_noisy_shares_are_followed_between_the_points(tmp_path: Path) -> None:
+    """A curve through these three falls again; the answer stays between its neighbours."""
+    for s, removed in ((0.0, 0.0), (0.25, 0.19), (0.3, 0.235), (0.35, 0.26)):
+        about = {"command": "eval", "model": "m", "method": "x" if s else None, "sparsity_measured": s}
+        records.append(tmp_path / "records.jsonl", {**about, "pruning_ratio": removed, "ppl": 10 * math.exp(s)})
+    found = api.predict([tmp_path], params_removed=[0.2, 0.28])["predictions"]
+    assert 0.25 < found[0]["sparsity"] < 0.3
+    assert found[1]["sparsity"] > 0.35
 
 
 def test_points_that_do_not_tell_the_share(tmp_path: Path) -> None:
@@ -659,6 +668,10 @@ def test_points_that_do_not_tell_the_share(tmp_path: Path) -> None:
 def test_the_answer_comes_before_the_laws(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["predict", str(sliced(tmp_path)), "--params-removed", "0.2"])
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("20.0% of the parameters removed (sparsity 0.18): perplexity ")
+    assert result.stdout.startswith("20.0% of the parameters removed (sparsity 0.181): perplexity ")
+    assert "predicted ppl" not in result.stdout, "and it is said once"
+    result = CliRunner().invoke(app, ["predict", str(tmp_path), "--target-ppl", "12"])
+    said = "perplexity 12.00 or less: 20.6% of the parameters removed at most (sparsity 0.186 at most)\n"
+    assert result.stdout.startswith(said), result.stdout
     result = CliRunner().invoke(app, ["predict", str(tmp_path), "--params-removed", "0,2"])
     assert (result.exit_code, "--params-removed: 2 is outside [0, 1)" in result.stderr) == (2, True), result.stderr

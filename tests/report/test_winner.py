@@ -28,7 +28,7 @@ def removed(method: str, ratio: float, ppl: float | None, asked: float | None = 
 
 def compared(*records: list[dict[str, Any]]) -> list[Comparison]:
     rows = collect([eval_record(24.3, "tiny"), *(r for several in records for r in several)])
-    return comparisons(series(rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    return comparisons(series(rows), lambda row: row.cost, lambda row: None, lowest=True)
 
 
 THREE = (
@@ -62,6 +62,20 @@ def test_a_run_that_went_astray_is_named_and_one_that_lies_near_joins() -> None:
     said = words.finding(found, None)
     assert "not compared since more than two points away: coarse (12.5%)" in said
     assert "Not asked for 25%, and compared since within two points: other." in said
+
+
+def test_one_that_landed_far_from_the_level_does_not_win_it() -> None:
+    said = words.finding(compared(removed("a", 0.25, 20.0, 0.25), removed("b", 0.15, 10.0, 0.25))[0], None)
+    assert said.startswith("At 25% of all parameters")
+    assert "a has perplexity 20.00" in said
+    assert "not compared since more than two points away: b (15.0%)" in said
+
+
+def test_an_infinite_perplexity_was_measured_and_comes_last() -> None:
+    found = compared(removed("a", 0.25, 20.0, 0.25), removed("b", 0.25, None, 0.25))[0]
+    assert [entry.label for entry in found.entries] == ["a", "b"]
+    said = words.finding(found, None)
+    assert "a has the lowest perplexity of the 2 compared: 20.00; b has infinite." in said
 
 
 def test_two_that_both_went_astray_are_still_compared() -> None:

@@ -14,9 +14,14 @@ _SEEN = 0.0005  # a share below this is shown as none
 
 def answer(record: Record) -> list[str]:
     """Return the lines for the record of `prune`, `eval`, `heal` or `predict`, or of a dry run; none for others."""
-    kind = "dry run" if record.get("dry_run") else record["command"]
+    kind = record["command"]
+    if record.get("dry_run"):
+        kind = "dry run" if kind == "prune" else "dry run of a study"
     lines = {"prune": _prune, "dry run": _dry_run, "eval": _eval, "heal": _heal, "predict": _predict}.get(kind)
-    return [] if lines is None else list(lines(record))
+    try:
+        return [] if lines is None else list(lines(record))
+    except (KeyError, TypeError):  # a record of an earlier version, or without numbers: its table says what there is
+        return []
 
 
 def how_much(record: Record) -> str:
@@ -39,7 +44,7 @@ def zeroed_share(record: Record) -> float:
 def _prune(record: Record) -> Iterator[str]:
     yield f"{_size(record)}, {_time(record)}"
     yield f"{_how(record)}. {_loading(record)}"
-    yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
+    yield f"Next: {_next('eval', record['out'], *_dense(record))}"
 
 
 def _dry_run(record: Record) -> Iterator[str]:
@@ -78,15 +83,13 @@ def _heal(record: Record) -> Iterator[str]:
     change = _perplexities(record.get("ppl_before"), record["ppl"])
     yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
     yield f"{_size(record)}. {_how(record)}."
-    yield f"Next: {_next('eval', record['out'], '--against', record['model'])}"
+    yield f"Next: {_next('eval', record['out'], *_dense(record))}"
 
 
 def _predict(record: Record) -> Iterator[str]:
     what = "perplexity" if record["metric"] == "ppl" else f"accuracy on {record['metric']}"
     value = "ppl" if "ppl" in (record["predictions"] or [{}])[0] or record["metric"] == "ppl" else "acc"
-    if not record.get("measured"):
-        return
-    for entry in record["predictions"]:
+    for entry in record["predictions"] if record.get("asked") else []:
         share = entry.get("params_removed")
         amount = f"sparsity {entry['sparsity']:.3g}"
         if share:
@@ -96,6 +99,12 @@ def _predict(record: Record) -> Iterator[str]:
         )
         doubt = ", beyond what was measured" if entry["extrapolated"] else ""
         yield f"{amount}: {what} {_value(entry[value], value)}{ends}{doubt}"
+    if (target := record.get("target")) is not None and target.get(value) is not None:
+        s, share = target["sparsity"], target.get("params_removed")
+        limit = f"{what} {_value(target[value], value)} or {'less' if value == 'ppl' else 'more'}"
+        amount = "nothing can be removed" if s is None else f"sparsity {s:.3g} at most"
+        amount = f"{_percent(share)} of the parameters removed at most ({amount})" if share and s else amount
+        yield f"{limit}: {amount}{', beyond what was measured' if target['extrapolated'] else ''}"
 
 
 def _value(number: float, kind: str) -> str:
@@ -154,6 +163,11 @@ def _next(command: str, *words: str) -> str:
 def _change(before: float, after: float) -> str:
     old, new = _bytes(before), _bytes(after)
     return new if old == new else f"{old} -> {new}"
+
+
+def _dense(record: Record) -> list[str]:
+    revision = record.get("model_revision")
+    return ["--against", record["model"], *([] if revision is None else ["--against-revision", revision])]
 
 
 def _time(record: Record) -> str:

@@ -20,7 +20,7 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.core.words import perplexity_words
 from secateur.evaluate.answers import Answers
-from secateur.evaluate.kept import keep, kept
+from secateur.evaluate.kept import keep, kept, key_of
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.shift import functionality_shift
 from secateur.evaluate.tasks import Tasks, find_tasks
@@ -137,7 +137,9 @@ def evaluate(
         if earlier:
             return earlier[-1]
     versions = records.versions() | tasks.versions()
-    if known and plan is None and (found := kept(key, versions)) is not None:
+    kept_key = key_of(checkpoint, {**questions.facts, **tasks.facts()}, versions)
+    if known and plan is None and (found := kept(kept_key)) is not None:
+        found = {**found, "out": facts["out"], "model": request.model, "key": key}
         say(f"{request.model}: measured before under this protocol, perplexity {perplexity_words(found['ppl'])}")
         records.append(records_file, found)
         return found
@@ -163,7 +165,8 @@ def evaluate(
     }
     records.append(records_file, record)
     if plan is None and against is None:
-        keep(record, versions)
+        keep(kept_key, record)
+        keep(_perplexity_key(checkpoint, questions), dict(measured.facts))
     progress.unlink(missing_ok=True)
     if plan is not None and Path(request.model).is_dir():
         card.note_measurement(checkpoint.folder, record)
@@ -176,16 +179,21 @@ def _against(
     """Return the fields of a record that compare with the dense model: its perplexity, and the shift from it."""
     dense, against = both
     assert request.against is not None
-    # the key of the dense model's own evaluation, without tasks
-    key = _key({**questions.facts, "out": _place(request.against)}, against, None, Tasks())
-    found = kept(key, records.versions())
-    measured = {"ppl": found["ppl"], "loss": found["loss"]} if found else perplexity(dense, questions.windows).facts
+    key = _perplexity_key(against, questions)
+    if (measured := kept(key)) is None:
+        measured = dict(perplexity(dense, questions.windows).facts)
+        keep(key, measured)
     shift = functionality_shift(dense, model, questions.windows[:32], questions.tokenizer)
     return {
         "ppl_dense": measured["ppl"],
         "loss_dense": measured["loss"],
         "shift": {"against": request.against, **shift},
     }
+
+
+def _perplexity_key(checkpoint: Checkpoint, questions: Questions) -> str:
+    """Return the key of a perplexity alone, whatever tasks were asked beside it."""
+    return key_of(checkpoint, {**questions.facts, "only": "perplexity"}, records.versions())
 
 
 def _place(model: str) -> str:

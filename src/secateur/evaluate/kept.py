@@ -12,23 +12,26 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from secateur.core import records
 from secateur.core.errors import SecateurError
+from secateur.models.companions import companions
+from secateur.models.load import Checkpoint
 
 
-def kept(key: str, versions: Mapping[str, str]) -> records.Record | None:
-    """Return the record of an evaluation with this key and these versions, or None."""
+def kept(key: str) -> records.Record | None:
+    """Return what was kept under this key, or None."""
     try:
-        (record,) = records.read([_file(key, versions)])
+        (record,) = records.read([_file(key)])
     except (OSError, ValueError, SecateurError):
         return None
     return record
 
 
-def keep(record: records.Record, versions: Mapping[str, str]) -> None:
-    """Keep the record of an evaluation by its `key`; a folder that cannot be written keeps nothing."""
-    file = _file(record["key"], versions)
+def keep(key: str, record: records.Record) -> None:
+    """Keep numbers under a key; a folder that cannot be written keeps nothing."""
+    file = _file(key)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
@@ -38,9 +41,22 @@ def keep(record: records.Record, versions: Mapping[str, str]) -> None:
         return
 
 
-def _file(key: str, versions: Mapping[str, str]) -> Path:
-    named = hashlib.sha256(json.dumps([key, dict(sorted(versions.items()))]).encode()).hexdigest()[:32]
-    return _folder() / "dense" / f"{named}.jsonl"
+def key_of(checkpoint: Checkpoint, facts: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """Return the key of an evaluation: a hash of the model, of what was measured, and of the versions.
+
+    The model is told by its configuration, and by size and time of every file that decides a result: configuration,
+    weights and tokenizer, wherever the folder is named from.
+    """
+    folder = checkpoint.folder
+    names = ["config.json", *companions(folder)]
+    files = sorted({file.resolve() for file, _ in checkpoint.index.values()} | {(folder / n).resolve() for n in names})
+    about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    everything = [about, checkpoint.raw_config, dict(facts), {**versions, "secateur": records.version()}]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _file(key: str) -> Path:
+    return _folder() / "dense" / f"{key}.jsonl"
 
 
 def _folder() -> Path:

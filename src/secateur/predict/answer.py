@@ -76,6 +76,7 @@ def predict(
         "measured": [
             {"sparsity": float(s), points.kind: float(v)} for s, v in zip(points.s, points.values, strict=True)
         ],
+        "asked": bool(at or removed),
         "predictions": answers,
         "target": target_answer,
         "best": prediction.winner.law.name if prediction.winner and len(points.s) >= 3 else None,

@@ -76,16 +76,14 @@ class Points:
     def removed_at(self, sparsities: Array) -> Array | None:
         """The share of all parameters that each sparsity removes [N]; None if the points do not tell.
 
-        It is a polynomial of degree two in the sparsity at most (a narrower residual stream has adapters, whose size is
-        a square), through the measured points.
+        It is a straight line between measured points and from nothing to the first, and goes on like the last line.
         """
         if self.removed is None or not (self.removed > 0).any():
             return None
-        s, removed = self.s, self.removed
-        if len(s) == 1:
-            s, removed = np.append(0.0, s), np.append(0.0, removed)
-        shares: Array = np.polyval(np.polyfit(s, removed, min(2, len(s) - 1)), sparsities).astype(np.float64)
-        return shares
+        s, removed = np.append(0.0, self.s), np.append(0.0, self.removed)
+        slope = (removed[-1] - removed[-2]) / (s[-1] - s[-2])
+        shares: Array = np.interp(sparsities, s, removed) + slope * np.clip(sparsities - s[-1], 0, None)
+        return np.minimum(shares, 1.0)
 
     def sparsity_for(self, removed: float) -> float:
         """The sparsity that removes this share of all parameters.
@@ -101,10 +99,11 @@ class Points:
                 "--params-removed: these points do not tell how many parameters were removed (weights were zeroed, or "
                 "they come from a CSV); use --at S"
             )
-        start = int(shares.argmin())  # adapters make small sparsities add parameters
+        # adapters make small sparsities add parameters
+        start = int(shares[grid <= self.s[0]].argmin())
         rising = np.maximum.accumulate(shares[start:])
         if removed > rising[-1]:
-            raise UsageError(f"--params-removed {removed:g}: this pruning removes at most {rising[-1]:.3f}")
+            raise UsageError(f"--params-removed {removed:g}: these points go up to {max(0.0, rising[-1]):.3f} at most")
         return float(np.interp(removed, rising, grid[start:]))
 
     @property

@@ -35,7 +35,7 @@ class Comparison:
 
 def winner(group: Group) -> str:
     """The result that loses least among those that can be compared, in words, as the page has it."""
-    best = compare(series(group.rows), lambda row: row.ppl, lambda _: None, lowest=True)
+    best = compare(series(group.rows), lambda row: row.cost, lambda _: None, lowest=True)
     return words.finding(best, group.dense)
 
 

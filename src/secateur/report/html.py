@@ -120,7 +120,7 @@ def _curves(findings: Findings) -> list[Picture]:
     """The plots of perplexity and of each task against sparsity, for the first group."""
     main = findings.main
     curves, dense = series(main.rows), main.dense
-    drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.ppl, lambda row: None, lowest=True))]
+    drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.cost, lambda row: None, lowest=True))]
     for task in task_names(main.rows):
         compared = compare(
             curves,
@@ -165,7 +165,7 @@ def _render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
-    found = comparisons(series(main.rows), lambda row: row.ppl, lambda row: None, lowest=True)
+    found = comparisons(series(main.rows), lambda row: row.cost, lambda row: None, lowest=True)
     compared, levels = next(iter(found), None), words.levels(found)
     uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
     return template.render(

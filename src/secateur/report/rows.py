@@ -10,6 +10,7 @@ protocol); what a report plots and concludes is about its largest group alone.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ class Row:
     def ppl(self) -> float | None:
         """Perplexity; None if it was not measured, or is infinite."""
         return as_number(self.measuring.get("ppl"))
+
+    @property
+    def cost(self) -> float | None:
+        """Perplexity, also where it is infinite; None if it was not measured."""
+        return math.inf if self.diverged else self.ppl
 
     @property
     def diverged(self) -> bool:

@@ -180,7 +180,7 @@ def comparisons(
     """Compare the series level by level: first the levels with two methods, the highest first, then the others.
 
     Runs that were asked for the same stand together, whatever they reached, without those that landed more than NEAR
-    away from it (if two series came near). Runs that were asked for nothing in common stand together within NEAR.
+    away from it (if one came near). Runs that were asked for nothing in common stand together within NEAR.
     Results that removed parameters are not compared with results that zeroed them. Per-module runs are not compared.
     """
     found: list[tuple[int, Comparison]] = []
@@ -227,7 +227,7 @@ def _asked_alike(runs: Sequence[_Run]) -> tuple[list[_Group], list[_Run]]:
     groups = {}
     for level, members in asked.items():
         near = [run for run in members if abs(run.reached - level) <= NEAR + _TINY]
-        compared = near if _several(near) else members
+        compared = near or members
         if _several(members):
             groups[level] = _Group(compared, level, [run for run in members if run not in compared])
     placed = {id(run) for group in groups.values() for run in group.runs}

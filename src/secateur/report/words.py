@@ -105,10 +105,11 @@ def finding(found: Comparison | None, dense: Row | None) -> str:
         f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
     )
     if not rest:
-        return (
+        alone = (
             f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; "
             "nothing else was measured at that level to compare it with."
         )
+        return " ".join([alone, *_reservations(found)])
     said = [_value(entry) + ("" if found.equal else f" ({entry.reached:.1%})") for entry in found.entries]
     nearest = "; ".join(f"{entry.label} has {value}" for entry, value in zip(rest, said[1:], strict=True))
     first = (
@@ -122,9 +123,10 @@ def _reservations(found: Comparison) -> list[str]:
     """What the reader must know about a comparison of several."""
     best, noun = found.entries[0], "removed" if found.removed else "zeroed"
     said = []
-    if best.changed and (alone := next((entry for entry in found.entries if not entry.changed), None)) is not None:
-        said.append(f"Without recovery {alone.label} is the best, {perplexity(alone.value)}.")
-    if not found.equal and best.reached == min(entry.reached for entry in found.entries):
+    unhealed = [entry for entry in found.entries if not entry.changed]
+    if best.changed and len(unhealed) > 1:
+        said.append(f"Without recovery {unhealed[0].label} is the best, {perplexity(unhealed[0].value)}.")
+    if len(found.entries) > 1 and not found.equal and best.reached == min(entry.reached for entry in found.entries):
         said.append(f"{best.label} also {noun} the least, which helps it.")
     if not found.asked and not found.equal:
         said.append(f"No ratio was asked for in common: what {noun} within two points of one another is compared.")
