@@ -16,6 +16,7 @@ from secateur.report.html import write_report
 from secateur.report.plots import Percent
 from secateur.report.rows import collect, group
 from secateur.report.series import Comparison, comparisons, series
+from secateur.report.tables import notes
 from tests.report.test_report import PROTOCOL, eval_record, prune_record
 
 
@@ -183,3 +184,17 @@ def test_a_folder_without_records_says_what_to_give(tmp_path: Path) -> None:
         with pytest.raises(SecateurError, match=said) as raised:
             find_records([tmp_path / name])
         assert "\n" not in str(raised.value)
+
+
+def test_the_dense_model_is_found_by_another_spelling_and_its_command_measures_alike(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    pruned = prune_record("magnitude", 0.5, str(tmp_path / "p"), model="./m/")
+    dense = {**eval_record(9.0, "m"), "model": "m"}
+    lines = [pruned, eval_record(12.0, str(tmp_path / "p"), pruned), dense]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "p" / "config.json").write_text("{}")
+    assert dense["out"] in [record.get("out") for record in find_records([tmp_path / "p"])]
+    groups = group(collect(lines[:2]))
+    (said,) = [line for line in notes(groups[0].rows, groups, "") if "dense model was not measured" in line]
+    how = f"--protocol {PROTOCOL['name']} --text {PROTOCOL['spec']} --seqlen {PROTOCOL['seqlen']}"
+    assert f"run 'secateur eval m {how} --limit {PROTOCOL['windows']}'" in said

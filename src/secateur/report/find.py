@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,10 +92,15 @@ def _about(folder: Path, found: Sequence[Record], file: Path) -> list[Record]:
         upward |= {source for source, out in changes if source is not None and out in upward}
         downward |= {out for source, out in changes if source in downward}
     family = upward | downward
-    models = {r.get("model") for r in found if r.get("out") in family}
+    models = {_model(r) for r in found if r.get("out") in family}
     return [
         record
         for record in found
         if record.get("out") in family
-        or (record.get("command") == "eval" and record.get("method") is None and record.get("model") in models)
+        or (record.get("command") == "eval" and record.get("method") is None and _model(record) in models)
     ]
+
+
+def _model(record: Record) -> str:
+    """The model of a record; `./m/` and `m` are one folder."""
+    return os.path.normpath(str(record.get("model")))

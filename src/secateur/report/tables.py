@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -188,6 +189,15 @@ def named(groups: Sequence[Group]) -> dict[str, Group]:
     return dict(zip(letters, groups, strict=False)) if len(groups) > 1 else {}
 
 
+def _eval_command(group: Group) -> str:
+    """The command that measures the dense model as the rows of a group were measured."""
+    words = ["secateur", "eval", group.model]
+    how = dict(group.protocol or ())
+    for option, name in (("--protocol", "name"), ("--text", "spec"), ("--seqlen", "seqlen"), ("--limit", "windows")):
+        words += [option, str(how[name])] if how.get(name) is not None else []
+    return shlex.join(words)
+
+
 def warnings(groups: Sequence[Group]) -> dict[str, Any] | None:
     """The warning about groups that cannot be compared; None with a single group."""
     if len(groups) < 2:
@@ -246,7 +256,7 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
     if groups[0].dense is None:
         lines.append(
             "The dense model was not measured under this protocol, so nothing is compared with it: "
-            f"run 'secateur eval {groups[0].model}'."
+            f"run '{_eval_command(groups[0])}'."
         )
     for task in task_names(groups[0].rows):
         items = {
