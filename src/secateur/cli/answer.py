@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from secateur.core.names import shown
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
+from secateur.report.rows import Row
 
 _SEEN = 0.0005  # a share below this is shown as none
 
@@ -37,8 +38,7 @@ def removed_share(record: Record) -> float:
 
 def zeroed_share(record: Record) -> float:
     """Return the share of zeros among the parameters of the result."""
-    after, nonzero = record.get("params_after"), record.get("nonzero_after")
-    return 0.0 if not after or nonzero is None else float(1 - nonzero / after)
+    return Row(record, {}).zeroed or 0.0
 
 
 def _prune(record: Record) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _heal(record: Record) -> Iterator[str]:
 
 def _predict(record: Record) -> Iterator[str]:
     what = "perplexity" if record["metric"] == "ppl" else f"accuracy on {record['metric']}"
-    value = "ppl" if "ppl" in (record["predictions"] or [{}])[0] or record["metric"] == "ppl" else "acc"
+    value = "ppl" if record["metric"] == "ppl" else "acc"
     for entry in record["predictions"] if record.get("asked") else []:
         share = entry.get("params_removed")
         amount = f"sparsity {entry['sparsity']:.3g}"

@@ -46,13 +46,20 @@ def command(debug: bool, *, resume: str = "nothing was written", several: bool =
     except Exception as error:
         if debug:
             traceback.print_exc()
-        # A SecateurError is the same in all processes, and the first one prints it. Other failures concern one process.
-        if not speaks() and not isinstance(error, SecateurError):
-            typer.echo(f"process {os.environ['RANK']}: {_words(error)}", err=True)
-        if not speaks() and isinstance(error, SecateurError):
-            # torchrun ends all processes when one has failed: let the first one, which prints, be the first to end
-            time.sleep(_HEAD_START_SECONDS)
+        if not speaks():
+            _fall_silent(error)
         _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
+
+
+def _fall_silent(error: Exception) -> None:
+    """Leave a failure of all processes to the first one, which prints it; print one that concerns this process alone.
+
+    torchrun ends all processes when one has failed, so the first one is let go first.
+    """
+    if isinstance(error, SecateurError):  # it is the same in all of them
+        time.sleep(_HEAD_START_SECONDS)
+    else:
+        typer.echo(f"process {os.environ['RANK']}: {_words(error)}", err=True)
 
 
 def _words(error: Exception) -> str:

@@ -77,8 +77,6 @@ def sweep(
         )
         if sparsity is None and params_removed is None:
             raise UsageError("give --sparsity S,S,... or --params-removed R,R,...")
-        if at_least and params_removed is None:
-            raise UsageError("--at-least belongs to --params-removed R: add it")
         sparsities = [] if sparsity is None else numbers(sparsity, "--sparsity")
         ratios = [] if params_removed is None else numbers(params_removed, "--params-removed")
         from secateur.cli.quiet_api import api

@@ -34,22 +34,21 @@ def refuse_command() -> None:
         )
 
 
-def refuse_pruning(method: str, shares: bool, sharing: Sequence[str], *, nothing: bool, device: str) -> None:
+def refuse_pruning(method: str, instead: Sequence[str] | None, *, nothing: bool, device: str) -> None:
     """Refuse, before any work, a run of `prune` that several processes cannot share.
 
     Args:
         method: the name of the method.
-        shares: whether the processes can share its work.
-        sharing: the names of the methods that can be shared, for the message.
+        instead: the names of the methods whose work can be shared, if that of `method` cannot; else None.
         nothing: whether nothing is to be removed.
         device: the value of `--device`.
 
     Raises:
         UsageError: the method or the sparsity works in one process only, or `device` is one device for all processes.
     """
-    if not shares:
+    if instead is not None:
         raise UsageError(
-            f"torchrun: {method} works in one process (several can share: {', '.join(sharing)}); start it without "
+            f"torchrun: {method} works in one process (several can share: {', '.join(instead)}); start it without "
             "torchrun"
         )
     if nothing:

@@ -20,7 +20,7 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.core.words import perplexity_words
 from secateur.evaluate.answers import Answers
-from secateur.evaluate.kept import keep, kept, key_of
+from secateur.evaluate.kept import file_facts, keep, kept, key_of
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.shift import functionality_shift
 from secateur.evaluate.tasks import Tasks, find_tasks
@@ -137,8 +137,8 @@ def evaluate(
         if earlier:
             return earlier[-1]
     versions = records.versions() | tasks.versions()
-    kept_key = key_of(checkpoint, {**questions.facts, **tasks.facts()}, versions)
-    if known and plan is None and (found := kept(kept_key)) is not None:
+    kept_key = None if plan is not None else key_of(checkpoint, {**questions.facts, **tasks.facts()}, versions)
+    if known and kept_key is not None and (found := kept(kept_key)) is not None:
         found = {**found, "out": facts["out"], "model": request.model, "key": key}
         say(f"{request.model}: measured before under this protocol, perplexity {perplexity_words(found['ppl'])}")
         records.append(records_file, found)
@@ -164,7 +164,7 @@ def evaluate(
         "versions": versions,
     }
     records.append(records_file, record)
-    if plan is None and against is None:
+    if kept_key is not None and against is None:
         keep(kept_key, record)
         keep(_perplexity_key(checkpoint, questions), dict(measured.facts))
     progress.unlink(missing_ok=True)
@@ -293,8 +293,7 @@ def protocol_facts(protocol: Protocol, windows: Sequence[Tensor]) -> dict[str, A
 def _fingerprint(checkpoint: Checkpoint) -> str:
     """Return a hash of the sizes and times of the weight files, which tells one set of weights from another."""
     files = sorted({file for file, _ in checkpoint.index.values()})
-    facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(file_facts(files)).encode()).hexdigest()[:16]
 
 
 def _key(facts: dict[str, Any], checkpoint: Checkpoint, against: Checkpoint | None, tasks: Tasks) -> str:

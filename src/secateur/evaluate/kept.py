@@ -1,7 +1,7 @@
 """Evaluations of dense models, kept for the next command that needs the same numbers.
 
-`sweep`, `compare`, the studies and `eval --against` all need the perplexity of the dense model. It is measured once for
-each protocol, machine and version, and kept in the user's cache folder: `SECATEUR_CACHE`, or `secateur` in the folder
+`sweep`, `compare`, `study disp-llm` and `eval --against` all need the perplexity of the dense model. It is measured
+once for each protocol, machine and version, and kept in the user's cache folder: `SECATEUR_CACHE`, or `secateur` in the folder
 of XDG_CACHE_HOME (`~/.cache`). Deleting that folder loses nothing but time.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,18 @@ def key_of(checkpoint: Checkpoint, facts: Mapping[str, Any], versions: Mapping[s
     folder = checkpoint.folder
     names = ["config.json", *companions(folder)]
     files = sorted({file.resolve() for file, _ in checkpoint.index.values()} | {(folder / n).resolve() for n in names})
-    about = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    everything = [about, checkpoint.raw_config, dict(facts), {**versions, "secateur": records.version()}]
+    everything = [
+        file_facts(file for file in files if file.is_file()),
+        checkpoint.raw_config,
+        dict(facts),
+        {**versions, "secateur": records.version()},
+    ]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def file_facts(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return path, size and time of each file, which tell its content from another without reading it."""
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _file(key: str) -> Path:

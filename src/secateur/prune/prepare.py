@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -60,7 +60,8 @@ def prepare(request: Request) -> Prepared:
         SecateurError: the model cannot be pruned.
     """
     method = find_method(request.method)
-    options = method.options(_options(request))
+    given = _options(request)
+    options = method.options(given)
     pattern = method.pattern(options)
     samples = method.says.SAMPLES if request.samples is None else request.samples
     if samples < 1:
@@ -74,7 +75,7 @@ def prepare(request: Request) -> Prepared:
         )
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
-    subject = _subject(view, method, options, request)
+    subject = _subject(view, method, options, given, request.modules)
     sparsity = _sparsity(request, subject, method.quantity(options), pattern)
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
@@ -93,14 +94,14 @@ def _options(request: Request) -> dict[str, Any]:
     return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
 
 
-def _subject(view: ModelView, method: Method, options: Any, request: Request) -> Subject:
+def _subject(view: ModelView, method: Method, options: Any, given: Mapping[str, Any], modules: str | None) -> Subject:
     """Return the model and how it is pruned, as `plan.quantity` needs them."""
-    sizes_left, given = method.says.sizes_left, _options(request)
+    sizes_left = method.says.sizes_left
     return Subject(
         view,
         method.name,
         method.pattern(options) or parse_pattern("unstructured"),
-        request.modules,
+        modules,
         options=", ".join(f"{name}={value}" for name, value in given.items()),
         ranked=method.whole_model(options),
         sizes_left=(lambda _: None) if sizes_left is None else partial(sizes_left, view, options),

@@ -77,9 +77,9 @@ def prune(
         UsageError, SecateurError: the run failed; `out` then holds nothing that looks like a result.
     """
     if launched():
-        shares = find_method(request.method).says.SHARDS
+        instead = None if find_method(request.method).says.SHARDS else sharing_methods()
         nothing = request.sparsity == 0 or request.params_removed == 0
-        refuse_pruning(request.method, shares, sharing_methods(), nothing=nothing, device=request.device)
+        refuse_pruning(request.method, instead, nothing=nothing, device=request.device)
     with processes():
         return _prune(request, out, resume, overwrite, records_file, states)
 

@@ -17,7 +17,7 @@ from secateur.core.records import Record
 from secateur.report import words
 from secateur.report.published import PublishedTable, published
 from secateur.report.rows import Group, Row, as_number, seconds_of, source_of, task_names
-from secateur.report.series import NEAR, compare, series
+from secateur.report.series import NEAR, by_perplexity
 from secateur.report.tables import Cell, Column, Table, table
 
 _NEAR = 0.03
@@ -35,8 +35,7 @@ class Comparison:
 
 def winner(group: Group) -> str:
     """The result that loses least among those that can be compared, in words, as the page has it."""
-    best = compare(series(group.rows), lambda row: row.cost, lambda _: None, lowest=True)
-    return words.finding(best, group.dense)
+    return words.finding(next(iter(by_perplexity(group.rows)), None), group.dense)
 
 
 def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | None:

@@ -53,8 +53,7 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
     dense = next((row.ppl for row in rows if row.dense), None)
     removed, zeroed = [], []
     for row in rows:
-        ppl = math.inf if row.diverged else row.ppl
-        if row.dense or ppl is None or row.get("modules"):
+        if row.dense or (ppl := row.cost) is None or row.get("modules"):
             continue
         method, pattern, healed = str(row.get("method")).partition(" + ")[0], row.get("pattern"), bool(row.get("heal"))
         if ratio := row.number("pruning_ratio"):
@@ -103,8 +102,7 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
     if any(point.healed for point in points):
         axes.plot([], [], "--", color="#777777", marker="o", markerfacecolor="white", label="after recovery (LoRA)")
         caption += " Dashed and hollow: after recovery with low-rank adapters."
-    if dense is not None:
-        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
+    _dense_line(axes, dense)
     room(axes, [point.at for point in points])
     known = [point.ppl for point in points if math.isfinite(point.ppl)]
     far = [
@@ -161,8 +159,7 @@ def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, s
     if lost := [point for point in cut if point.healed]:
         told = ", ".join(f"{point.name} {words.perplexity(point.ppl)}" for point in lost)
         caption += f" Off the scale after recovery: {told}."
-    if dense is not None:
-        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
+    _dense_line(axes, dense)
     axes.set_ylabel("perplexity (lower is better)")
     legend(axes, figure, inside=0)
     return Picture("compare-zeroed", png(figure), f"Perplexity where weights are zeroed: {_readings(points)}", caption)
@@ -176,6 +173,11 @@ def _figure(title: str, height: float) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _dense_line(axes: Axes, dense: float | None) -> None:
+    if dense is not None:
+        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
 
 
 def _best_first(points: Sequence[_Point]) -> list[str]:

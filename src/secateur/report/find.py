@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.records import Record
 from secateur.models.save import plan_file
-from secateur.report.rows import CHANGES, source_of
+from secateur.report.rows import CHANGES, model_of, source_of
 
 _FILE = "records.jsonl"
 
@@ -92,15 +91,12 @@ def _about(folder: Path, found: Sequence[Record], file: Path) -> list[Record]:
         upward |= {source for source, out in changes if source is not None and out in upward}
         downward |= {out for source, out in changes if source in downward}
     family = upward | downward
-    models = {_model(r) for r in found if r.get("out") in family}
+    models = {model_of(r.get("model")) for r in found if r.get("out") in family}
     return [
         record
         for record in found
         if record.get("out") in family
-        or (record.get("command") == "eval" and record.get("method") is None and _model(record) in models)
+        or (
+            record.get("command") == "eval" and record.get("method") is None and model_of(record.get("model")) in models
+        )
     ]
-
-
-def _model(record: Record) -> str:
-    """The model of a record; `./m/` and `m` are one folder."""
-    return os.path.normpath(str(record.get("model")))

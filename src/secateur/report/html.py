@@ -35,7 +35,8 @@ from secateur.report.compare import Comparison, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import CHANGES, Group, Row, collect, group, task_names
-from secateur.report.series import base, compare, comparisons, series
+from secateur.report.series import Comparison as Levelled
+from secateur.report.series import base, by_perplexity, compare, series
 from secateur.report.spectra import spectra
 
 
@@ -58,6 +59,12 @@ class Findings:
     laws: list[laws.Law]
     learned: list[learned.Run]
     comparison: Comparison | None
+    compared: list[Levelled]
+
+    @property
+    def best(self) -> Levelled | None:
+        """The comparison of perplexities that the page is headed by."""
+        return next(iter(self.compared), None)
 
     @property
     def main(self) -> Group:
@@ -87,6 +94,7 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
         laws.fit_curves(groups[0], series(main)),
         learned.learned(main),
         comparison(main, records),
+        by_perplexity(main),
     )
     drawn = {
         "curves": _curves(findings),
@@ -120,7 +128,7 @@ def _curves(findings: Findings) -> list[Picture]:
     """The plots of perplexity and of each task against sparsity, for the first group."""
     main = findings.main
     curves, dense = series(main.rows), main.dense
-    drawn = [plots.perplexity(curves, dense, compare(curves, lambda row: row.cost, lambda row: None, lowest=True))]
+    drawn = [plots.perplexity(curves, dense, findings.best)]
     for task in task_names(main.rows):
         compared = compare(
             curves,
@@ -165,8 +173,7 @@ def _render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
-    found = comparisons(series(main.rows), lambda row: row.cost, lambda row: None, lowest=True)
-    compared, levels = next(iter(found), None), words.levels(found)
+    compared, levels = findings.best, words.levels(findings.compared)
     uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
     return template.render(
         title=title,

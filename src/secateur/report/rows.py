@@ -67,8 +67,8 @@ class Row:
 
     @property
     def model(self) -> str:
-        """The original model as a normal path, so that `./m/` and `m` are equal; hub names stay unchanged."""
-        return os.path.normpath(str(self.get("model") or "unknown model"))
+        """The original model, see `model_of`."""
+        return model_of(self.get("model"))
 
     @property
     def dense(self) -> bool:
@@ -142,6 +142,11 @@ class Group:
     def dense(self) -> Row | None:
         """The last row of the unpruned model."""
         return next((row for row in reversed(self.rows) if row.dense), None)
+
+
+def model_of(named: Any) -> str:
+    """A model as a normal path, so that `./m/` and `m` are equal; hub names stay unchanged."""
+    return os.path.normpath(str(named or "unknown model"))
 
 
 def changed(row: Row) -> bool:

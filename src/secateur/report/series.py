@@ -170,6 +170,11 @@ def compare(
     return next(iter(comparisons(curves, value, stderr, lowest=lowest)), None)
 
 
+def by_perplexity(rows: Sequence[Row]) -> list[Comparison]:
+    """Compare the perplexities of rows; one that is infinite comes last."""
+    return comparisons(series(rows), lambda row: row.cost, lambda _: None, lowest=True)
+
+
 def comparisons(
     curves: Sequence[Series],
     value: Callable[[Row], float | None],
@@ -245,16 +250,21 @@ def _asked_alike(runs: Sequence[_Run]) -> tuple[list[_Group], list[_Run]]:
 
 
 def _several(runs: Sequence[_Run]) -> bool:
-    return len({id(run.curve) for run in runs}) > 1
+    return len(_by_series(runs)) > 1
+
+
+def _by_series(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """The runs of each series."""
+    by_curve: dict[int, list[_Run]] = {}
+    for run in runs:
+        by_curve.setdefault(id(run.curve), []).append(run)
+    return list(by_curve.values())
 
 
 def _nearest(runs: Sequence[_Run], level: float) -> list[_Run]:
     """Of each series the runs nearest to a level."""
-    by_curve: dict[int, list[_Run]] = {}
-    for run in runs:
-        by_curve.setdefault(id(run.curve), []).append(run)
     nearest = []
-    for own in by_curve.values():
+    for own in _by_series(runs):
         best = min(own, key=lambda run: abs(run.reached - level)).reached
         nearest += [run for run in own if abs(run.reached - best) <= SAME]
     return nearest
@@ -282,11 +292,8 @@ def _entries(
     runs: Sequence[_Run], value: Callable[[Row], float | None], stderr: Callable[[Row], float | None]
 ) -> list[Entry]:
     """One entry for each series."""
-    by_curve: dict[int, list[_Run]] = {}
-    for run in runs:
-        by_curve.setdefault(id(run.curve), []).append(run)
     entries = []
-    for members in by_curve.values():
+    for members in _by_series(runs):
         rows = [run.row for run in members]
         errors = [e for row in rows if (e := stderr(row)) is not None]
         entries.append(
