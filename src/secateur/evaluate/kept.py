@@ -1,8 +1,8 @@
 """Evaluations of dense models, kept for the next command that needs the same numbers.
 
 `sweep`, `compare`, `study disp-llm` and `eval --against` all need the perplexity of the dense model. It is measured
-once for each protocol, machine and version, and kept in the user's cache folder: `SECATEUR_CACHE`, or `secateur` in the folder
-of XDG_CACHE_HOME (`~/.cache`). Deleting that folder loses nothing but time.
+once for each protocol, machine and version, and kept in the user's cache folder: `SECATEUR_CACHE`, or `secateur` in the
+folder of XDG_CACHE_HOME (`~/.cache`). Deleting that folder loses nothing but time.
 """
 
 from __future__ import annotations
