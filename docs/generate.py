@@ -16,7 +16,8 @@ from rich.console import Console
 from typer.main import get_command
 
 from secateur.cli import app
-from secateur.cli.terminal import flow_tables, option_words
+from secateur.cli.method_tables import option_words
+from secateur.cli.terminal import flow_tables
 from secateur.evaluate.flow import inspect_flow
 from secateur.methods import Method, find_method, method_names
 from secateur.predict.laws import LAWS

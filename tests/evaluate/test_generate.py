@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from secateur import api
 from secateur.cli import app
-from secateur.cli.terminal import generated_parts, record_table, sample_parts
+from secateur.cli.terminal import record_table
+from secateur.cli.texts import generated_parts, sample_parts
 from secateur.models.load import bundled_folder
 
 NEW, PROMPT = 12, "def main():"

@@ -107,7 +107,8 @@ def print_record(record: Record, *, as_json: bool, verbose: bool = False) -> Non
         emit(record)
         return
     from secateur.cli.answer import answer
-    from secateur.cli.terminal import record_table, sample_parts
+    from secateur.cli.terminal import record_table
+    from secateur.cli.texts import sample_parts
 
     lines = answer(record)
     if verbose or not lines:

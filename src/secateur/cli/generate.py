@@ -51,7 +51,7 @@ def generate(
     with command(debug):
         request = given(GenerateRequest, "generate", locals(), prompt=tuple(prompt or ()))
         from secateur.cli.quiet_api import api
-        from secateur.cli.terminal import generated_parts
+        from secateur.cli.texts import generated_parts
 
         record = api.generate(request)
         if json:

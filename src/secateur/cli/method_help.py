@@ -31,8 +31,8 @@ class MethodCommand(TyperCommand):
             super().format_help(ctx, formatter)
             return
         with command(debug=False):
+            from secateur.cli.method_tables import option_parts
             from secateur.cli.quiet_api import api
-            from secateur.cli.terminal import option_parts
 
             parts = option_parts(api.describe_method(name))
         super().format_help(ctx, formatter)

@@ -81,7 +81,7 @@ def methods(
             if json:
                 emit({"command": "methods", **record})
                 return
-            from secateur.cli.terminal import method_parts
+            from secateur.cli.method_tables import method_parts
 
             show(*method_parts(record))
             return

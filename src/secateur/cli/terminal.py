@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from secateur.cli.answer import removed_share, zeroed_share
 from secateur.core.records import Record
@@ -47,63 +42,6 @@ def record_table(record: Record) -> Table:
         elif key not in _NOT_SHOWN and value is not None:
             table.add_row(key, escape(_text(value)))
     return table
-
-
-def sample_parts(record: Record) -> list[RenderableType]:
-    """Return the sample of text in the shift of an evaluation, to print below its table; empty without one."""
-    shift = record.get("shift") or {}
-    if shift.get("sample") is None:
-        return []
-    name = Path(str(record.get("out") or record["model"])).name
-    return _written(
-        "the prompt, from the text of the evaluation",
-        shift.get("prompt") or "",
-        {name: shift["sample"], _dense(shift.get("against"), name): shift.get("sample_dense") or ""},
-    )
-
-
-def generated_parts(record: Record) -> list[RenderableType]:
-    """Return what `generate` prints: each prompt, the text of the model, and that of the dense model."""
-    name = Path(record["model"]).name or record["model"]
-    names = {"": name} | ({"_dense": _dense(record["dense"], name)} if record["dense"] is not None else {})
-    parts: list[RenderableType] = []
-    for index, entry in enumerate(record["texts"], start=1):
-        heading = "prompt" if len(record["texts"]) == 1 else f"prompt {index} of {len(record['texts'])}"
-        texts = {}
-        for ending, shown in names.items():
-            tokens = entry[f"tokens{ending}"]
-            about = [shown, f"{tokens:,} token{'' if tokens == 1 else 's'}"]
-            texts[", ".join([*about, "chat"] if record[f"chat{ending}"] else about)] = entry[f"text{ending}"]
-        parts += _written(heading, entry["prompt"], texts)
-    return parts
-
-
-def _dense(against: str | None, other: str) -> str:
-    """Return the name of the dense model, which must not read like that of the model beside it."""
-    name = Path(against or "").name or "dense model"
-    return f"{against} (dense)" if name == other else f"{name} (dense)"
-
-
-def _written(heading: str, prompt: str, texts: Mapping[str, str]) -> list[RenderableType]:
-    """Return a prompt and the texts of models, one below the other, each indented under its name.
-
-    Below each other, not side by side: half of 80 columns breaks most lines of code.
-    """
-    parts: list[RenderableType] = []
-    for name, text in {heading: prompt, **texts}.items():
-        lines = _printable(text).strip("\n")
-        parts += [
-            Text(name, style="bold"),
-            Padding(Text(lines if lines.strip() else "(no text)"), (0, 0, 1, 2), expand=False),
-        ]
-    return parts
-
-
-def _printable(text: str) -> str:
-    """Return the text with escapes in place of characters that would move the cursor or colour the terminal."""
-    return "".join(
-        c if c in "\n\t" or not unicodedata.category(c).startswith("C") else repr(c)[1:-1] for c in text
-    ).expandtabs(4)
 
 
 def _task(result: Record) -> str:
@@ -455,63 +393,6 @@ def _sparsities_table(record: Record, quantity: str, added: Sequence[str]) -> Ta
             f"{sliced / whole:.1%}",
         )
     return table
-
-
-def method_parts(record: Record) -> list[Table | str]:
-    """Return what `methods NAME` prints: the summary, a table of facts, and the table of options."""
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    if record["paper"]:
-        facts.add_row("paper", escape(record["paper"]))
-    facts.add_row("sparsity", f"a fraction of {record['sparsity_of']}")
-    if record["patterns"]:
-        facts.add_row("patterns", "\n".join(_patterns(record)))
-    facts.add_row("calibration", _calibration(record))
-    if record["torchrun"]:
-        facts.add_row("torchrun", "several processes can share its work")
-    use = f"secateur prune MODEL --method {record['method']} --sparsity 0.3 --out DIR"
-    facts.add_row("use", f"{use} [--set OPTION=VALUE]".replace("[", "\\["))
-    return [f"[bold]{escape(record['summary'])}[/]", "", facts, "", *option_parts(record)]
-
-
-def option_parts(record: Record) -> list[Table | str]:
-    """Return the table of options of a method, or a line that it has none."""
-    return [options_table(record)] if record["options"] else [f"{record['method']} has no options of its own."]
-
-
-def options_table(record: Record) -> Table:
-    """Return the options of a method with their defaults and meanings."""
-    table = Table("option", "default", "meaning", title=f"options of {escape(record['method'])}: --set OPTION=VALUE")
-    for option in record["options"]:
-        table.add_row(
-            option["name"], escape(option_words(option["default"])), escape(option["meaning"].replace("`", ""))
-        )
-    return table
-
-
-def option_words(value: Any) -> str:
-    """Return the value of an option as `--set` takes it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _patterns(record: Record) -> list[str]:
-    """Return the patterns of a method, one text each, with what a sparsity is a fraction of where that differs."""
-    return [
-        name
-        + (" (default)" if name == record["pattern"] else "")
-        + (f": a fraction of {words}" if words != record["sparsity_of"] else "")
-        for name, words in record["patterns"].items()
-    ]
-
-
-def _calibration(record: Record) -> str:
-    """Return which text a method calibrates with by default, and what it does with it."""
-    if (text := record["calibration"]) is None:
-        return "none: it needs no text"
-    windows = f"{text['samples']:,} windows of {text['seqlen']:,} tokens of {text['spec']}"
-    given = f"{windows} (--samples, --seqlen, --calibration)"
-    if record["gradients"]:
-        return f"{given}, for gradients of the loss"
-    return f"{given}, to learn from" if record["trains"] else given
 
 
 def _number_columns(table: Table, *headings: str) -> None:
