@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from secateur import api
 from secateur.predict.choose import choose
-from secateur.predict.points import Points, read_points
+from secateur.predict.points import Points
+from secateur.predict.read import read_points
 from secateur.predict.spectrum import C_UNFITTED, Costs, fit_constant, measure_costs
 from secateur.report.plots import COLOURS, GRID, MARKERS
 

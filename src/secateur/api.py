@@ -42,7 +42,7 @@ from secateur.models.runtime import pruned_class
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
-from secateur.predict.points import read_points
+from secateur.predict.read import read_points
 from secateur.prune.allocation.allocate import allocate
 from secateur.prune.calibration import draw_windows, read_windows
 from secateur.prune.driver import pruned_blocks, whole_model_plan

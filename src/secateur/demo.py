@@ -17,7 +17,7 @@ from secateur.heal.heal import heal
 from secateur.methods import find_method, method_names
 from secateur.models.load import BUNDLED
 from secateur.predict import answer
-from secateur.predict.points import read_points
+from secateur.predict.read import read_points
 from secateur.report.html import write_report
 from secateur.report.modules import read_studies, verdict
 from secateur.requests import EvalRequest, HealRequest, ModulesRequest, Request

@@ -19,7 +19,7 @@ from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError
 from secateur.evaluate.perplexity import Perplexity
-from secateur.predict.points import read_points
+from secateur.predict.read import read_points
 from secateur.report.rows import collect
 
 

@@ -27,7 +27,7 @@ from secateur.evaluate.cloze import cloze_items
 from secateur.evaluate.continuations import score_continuations
 from secateur.evaluate.tasks import PRESETS, find_tasks
 from secateur.models.load import bundled_folder, load_model, open_checkpoint
-from secateur.predict.points import read_points
+from secateur.predict.read import read_points
 from tests.tiny import LENGTH, some_ids, tiny_model
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

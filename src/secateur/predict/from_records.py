@@ -1,0 +1,216 @@
+"""Points from records.
+
+The records must belong together: one model, one method, one protocol. Fits use the measured sparsity
+(`sparsity_measured`), not the requested one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from secateur.core import records
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.names import named, shown
+from secateur.core.records import Record
+from secateur.predict.points import Point
+
+_PROTOCOL = ("spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
+_CALIBRATION = ("spec", "samples", "seqlen", "sha256")
+
+
+def points_of_records(
+    found: list[Record], metric: str | None, where: dict[str, str]
+) -> tuple[str, Point, list[Point], dict[str, Any], list[str]]:
+    """Return the metric, the dense point, the pruned points, facts about the runs, and warnings."""
+    where = {name: shown(value) if name == "model" else value for name, value in where.items()}
+    measured = _evaluations(named(found))
+    dense = [record for record in measured if _is_dense(record)]
+    all_pruned = [record for record in measured if not _is_dense(record)]
+    pruned = [record for record in all_pruned if all(_as_text(_field(record, k)) == v for k, v in where.items())]
+    pruned, healed = _without_healed(pruned)
+    if where and not pruned:
+        raise _no_match(where, all_pruned)
+    name, read = _reader([*dense, *pruned], metric)
+    _same(pruned, {**_EVERY, **_PRUNED}, "--where NAME=VALUE keeps one of them")
+    measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
+    if pruned:
+        dense = _dense_of(pruned[0], dense, measured_by)
+    _same([*dense, *pruned], {**_EVERY, **measured_by}, "give the records of one model, measured in one way")
+    with_value = [record for record in dense if read(record) is not None]
+    if not with_value:
+        model = _model(pruned[0]) if pruned else "the model"
+        raise SecateurError(
+            f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol"
+        )
+    points, skipped = _pruned_points(pruned, name, read)
+    warnings = [*(f"{_place(record)}: was healed; left out" for record in healed), *skipped]
+    about = (
+        {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")}
+        if pruned
+        else {"model": dense[0].get("model")}
+    )
+    base = read(with_value[-1])
+    assert base is not None
+    about["chance"] = (with_value[-1].get("tasks") or {}).get(name.partition(":")[0], {}).get("chance")
+    return name, base, points, about, warnings
+
+
+def _evaluations(found: list[Record]) -> list[Record]:
+    """The `eval` records; a later evaluation of a folder replaces an earlier one.
+
+    The dense model is kept once per protocol, since it may have been measured under several.
+
+    Raises:
+        SecateurError: no record is of `eval`.
+    """
+    measured: dict[str, Record] = {}
+    for index, record in enumerate(found):
+        if record.get("command") == "eval":
+            protocol = records.to_json(record.get("ppl_protocol") or {}) if _is_dense(record) else ""
+            measured[str(record.get("out") or index) + protocol] = record
+    if not measured:
+        commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in found})) or "none"
+        raise SecateurError(
+            f"no evaluations among {len(found)} records (commands: {commands}): run 'secateur eval DIR', or "
+            "'secateur sweep'"
+        )
+    return list(measured.values())
+
+
+def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The records without healed ones, and the healed ones; if all are healed, they stay, and none is left out.
+
+    A law of pruning must not mix in recovery.
+    """
+    healed = [record for record in pruned if record.get("heal")]
+    if len(healed) == len(pruned):
+        return pruned, []
+    return [record for record in pruned if not record.get("heal")], healed
+
+
+def _no_match(where: dict[str, str], pruned: list[Record]) -> UsageError:
+    """The error for `--where` without a matching record; it names the values that occur."""
+    choices = "; ".join(
+        f"{name}: {', '.join(sorted({_as_text(_field(record, name)) for record in pruned})) or 'none'}"
+        for name in where
+    )
+    return UsageError(f"no pruned record has {', '.join(f'{k}={v}' for k, v in where.items())} (there are {choices})")
+
+
+def _dense_of(pruned: Record, dense: list[Record], measured_by: _Fields) -> list[Record]:
+    """The dense records of the same model and then of the same measurement; a step without a match keeps all."""
+    dense = [record for record in dense if _model(record) == _model(pruned)] or dense
+    return [record for record in dense if all(read(record) == read(pruned) for read in measured_by.values())] or dense
+
+
+def _pruned_points(
+    pruned: list[Record], name: str, read: Callable[[Record], Point | None]
+) -> tuple[list[Point], list[str]]:
+    """The points that a law can be fitted to, and a line for each record that is left out."""
+    points: list[Point] = []
+    skipped: list[str] = []
+    for record in pruned:
+        point = read(record)
+        if point is None:
+            skipped.append(f"{_place(record)}: {name} was not measured, or is infinite; left out")
+        elif math.isinf(point.value):
+            skipped.append(f"{_place(record)}: the perplexity is infinite, which no law can give; left out")
+        elif point.s == 0:
+            skipped.append(f"{_place(record)}: nothing was removed; left out")
+        else:
+            points.append(point)
+    return points, skipped
+
+
+def _is_dense(record: Record) -> bool:
+    return record.get("method") is None and not record.get("sparsity")
+
+
+def _reader(records_read: list[Record], metric: str | None) -> tuple[str, Callable[[Record], Point | None]]:
+    """The metric, and a function that reads its point from a record."""
+    tasks = sorted({task for record in records_read for task in record.get("tasks") or {}})
+    if metric is None:
+        metric = "ppl" if not tasks or any("ppl" in record for record in records_read) else tasks[0]
+    name, _, variant = metric.partition(":")
+    if metric != "ppl" and (name not in tasks or variant not in ("", "acc", "acc_norm")):
+        raise UsageError(
+            f"--metric {metric} was not measured (allowed: "
+            f"{', '.join(['ppl', *tasks, *(f'{task}:acc_norm' for task in tasks)])})"
+        )
+
+    def read(record: Record) -> Point | None:
+        task = (record.get("tasks") or {}).get(name) or {}
+        value = record.get("ppl") if metric == "ppl" else task.get(variant or "acc")
+        s = record.get("sparsity_measured", record.get("sparsity"))
+        if value is None or (s is None and not _is_dense(record)):
+            return None
+        return Point(
+            float(s or 0.0),
+            float(value),
+            task.get("stderr_norm" if variant == "acc_norm" else "stderr"),
+            _place(record),
+            record.get("pruning_ratio"),
+        )
+
+    return metric, read
+
+
+def _place(record: Record) -> str:
+    return str(record.get("out") or "a record without a folder")
+
+
+def _model(record: Record) -> str:
+    return str(record.get("model") or "unknown model")
+
+
+def _field(record: Record, name: str) -> Any:
+    value: Any = record
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+# Fields that must agree, by their name in messages.
+_Fields = dict[str, Callable[[Record], Any]]
+_EVERY: _Fields = {
+    "model": _model,
+    "model_revision": lambda record: record.get("model_revision"),
+    "dtype": lambda record: record.get("dtype"),
+}
+
+
+def _fields(names: Iterable[str]) -> _Fields:
+    return {name: lambda record, name=name: _field(record, name) for name in names}  # type: ignore[misc]
+
+
+_PRUNED = _fields(
+    ("method", "pattern", "modules", "options", "seed", *(f"calibration.{name}" for name in _CALIBRATION))
+)
+
+
+def _protocol_fields() -> _Fields:
+    return _fields(f"ppl_protocol.{name}" for name in _PROTOCOL)
+
+
+def _task_fields(task: str) -> _Fields:
+    """Fields that identify the items of a task: runs may use only the first ones, or another version."""
+
+    def reader(name: str) -> Callable[[Record], Any]:
+        return lambda record: ((record.get("tasks") or {}).get(task) or {}).get(name)
+
+    return {f"{task}'s items ({name})": reader(name) for name in ("n", "sha256")}
+
+
+def _same(found: list[Record], fields: _Fields, step: str) -> None:
+    for name, read in fields.items():
+        values = sorted({_as_text(read(record)) for record in found})
+        if len(values) > 1:
+            shown = ", ".join(value[:60] for value in values[:4]) + (", ..." if len(values) > 4 else "")
+            raise SecateurError(f"the records differ in {name}: {shown}; one law is for one of them: {step}")
