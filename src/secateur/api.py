@@ -50,6 +50,7 @@ from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import prepare
 from secateur.prune.run import prune
+from secateur.recipe.read import Recipe, read_recipe
 from secateur.report import find as report_find
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
@@ -68,6 +69,7 @@ from secateur.study.disp_llm import run as study_disp_llm
 from secateur.study.disp_llm import summary as summarize_study_disp_llm
 from secateur.study.modules import estimate as estimate_study_modules
 from secateur.study.modules import run as study_modules
+from secateur.study.recipe import estimate_recipe, run_recipe
 from secateur.study.sweep import point_name, prune_and_measure, sweep
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "ModelSource",
     "ModulesRequest",
     "Plan",
+    "Recipe",
     "Request",
     "SecateurError",
     "UsageError",
@@ -91,6 +94,7 @@ __all__ = [
     "describe_method",
     "draw_windows",
     "estimate",
+    "estimate_recipe",
     "estimate_study_disp_llm",
     "estimate_study_modules",
     "evaluate",
@@ -113,7 +117,9 @@ __all__ = [
     "prune_and_measure",
     "read_module_studies",
     "read_plan",
+    "read_recipe",
     "read_windows",
+    "run_recipe",
     "study_disp_llm",
     "study_modules",
     "summarize_study_disp_llm",
