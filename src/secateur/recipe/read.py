@@ -129,7 +129,9 @@ def _steps(content: Any, texts: Mapping[str, Any], file: Path) -> tuple[Step, ..
 
 
 def _check_order(steps: list[Step], file: Path) -> None:
-    """Refuse steps that need a model after one that leaves none."""
+    """Refuse a report on nothing, and steps that need a model after one that leaves none."""
+    if steps[0].kind == "report":
+        raise UsageError(f"{file}, {steps[0].where}: there is nothing to report on yet: put it behind other steps")
     adapter = next((n for n, step in enumerate(steps) if getattr(step.request, "keep_adapter", False)), len(steps))
     for step in steps[adapter + 1 :]:
         if step.kind != "report":

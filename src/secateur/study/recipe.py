@@ -20,7 +20,7 @@ from secateur.evaluate.evaluate import evaluate, prepare_questions
 from secateur.heal.heal import check_request, heal
 from secateur.heal.lora import find_targets, need_peft
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
-from secateur.models.save import partial_folder, plan_file, refuse_existing
+from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
 from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
@@ -65,13 +65,14 @@ def run_recipe(
         UsageError, SecateurError: a step is wrong, or failed; what was finished before it stays.
     """
     out = out.absolute()
-    if not resume:
-        refuse_existing(out, overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
+        raise UsageError(
+            f"--out '{out}' exists and is not empty: go on there with --resume, choose another folder, or replace its "
+            "results with --overwrite"
+        )
+    refuse_existing(out, overwrite=True)
     checkpoint = check(recipe)
     tasks = _tasks(recipe, out, device)
-    if not resume:
-        for task in tasks:
-            _refuse_leftover(task, overwrite)
     for number, task in enumerate(tasks, start=1):
         target = "" if task.out is None else f" -> {task.out}"
         say(f"step {number} of {len(tasks)}, {task.step.kind}{target}")
@@ -170,11 +171,6 @@ def _tasks(recipe: Recipe, out: Path, device: str | None) -> list[_Task]:
             model, revision = str(target), None
         tasks.append(_Task(step, request, target))
     return tasks
-
-
-def _refuse_leftover(task: _Task, overwrite: bool) -> None:
-    if task.out is not None and not overwrite:
-        refuse_existing(partial_folder(task.out), overwrite=False)
 
 
 def _do(task: _Task, out: Path, *, resume: bool, overwrite: bool) -> Record:
