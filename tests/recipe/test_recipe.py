@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from secateur import api
+from secateur.cli import app
 from secateur.core.errors import SecateurError, UsageError
 from secateur.methods import find_method, method_names
 from secateur.prune.settings import prepared_settings, resolved
@@ -201,3 +206,23 @@ def test_the_recipe_of_every_method_gives_the_request_again(method: str, tmp_pat
     assert (again.job.options, again.job.rates) == (prepared.job.options, prepared.job.rates)
     assert prepared_settings(again, windows) == settings
     assert step_of("prune", again.request, resolved(again, settings)) == (step, texts)
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0])
+    said = ""
+    for block in re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            name, *words = shlex.split(line, comments=True)
+            if name == "cp":
+                shutil.copy(*words)
+                continue
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 0, f"{line}: {result.output}"
+            said += result.stderr
+    (promised,) = re.findall(r"^```text\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    assert promised in said.replace(f"{tmp_path}/", "")
