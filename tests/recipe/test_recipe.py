@@ -208,6 +208,18 @@ def test_the_recipe_of_every_method_gives_the_request_again(method: str, tmp_pat
     assert step_of("prune", again.request, resolved(again, settings)) == (step, texts)
 
 
+def test_two_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "words.txt").write_text(part)
+    request = HealRequest("x", calibration=str(tmp_path / "train/words.txt"), text=str(tmp_path / "test/words.txt"))
+    step, texts = step_of("heal", request, {})
+    assert (step["heal"]["calibration"], step["heal"]["text"]) == ("words.txt", "test/words.txt")
+    assert texts.keys() == {"words.txt", "test/words.txt"}
+    same, texts = step_of("heal", replace(request, text=request.calibration), {}, texts)
+    assert (same["heal"]["text"], len(texts)) == ("words.txt", 2)
+
+
 @pytest.mark.slow
 def test_the_page_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")

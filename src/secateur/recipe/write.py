@@ -24,16 +24,19 @@ _HEAD = """\
 """
 
 
-def step_of(kind: str, request: Any, resolved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def step_of(
+    kind: str, request: Any, resolved: Mapping[str, Any], known: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a step as a recipe has it, and the SHA-256 of the texts it names.
 
     Args:
         kind: the step.
         request: its settings.
         resolved: fields that the run decided, such as a default of the method; None leaves a field out.
+        known: the texts of the steps before. Another text of the same name is named with its folder.
     """
     options: dict[str, Any] = {}
-    texts: dict[str, str] = {}
+    texts: dict[str, str] = dict(known or {})
     for field in fields(request):
         if field.name in ELSEWHERE or field.name in _NOISE:
             continue
@@ -42,9 +45,12 @@ def step_of(kind: str, request: Any, resolved: Mapping[str, Any]) -> tuple[dict[
             continue
         if field.name in _QUIET and value == field.default:
             continue
-        options[SET if field.name == "options" else field.name] = _plain(field.name, value)
+        plain = _plain(field.name, value)
         if field.name in PLACES and (sha256 := file_hash(str(value))) is not None:
-            texts[shown(str(value))] = sha256
+            if texts.get(plain, sha256) != sha256:
+                plain = f"{Path(value).absolute().parent.name}/{plain}"
+            texts[plain] = sha256
+        options[SET if field.name == "options" else field.name] = plain
     return {kind: options}, texts
 
 
@@ -73,10 +79,9 @@ def recipe_text(
         device: where it was computed.
         weights: the SHA-256 of each file of weights.
     """
-    step, texts = step_of(kind, request, resolved)
     before = written_recipe(checkpoint.folder) or {}
+    step, texts = step_of(kind, request, resolved, before.get("texts"))
     made_before = before.get("made") if isinstance(before.get("made"), dict) else None
-    texts = {**(before.get("texts") or {}), **texts}
     model = before.get("model") or shown(checkpoint.name)
     revision = before.get("revision") if before else checkpoint.revision
     versions = records.versions()
