@@ -193,10 +193,24 @@ def test_values_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert load(tmp_path / "y.yaml") == ["2:4", 1e-4, 10, "no", "off", "2001-01-01", -0.5, "1_000", True]
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_the_recipe_of_every_method_gives_the_request_again(method: str, tmp_path: Path) -> None:
-    found = find_method(method)
-    asked = Request("bundled", method, sparsity=0.5, samples=4, seqlen=32, seed=3, options=dict(found.says.QUICK))
+ASKED = [
+    *(
+        Request("", method, sparsity=0.5, samples=4, seqlen=32, seed=3, options=dict(find_method(method).says.QUICK))
+        for method in method_names()
+    ),
+    Request("", "wanda", pattern="1:4", samples=4, seqlen=32),
+    Request("", "wanda", modules="q=0.5,*.down_proj=0.25", samples=4, seqlen=32, stock_only=True),
+    Request("", "wanda", sparsity=0.5, modules="auto", samples=4, seqlen=32, options={"scope": "matrix"}),
+    Request("", "magnitude", params_removed=0.2, at_least=True, pattern="rows", dtype="bfloat16"),
+    Request("", "magnitude", sparsity=0.0),
+    Request("", "slicegpt", samples=4, seqlen=32, options={"energy": "0.01"}),
+    Request("", "disp_llm", sparsity=0.5, samples=4, seqlen=32, options={"steps": 3, "lr": 1e-5, "scale": True}),
+]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=[f"{request.method}-{n}" for n, request in enumerate(ASKED)])
+def test_the_recipe_of_every_result_gives_its_settings_again(asked: Request, tmp_path: Path) -> None:
+    asked = replace(asked, model="bundled")
     prepared = api.prepare(asked)
     windows = None if prepared.calibration is None else api.read_windows(prepared)
     settings = prepared_settings(prepared, windows)

@@ -60,7 +60,8 @@ def _plain(name: str, value: Any) -> Any:
         return dict(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return list(value)
-    return shown(str(value)) if isinstance(value, Path) or name in PLACES else value
+    is_path = name in PLACES or isinstance(value, Path) or (isinstance(value, str) and Path(value).is_absolute())
+    return shown(str(value)) if is_path else value
 
 
 def recipe_text(
