@@ -167,6 +167,8 @@ LATE = [
     ("  - heal: {steps: 5}", r"step 2 \(heal\): calibration is missing"),
     ("  - eval: {limit: 0}", "--limit 0"),
     ("  - eval: {protocol: wiki}", "unknown protocol 'wiki'"),
+    ("  - heal: {calibration: ids.npy, protocol: wiki}", "unknown protocol 'wiki'"),
+    ("  - heal: {calibration: ids.npy, device: gpu}", "unknown device 'gpu'"),
 ]
 
 
@@ -240,3 +242,21 @@ def test_against_can_be_left_out(recipe: Path, tmp_path: Path) -> None:
     records = list(api.run_recipe(api.read_recipe(recipe), tmp_path / "a"))
     assert [record.get("shift") for record in records if record["command"] == "eval"] == [None, None]
     assert records[2]["out"].endswith("1-prune")
+
+
+def test_the_model_in_the_package_keeps_its_text(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: bundled\nsteps:\n  - prune: {method: magnitude, sparsity: 0.25}\n"
+        "  - prune: {method: wanda, sparsity: 0.3, samples: 2, seqlen: 32}\n"
+        "  - heal: {steps: 1, batch: 1, samples: 2, seqlen: 32, limit: 1}\n  - eval: {limit: 1, against: }\n"
+    )
+    _, second, healed, measured, _ = api.run_recipe(api.read_recipe(file), tmp_path / "a")
+    assert second["calibration"]["spec"] == healed["heal"]["calibration"]["spec"] == "builtin"
+    assert healed["ppl_protocol"]["spec"] == measured["ppl_protocol"]["spec"] == "builtin"
+    *_, last = api.run_recipe(api.read_recipe(tmp_path / "a" / "3-heal"), tmp_path / "b")
+    assert last["same"] is True
+    assert (tmp_path / "a" / "3-heal" / RECIPE_PATH).read_bytes() == (
+        tmp_path / "b" / "3-heal" / RECIPE_PATH
+    ).read_bytes()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core import records
+from secateur.core.device import resolve_device
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
 from secateur.core.records import Record
@@ -28,6 +29,7 @@ from secateur.prune.run import prune
 from secateur.recipe.fields import WRITES
 from secateur.recipe.read import Recipe, Step, written_recipe
 from secateur.report import find
+from secateur.text.protocols import find_protocol
 
 RECORDS, REPORT = "records.jsonl", "report.html"
 _NOT_VERSIONS = ("weights", "model_fingerprint")  # the entries of `made` that are no versions
@@ -35,11 +37,19 @@ _NOT_VERSIONS = ("weights", "model_fingerprint")  # the entries of `made` that a
 
 @dataclass(frozen=True)
 class _Task:
-    """A step with the model that it works on, and the folder that it writes, or None."""
+    """A step, ready to be done.
+
+    Attributes:
+        step: the step.
+        request: its settings, with the model that it works on.
+        out: the folder that it writes, or None.
+        bundled: whether its result, or the model that it measures, is known as the model in the package.
+    """
 
     step: Step
     request: Any
     out: Path | None
+    bundled: bool
 
 
 def run_recipe(
@@ -71,8 +81,9 @@ def run_recipe(
             "results with --overwrite"
         )
     refuse_existing(out, overwrite=True)
-    checkpoint = check(recipe)
-    tasks = _tasks(recipe, out, device)
+    checkpoint = _open(recipe)
+    tasks = _tasks(recipe, checkpoint, out, device)
+    _check(recipe, checkpoint, tasks)
     for number, task in enumerate(tasks, start=1):
         target = "" if task.out is None else f" -> {task.out}"
         say(f"step {number} of {len(tasks)}, {task.step.kind}{target}")
@@ -86,8 +97,10 @@ def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Re
 
     All steps are checked; nothing is written. A step after the first has no model yet, so it has no estimate.
     """
-    check(recipe)
-    for number, task in enumerate(_tasks(recipe, Path(), device)):
+    checkpoint = _open(recipe)
+    tasks = _tasks(recipe, checkpoint, Path(), device)
+    _check(recipe, checkpoint, tasks)
+    for number, task in enumerate(tasks):
         if number == 0 and task.step.kind in _ESTIMATES:
             yield {"step": task.step.where, **_ESTIMATES[task.step.kind](task.request)}
         else:
@@ -99,35 +112,38 @@ _ESTIMATES = {"prune": lambda request: estimate(prepare(request))}
 """Step -> its estimate."""
 
 
-def check(recipe: Recipe) -> Checkpoint:
-    """Check every step against the model of the recipe, as far as can be known before the work; return the model.
+def _check(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task]) -> None:
+    """Check every step as far as can be known before the work: as if it worked on the model of the recipe.
 
     Raises:
         UsageError, SecateurError: the message names the step.
     """
-    checkpoint = _open(recipe)
-    pruned = plan_file(checkpoint.folder) is not None
-    plan = (read_plan_json(checkpoint.folder) if pruned else None) or {}
-    bundled = BUNDLED in (recipe.model, plan.get("model"))
-    has_text = bool(plan.get("calibration"))  # a healing without a text takes that of the pruning
-    for step in recipe.steps:
-        with _named(recipe, step):
-            if step.kind == "prune":
-                request = replace(step.request, model=recipe.model, revision=recipe.revision)
-                has_text, pruned = prepare(request).calibration is not None, True
-            elif step.kind == "heal":
-                check_request(step.request)
+    plan = _plan(checkpoint)
+    pruned, has_text = bool(plan), bool(plan.get("calibration"))  # a healing without a text takes that of the pruning
+    for task in tasks:
+        request = task.request
+        with _named(recipe, task.step):
+            if task.step.kind == "prune":
+                on_dense = replace(request, model=recipe.model, revision=recipe.revision)
+                has_text, pruned = prepare(on_dense).calibration is not None, True
+            elif task.step.kind == "heal":
+                check_request(request)
                 need_peft()
+                resolve_device(request.device)
                 if not pruned:
                     raise UsageError(
                         "heal mends what prune made: put a prune step before it, or give a model that secateur pruned"
                     )
-                find_targets(checkpoint.view(), step.request.targets)
-                if step.request.calibration is None and not (has_text or bundled):
+                find_targets(checkpoint.view(), request.targets)
+                find_protocol(request.protocol, request.text, bundled=task.bundled)
+                if request.calibration is None and not (has_text or task.bundled):
                     raise UsageError("calibration is missing: the text to heal on (the pruning itself needs none)")
-            elif step.kind == "eval":
-                prepare_questions(step.request, checkpoint, bundled=bundled)
-    return checkpoint
+            elif task.step.kind == "eval":
+                prepare_questions(request, checkpoint, bundled=task.bundled)
+
+
+def _plan(checkpoint: Checkpoint) -> dict[str, Any]:
+    return (read_plan_json(checkpoint.folder) if plan_file(checkpoint.folder) else None) or {}
 
 
 def _open(recipe: Recipe) -> Checkpoint:
@@ -151,10 +167,14 @@ def _named(recipe: Recipe, step: Step) -> Iterator[None]:
         raise type(error)(f"{recipe.file}, {step.where}: {error}") from error
 
 
-def _tasks(recipe: Recipe, out: Path, device: str | None) -> list[_Task]:
-    """Give each step the result of the step before it, and the folder for its own."""
+def _tasks(recipe: Recipe, checkpoint: Checkpoint, out: Path, device: str | None) -> list[_Task]:
+    """Give each step the result of the step before it, the folder for its own, and what it is compared with."""
     model, revision, written = recipe.model, recipe.revision, 0
-    tasks = []
+    built_in = BUNDLED in (recipe.model, _plan(checkpoint).get("model"))  # the built-in text is then that of every step
+    bundled = (
+        built_in  # whether the command sees that by itself: a second pruning names its plan after the first result
+    )
+    tasks: list[_Task] = []
     for step in recipe.steps:
         request, target = step.request, None
         if request is not None:
@@ -164,12 +184,22 @@ def _tasks(recipe: Recipe, out: Path, device: str | None) -> list[_Task]:
                 changes["device"] = device
             if step.kind == "eval" and written and "against" not in step.given:
                 changes |= {"against": recipe.model, "against_revision": recipe.revision}
+            if built_in and model != BUNDLED and step.kind == "prune" and not request.calibration:
+                changes["calibration"] = "builtin"
+            if built_in and not bundled and step.kind != "prune" and not (request.text or request.protocol):
+                changes["text"] = "builtin"
+            if built_in and not bundled and step.kind == "heal" and not request.calibration:
+                changes["calibration"] = next(
+                    (t.request.calibration for t in tasks[::-1] if t.step.kind == "prune"), None
+                )
             request = replace(request, **changes)
+        if step.kind == "prune":
+            bundled = model == BUNDLED
         if step.kind in WRITES:
             written += 1
             target = out / f"{written}-{step.kind}"
             model, revision = str(target), None
-        tasks.append(_Task(step, request, target))
+        tasks.append(_Task(step, request, target, bundled))
     return tasks
 
 
