@@ -14,7 +14,11 @@ from secateur import api, requests
 from tests.cli.commands import COMMANDS
 from tests.tiny import tiny_model
 
-NAMES = {"eval": "evaluate", "report": "write_report"}  # `eval` is Python's own, `report` a package
+NAMES = {
+    "eval": "evaluate",
+    "report": "write_report",
+    "run": "run_recipe",
+}  # `eval` is Python's own, `report` a package
 
 
 @pytest.mark.parametrize("command", COMMANDS)

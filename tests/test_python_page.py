@@ -12,7 +12,7 @@ from secateur.study import compare
 
 PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-CLASSES = {"Compared", "Flow", "Plan", "ModelSource"}  # functions make these
+CLASSES = {"Compared", "Flow", "Plan", "ModelSource", "Recipe"}  # functions make these
 INSIDE = {"find_method", "point_name", "prune_and_measure", "read_windows", "view_model"}  # parts of the others
 
 

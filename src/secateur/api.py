@@ -1,7 +1,8 @@
 """The functions for Python programs and for the command line: one per command; `plan` and `cut` for models in memory.
 
-`secateur eval` is `evaluate`, and `secateur report` is `write_report`. Every other function has the name of its
-command, with underscores. The functions `estimate...` return what `--dry-run` prints. docs/python.md shows them all.
+`secateur eval` is `evaluate`, `secateur report` is `write_report`, and `secateur run` is `run_recipe`. Every other
+function has the name of its command, with underscores. The functions `estimate...` return what `--dry-run` prints.
+docs/python.md shows them all.
 
 `__all__` is the whole interface: functions, requests, and the classes of what functions take, return and raise.
 """
@@ -50,6 +51,7 @@ from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import prepare
 from secateur.prune.run import prune
+from secateur.recipe.read import Recipe, read_recipe
 from secateur.report import find as report_find
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
@@ -68,6 +70,7 @@ from secateur.study.disp_llm import run as study_disp_llm
 from secateur.study.disp_llm import summary as summarize_study_disp_llm
 from secateur.study.modules import estimate as estimate_study_modules
 from secateur.study.modules import run as study_modules
+from secateur.study.recipe import estimate_recipe, run_recipe
 from secateur.study.sweep import point_name, prune_and_measure, sweep
 
 __all__ = [
@@ -81,6 +84,7 @@ __all__ = [
     "ModelSource",
     "ModulesRequest",
     "Plan",
+    "Recipe",
     "Request",
     "SecateurError",
     "UsageError",
@@ -91,6 +95,7 @@ __all__ = [
     "describe_method",
     "draw_windows",
     "estimate",
+    "estimate_recipe",
     "estimate_study_disp_llm",
     "estimate_study_modules",
     "evaluate",
@@ -113,7 +118,9 @@ __all__ = [
     "prune_and_measure",
     "read_module_studies",
     "read_plan",
+    "read_recipe",
     "read_windows",
+    "run_recipe",
     "study_disp_llm",
     "study_modules",
     "summarize_study_disp_llm",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import typer
 
-from secateur.cli import compare, demo, evaluate, generate, heal, inspect, pack, predict, prune, study, sweep
+from secateur.cli import compare, demo, evaluate, generate, heal, inspect, pack, predict, prune, run, study, sweep
 from secateur.cli.method_help import MethodCommand
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(generate.generate)
 app.command(cls=MethodCommand)(sweep.sweep)
 app.command()(compare.compare)
 app.command()(heal.heal)
+app.command()(run.run)
 app.command()(predict.predict)
 app.command()(inspect.inspect)
 app.command()(inspect.bench)

@@ -7,7 +7,9 @@ rank 8, alpha 16 (arXiv:2305.11627).
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from secateur.models.save import (
     OWN_FOLDER,
     PLAN_PATH,
     PLAN_TENSORS,
+    RECIPE_PATH,
     CheckpointWriter,
     differing,
     differing_from_plan,
@@ -44,6 +47,7 @@ from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
 from secateur.prune.calibration import windows_of
 from secateur.prune.settings import identity, refuse_out
+from secateur.recipe.write import recipe_text
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
@@ -118,7 +122,7 @@ def heal(
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
     finished = is_finished(out, resume=resume, overwrite=overwrite)
-    _check_request(request)
+    check_request(request)
     need_peft()
     prepared = _prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
@@ -160,7 +164,8 @@ def heal(
     return record
 
 
-def _check_request(request: HealRequest) -> None:
+def check_request(request: HealRequest) -> None:
+    """Raise UsageError for what is wrong with a request on any model."""
     for name in ("steps", "batch", "rank", "samples", "save_every"):
         if getattr(request, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(request, name)}: a count of at least 1 is needed")
@@ -201,7 +206,7 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
         folder = f"--include-path {request.include_path} says where task files are"
         raise UsageError(f"{folder}: heal on a task too, --calibration task:NAME")
     longest = checkpoint.max_length()
-    seqlen = min(1024, longest) if request.seqlen is None else request.seqlen
+    seqlen = _seqlen(request, longest)
     if not 1 < seqlen <= longest:
         raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
@@ -227,6 +232,10 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
     return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
+
+
+def _seqlen(request: HealRequest, longest: int) -> int:
+    return min(1024, longest) if request.seqlen is None else request.seqlen
 
 
 def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) -> str | None:
@@ -387,7 +396,20 @@ def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter
         with writer.disk():
             (writer.partial / OWN_FOLDER).mkdir(exist_ok=True)
             (writer.partial / OWN_FOLDER / PLAN_TENSORS).write_bytes(plan_tensors.read_bytes())
-    writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files)
+    recipe = partial(_recipe, prepared)
+    writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files, recipe)
+
+
+def _recipe(prepared: _Prepared, weights: Mapping[str, str]) -> str:
+    """The recipe of the result: that of the checkpoint that was healed, and this healing."""
+    request, drawn = prepared.request, not holds_ids(prepared.spec)
+    resolved = {
+        "calibration": prepared.spec,
+        "samples": request.samples if drawn else None,
+        "seqlen": _seqlen(request, prepared.checkpoint.max_length()) if drawn else None,
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+    }
+    return recipe_text("heal", request, resolved, prepared.checkpoint, str(prepared.device), weights)
 
 
 def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
@@ -405,4 +427,5 @@ def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any
     adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
     with writer.disk():
         adapters.peft.save_pretrained(writer.partial, safe_serialization=True)
-    writer.publish(_words(prepared, facts, None))
+    weights = {file.name: str(file_hash(str(file))) for file in sorted(writer.partial.glob("adapter*.safetensors"))}
+    writer.publish({**_words(prepared, facts, None), RECIPE_PATH: _recipe(prepared, weights)})

@@ -15,7 +15,7 @@ from huggingface_hub import metadata_load
 from secateur.core import records
 from secateur.core.names import shown
 from secateur.models.load import Checkpoint
-from secateur.models.save import PLAN_PATH
+from secateur.models.save import PLAN_PATH, RECIPE_PATH
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOCAL = ("checkpoints", "ckpt", "data", "model", "models", "out", "output", "outputs", "results", "runs", "tmp")
@@ -78,7 +78,7 @@ def model_card(
             "---",
             f"# {name}, pruned with {settings['method']}",
             "",
-            f"Made by secateur {records.version()}.",
+            f"Made by secateur {records.version()}: `secateur run {RECIPE_PATH} --out DIR` makes it again.",
         ]
     )
     return f"{head}\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"

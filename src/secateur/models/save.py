@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,8 @@ from secateur.models.companions import copy_companions
 OWN_FOLDER = "secateur"  # the folder inside a checkpoint for the plan, where no other tool looks for weights
 PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 PLAN_PATH = f"{OWN_FOLDER}/{PLAN}"
+RECIPE = "recipe.yaml"
+RECIPE_PATH = f"{OWN_FOLDER}/{RECIPE}"
 _ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least")  # settings that plans of version 0.1 lack
 JOURNAL = "journal.json"
 _DIGEST = "digest"
@@ -124,6 +126,7 @@ class CheckpointWriter:
         config: Mapping[str, Any],
         source: Path | None,
         files: Mapping[str, str],
+        recipe: Callable[[Mapping[str, str]], str],
     ) -> None:
         """Put weights, plan, configuration and companions in place, then rename the folder.
 
@@ -136,13 +139,15 @@ class CheckpointWriter:
             source: the folder of the original, from which tokenizer, generation settings and licence are copied.
             files: path in the folder -> content of more text files, such as the JSON part of the plan and the model
                 card.
+            recipe: makes the recipe from file of weights -> its SHA-256.
         """
         with self.disk():
             if source is not None:
                 copy_companions(source, self.partial)
             for name, content in files.items():
                 _write_whole(self.partial / name, content)
-            _gather([self.part(name) for name in weights], self.partial)
+            hashes = _gather([self.part(name) for name in weights], self.partial)
+            _write_whole(self.partial / RECIPE_PATH, recipe(hashes))
             _join([self.part(name) for name in plan], self.partial / OWN_FOLDER / PLAN_TENSORS)
             _write_whole(self.partial / "config.json", json.dumps(config, indent=2) + "\n")
             self.publish({})
@@ -371,22 +376,27 @@ def _join(parts: Sequence[Path], target: Path) -> None:
         _concatenate(parts, headers, target)
 
 
-def _gather(parts: Sequence[Path], folder: Path) -> None:
-    """Write the parts as `model.safetensors`, or, if that is too large, as one shard per part and an index."""
+def _gather(parts: Sequence[Path], folder: Path) -> dict[str, str]:
+    """Write the parts as `model.safetensors`, or, if that is too large, as one shard per part and an index.
+
+    Returns:
+        Name of a file of weights -> its SHA-256.
+    """
     headers = [_header(part) for part in parts]
     if sum(part.stat().st_size for part in parts) <= ONE_FILE_UP_TO:
-        _concatenate(parts, headers, folder / "model.safetensors")
-        return
+        return {"model.safetensors": _concatenate(parts, headers, folder / "model.safetensors")}
     weight_map: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     total = 0
     for number, (part, (header, begin)) in enumerate(zip(parts, headers, strict=True), start=1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         total += part.stat().st_size - begin
         # not a plain copy: safetensors writes the metadata of a part in random order, so equal runs would differ
-        _concatenate([part], [(header, begin)], folder / name)
+        hashes[name] = _concatenate([part], [(header, begin)], folder / name)
         weight_map |= dict.fromkeys(header, name)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return hashes
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -398,8 +408,8 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], int]], target: Path) -> None:
-    """Join several safetensors files into one by copying bytes, without a tensor in memory.
+def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], int]], target: Path) -> str:
+    """Join several safetensors files into one by copying bytes, without a tensor in memory; return its SHA-256.
 
     Tensors with larger items come first, as in every safetensors file. So each tensor is aligned, although the format
     has no padding.
@@ -418,15 +428,18 @@ def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], 
     text += b" " * (-len(text) % 8)  # the format requires data aligned to 8 bytes
     with target.open("wb") as out, ExitStack() as opened:
         handles = [opened.enter_context(part.open("rb")) for part in parts]
-        out.write(struct.pack("<Q", len(text)) + text)
+        begin = struct.pack("<Q", len(text)) + text
+        digest = hashlib.sha256(begin)
+        out.write(begin)
         for _, number, start, end, _name in order:
             handles[number].seek(headers[number][1] + start)
-            _copy(handles[number], out, end - start)
+            _copy(handles[number], out, end - start, digest)
         out.flush()
         os.fsync(out.fileno())
+    return digest.hexdigest()
 
 
-def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
+def _copy(source: BinaryIO, target: BinaryIO, count: int, digest: Any) -> None:
     while count:
         piece = source.read(min(count, _PIECE))
         if not piece:
@@ -434,6 +447,7 @@ def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
                 f"'{source.name}' ends {count} bytes too early: the disk lost data; start again with --overwrite"
             )
         target.write(piece)
+        digest.update(piece)
         count -= len(piece)
 
 

@@ -41,9 +41,10 @@ from secateur.prune.allocation.allocate import Allocation, allocate
 from secateur.prune.calibration import read_labelled
 from secateur.prune.driver import check_finite, whole_model_plan
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
-from secateur.prune.settings import identity, prepared_settings, refuse_out
+from secateur.prune.settings import identity, prepared_settings, refuse_out, resolved
 from secateur.prune.totals import facts_of
 from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, prune_blocks, write_outer
+from secateur.recipe.write import recipe_text
 from secateur.requests import Request
 
 STATES = "gradual"  # the folder beside the results with the saved states of a gradual method, shared by its runs
@@ -185,7 +186,11 @@ def _run(
             files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
             if (tokenizer_config := checkpoint.named_tokenizer()) is not None:
                 files["tokenizer_config.json"] = tokenizer_config
-        writer.finish(weights, [plan_part(index) for index in range(view.blocks)], config, checkpoint.folder, files)
+        recipe = partial(
+            recipe_text, "prune", prepared.request, resolved(prepared, settings), checkpoint, settings["device"]
+        )
+        plans = [plan_part(index) for index in range(view.blocks)]
+        writer.finish(weights, plans, config, checkpoint.folder, files, recipe)
     return facts, problem is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from secateur.models.load import Checkpoint
 from secateur.models.save import refuse_inside
 from secateur.prune.prepare import Prepared
+from secateur.text.specs import holds_ids
 from secateur.text.windows import calibration_facts
 
 
@@ -37,6 +39,27 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
         "calibration": calibration,
         "device": str(prepared.device),
         "dtype": str(prepared.dtype).removeprefix("torch."),
+    }
+
+
+def resolved(prepared: Prepared, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the run decided for fields of its request, as its recipe holds it; None leaves a field out.
+
+    Args:
+        prepared: the request, checked against its model.
+        settings: from `prepared_settings`.
+    """
+    request, text = prepared.request, settings["calibration"] and prepared.calibration
+    drawn = text is not None and not holds_ids(text)  # token ids are used as given, whatever is asked for
+    return {
+        "sparsity": None if request.params_removed is not None else prepared.sparsity,
+        "pattern": settings["pattern"],
+        "calibration": text,
+        "samples": prepared.samples if drawn else None,
+        "seqlen": prepared.seqlen if drawn else None,
+        "text_field": request.text_field if drawn else None,
+        "dtype": settings["dtype"],
+        "options": {name: value for name, value in settings["options"].items() if name != "pattern"},
     }
 
 
