@@ -108,6 +108,8 @@ class HealRequest:
         checkpointing: keep one activation per block and recompute the others: a third more time, much less memory.
         include_path: a folder of task files for lm-eval, for healing on `task:NAME`.
         text, protocol, limit: the text that perplexity is measured on, before and after; see `EvalRequest`.
+        eval_seqlen: the length of a window of that text in tokens; None takes the length of the protocol.
+        evaluate: measure perplexity before and after; False leaves it to `eval`.
     """
 
     model: str
@@ -129,6 +131,8 @@ class HealRequest:
     seed: int = 0
     text: str | None = None
     protocol: str | None = None
+    eval_seqlen: int | None = None
+    evaluate: bool = True
     limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"

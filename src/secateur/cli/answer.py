@@ -80,8 +80,11 @@ def _eval(record: Record) -> Iterator[str]:
 
 
 def _heal(record: Record) -> Iterator[str]:
-    change = _perplexities(record.get("ppl_before"), record["ppl"])
-    yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
+    if record.get("ppl_protocol") is None:
+        yield f"healed, perplexity not measured, {_time(record)}"
+    else:
+        change = _perplexities(record.get("ppl_before"), record["ppl"])
+        yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
     yield f"{_size(record)}. {_how(record)}."
     yield f"Next: {_next('eval', record['out'], *_dense(record))}"
 

@@ -50,6 +50,7 @@ def compare(
     ] = None,
     text: opt.Text = EvalRequest.text,
     protocol: opt.Protocol = EvalRequest.protocol,
+    eval_seqlen: opt.EvalSeqlen = EvalRequest.seqlen,
     tasks: opt.Tasks = opt.NO_TASKS,
     text_field: opt.TextField = Request.text_field,
     include_path: opt.IncludePath = None,

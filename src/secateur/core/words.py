@@ -13,6 +13,11 @@ def exp(value: float) -> float:
         return math.inf
 
 
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: 1 run, 2 runs."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def perplexity_words(ppl: float | None) -> str:
     """A perplexity in few digits, two decimals below 1000; None stands for infinity, which a record cannot hold."""
     if ppl is None or math.isinf(ppl):

@@ -193,7 +193,8 @@ def _eval_command(group: Group) -> str:
     """The command that measures the dense model as the rows of a group were measured."""
     words = ["secateur", "eval", group.model]
     how = dict(group.protocol or ())
-    for option, name in (("--protocol", "name"), ("--text", "spec"), ("--seqlen", "seqlen"), ("--limit", "windows")):
+    options = {"--protocol": "name", "--text": "spec", "--eval-seqlen": "seqlen", "--limit": "windows"}
+    for option, name in options.items():
         words += [option, str(how[name])] if how.get(name) is not None else []
     return shlex.join(words)
 

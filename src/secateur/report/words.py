@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.core.words import perplexity_words
+from secateur.core.words import plural as plural
 from secateur.report.rows import Row
 from secateur.report.series import Comparison, Entry
 
@@ -64,11 +65,6 @@ def duration(value: float | None) -> Words:
         if hours
         else f"{minutes}\N{NO-BREAK SPACE}min\N{NO-BREAK SPACE}{seconds:02}\N{NO-BREAK SPACE}s"
     )
-
-
-def plural(number: int, noun: str) -> str:
-    """A number with its noun: 1 run, 2 runs."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def perplexity_title(found: Comparison | None, dense: Row | None) -> str:
