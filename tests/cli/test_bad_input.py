@@ -675,7 +675,7 @@ def test_memory_that_runs_out_while_something_is_read_is_no_damaged_file(
     status, line = run("eval", dense, "--text", ids_file)
     assert (status, line) == (
         1,
-        "error: out of memory; use shorter windows (--seqlen); when pruning, also fewer --samples or --spill",
+        "error: out of memory; use shorter windows (--seqlen, --eval-seqlen); when pruning, also fewer --samples or --spill",
     )
 
 

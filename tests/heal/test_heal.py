@@ -21,7 +21,7 @@ from secateur.heal import tune as tuning
 from secateur.heal.data import answers_alone
 from secateur.heal.lora import add_adapters, merged
 from secateur.report.rows import collect
-from secateur.text.files import alpaca_prompt
+from secateur.text.instructions import alpaca_prompt
 from secateur.text.windows import IGNORE
 from tests.folders import contents
 from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
@@ -255,9 +255,9 @@ def test_answers_alone_count(tmp_path: Path) -> None:
     assert text.startswith("### Instruction:\n")
     with pytest.raises(api.SecateurError, match="0 instructions whose answers begin within 5 tokens, but 2"):
         answers_alone(str(tmp_path / "rows.json"), Letters(), samples=2, seqlen=5, seed=0)  # type: ignore[arg-type]
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"question": "x", "answer": "y"}\n')
     with pytest.raises(
-        api.SecateurError, match=r"rows need the fields 'instruction' and 'output' .*has prompt, completion"
+        api.SecateurError, match=r"rows.jsonl, line 1: a row of instructions needs .*'output' .*has question, answer"
     ):
         answers_alone(str(tmp_path / "rows.jsonl"), Letters(), samples=1, seqlen=5, seed=0)  # type: ignore[arg-type]
 

@@ -53,6 +53,7 @@ def compare(
     eval_seqlen: opt.EvalSeqlen = EvalRequest.seqlen,
     tasks: opt.Tasks = opt.NO_TASKS,
     text_field: opt.TextField = Request.text_field,
+    prompt_form: opt.PromptForm = Request.prompt_form,
     include_path: opt.IncludePath = None,
     limit: opt.Limit = EvalRequest.limit,
     spill: opt.Spill = Request.spill,

@@ -29,6 +29,7 @@ _TIMING = ("dense", "batches", "prompt", "new", "repeats", "revision", "seed", "
 _PASS = (
     *("method", "sparsity", "params_removed", "at_least", "modules", "pattern", "options", "seed", "revision"),
     *("device", "dtype", "text_field", "include_path", "spill", "stock_only", "ignore_unknown"),
+    "prompt_form",
 )
 
 LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {

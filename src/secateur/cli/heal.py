@@ -71,6 +71,7 @@ def heal(
     device: opt.Device = HealRequest.device,
     dtype: opt.Dtype = HealRequest.dtype,
     text_field: opt.TextField = HealRequest.text_field,
+    prompt_form: opt.PromptForm = HealRequest.prompt_form,
     include_path: opt.IncludePath = None,
     records: opt.Records = None,
     resume: opt.Resume = False,

@@ -73,6 +73,14 @@ Seqlen = Annotated[
 Seed = Annotated[int, Option(help="The seed of every random choice.")]
 TextField = Annotated[str, Option(help="The field of .jsonl and .parquet rows that holds the text.")]
 IncludePath = Annotated[Path | None, Option(metavar="DIR", help="A folder of task files for lm-eval.")]
+PromptForm = Annotated[
+    str,
+    Option(
+        metavar="FORM",
+        help="How instructions become text: chat (the model's chat template), plain, or auto: chat if there is a "
+        "template, but plain for the text alpaca.",
+    ),
+]
 Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on disk instead of in memory.")]
 
 # What is measured.

@@ -42,12 +42,12 @@ from secateur.models.save import (
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
-from secateur.prune.calibration import windows_of
+from secateur.prune.calibration import say_form, windows_of
 from secateur.prune.settings import identity, refuse_out
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
-from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
+from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, prompt_form, same_text
 from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
 
@@ -68,6 +68,7 @@ class _Prepared:
     protocol: Protocol | None
     held_out: list[Tensor]
     examples: Examples
+    form: str | None
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class _Prepared:
         return {
             **{name: getattr(request, name) for name in names},
             "targets": ",".join(request.targets),
-            "calibration": calibration_facts(self.spec, self.examples.ids_ST),
+            "calibration": calibration_facts(self.spec, self.examples.ids_ST, self.form),
             "tokens": self.examples.tokens,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -218,12 +219,11 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     protocol, held_out = _held_out(request, checkpoint, bundled=bundled) if request.evaluate else (None, [])
     if protocol is not None and same_text(spec, protocol.spec):
         say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
+    form = _form(request, checkpoint, spec, plan)
+    much: dict[str, Any] = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed, "form": form}
     if request.completion_only:
-        examples = answers_alone(
-            spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed
-        )
+        examples = answers_alone(spec, checkpoint.tokenizer(), **much)
     else:
-        much = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed}
         ids_ST = windows_of(checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
         examples = Examples(ids_ST, ids_ST)
     # The ids must fit the vocabulary and the positions of this model, whatever tokenizer made them.
@@ -233,7 +233,19 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
             check_ids(ids, checkpoint.config.vocab_size, longest, where, tokens)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
+    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples, form)
+
+
+def _form(request: HealRequest, checkpoint: Checkpoint, spec: str, plan: dict[str, Any]) -> str | None:
+    """The form in which instructions become text; on the text of the pruning, the form that it had there."""
+    asked = request.prompt_form
+    if request.calibration is None and asked == "auto":
+        asked = (plan["calibration"] or {}).get("form") or asked
+    text_field = None if request.completion_only else request.text_field  # answers are in fields of their own
+    form = prompt_form(spec, asked, checkpoint.tokenizer, text_field)
+    if asked == "auto":
+        say_form(spec, form, checkpoint)
+    return form
 
 
 def _held_out(request: HealRequest, checkpoint: Checkpoint, *, bundled: bool) -> tuple[Protocol, list[Tensor]]:

@@ -31,7 +31,13 @@ from secateur.models.companions import copy_companions
 OWN_FOLDER = "secateur"  # the folder inside a checkpoint for the plan, where no other tool looks for weights
 PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 PLAN_PATH = f"{OWN_FOLDER}/{PLAN}"
-_ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least")  # settings that plans of version 0.1 lack
+_ADDED = (
+    "model_fingerprint",
+    "file_sha256",
+    "params_removed",
+    "at_least",
+    "form",
+)  # settings that plans of version 0.1 lack
 JOURNAL = "journal.json"
 _DIGEST = "digest"
 _PART = "part-"
