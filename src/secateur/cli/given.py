@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 _SEVERAL = {"sparsity": "--sparsity has several"}
-_NO_RATIO = dict.fromkeys(("params_removed", "at_least"), "the runs are at sparsities; compare has ratios")
+_ZEROES = dict.fromkeys(("params_removed", "at_least"), "the runs zero weights, and none of them removes parameters")
 _NO_SHIFT = dict.fromkeys(("against", "against_revision"), "the table has no place for a shift")
 _DENSE_REVISION = {"against_revision": "the dense model is MODEL, at --revision"}
 _HEALING = (
@@ -57,7 +57,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
     ("compare", BenchRequest): dict.fromkeys(_TIMING, "each result is timed with the defaults of bench"),
     ("study modules", Request): {
         **_SEVERAL,
-        **_NO_RATIO,
+        **_ZEROES,
         "modules": "--kinds has them",
         "spill": "the cells share one model in memory",
         "stock_only": "no checkpoint is written",
@@ -65,7 +65,8 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
     ("study modules", EvalRequest): _NO_SHIFT,
     ("study disp-llm", Request): {
         **_SEVERAL,
-        **_NO_RATIO,
+        "params_removed": "--params-removed has several",
+        "at_least": "the method comes as near to a share as it learns to, not in steps",
         "method": "it is a study of one method",
         "modules": "the method has none",
         "pattern": "the method has none",

@@ -88,9 +88,10 @@ class Row:
 
     @property
     def zeroed(self) -> float | None:
-        """The share of zeros among the parameters that are left."""
+        """The share of zeros in the result, of all parameters that there were: with `removed` it makes `gone`."""
         after, nonzero = self.number("params_after"), self.number("nonzero_after")
-        return 1 - nonzero / after if after and nonzero is not None else None
+        before = self.number("params_before") or after
+        return (after - nonzero) / before if after is not None and before and nonzero is not None else None
 
     @property
     def gone(self) -> float | None:

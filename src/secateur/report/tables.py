@@ -89,7 +89,7 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
             text=True,
         ),
         Column("Removed", lambda row: _number(words.percent, row.removed), "of all parameters"),
-        Column("Zeroed", lambda row: _number(words.percent, row.zeroed), "of the parameters that are left"),
+        Column("Zeroed", lambda row: _number(words.percent, row.zeroed), "of all parameters"),
         Column(
             "Sparsity",
             lambda row: _number(words.percent, row.sparsity),
@@ -290,7 +290,8 @@ def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
             spec, samples, seqlen, sha256 = (
                 calibration.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256")
             )
-            text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens, SHA-256 {sha256}"
+            form = ", in the chat template" if calibration.get("form") == "chat" else ""
+            text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens{form}, SHA-256 {sha256}"
             used[text] = used.get(text, 0) + 1
     return [(text, words.plural(users, "run")) for text, users in used.items()]
 
