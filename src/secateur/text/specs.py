@@ -195,8 +195,8 @@ def prompt_form(
     if not (name == "alpaca" or (not named and starts_with_instruction(Path(spec).expanduser(), text_field))):
         if asked != "auto":
             raise UsageError(
-                f"--prompt-form {asked}: '{spec}' is not read as instructions (rows with {FIELDS}); leave the "
-                "option out"
+                f"--prompt-form {asked}: '{spec}' is not read as instructions, which are rows with {FIELDS}; "
+                "leave the option out"
             )
         return None
     if asked == "plain" or (asked == "auto" and name == "alpaca"):
