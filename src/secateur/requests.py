@@ -31,6 +31,8 @@ class Request:
         spill: keep the activation buffer in a file beside the output.
         stock_only: refuse plans that a stock architecture cannot express.
         include_path: a folder of task files for lm-eval, for a calibration on `task:NAME`.
+        prompt_form: how rows of instructions become text: `chat` (the tokenizer's chat template), `plain` (the form of
+            the Alpaca project), or `auto`: chat where the tokenizer has a template, and plain for the text `alpaca`.
         at_least: with `params_removed`, take the smallest step that removes at least that much, not the nearest step.
         ignore_unknown: skip tensors in the files that the model does not have, instead of raising an error.
     """
@@ -54,6 +56,7 @@ class Request:
     stock_only: bool = False
     include_path: str | Path | None = None
     at_least: bool = False
+    prompt_form: str = "auto"
     ignore_unknown: bool = False
 
 
@@ -107,7 +110,11 @@ class HealRequest:
         save_every: steps between two saves.
         checkpointing: keep one activation per block and recompute the others: a third more time, much less memory.
         include_path: a folder of task files for lm-eval, for healing on `task:NAME`.
+        prompt_form: how rows of instructions become text, as in `Request`; on the calibration text of the pruning,
+            `auto` takes the form that it had there.
         text, protocol, limit: the text that perplexity is measured on, before and after; see `EvalRequest`.
+        eval_seqlen: the length of a window of that text in tokens; None takes the length of the protocol.
+        evaluate: measure perplexity before and after; False leaves it to `eval`.
     """
 
     model: str
@@ -129,11 +136,14 @@ class HealRequest:
     seed: int = 0
     text: str | None = None
     protocol: str | None = None
+    eval_seqlen: int | None = None
+    evaluate: bool = True
     limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     text_field: str = "text"
     include_path: str | Path | None = None
+    prompt_form: str = "auto"
 
 
 @dataclass(frozen=True)

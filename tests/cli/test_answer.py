@@ -38,7 +38,7 @@ def run(*args: Any) -> str:
 
 def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
     assert answer(RECORD) == [
-        "134.5 M -> 100.9 M parameters (25.0% removed), 269 MB -> 202 MB, 2 min",
+        "135 M -> 101 M parameters (25.0% removed), 269 MB -> 202 MB, 2 min 05 s",
         "slicegpt: 25.0% of the residual width. Loads with trust_remote_code=True, or after import secateur.",
         "Next: secateur eval '/runs/my model' --against org/model",
     ]
@@ -54,18 +54,18 @@ def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
         "seconds": 3.2,
     }
     assert answer(zeros)[:2] == [
-        "134.5 M parameters, 39.5% of the weights zeroed, 269 MB, 3 s",
+        "135 M parameters, 39.5% zeroed, 269 MB, 3.2 s",
         "wanda: 50.0% of the weights of the targeted matrices. A stock model: it loads as the original does.",
     ]
 
 
 def test_a_larger_result_is_not_called_smaller() -> None:
     (first, *_) = answer({**RECORD, "params_after": 140_000_000, "nonzero_after": 140_000_000})
-    assert first.startswith("134.5 M -> 140.0 M parameters (4.1% added)")
+    assert first.startswith("135 M -> 140 M parameters (4.1% added)")
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "under 1 s"), (89.0, "89 s"), (300.0, "5 min"), (9000.0, "2.5 h")]
+    ("seconds", "words"), [(0.04, "under 0.1 s"), (3.2, "3.2 s"), (89.0, "1 min 29 s"), (9000.0, "2 h 30 min")]
 )
 def test_times_are_in_the_unit_that_people_plan_by(seconds: float, words: str) -> None:
     assert answer({**RECORD, "seconds": seconds})[0].endswith(f", {words}")

@@ -449,11 +449,11 @@ def test_text_for_a_model_without_a_tokenizer(run: Run, dense: Path, tmp_path: P
         ("a.txt", "", "holds no text"),
         ("a.txt", "too short", "lower --samples or --seqlen"),
         ("a.jsonl", '{"text": "x"}\n{broken', "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", '{"body": "x"}', "a row has no field 'text' (it has body); name it with --text-field"),
-        ("a.json", '{"body": "x"}', "a row has no field 'text' (it has body); name it with --text-field"),
-        ("a.json", '[{"text": "x"}, {"body": "x"}]', "a row has no field 'text' (it has body)"),
+        ("a.jsonl", '{"body": "x"}', ": has no field 'text' (it has body); name it with --text-field"),
+        ("a.json", '{"body": "x"}', ": has no field 'text' (it has body); name it with --text-field"),
+        ("a.json", '[{"text": "x"}, {"body": "x"}]', ": has no field 'text' (it has body)"),
         ("a.json", '{"text": "x"}\n{broken', "a.json, line 2: not JSON"),
-        ("a.json", "[1, 2]", "a row has no field 'text' (it has a int)"),
+        ("a.json", "[1, 2]", "row 1: has no field 'text' (it has a int)"),
         ("a.json", "[]", "holds no text"),
         ("a.json.gz", '{"text": "x"}', "cannot be unpacked"),
         (
@@ -675,7 +675,7 @@ def test_memory_that_runs_out_while_something_is_read_is_no_damaged_file(
     status, line = run("eval", dense, "--text", ids_file)
     assert (status, line) == (
         1,
-        "error: out of memory; use shorter windows (--seqlen); when pruning, also fewer --samples or --spill",
+        "error: out of memory; use shorter windows (--seqlen, --eval-seqlen); when pruning, also fewer --samples or --spill",
     )
 
 

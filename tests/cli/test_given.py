@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from secateur import cli
 from secateur.cli import quiet_api
-from secateur.cli.given import LEFT_OUT, given
+from secateur.cli.given import LEFT_OUT, OPTION_OF, given
 from secateur.core.errors import UsageError
 from tests.cli.commands import COMMANDS
 
@@ -41,7 +41,8 @@ NEEDS = {
 @pytest.mark.parametrize(("command", "kind"), REQUESTS)
 def test_every_field_is_an_option_or_left_out_for_a_reason(command: str, kind: type[Any]) -> None:
     names, left_out = {field.name for field in dataclasses.fields(kind)}, LEFT_OUT[command, kind]
-    options = {parameter.name for parameter in COMMANDS[command].params}
+    fields = {option: name for name, option in OPTION_OF.get(kind, {}).items()}
+    options = {fields.get(parameter.name, parameter.name) for parameter in COMMANDS[command].params}
     forgotten = names - options - left_out.keys()
     where = f"secateur {command} has no option for {forgotten} of {kind.__name__}"
     assert not forgotten, f"{where}: add one, or a reason to LEFT_OUT in cli/given.py"
@@ -60,6 +61,7 @@ def test_every_option_reaches_the_request(command: str, kind: type[Any], monkeyp
     monkeypatch.setattr(f"{COMMANDS[command].callback.__module__}.given", noted)
     monkeypatch.setattr(quiet_api, "api", Nothing())
     reaches = {field.name for field in dataclasses.fields(kind)} - LEFT_OUT[command, kind].keys()
+    reaches = {OPTION_OF.get(kind, {}).get(name, name) for name in reaches}
     words = command.split() + NEEDS.get(command, [])
     for parameter in COMMANDS[command].params:
         if parameter.required or parameter.name in reaches:
@@ -68,9 +70,18 @@ def test_every_option_reaches_the_request(command: str, kind: type[Any], monkeyp
     assert "no work is done here" in result.stderr, result.output
     (request,) = [request for request in made if type(request) is kind]
     for field in dataclasses.fields(kind):
-        if field.name in reaches:
+        if OPTION_OF.get(kind, {}).get(field.name, field.name) in reaches:
             lost = f"{field.name} is lost on the way to {kind.__name__}"
             assert getattr(request, field.name) not in (field.default, {}), lost
+
+
+@pytest.mark.parametrize("command", ["eval", "sweep", "compare", "heal", "study modules", "study disp-llm"])
+def test_the_window_of_the_evaluation_has_one_name_and_seqlen_is_that_of_the_text_learned_from(command: str) -> None:
+    """Only `eval`, which has no other window, takes `--seqlen` for it too."""
+    options = {name: p.name for p in COMMANDS[command].params for name in p.opts}
+    assert options["--eval-seqlen"] == "eval_seqlen"
+    assert options["--seqlen"] == ("eval_seqlen" if command == "eval" else "seqlen")
+    assert not any("seqlen" in left_out for (name, _), left_out in LEFT_OUT.items() if name == command)
 
 
 class Nothing:

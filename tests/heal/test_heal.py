@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from secateur import api
+from secateur.cli.answer import answer
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal import tune as tuning
 from secateur.heal.data import answers_alone
 from secateur.heal.lora import add_adapters, merged
 from secateur.report.rows import collect
-from secateur.text.files import alpaca_prompt
+from secateur.text.instructions import alpaca_prompt
 from secateur.text.windows import IGNORE
 from tests.folders import contents
 from tests.tiny import FAMILY_TYPES, able, some_ids, tiny_model
@@ -254,9 +255,9 @@ def test_answers_alone_count(tmp_path: Path) -> None:
     assert text.startswith("### Instruction:\n")
     with pytest.raises(api.SecateurError, match="0 instructions whose answers begin within 5 tokens, but 2"):
         answers_alone(str(tmp_path / "rows.json"), Letters(), samples=2, seqlen=5, seed=0)  # type: ignore[arg-type]
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"question": "x", "answer": "y"}\n')
     with pytest.raises(
-        api.SecateurError, match=r"rows need the fields 'instruction' and 'output' .*has prompt, completion"
+        api.SecateurError, match=r"rows.jsonl, line 1: a row of instructions needs .*'output' .*has question, answer"
     ):
         answers_alone(str(tmp_path / "rows.jsonl"), Letters(), samples=1, seqlen=5, seed=0)  # type: ignore[arg-type]
 
@@ -314,6 +315,7 @@ def test_answers_are_tokenised_with_what_is_before_them(ends: bool, fast: bool, 
         ({"calibration": "builtin", "completion_only": True}, "no tokenizer|holds no instructions"),
         ({"rank": 9999}, r"--rank 9999: .* give at most 32"),
         ({"seqlen": 9999}, r"--seqlen 9999 is outside \[2, 64\]"),
+        ({"evaluate": False}, r"--text .*ids.npy says what to measure, and --no-eval measures nothing: drop one"),
     ],
 )
 def test_wrong_requests_are_refused_before_the_work(
@@ -344,3 +346,64 @@ def test_an_output_around_what_is_needed_is_refused(
 def test_a_model_of_others_is_refused(saved: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
     with pytest.raises(api.UsageError, match=r"has no plan of secateur"):
         api.heal(replace(quick, model=str(saved("llama"))), tmp_path / "healed")
+
+
+TEXT = "The dog barks at the moon, and the moon says nothing. " * 40
+
+
+@pytest.fixture
+def letters(pruned: Callable[..., Path]) -> Path:
+    """A pruned tiny model with a tokenizer of letters."""
+    folder = pruned("llama", "magnitude", sparsity=0.3)
+    found = Tokenizer(models.WordLevel({letter: n for n, letter in enumerate(ascii_letters + " .,")}, unk_token="."))
+    found.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=found, unk_token=".").save_pretrained(folder)
+    return folder
+
+
+def test_the_window_of_the_evaluation_is_not_that_of_the_training(
+    letters: Path, quick: api.HealRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    asked = replace(quick, model=str(letters), text=str(text), seqlen=20, eval_seqlen=8, limit=3)
+    record = api.heal(asked, tmp_path / "healed")
+    assert record["ppl_protocol"]["seqlen"] == 8
+    assert record["heal"]["calibration"]["seqlen"] == 20
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("measuring perplexity on")]
+    assert said.startswith("measuring perplexity on text.txt (protocol text, 3 windows of 8 tokens); --text, --proto")
+    assert said.endswith("; --no-eval skips it")
+    with pytest.raises(api.UsageError, match=r"windows of 999 tokens .* give --eval-seqlen"):
+        api.heal(replace(asked, eval_seqlen=999), tmp_path / "other")
+
+
+def test_without_an_evaluation_nothing_is_measured_and_nothing_claims_it(
+    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out, file = pruned("llama", "wanda"), tmp_path / "healed", tmp_path / "records.jsonl"
+    api.evaluate(api.EvalRequest(str(folder), text=quick.text))
+    asked = replace(quick, model=str(folder), text=None, evaluate=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.heal.heal.perplexity", None)
+        record = api.heal(asked, out)
+    assert not {"ppl", "ppl_before", "loss", "loss_before", "ppl_protocol"} & record.keys()
+    assert answer(record)[0].startswith("healed, perplexity not measured, ")
+    assert answer(record)[-1] == f"Next: secateur eval {out} --against {record['model']}"
+    assert "- perplexity, " not in (out / "README.md").read_text()
+    rows = {Path(str(row.get("out"))).name: row for row in collect(api.find_records([file]))}
+    assert rows["wanda-llama"].ppl is not None
+    assert (rows["healed"].protocol, rows["healed"].cost) == (None, None)
+    page = api.write_report(api.find_records([file]), tmp_path / "r.html")[0].read_text()
+    assert "1 checkpoint without a perplexity (healed): run &#39;secateur eval DIR&#39;" in page
+    assert api.heal(asked, out, resume=True) == record, "a finished run is as it is"
+    said: list[str] = []
+    with api.progress_to(said.append):
+        api.heal(replace(asked, evaluate=True, text=quick.text), out, resume=True)
+    assert said[-1] == f"warning: its record has no perplexity; 'secateur eval {out}' measures it"
+    again = api.heal(replace(asked, evaluate=True, text=quick.text), tmp_path / "measured")
+    weights = [(path / "model.safetensors").read_bytes() for path in (out, tmp_path / "measured")]
+    assert weights[0] == weights[1], "measuring changes nothing"
+    measured = api.evaluate(api.EvalRequest(str(out), text=quick.text))
+    assert measured["ppl"] == again["ppl"]
+    rows = {Path(str(row.get("out"))).name: row for row in collect(api.find_records([file]))}
+    assert rows["healed"].ppl == measured["ppl"]

@@ -24,7 +24,7 @@ def test_the_card_says_what_was_done_and_carries_the_licence(
     text = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in text.split("---")[1]
     assert "base_model: dense-llama" in text.split("---")[1]
-    assert "0.5000 of the weights of the targeted matrices" in text
+    assert "| weights of the targeted matrices | 50.0% zeroed |" in text
     assert (tmp_path / "out" / "LICENSE").read_text() == "the licence"
     for _ in range(2):
         api.evaluate(api.EvalRequest(str(tmp_path / "out"), text=ids_file))
@@ -161,13 +161,41 @@ def test_the_card_says_what_the_sparsity_is_a_fraction_of(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path
 ) -> None:
     words = {
-        "slicegpt": ({"sparsity": 0.25}, "0.2500 of the residual width"),
-        "shortgpt": ({"sparsity": 0.34}, "0.3333 of the blocks"),
-        "llm_pruner": ({"sparsity": 0.3}, " of all parameters"),
-        "heads": ({"sparsity": 0.34}, " of the attention heads"),
-        "magnitude": ({"sparsity": 0.5}, "0.5000 of the weights of the targeted matrices"),
+        "slicegpt": ({"sparsity": 0.25}, "| residual width | 25.0% removed |"),
+        "shortgpt": ({"sparsity": 0.34}, "| blocks | 33.3% removed |"),
+        "llm_pruner": ({"sparsity": 0.3}, "% of all parameters"),
+        "heads": ({"sparsity": 0.34}, "| attention heads | "),
+        "magnitude": ({"sparsity": 0.5}, "| weights of the targeted matrices | 50.0% zeroed |"),
     }
     for method, (asked, expected) in words.items():
         record = api.prune(api.Request(str(saved("llama")), method, calibration=ids_file, **asked), tmp_path / method)
         assert expected in (tmp_path / method / "README.md").read_text()
         assert record["sparsity_of"] in ("width", "blocks", "parameters", "heads", "weights")
+
+
+def test_the_card_says_what_is_gone_of_all_parameters_before_the_knob_of_the_method(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    dense = str(saved("llama"))
+    sliced = api.prune(api.Request(dense, "slicegpt", params_removed=0.3, calibration=ids_file), tmp_path / "sliced")
+    masked = api.prune(api.Request(dense, "wanda", sparsity=0.5, calibration=ids_file), tmp_path / "masked")
+    rows = [_rows(tmp_path / name)[1:4] for name in ("sliced", "masked")]
+    removed, zeroed = sliced["pruning_ratio"], 1 - masked["nonzero_after"] / masked["params_before"]
+    assert f"{removed:.1%}" != "30.0%", "widths are whole numbers"
+    assert rows[0] == [
+        ("removed", f"{removed:.1%} of all parameters (asked for: 30.0%)"),
+        ("zeroed", "nothing"),
+        ("residual width", f"{sliced['sparsity_measured']:.1%} removed"),
+    ]
+    zeros = masked["params_after"] - masked["nonzero_after"]
+    assert rows[1] == [
+        ("removed", "nothing"),
+        ("zeroed", f"{zeroed:.1%} of all parameters, {zeros:,} zeros"),
+        ("weights of the targeted matrices", "50.0% zeroed"),
+    ]
+
+
+def _rows(folder: Path) -> list[tuple[str, str]]:
+    """The table of a card."""
+    lines = (folder / "README.md").read_text().split("|---|---|\n")[1].split("\n\n")[0].splitlines()
+    return [(cells[1].strip(), cells[2].strip()) for cells in (line.split("|") for line in lines)]

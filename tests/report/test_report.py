@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from secateur.core.errors import SecateurError
 from secateur.core.records import to_json
+from secateur.report.compare import comparison
 from secateur.report.html import write_report
 from secateur.report.laws import fit_curves
 from secateur.report.layers import read_layers
@@ -169,7 +170,7 @@ def test_page_holds_each_number(study: list[dict[str, Any]], tmp_path: Path) -> 
         "4.19 M",
         "12.3 s",
         "2 min 05 s",
-        "812.0 MB",
+        "812 MB",
         "0.4321",
         "67.8%",
         "1.2345",
@@ -206,7 +207,7 @@ def test_ratios_are_to_the_dense_model_and_rows_are_sorted(study: list[dict[str,
 def test_headline_compares_methods_at_the_highest_common_sparsity(study: list[dict[str, Any]], tmp_path: Path) -> None:
     seen = text_of(write_report(study, tmp_path / "report.html")[0])
     assert (
-        f"At 60% sparsity, wanda has the lowest perplexity of the 2 compared: 48.37, 2.40 {TIMES} the dense model's "
+        f"At 48.0% zeroed (60% sparsity), wanda has the lowest perplexity of the 2 compared: 48.37, 2.40 {TIMES} the dense model's "
         "20.17; magnitude has 412.70." in seen
     )
     lonely = prune_record(
@@ -215,7 +216,23 @@ def test_headline_compares_methods_at_the_highest_common_sparsity(study: list[di
     seen = text_of(
         write_report([*study, lonely, eval_record(99.0, tmp_path / "w7", lonely)], tmp_path / "report.html")[0]
     )
-    assert "At 60% sparsity, wanda" in seen
+    assert "At 48.0% zeroed (60% sparsity), wanda" in seen
+
+
+def test_zeroed_is_of_all_parameters_that_there_were_in_every_table(tmp_path: Path) -> None:
+    both = {"params_before": 1000, "params_after": 800, "nonzero_after": 600, "pruning_ratio": 0.2}
+    records = [eval_record(20.0, "tiny")]
+    for method in ("magnitude", "wanda"):
+        pruned = prune_record(method, 0.5, tmp_path / method, **both)
+        records += [pruned, eval_record(30.0, tmp_path / method, pruned)]
+    row = collect(records)[-1]
+    assert (row.removed, row.zeroed, row.gone) == (0.2, 0.2, pytest.approx(0.4))
+    head, _, *rows = table_rows(write_report(records, tmp_path / "report.html")[0])
+    assert {cells[head.index("Zeroed")] for cells in rows} == {"20.0%"}
+    compared = comparison(collect(records), records)
+    assert compared is not None
+    column = [name for name, _, _ in compared.table.heads].index("Zeroed")
+    assert [cells[column].text for cells in compared.table.rows[1:]] == ["20.0%", "20.0%"]
 
 
 def test_page_is_self_contained(study: list[dict[str, Any]], tmp_path: Path) -> None:

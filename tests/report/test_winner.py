@@ -196,5 +196,5 @@ def test_the_dense_model_is_found_by_another_spelling_and_its_command_measures_a
     assert dense["out"] in [record.get("out") for record in find_records([tmp_path / "p"])]
     groups = group(collect(lines[:2]))
     (said,) = [line for line in notes(groups[0].rows, groups, "") if "dense model was not measured" in line]
-    how = f"--protocol {PROTOCOL['name']} --text {PROTOCOL['spec']} --seqlen {PROTOCOL['seqlen']}"
+    how = f"--protocol {PROTOCOL['name']} --text {PROTOCOL['spec']} --eval-seqlen {PROTOCOL['seqlen']}"
     assert f"run 'secateur eval m {how} --limit {PROTOCOL['windows']}'" in said

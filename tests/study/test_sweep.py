@@ -76,3 +76,21 @@ def test_a_sweep_over_shares_of_the_parameters(saved: Callable[..., Path], ids_f
     assert (status, "give --sparsity S,S,... or --params-removed R,R,..." in stderr) == (2, True)
     status, stderr = run(*args, "--sparsity", 0.3, "--at-least", "--out", tmp_path / "t")
     assert (status, "--at-least belongs to --params-removed" in stderr) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["sweep", "compare", "study modules"])
+def test_what_is_measured_is_said_once_and_first(
+    command: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "in_own_process", lambda work, *given: work(*given))
+    args = [*command.split(), saved("llama"), "--calibration", ids_file, "--text", ids_file, "--limit", 2]
+    args += ["--samples", 2, "--seqlen", 10] if "study" in command else []
+    args += {
+        "sweep": ["--method", "wanda"],
+        "compare": ["--methods", "wanda,magnitude"],
+        "study modules": ["--kinds", "q,k"],
+    }[command]
+    status, stderr = run(*args, "--sparsity", 0.5, "--out", tmp_path / "out")
+    assert status == 0, stderr
+    told = "measuring perplexity on ids.npy (protocol text, 2 windows of 20 tokens); --text, --protocol, --eval-seqlen"
+    assert [line.startswith(told) for line in stderr.splitlines()] == [True] + [False] * stderr.rstrip().count("\n")

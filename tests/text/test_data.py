@@ -81,7 +81,7 @@ def test_text_may_be_packed_and_c4s_own_shards_are_lines_of_json(packing: str, t
 def test_instructions_may_be_packed_too(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "a.json.gz", "wt") as handle:
         handle.write('{"instruction": "Hi", "output": "Ho"}\n{"instruction": "Add", "output": "3"}')
-    assert [row["output"] for row in read_instructions(str(tmp_path / "a.json.gz"))] == ["Ho", "3"]
+    assert [row.messages[-1]["content"] for row in read_instructions(str(tmp_path / "a.json.gz"))] == ["Ho", "3"]
 
 
 def test_a_packed_file_that_is_cut_short_is_no_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from secateur.core.names import shown
 from secateur.core.records import Record
-from secateur.core.words import perplexity_words
+from secateur.core.words import count_words, duration_words, perplexity_words, size_words
 from secateur.report.rows import Row
 
 _SEEN = 0.0005  # a share below this is shown as none
@@ -37,7 +37,7 @@ def removed_share(record: Record) -> float:
 
 
 def zeroed_share(record: Record) -> float:
-    """Return the share of zeros among the parameters of the result."""
+    """Return the share of zeros, of the parameters of the original."""
     return Row(record, {}).zeroed or 0.0
 
 
@@ -53,9 +53,9 @@ def _dry_run(record: Record) -> Iterator[str]:
     elif "params_before" in record:
         yield _size(record)
     expected = [
-        _seconds(record["seconds_estimated"]) if record.get("seconds_estimated") is not None else "",
-        f"{_bytes(record['memory_bytes'])} of memory" if record.get("memory_bytes") is not None else "",
-        f"{_bytes(record['disk_bytes'])} of disk while it runs" if record.get("disk_bytes") is not None else "",
+        duration_words(record["seconds_estimated"]) if record.get("seconds_estimated") is not None else "",
+        f"{size_words(record['memory_bytes'])} of memory" if record.get("memory_bytes") is not None else "",
+        f"{size_words(record['disk_bytes'])} of disk while it runs" if record.get("disk_bytes") is not None else "",
     ]
     if any(expected):
         yield f"Expected, about: {', '.join(filter(None, expected))}. Nothing was written."
@@ -80,8 +80,11 @@ def _eval(record: Record) -> Iterator[str]:
 
 
 def _heal(record: Record) -> Iterator[str]:
-    change = _perplexities(record.get("ppl_before"), record["ppl"])
-    yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
+    if record.get("ppl_protocol") is None:
+        yield f"healed, perplexity not measured, {_time(record)}"
+    else:
+        change = _perplexities(record.get("ppl_before"), record["ppl"])
+        yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
     yield f"{_size(record)}. {_how(record)}."
     yield f"Next: {_next('eval', record['out'], *_dense(record))}"
 
@@ -122,10 +125,10 @@ def _size(record: Record) -> str:
     before, after = record["params_before"], record["params_after"]
     removed, zeroed = removed_share(record), zeroed_share(record)
     parts = [
-        f"{_count(before)} -> {_count(after)} parameters ({_removed(removed)})"
+        f"{count_words(before)} -> {count_words(after)} parameters ({_removed(removed)})"
         if abs(removed) >= _SEEN
-        else f"{_count(after)} parameters",
-        f"{zeroed:.1%} of the weights zeroed" if zeroed >= _SEEN else "",
+        else f"{count_words(after)} parameters",
+        f"{_percent(zeroed)} zeroed" if zeroed >= _SEEN else "",
         _change(record["bytes_before"], record["bytes_after"]) if record.get("bytes_after") else "",
     ]
     return ", ".join(filter(None, parts))
@@ -161,7 +164,7 @@ def _next(command: str, *words: str) -> str:
 
 
 def _change(before: float, after: float) -> str:
-    old, new = _bytes(before), _bytes(after)
+    old, new = size_words(before), size_words(after)
     return new if old == new else f"{old} -> {new}"
 
 
@@ -171,27 +174,7 @@ def _dense(record: Record) -> list[str]:
 
 
 def _time(record: Record) -> str:
-    return _seconds(record["seconds"] + (record.get("seconds_before") or 0.0))
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _count(number: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}" if number < 100 * size else f"{number / size:.1f} {letter}"
-    return f"{number:,}"
-
-
-def _bytes(number: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 100 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:,.0f} bytes"
+    return duration_words(record["seconds"] + (record.get("seconds_before") or 0.0))
 
 
 def _percent(share: float) -> str:

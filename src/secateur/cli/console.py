@@ -69,7 +69,7 @@ def _words(error: Exception) -> str:
 
     from secateur.core.memory import is_out_of_memory
 
-    windows, pruning = "use shorter windows (--seqlen)", "when pruning, also fewer --samples or --spill"
+    windows, pruning = "use shorter windows (--seqlen, --eval-seqlen)", "when pruning, also fewer --samples or --spill"
     if isinstance(error, torch.OutOfMemoryError):
         return f"error: out of memory on the accelerator; {windows} or --device cpu; {pruning}"
     if is_out_of_memory(error):

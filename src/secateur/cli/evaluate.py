@@ -17,7 +17,7 @@ def evaluate(
     model: opt.Checkpoint,
     text: opt.Text = EvalRequest.text,
     protocol: opt.Protocol = EvalRequest.protocol,
-    seqlen: opt.Seqlen = EvalRequest.seqlen,
+    eval_seqlen: opt.EvalOrSeqlen = EvalRequest.seqlen,
     tasks: opt.Tasks = opt.NO_TASKS,
     include_path: opt.IncludePath = None,
     limit: opt.Limit = EvalRequest.limit,

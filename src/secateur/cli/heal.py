@@ -46,7 +46,7 @@ def heal(
     samples: Annotated[int, Option(help="The number of windows (or instructions) to draw from.")] = HealRequest.samples,
     seqlen: Annotated[
         int | None,
-        Option(help="Tokens in a window. Default: min(1024, the model's maximum)."),
+        Option(help="Tokens in a training window. Default: min(1024, the model's maximum)."),
     ] = HealRequest.seqlen,
     save_every: Annotated[
         int,
@@ -59,10 +59,19 @@ def heal(
     seed: opt.Seed = HealRequest.seed,
     text: opt.Text = HealRequest.text,
     protocol: opt.Protocol = HealRequest.protocol,
+    eval_seqlen: opt.EvalSeqlen = HealRequest.eval_seqlen,
+    evaluate: Annotated[
+        bool,
+        Option(
+            "--eval/--no-eval",
+            help="Measure perplexity on --text before and after; --no-eval leaves that to `secateur eval`.",
+        ),
+    ] = HealRequest.evaluate,
     limit: opt.Limit = HealRequest.limit,
     device: opt.Device = HealRequest.device,
     dtype: opt.Dtype = HealRequest.dtype,
     text_field: opt.TextField = HealRequest.text_field,
+    prompt_form: opt.PromptForm = HealRequest.prompt_form,
     include_path: opt.IncludePath = None,
     records: opt.Records = None,
     resume: opt.Resume = False,

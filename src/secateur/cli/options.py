@@ -13,8 +13,8 @@ from typer import Argument, Option
 from secateur.requests import EvalRequest
 
 _PAPER = "Default: as in the method's paper"
-METHOD = "A method; `secateur methods` lists them. With --help: also show its options."
 LENGTH = f"{_PAPER} or in the protocol, or 2048; at most the model's maximum."
+METHOD = "A method; `secateur methods` lists them. With --help: also show its options."
 
 Model = Annotated[
     str,
@@ -66,10 +66,21 @@ Calibration = Annotated[
 Samples = Annotated[
     int | None, Option(help="The number of calibration windows. Default: as in the method's paper, or 128.")
 ]
-Seqlen = Annotated[int | None, Option(help=f"Tokens in a window. {LENGTH}")]
+Seqlen = Annotated[
+    int | None,
+    Option(help=f"Tokens in a calibration window. {_PAPER}, or 2048; at most the model's maximum."),
+]
 Seed = Annotated[int, Option(help="The seed of every random choice.")]
 TextField = Annotated[str, Option(help="The field of .jsonl and .parquet rows that holds the text.")]
 IncludePath = Annotated[Path | None, Option(metavar="DIR", help="A folder of task files for lm-eval.")]
+PromptForm = Annotated[
+    str,
+    Option(
+        metavar="FORM",
+        help="How instructions become text: chat (the model's chat template), plain, or auto: chat if there is a "
+        "template, but plain for the text alpaca.",
+    ),
+]
 Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on disk instead of in memory.")]
 
 # What is measured.
@@ -86,6 +97,9 @@ Tasks = Annotated[
     Option(metavar="TASK,...", help="cloze, any task of lm-eval, or the presets disp-llm and modules."),
 ]
 NO_TASKS = ",".join(EvalRequest.tasks)
+_EVAL_SEQLEN = "Tokens in a window of the evaluation text. Default: that of the protocol; at most the model's maximum."
+EvalSeqlen = Annotated[int | None, Option("--eval-seqlen", help=_EVAL_SEQLEN)]
+EvalOrSeqlen = Annotated[int | None, Option("--eval-seqlen", "--seqlen", help=_EVAL_SEQLEN)]
 Limit = Annotated[int | None, Option(help="Only the first N windows and items.")]
 AgainstDense = Annotated[bool, Option("--against-dense", help="Also measure the shift from the dense model.")]
 

@@ -37,6 +37,7 @@ def prune(
     dtype: opt.Dtype = Request.dtype,
     options: opt.SetOption = None,
     text_field: opt.TextField = Request.text_field,
+    prompt_form: opt.PromptForm = Request.prompt_form,
     include_path: opt.IncludePath = None,
     spill: opt.Spill = Request.spill,
     stock_only: opt.StockOnly = Request.stock_only,

@@ -15,6 +15,7 @@ from secateur.core.torchrun import speaks
 T = TypeVar("T")
 
 _LINE_EVERY_SECONDS = 10.0
+_STATUS_EVERY_SECONDS = 0.5  # on a bar
 _QUIET_WORKERS = "SECATEUR_QUIET_WORKERS"  # an environment variable: worker processes inherit it
 
 _receive: Callable[[str], object] | None = None  # what gets every line; None: stderr
@@ -96,10 +97,13 @@ def _bar(items: Iterable[T], description: str, total: int | None, status: Callab
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(description, total=total)
+        asked, said = -_STATUS_EVERY_SECONDS, ""
         for item in items:
             yield item
             del item  # it may be a block of a large model: free it before the next one is made
-            progress.update(task, advance=1, description=" ".join(filter(None, (description, status()))))
+            if (now := time.monotonic()) - asked >= _STATUS_EVERY_SECONDS:  # an accelerator may have to be waited for
+                asked, said = now, status()
+            progress.update(task, advance=1, description=" ".join(filter(None, (description, said))))
 
 
 def _lines(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:

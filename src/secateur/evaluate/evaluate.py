@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.names import shown
 from secateur.core.progress import say
-from secateur.core.words import perplexity_words
+from secateur.core.words import perplexity_words, plural
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.kept import file_facts, keep, kept, key_of
 from secateur.evaluate.perplexity import perplexity
@@ -106,8 +107,21 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
     )
 
 
+def announce(protocol: Protocol, windows: Sequence[Tensor], more: str = "") -> None:
+    """Say, before the work, which text perplexity will be measured on, under which protocol, and how to change it."""
+    facts = protocol_facts(protocol, windows)
+    said = f"protocol {facts['name']}, {plural(facts['windows'], 'window')} of {facts['seqlen']:,} tokens"
+    options = "--text, --protocol, --eval-seqlen and --limit change it"
+    say(f"measuring perplexity on {shown(facts['spec'])} ({said}); {options}{more}")
+
+
 def evaluate(
-    request: EvalRequest, *, records_file: Path | None = None, resume: bool = False, known: bool = False
+    request: EvalRequest,
+    *,
+    records_file: Path | None = None,
+    resume: bool = False,
+    known: bool = False,
+    announced: bool = True,
 ) -> records.Record:
     """Measure a model; returns the record, which is also appended to `records_file`.
 
@@ -116,6 +130,7 @@ def evaluate(
         records_file: where the record goes; None is `records.jsonl` in the folder's parent.
         resume: go on with an interrupted run; a run that is in the records already is not repeated.
         known: take the numbers of an earlier evaluation of a dense model, if the cache has them (see `kept.py`).
+        announced: whether the user knows already what is measured; False says it first.
 
     Raises:
         UsageError, SecateurError: the evaluation cannot be done; nothing is recorded.
@@ -128,6 +143,8 @@ def evaluate(
     )
     protocol, windows, tasks, tokenizer = questions.protocol, questions.windows, questions.tasks, questions.tokenizer
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
+    if not announced:
+        announce(protocol, windows)
     device, dtype = questions.device, questions.dtype
     facts = {**questions.facts, "out": _place(request.model)}
     key = _key(facts, checkpoint, against, tasks)

@@ -5,9 +5,9 @@ Shape letters: S examples, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError
-from secateur.text.files import alpaca_prompt
+from secateur.text.instructions import Instruction, Piece, chat_pieces
 from secateur.text.specs import read_instructions
 from secateur.text.tokens import tokenize
-from secateur.text.windows import IGNORE
+from secateur.text.windows import IGNORE, common_length
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,18 @@ class Examples:
         return int((self.label_ST[:, 1:] != IGNORE).sum())
 
 
-def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, seqlen: int, seed: int) -> Examples:
-    """Read instructions with answers, one per example; only answers and the end-of-text token count in the loss.
+def answers_alone(
+    spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int, seqlen: int, seed: int, form: str | None = "plain"
+) -> Examples:
+    """Read instructions with answers, one per example; only answers and the token that ends each count in the loss.
 
     Args:
-        spec: `alpaca`, or a `.json` file in Alpaca form.
+        spec: `alpaca`, or a file of instructions.
         tokenizer: the tokenizer of the model.
         samples: the number of examples to draw.
         seqlen: the most tokens of an example; longer ones are cut off.
         seed: the seed of the draw.
+        form: `chat`: in the chat template of the tokenizer; `plain`: in the plain form, with one end-of-text token.
 
     Raises:
         UsageError: the SPEC is not instruction data.
@@ -54,9 +57,9 @@ def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int
     instructions = read_instructions(spec)
     rows: list[tuple[list[int], list[int]]] = []
     for number in np.random.default_rng(seed).permutation(len(instructions)):
-        ids, given = _example(instructions[int(number)], tokenizer)
-        if given < min(len(ids), seqlen):
-            rows.append((ids[:seqlen], [IGNORE] * given + ids[given:seqlen]))
+        ids, labels = example(instructions[int(number)], tokenizer, form)
+        if any(label != IGNORE for label in labels[:seqlen]):
+            rows.append((ids[:seqlen], labels[:seqlen]))
         if len(rows) == samples:
             break
     if len(rows) < samples:
@@ -71,20 +74,42 @@ def answers_alone(spec: str, tokenizer: PreTrainedTokenizerBase, *, samples: int
     return Examples(ids_ST, label_ST)
 
 
-def _example(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """The tokens of a row with one end-of-text token, and the number of tokens before the answer.
+def example(row: Instruction, tokenizer: PreTrainedTokenizerBase, form: str | None) -> tuple[list[int], list[int]]:
+    """The token ids of a row, and its labels: `IGNORE` for all but the answers and the tokens that end them.
 
-    The row is tokenised as one text. A token that holds the first letter of the answer belongs to the answer.
+    The row is tokenised as one text, in the chat template as `apply_chat_template` does it. A token that holds the
+    first letter of an answer belongs to the answer. The plain form gets one end-of-text token, which counts.
     """
-    question, text, end = alpaca_prompt({**row, "output": ""}), alpaca_prompt(dict(row)), tokenizer.eos_token_id
-    encoded = tokenizer(text, verbose=False, **({"return_offsets_mapping": True} if tokenizer.is_fast else {}))
-    ids: list[int] = list(encoded["input_ids"])
+    if form == "chat":
+        return _labelled(chat_pieces(row, tokenizer), tokenizer, special=False)
+    ids, labels = _labelled(row.plain, tokenizer, special=True)
+    end = tokenizer.eos_token_id
     if ids and ids[-1] == end:
-        ids.pop()
+        ids.pop(), labels.pop()
+    return (ids, labels) if end is None else ([*ids, int(end)], [*labels, int(end)])
+
+
+def _labelled(
+    pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, *, special: bool
+) -> tuple[list[int], list[int]]:
+    """The token ids of a text in parts, and its labels: `IGNORE` for all that is not an answer."""
+    text = "".join(part for part, _ in pieces)
+    ends = list(accumulate(len(part) for part, _ in pieces))
+    answers = [(end - len(part), end) for (part, is_answer), end in zip(pieces, ends, strict=True) if is_answer]
     if tokenizer.is_fast:
-        answered = (last > len(question) for _, last in encoded["offset_mapping"][: len(ids)])
+        encoded = tokenizer(text, verbose=False, add_special_tokens=special, return_offsets_mapping=True)
+        ids: list[int] = list(encoded["input_ids"])
+        offsets = encoded["offset_mapping"]
+        counts = [any(last > begin and first < end for begin, end in answers) for first, last in offsets]
     else:
-        question_ids = tokenize(tokenizer, question)
-        answered = (place >= len(question_ids) or question_ids[place] != id for place, id in enumerate(ids))
-    given = next((place for place, is_answer in enumerate(answered) if is_answer), len(ids))
-    return ids + ([] if end is None else [int(end)]), given
+        ids = tokenize(tokenizer, text, special=special)
+
+        def tokens_before(place: int) -> int:
+            """The number of tokens that the text has before a place, as far as nothing behind it changes them."""
+            if place == len(text):
+                return len(ids)
+            return common_length(ids, tokenize(tokenizer, text[:place], special=special))
+
+        places = [(tokens_before(begin), tokens_before(end)) for begin, end in answers]
+        counts = [any(begin <= place < end for begin, end in places) for place in range(len(ids))]
+    return ids, [id if is_answer else IGNORE for id, is_answer in zip(ids, counts, strict=True)]

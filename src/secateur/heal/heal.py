@@ -22,7 +22,7 @@ from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say, track
 from secateur.core.words import exp, perplexity_words
-from secateur.evaluate.evaluate import protocol_facts
+from secateur.evaluate.evaluate import announce, protocol_facts
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal.data import Examples, answers_alone
 from secateur.heal.lora import Adapters, add_adapters, find_targets, merged, need_peft, recompute
@@ -45,13 +45,13 @@ from secateur.models.save import (
 from secateur.models.view import ModelView
 from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
-from secateur.prune.calibration import windows_of
+from secateur.prune.calibration import say_form, windows_of
 from secateur.prune.settings import identity, refuse_out
 from secateur.recipe.write import recipe_text
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
-from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, same_text
+from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, prompt_form, same_text
 from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
 
@@ -69,9 +69,17 @@ class _Prepared:
     spec: str
     device: torch.device
     dtype: torch.dtype
-    protocol: Protocol
+    protocol: Protocol | None
     held_out: list[Tensor]
     examples: Examples
+    form: str | None
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The field `ppl_protocol` of the record; nothing if perplexity is not measured."""
+        if self.protocol is None:
+            return {}
+        return {"ppl_protocol": protocol_facts(self.protocol, self.held_out)}
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, without the learning rate, which may change when a run is resumed."""
@@ -91,7 +99,7 @@ class _Prepared:
         return {
             **{name: getattr(request, name) for name in names},
             "targets": ",".join(request.targets),
-            "calibration": calibration_facts(self.spec, self.examples.ids_ST),
+            "calibration": calibration_facts(self.spec, self.examples.ids_ST, self.form),
             "tokens": self.examples.tokens,
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -150,7 +158,7 @@ def heal(
         **{key: value for key, value in prepared.plan.items() if key not in ("format", "blocks")},
         **facts,
         "healed": str(source.absolute()) if (source := Path(prepared.request.model)).is_dir() else str(source),
-        "ppl_protocol": protocol_facts(prepared.protocol, prepared.held_out),
+        **prepared.measured,
         "device": settings["device"],
         "dtype": settings["dtype"],
         "seconds": round(time.perf_counter() - started, 3),
@@ -159,7 +167,7 @@ def heal(
         "out": str(out),
     }
     records.append(records_file, record)
-    if not request.keep_adapter:
+    if prepared.measured and not request.keep_adapter:
         card.note_measurement(out, record)
     return record
 
@@ -178,6 +186,10 @@ def check_request(request: HealRequest) -> None:
         raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
     if request.calibration is not None:
         check_spec(request.calibration)
+    asked = {name: getattr(request, name) for name in ("text", "protocol", "eval_seqlen", "limit")}
+    if not request.evaluate and (given := [name for name, value in asked.items() if value is not None]):
+        option = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{option} {asked[given[0]]} says what to measure, and --no-eval measures nothing: drop one")
 
 
 def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
@@ -209,29 +221,44 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
     seqlen = _seqlen(request, longest)
     if not 1 < seqlen <= longest:
         raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
-    protocol = find_protocol(request.protocol, request.text, bundled=bundled)
-    tokenizer = None if holds_ids(protocol.spec) else checkpoint.tokenizer()
-    held_out = evaluation_windows(protocol, window_length(protocol, None, longest), tokenizer, request.text_field)[
-        : request.limit
-    ]
-    if same_text(spec, protocol.spec):
+    protocol, held_out = _held_out(request, checkpoint, bundled=bundled) if request.evaluate else (None, [])
+    if protocol is not None and same_text(spec, protocol.spec):
         say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
+    form = _form(request, checkpoint, spec, plan)
+    much: dict[str, Any] = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed, "form": form}
     if request.completion_only:
-        examples = answers_alone(
-            spec, checkpoint.tokenizer(), samples=request.samples, seqlen=seqlen, seed=request.seed
-        )
+        examples = answers_alone(spec, checkpoint.tokenizer(), **much)
     else:
-        much = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed}
         ids_ST = windows_of(checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
         examples = Examples(ids_ST, ids_ST)
     # The ids must fit the vocabulary and the positions of this model, whatever tokenizer made them.
-    for where, several in ((spec, [examples.ids_ST]), (protocol.spec, held_out)):
-        tokens = None if holds_ids(where) else len(checkpoint.tokenizer())
+    for where, several in ((spec, [examples.ids_ST]), ("" if protocol is None else protocol.spec, held_out)):
+        tokens = None if holds_ids(where) or not several else len(checkpoint.tokenizer())
         for ids in several:
             check_ids(ids, checkpoint.config.vocab_size, longest, where, tokens)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
+    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples, form)
+
+
+def _form(request: HealRequest, checkpoint: Checkpoint, spec: str, plan: dict[str, Any]) -> str | None:
+    """The form in which instructions become text; on the text of the pruning, the form that it had there."""
+    asked = request.prompt_form
+    if request.calibration is None and asked == "auto":
+        asked = (plan["calibration"] or {}).get("form") or asked
+    text_field = None if request.completion_only else request.text_field  # answers are in fields of their own
+    form = prompt_form(spec, asked, checkpoint.tokenizer, text_field)
+    if asked == "auto":
+        say_form(spec, form, checkpoint)
+    return form
+
+
+def _held_out(request: HealRequest, checkpoint: Checkpoint, *, bundled: bool) -> tuple[Protocol, list[Tensor]]:
+    """The protocol of the perplexity before and after, and its windows."""
+    protocol = find_protocol(request.protocol, request.text, bundled=bundled)
+    length = window_length(protocol, request.eval_seqlen, checkpoint.max_length())
+    tokenizer = None if holds_ids(protocol.spec) else checkpoint.tokenizer()
+    return protocol, evaluation_windows(protocol, length, tokenizer, request.text_field)[: request.limit]
 
 
 def _seqlen(request: HealRequest, longest: int) -> int:
@@ -282,19 +309,20 @@ def _finished(
             "or start again with --overwrite"
         )
     say(f"{out}: already there")
-    if difference := differing(record["ppl_protocol"], protocol_facts(prepared.protocol, prepared.held_out)):
+    if prepared.measured and "ppl_protocol" not in record:
+        say(f"warning: its record has no perplexity; 'secateur eval {out}' measures it")
+    elif prepared.measured and (difference := differing(record["ppl_protocol"], prepared.measured["ppl_protocol"])):
         say(f"warning: the perplexity in its record {difference}; 'secateur eval {out}' measures it again")
     return record
 
 
 def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
-    """Train, write the result, and measure perplexity before and after; returns the facts for the record."""
+    """Train, write the result, and measure perplexity before and after if asked; returns the facts for the record."""
     request, checkpoint = prepared.request, prepared.checkpoint
+    if prepared.protocol is not None:
+        announce(prepared.protocol, prepared.held_out, "; --no-eval skips it")
     model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
-    protocol = protocol_facts(prepared.protocol, prepared.held_out)
-    if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
-        writer.write(_BEFORE, {}, {"loss": perplexity(model, prepared.held_out).loss, "protocol": protocol})
-    before = writer.read_note(_BEFORE)["loss"]
+    before = None if prepared.protocol is None else _loss_before(prepared, model, writer)
     adapters = add_adapters(
         model,
         prepared.targets,
@@ -317,7 +345,7 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     trainable = adapters.trainable
     say(
         f"heal: {sum(p.numel() for p in trainable):,} parameters in {len(prepared.targets)} adapters; "
-        f"perplexity before {perplexity_words(exp(before))}"
+        + ("perplexity is not measured" if before is None else f"perplexity before {perplexity_words(exp(before))}")
     )
     readings = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
     done = {
@@ -329,14 +357,16 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     rates = sorted({reading["lr"] for reading in readings}, reverse=True)
     heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
     if request.keep_adapter:
-        after = perplexity(model, prepared.held_out)
+        after = None if before is None else perplexity(model, prepared.held_out)
         facts: dict[str, Any] = {"heal": heal_facts}
         _write_adapter(prepared, adapters, facts, writer)
     else:
         facts = {"heal": heal_facts, "nonzero_after": _write_merged(prepared, adapters, writer)}
         _finish(prepared, facts, writer)
         del model, adapters, trainable
-        after = perplexity(_reload(prepared, writer.out), prepared.held_out)
+        after = None if before is None else perplexity(_reload(prepared, writer.out), prepared.held_out)
+    if before is None or after is None:
+        return facts
     if after.loss > before:
         worse = f"perplexity {perplexity_words(after.ppl)}, before {perplexity_words(exp(before))}"
         say(
@@ -344,6 +374,14 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
             "measured"
         )
     return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
+
+
+def _loss_before(prepared: _Prepared, model: PreTrainedModel, writer: CheckpointWriter) -> float:
+    """The loss of the model before training, in nats a token; that of an interrupted run if it measured the same."""
+    protocol = prepared.measured["ppl_protocol"]
+    if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
+        writer.write(_BEFORE, {}, {"loss": perplexity(model, prepared.held_out).loss, "protocol": protocol})
+    return float(writer.read_note(_BEFORE)["loss"])
 
 
 def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from secateur.core.progress import say, track
 from secateur.heal.data import Examples
 from secateur.models.loss import hidden_states, mean_loss
 from secateur.text.windows import IGNORE
+from secateur.train.recent import RecentLoss
 from secateur.train.state import load_state, save_state
 from secateur.train.steps import all_finite, rows_of_step
 
@@ -80,10 +81,9 @@ def tune(
         _check(first, readings, trainable, 0)
         readings.append(first)
     device = model.device
+    recent = RecentLoss()
     losses, since, saved = torch.zeros((), device=device), 0, int(readings[-1]["step"])
-    for step in track(
-        range(saved + 1, how.steps + 1), "heal: steps", status=lambda: f"loss {readings[-1]['loss']:.3f}"
-    ):
+    for step in track(range(saved + 1, how.steps + 1), "heal: steps", status=recent.words):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step - 1, how)
         rows = rows_of_step(step - 1, len(examples.ids_ST), how.batch, how.seed)
@@ -93,6 +93,7 @@ def tune(
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         losses, since = losses + loss.detach(), since + 1
+        recent.add(loss)
         save = step % how.save_every == 0 or step == how.steps
         if step % LOOK_EVERY == 0 or save:
             reading = {"step": step, "loss": float(losses) / since, "lr": how.lr}

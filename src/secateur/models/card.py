@@ -28,6 +28,7 @@ _LICENCES = {
 """Licence -> how its text begins."""
 _MIT_BEGINS, _MIT_SHA256 = "Permission is hereby granted, free of charge", "0cf21bdfd1964a97"
 _LONGEST_NOTICE = 120  # words before the text of the MIT licence: its name and the holders of the copyright
+_SEEN = 0.0005  # a share of zeros below this is no finding
 _BEGIN, _END = "<!-- measured -->", "<!-- /measured -->"
 
 
@@ -49,10 +50,8 @@ def model_card(
     calibration = settings["calibration"]
     rows = {
         "base model": name if base == name else f"{base} ({name})",
+        **_how_much(settings, facts, counted),
         "method": f"{settings['method']} ({', '.join(f'{k}={v}' for k, v in settings['options'].items())})",
-        "parameters": f"{facts['params_after']:,} of {facts['params_before']:,} ({facts['pruning_ratio']:.2%} removed)",
-        "not zero": f"{facts['nonzero_after']:,}",
-        "sparsity": f"{facts['sparsity_measured']:.4f} of {counted}",
         "modules": settings["modules"] or "all matrices of the blocks",
         "weights that stay": "changed, to make up for those that went" if facts.get("updated") else "as they were",
         "calibration": f"{_text(calibration)}, seed {settings['seed']}" if calibration else "none needed",
@@ -84,6 +83,23 @@ def model_card(
     return f"{head}\n\n| | |\n|---|---|\n{table}\n\n{loading}\n\n{_BEGIN}\n{_END}\n"
 
 
+def _how_much(settings: Mapping[str, Any], facts: Mapping[str, Any], counted: str) -> dict[str, str]:
+    """Return how much is gone: of all parameters first, then of what the method removes from, by its name."""
+    before, after, nonzero = (int(facts[name]) for name in ("params_before", "params_after", "nonzero_after"))
+    asked, removed = settings.get("params_removed"), 1 - after / before
+    rows = {"removed": "nothing", "zeroed": "nothing"}
+    if after != before:
+        rows["removed"] = f"{removed:.1%} of all parameters" + (
+            f" (asked for: {asked:.1%})" if asked is not None and f"{asked:.1%}" != f"{removed:.1%}" else ""
+        )
+    if (after - nonzero) / before >= _SEEN:
+        rows["zeroed"] = f"{(after - nonzero) / before:.1%} of all parameters, {after - nonzero:,} zeros"
+    if facts.get("sparsity_of") != "parameters":
+        done = "zeroed" if facts.get("sparsity_of") == "weights" else "removed"
+        rows[counted.removeprefix("the ")] = f"{facts['sparsity_measured']:.1%} {done}"
+    return rows | {"parameters": f"{after:,}" + (f", before {before:,}" if after != before else "")}
+
+
 def _text(calibration: Mapping[str, Any]) -> str:
     """Return a text by its name and a hash: of its file, or of its token ids if it is not a file."""
     if calibration.get("file_sha256"):
@@ -91,7 +107,8 @@ def _text(calibration: Mapping[str, Any]) -> str:
     else:
         hashed, sha256 = "token ids", calibration["sha256"]
     name = f"{shown(calibration['spec'])} (SHA-256 of its {hashed} {sha256[:16]}...)"
-    return f"{name}, {calibration['samples']} x {calibration['seqlen']} tokens"
+    size = f"{calibration['samples']} x {calibration['seqlen']} tokens"
+    return f"{name}, {size}" + (", in the chat template" if calibration.get("form") == "chat" else "")
 
 
 def front_matter(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,8 @@ PLAN, PLAN_TENSORS = "plan.json", "plan.safetensors"
 PLAN_PATH = f"{OWN_FOLDER}/{PLAN}"
 RECIPE = "recipe.yaml"
 RECIPE_PATH = f"{OWN_FOLDER}/{RECIPE}"
-_ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least")  # settings that plans of version 0.1 lack
+# settings that plans of version 0.1 lack
+_ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least", "form")
 JOURNAL = "journal.json"
 _DIGEST = "digest"
 _PART = "part-"

@@ -12,10 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.core.errors import UsageError
+from secateur.core.names import shown
+from secateur.core.progress import say
 from secateur.evaluate.tasks import task_text
 from secateur.models.load import Checkpoint
 from secateur.prune.prepare import Prepared
-from secateur.text.specs import TASK, check_spec, holds_ids, read_text
+from secateur.text.instructions import has_template
+from secateur.text.specs import TASK, check_spec, holds_ids, read_in_template, read_text
+from secateur.text.specs import prompt_form as prompt_form_of
 from secateur.text.tokens import check_ids, tokenize
 from secateur.text.windows import labelled_windows
 
@@ -34,6 +38,7 @@ def draw_windows(
     seqlen: int | None = None,
     seed: int = 0,
     text_field: str = "text",
+    prompt_form: str = "auto",
 ) -> Tensor:
     """Draw calibration windows for a model in memory: those that `prune` draws with the same settings.
 
@@ -44,6 +49,7 @@ def draw_windows(
         samples, seqlen: the number of windows and their length in tokens; None is min(2048, the model's maximum).
         seed: the seed of the choice of windows.
         text_field: the field of .jsonl and .parquet rows that holds the text.
+        prompt_form: how rows of instructions become text; see `Request`.
 
     Returns:
         Token ids, int64 [samples, seqlen]; a file of token ids is taken as it is.
@@ -65,7 +71,15 @@ def draw_windows(
             " (.npy or .safetensors)"
         )
     how = {"samples": samples, "seqlen": seqlen, "seed": seed}
-    return _labelled(text, tokenizer, vocabulary, longest, text_field=text_field, include_path=None, **how)[0]
+
+    def own_tokenizer() -> PreTrainedTokenizerBase:
+        assert tokenizer is not None, "only a file of token ids does without"
+        return tokenizer
+
+    form = prompt_form_of(text, prompt_form, own_tokenizer, text_field)
+    return _labelled(text, tokenizer, vocabulary, longest, text_field=text_field, include_path=None, form=form, **how)[
+        0
+    ]
 
 
 def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
@@ -73,10 +87,20 @@ def read_labelled(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     request, spec = prepared.request, prepared.calibration
     if spec is None:
         return None, None
-    size = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed}
+    size = {"samples": prepared.samples, "seqlen": prepared.seqlen, "seed": request.seed, "form": prepared.form}
+    if request.prompt_form == "auto":
+        say_form(spec, prepared.form, prepared.checkpoint)
     return _labelled_of(
         prepared.checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **size
     )
+
+
+def say_form(spec: str, form: str | None, checkpoint: Checkpoint) -> None:
+    """Say which form instructions are in, and how to have the other, where the model has a chat template."""
+    if form == "chat":
+        say(f"{shown(spec)}: each row goes through the model's chat template; --prompt-form plain leaves it out")
+    elif form == "plain" and has_template(checkpoint.tokenizer()):
+        say(f"{shown(spec)}: in the plain form, as in papers; --prompt-form chat takes the model's chat template")
 
 
 def windows_of(
@@ -88,9 +112,10 @@ def windows_of(
     seed: int,
     text_field: str,
     include_path: str | Path | None = None,
+    form: str | None = None,
 ) -> Tensor:
     """Return windows, token ids [S, T], of the calibration part of a text SPEC, with the tokenizer of a model."""
-    size = {"samples": samples, "seqlen": seqlen, "seed": seed}
+    size = {"samples": samples, "seqlen": seqlen, "seed": seed, "form": form}
     return _labelled_of(checkpoint, spec, text_field=text_field, include_path=include_path, **size)[0]
 
 
@@ -113,16 +138,19 @@ def _labelled(
     seed: int,
     text_field: str,
     include_path: str | Path | None,
+    form: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    text = (
-        task_text(spec, include_path)
-        if spec.startswith(TASK)
-        else read_text(spec, "calibration", text_field=text_field)
-    )
+    if spec.startswith(TASK):
+        text = task_text(spec, include_path)
+    elif form == "chat":
+        assert tokenizer is not None, "the chat template is the tokenizer's"
+        text = read_in_template(spec, tokenizer)
+    else:
+        text = read_text(spec, "calibration", text_field=text_field)
 
     def ids_of(row: str) -> list[int]:
         assert tokenizer is not None, "only a file of token ids does without"
-        return tokenize(tokenizer, row)
+        return tokenize(tokenizer, row, special=form != "chat")
 
     windows, labels = labelled_windows(text, ids_of, samples=samples, seqlen=seqlen, seed=seed)
     check_ids(windows, vocabulary, longest, spec, None if tokenizer is None else len(tokenizer))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import HopelessError, UsageError
+from secateur.core.errors import HopelessError, UsageError, unknown
 from secateur.core.progress import say
 from secateur.cut import dims_after
 from secateur.methods import Method, find_method
@@ -22,7 +22,8 @@ from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import Quantity, Subject
 from secateur.prune.job import Job, make_job
 from secateur.requests import Request
-from secateur.text.specs import TASK, check_spec
+from secateur.text.instructions import FORMS
+from secateur.text.specs import TASK, check_spec, prompt_form
 
 OFF = 0.01  # warn if the pruning ratio differs from the requested one by more than this
 
@@ -50,6 +51,14 @@ class Prepared:
             return None
         default = "builtin" if self.request.model == BUNDLED else own
         return self.request.calibration or default
+
+    @cached_property
+    def form(self) -> str | None:
+        """The form in which instructions become text, `chat` or `plain`; None for another text, or none."""
+        spec = self.calibration
+        if spec is None:
+            return None
+        return prompt_form(spec, self.request.prompt_form, self.checkpoint.tokenizer, self.request.text_field)
 
 
 def prepare(request: Request) -> Prepared:
@@ -87,6 +96,10 @@ def prepare(request: Request) -> Prepared:
     prepared = Prepared(request, checkpoint, job, subject, pattern, sparsity, device, dtype, samples, seqlen)
     if request.stock_only:
         _check_stock(prepared)
+    if request.prompt_form not in FORMS:
+        raise unknown("--prompt-form", request.prompt_form, FORMS)
+    if request.prompt_form != "auto":
+        _ = prepared.form  # what is wrong with it shows before the work
     return prepared
 
 

@@ -24,7 +24,7 @@ def prepared_settings(prepared: Prepared, windows: Tensor | None) -> dict[str, A
     calibration = None
     if windows is not None:
         assert prepared.calibration is not None
-        calibration = calibration_facts(prepared.calibration, windows)
+        calibration = calibration_facts(prepared.calibration, windows, prepared.form)
     return {
         "model": request.model,
         "model_revision": prepared.checkpoint.revision,

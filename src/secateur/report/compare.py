@@ -129,7 +129,7 @@ def _removed(row: Row) -> Cell | None:
 
 def _order(row: Row) -> tuple[bool, bool, float, str]:
     removed = row.number("params_removed") or row.number("pruning_ratio") or 0.0
-    level = removed or _share_zeroed(row) or 0.0
+    level = removed or row.zeroed or 0.0
     return not row.dense, not removed, round(level / _STEP), _method(row)
 
 
@@ -152,13 +152,8 @@ def _updated(row: Row) -> bool:
     return bool(row.get("updated") or row.get("heal"))
 
 
-def _share_zeroed(row: Row) -> float | None:
-    after, nonzero, before = (row.number(name) for name in ("params_after", "nonzero_after", "params_before"))
-    return None if after is None or nonzero is None or not before else (after - nonzero) / before
-
-
 def _zeroed(row: Row) -> Cell | None:
-    share = _share_zeroed(row)
+    share = row.zeroed
     return _cell(words.percent(share), share) if share is not None and share > 0.001 else None
 
 

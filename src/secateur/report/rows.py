@@ -88,9 +88,10 @@ class Row:
 
     @property
     def zeroed(self) -> float | None:
-        """The share of zeros among the parameters that are left."""
+        """The share of zeros in the result, of all parameters that there were: with `removed` it makes `gone`."""
         after, nonzero = self.number("params_after"), self.number("nonzero_after")
-        return 1 - nonzero / after if after and nonzero is not None else None
+        before = self.number("params_before") or after
+        return (after - nonzero) / before if after is not None and before and nonzero is not None else None
 
     @property
     def gone(self) -> float | None:
@@ -220,7 +221,9 @@ def _add_changes(
             known = measured.get(place, found)
             if "from" in known:
                 measured[place] = found
-            elif known.get("ppl_protocol") != found["ppl_protocol"] and "from" in measured.get(record["out"], found):
+            elif known.get("ppl_protocol") != found.get("ppl_protocol") and "from" in measured.get(
+                record["out"], found
+            ):
                 beside[place] = place, found
     return list(beside.values())
 
@@ -238,11 +241,12 @@ def _stale(measured: Record | None, changed: Record) -> bool:
 def _measurements(record: Record, places: Iterable[str]) -> Iterator[tuple[str, Record]]:
     """What a record of CHANGES says about two folders, as records of `eval`: its source's first, then its result's."""
     command = str(record["command"])
-    if not isinstance(record.get("ppl_protocol"), dict):
-        return
     # Time and memory are those of the healing. An adapter that is kept apart lies beside the weights.
     shared = {name: value for name, value in record.items() if name not in ("seconds", "peak_rss_bytes", "loss", "ppl")}
     shared |= {"command": "eval", "from": command}
+    if not isinstance(record.get("ppl_protocol"), dict):  # the result is there, and was not measured
+        yield str(record["out"]), {name: value for name, value in shared.items() if not name.startswith("ppl")}
+        return
     if (source := source_of(record, places)) is not None and "ppl_before" in record:
         earlier = record[command].get("before") if isinstance(record.get(command), dict) else None
         unknown = {name: value for name, value in shared.items() if name != "nonzero_after"}

@@ -42,6 +42,7 @@ class Entry:
         stderr: the standard error of the value, where it was measured.
         reached: the fraction that was removed or zeroed.
         changed: whether the model was trained after pruning (healed).
+        zeroed: the share of all parameters that is zero, where the records have it.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Entry:
     stderr: float | None
     reached: float
     changed: bool
+    zeroed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,19 @@ class Comparison:
 
     @property
     def where(self) -> str:
-        """The level in words; the fractions reached, if they differ from it or from one another."""
+        """The level in words; the fractions reached, if they differ from it or from one another.
+
+        Where weights were zeroed, their share of all parameters comes first, and the sparsity after it.
+        """
+        shares = [entry.zeroed for entry in self.entries if entry.zeroed is not None]
+        if self.removed or len(shares) < len(self.entries):
+            return self._level
+        least, most = f"{min(shares):.1%}", f"{max(shares):.1%}"
+        sparsity = self._level.replace(" (", ", ").rstrip(")")
+        return f"{least if least == most else f'{least} to {most}'} zeroed ({sparsity})"
+
+    @property
+    def _level(self) -> str:
         noun = "of all parameters removed" if self.removed else "sparsity"
         least, most = min(entry.reached for entry in self.entries), max(entry.reached for entry in self.entries)
         spread = f"{least:.1%} to {most:.1%}"
@@ -296,6 +310,7 @@ def _entries(
     for members in _by_series(runs):
         rows = [run.row for run in members]
         errors = [e for row in rows if (e := stderr(row)) is not None]
+        zeroed = [share for row in rows if (share := row.zeroed) is not None]
         entries.append(
             Entry(
                 members[0].curve.label,
@@ -304,6 +319,7 @@ def _entries(
                 fmean(errors) if errors else None,
                 fmean(run.reached for run in members),
                 all(changed(row) for row in rows),
+                fmean(zeroed) if len(zeroed) == len(rows) else None,
             )
         )
     return entries

@@ -89,7 +89,7 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
             text=True,
         ),
         Column("Removed", lambda row: _number(words.percent, row.removed), "of all parameters"),
-        Column("Zeroed", lambda row: _number(words.percent, row.zeroed), "of the parameters that are left"),
+        Column("Zeroed", lambda row: _number(words.percent, row.zeroed), "of all parameters"),
         Column(
             "Sparsity",
             lambda row: _number(words.percent, row.sparsity),
@@ -193,7 +193,8 @@ def _eval_command(group: Group) -> str:
     """The command that measures the dense model as the rows of a group were measured."""
     words = ["secateur", "eval", group.model]
     how = dict(group.protocol or ())
-    for option, name in (("--protocol", "name"), ("--text", "spec"), ("--seqlen", "seqlen"), ("--limit", "windows")):
+    options = {"--protocol": "name", "--text": "spec", "--eval-seqlen": "seqlen", "--limit": "windows"}
+    for option, name in options.items():
         words += [option, str(how[name])] if how.get(name) is not None else []
     return shlex.join(words)
 
@@ -289,7 +290,8 @@ def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
             spec, samples, seqlen, sha256 = (
                 calibration.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256")
             )
-            text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens, SHA-256 {sha256}"
+            form = ", in the chat template" if calibration.get("form") == "chat" else ""
+            text = f"{spec}, {samples} \N{MULTIPLICATION SIGN} {seqlen} tokens{form}, SHA-256 {sha256}"
             used[text] = used.get(text, 0) + 1
     return [(text, words.plural(users, "run")) for text, users in used.items()]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secateur.core.words import perplexity_words
+from secateur.core.words import count_words, duration_words, perplexity_words, size_words
+from secateur.core.words import plural as plural
 from secateur.report.rows import Row
 from secateur.report.series import Comparison, Entry
 
@@ -35,40 +36,22 @@ def fixed(value: float | None) -> Words:
 
 def count(value: float | None) -> Words:
     """A number of parameters, to three digits."""
-    if value is None:
-        return None
-    unit, name = next(((u, n) for u, n in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u), (1, ""))
-    scaled = value / unit
-    digits = 0 if scaled >= 100 or unit == 1 else 1 if scaled >= 10 else 2
-    return f"{scaled:,.{digits}f}\N{NO-BREAK SPACE}{name}".rstrip()
+    return None if value is None else _unbroken(count_words(value))
 
 
 def size(value: float | None) -> Words:
     """A number of bytes with its unit."""
-    if value is None:
-        return None
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if value >= u), (1, "B"))
-    return f"{value / unit:,.1f}\N{NO-BREAK SPACE}{name}"
+    return None if value is None else _unbroken(size_words(value))
 
 
 def duration(value: float | None) -> Words:
     """A number of seconds as a duration."""
-    if value is None:
-        return None
-    if value < 60:
-        return f"{value:.1f}\N{NO-BREAK SPACE}s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours}\N{NO-BREAK SPACE}h\N{NO-BREAK SPACE}{minutes:02}\N{NO-BREAK SPACE}min"
-        if hours
-        else f"{minutes}\N{NO-BREAK SPACE}min\N{NO-BREAK SPACE}{seconds:02}\N{NO-BREAK SPACE}s"
-    )
+    return None if value is None else _unbroken(duration_words(value))
 
 
-def plural(number: int, noun: str) -> str:
-    """A number with its noun: 1 run, 2 runs."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+def _unbroken(text: str) -> str:
+    """A number and its unit stay on one line of a page."""
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def perplexity_title(found: Comparison | None, dense: Row | None) -> str:

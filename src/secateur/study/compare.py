@@ -333,7 +333,7 @@ def in_own_process(work: Callable[..., T], *given: Any) -> T:
 
 def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:
     _quiet()
-    return evaluate(measure, records_file=records_file, resume=resume, known=True)
+    return evaluate(measure, records_file=records_file, resume=resume, known=True, announced=False)
 
 
 def _prune(

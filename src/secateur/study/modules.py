@@ -37,7 +37,7 @@ from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.timing import Stopwatch
 from secateur.core.workers import end_with_parent
-from secateur.evaluate.evaluate import Questions, prepare_questions
+from secateur.evaluate.evaluate import Questions, announce, prepare_questions
 from secateur.evaluate.tasks import task_text
 from secateur.models.load import BUNDLED, load_model
 from secateur.models.save import refuse_existing
@@ -171,6 +171,8 @@ def run(
         file.unlink(missing_ok=True)
     done = _finished(file)
     missing = [cell for cell in wanted if work.key(cell) not in done]
+    if missing:
+        announce(work.questions.protocol, work.questions.windows)
     if len(missing) < len(wanted):
         say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are in {file} already")
     here = not missing or (asked.jobs == 1 and asked.engine == "processes")

@@ -82,7 +82,8 @@ def prune_and_measure(
         prepared = prepare(once)
         refuse_out(target, prepared.checkpoint, prepared.calibration, records_file)
         is_finished(target, resume=resume, overwrite=overwrite)
-    yield evaluate(replace(measure, against=None), records_file=records_file, resume=resume, known=True)
+    dense = replace(measure, against=None)
+    yield evaluate(dense, records_file=records_file, resume=resume, known=True, announced=False)
     for once, target in points:
         if resume:
             take_over(once, target)

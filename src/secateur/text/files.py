@@ -21,13 +21,7 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError
 from secateur.core.memory import is_out_of_memory
-
-
-def alpaca_prompt(row: dict[str, Any]) -> str:
-    """The text of an instruction with its answer, in the form of the Alpaca project."""
-    context = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
-    return f"### Instruction:\n{row['instruction']}{context}\n\n### Response:\n{row['output']}"
-
+from secateur.text.instructions import Instruction, instruction_of, is_instruction, plain_text
 
 ID_FILES = (".npy", ".safetensors")
 JSON_FILES = (".json", ".jsonl", ".ndjson")
@@ -65,18 +59,55 @@ def token_ids(path: Path) -> Tensor:
 
 
 def rows_of(path: Path, field: str) -> Sequence[str]:
-    """The texts of a file: one per row, or the whole file as one text."""
-    suffix = suffix_of(path)
-    if suffix in JSON_FILES:
-        return [_row_text(row, field, path) for row in read_objects(path)]
-    if path.suffix == ".parquet":
-        table = read_parquet(path)
-        if field not in table.column_names:
-            raise SecateurError(
-                f"{path}: has no field '{field}' (it has {', '.join(table.column_names)}); name it with --text-field"
-            )
-        return [_string(value, field, path) for value in table.column(field).to_pylist()]
+    """The texts of a file: one per row, or the whole file as one text. Instructions are in the plain form."""
+    if holds_rows(path):
+        return [_row_text(row, field, where) for where, row in read_rows(path, field)]
     return ["".join(_lines(path))]
+
+
+def holds_rows(path: Path) -> bool:
+    """Whether a file holds rows with fields, by its suffix."""
+    return suffix_of(path) in JSON_FILES or path.suffix == ".parquet"
+
+
+def starts_with_instruction(path: Path, field: str | None) -> bool:
+    """Whether the first row of a file is an instruction, and has no text in `field`."""
+    if not holds_rows(path):
+        return False
+    first = next((row for _, row in read_rows(path, field)), None)
+    return isinstance(first, dict) and (field is None or field not in first) and is_instruction(first)
+
+
+def read_rows(path: Path, field: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a JSON or parquet file, each with its file and line.
+
+    Args:
+        path: the file.
+        field: read only this column of a parquet file, if it has it.
+    """
+    if path.suffix != ".parquet":
+        yield from _placed_objects(path)
+        return
+    table = read_parquet(path)
+    names = table.column_names
+    if field in names:
+        table = table.select([field])
+    elif field is not None and not is_instruction(dict.fromkeys(names)):
+        raise SecateurError(f"{path}: has no field '{field}' (it has {', '.join(names)}); name it with --text-field")
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield f"{path}, row {number}", row
+
+
+def instructions_of(path: Path) -> list[Instruction]:
+    """The rows of a JSON or parquet file as instructions.
+
+    Raises:
+        SecateurError: there is none, or a row is not one; the message names file, line and field.
+    """
+    found = [instruction_of(row, where) for where, row in read_rows(path)]
+    if not found:
+        raise SecateurError(f"{path}: holds no rows")
+    return found
 
 
 def suffix_of(path: Path) -> str:
@@ -84,7 +115,7 @@ def suffix_of(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
 
 
-def read_objects(path: Path) -> Iterator[Any]:
+def _placed_objects(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a JSON file: one object per line (as in C4's `.json` shards), or one list of objects."""
     lines = enumerate(_lines(path), 1)
     first = next(((n, line) for n, line in lines if line.strip()), None)
@@ -92,11 +123,11 @@ def read_objects(path: Path) -> Iterator[Any]:
         return
     if first[1].lstrip().startswith("["):
         rows = _json("".join([first[1], *(line for _, line in lines)]), str(path))
-        yield from rows
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in itertools.chain([first], lines):
         if line.strip():
-            yield _json(line, f"{path}, line {number}")
+            yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -143,29 +174,14 @@ def _first_wrong_byte(path: Path) -> int:
     return place
 
 
-def _row_text(row: Any, field: str, path: Path) -> str:
+def _row_text(row: Any, field: str, where: str) -> str:
     """The text of a row: the value of its field, or an instruction with its answer."""
-    if isinstance(row, dict) and field not in row and _is_instruction(row):
-        return alpaca_prompt(row)
+    if isinstance(row, dict) and field not in row and is_instruction(row):
+        return plain_text(instruction_of(row, where))
     if not isinstance(row, dict) or field not in row:
         has = ", ".join(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise SecateurError(f"{path}: a row has no field '{field}' (it has {has}); name it with --text-field")
-    return _string(row[field], field, path)
-
-
-def in_alpaca_form(rows: Any) -> bool:
-    """Whether all rows are instructions with their answers."""
-    return isinstance(rows, list) and bool(rows) and all(map(_is_instruction, rows))
-
-
-def _is_instruction(row: Any) -> bool:
-    """Whether a row has the texts `instruction` and `output`, and no `input` that is not text."""
-    return (
-        isinstance(row, dict)
-        and isinstance(row.get("instruction"), str)
-        and isinstance(row.get("output"), str)
-        and isinstance(row.get("input") or "", str)
-    )
+        raise SecateurError(f"{where}: has no field '{field}' (it has {has}); name it with --text-field")
+    return _string(row[field], field, where)
 
 
 def read_parquet(path: Path) -> Any:
@@ -189,11 +205,11 @@ def _json(text: str, where: str) -> Any:
         ) from None
 
 
-def _string(value: Any, field: str, path: Path) -> str:
+def _string(value: Any, field: str, where: str) -> str:
     """The value as text; a missing one is an empty row."""
     if value is not None and not isinstance(value, str):
         raise SecateurError(
-            f"{path}: the field '{field}' of a row holds a {type(value).__name__}, not text; "
+            f"{where}: the field '{field}' holds a {type(value).__name__}, not text; "
             "name the field of the text with --text-field"
         )
     return value or ""

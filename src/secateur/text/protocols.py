@@ -112,7 +112,7 @@ def window_length(protocol: Protocol, asked: int | None, longest: int) -> int:
     if not 1 < length <= longest:
         raise UsageError(
             f"windows of {length} tokens (protocol {protocol.name}) are outside [2, {longest}], what this model knows; "
-            "give --seqlen"
+            "give --eval-seqlen"
         )
     return length
 
@@ -136,7 +136,7 @@ def evaluation_windows(
     if not windows:
         raise SecateurError(
             f"{protocol.spec}: has {len(stream):,} tokens, fewer than one window of {seqlen}; give more text, "
-            "or a smaller --seqlen"
+            "or a smaller --eval-seqlen"
         )
     return windows[: protocol.windows]
 

@@ -3,8 +3,8 @@
 A SPEC is one of
 - `builtin`, or a data set of the hub: `wikitext2`, `c4`, `alpaca`. Calibration takes the train part, evaluation the
   test part.
-- the path of a `.jsonl` or `.json` file (one object per line, or a list; text, or instructions in Alpaca form), or of a
-  `.parquet` file.
+- the path of a `.jsonl`, `.json` (one object per line, or a list) or `.parquet` file: rows of text, or of instructions
+  with answers (see `text/instructions.py`).
 - the path of a `.npy` or `.safetensors` file: token ids [samples, seqlen], used as given.
 - any other path: plain text. Text files may be compressed: `.gz`, `.bz2`, `.xz` after the suffix.
 - `task:NAME+NAME`, for calibration alone: the questions of tasks with their right answers. `evaluate/tasks.py` reads
@@ -16,26 +16,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import SecateurError, UsageError, unknown
 from secateur.core.hub import hub
 from secateur.core.memory import is_out_of_memory
 from secateur.text.builtin import documents
 from secateur.text.files import (
     ID_FILES,
-    JSON_FILES,
-    alpaca_prompt,
     file_hash,
-    in_alpaca_form,
-    read_objects,
-    read_parquet,
+    holds_rows,
+    instructions_of,
     rows_of,
-    suffix_of,
+    starts_with_instruction,
     token_ids,
 )
+from secateur.text.instructions import (
+    FIELDS,
+    FORMS,
+    Instruction,
+    alpaca_prompt,
+    chat_text,
+    has_template,
+    instruction_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Role = Literal["calibration", "evaluation"]
 
@@ -81,7 +90,7 @@ TASK = "task:"
 class HubRows(Sequence[str]):
     """The rows of a data set as texts, each read only on access: a single shard of C4 is most of a gigabyte."""
 
-    def __init__(self, data: Any, render: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, data: Any, render: Callable[[Any], str]) -> None:
         self._data, self._render = data, render
 
     def __len__(self) -> int:
@@ -164,32 +173,79 @@ def read_text(spec: str, role: Role, *, text_field: str = "text") -> Text:
     return Text(spec, rows)
 
 
-def read_instructions(spec: str) -> Sequence[dict[str, Any]]:
-    """Read rows with `instruction`, `output` and perhaps `input` from `alpaca`, or a JSON or parquet file.
+def prompt_form(
+    spec: str, asked: str, tokenizer: Callable[[], PreTrainedTokenizerBase], text_field: str | None = "text"
+) -> str | None:
+    """The form in which rows of instructions become text: `chat`, `plain`, or None where a SPEC holds no instructions.
+
+    Args:
+        spec: the SPEC.
+        asked: one of `FORMS`. `auto` is the chat template if the tokenizer has one; the named text `alpaca` is plain,
+            as in the papers that use it.
+        tokenizer: gives the tokenizer of the model; called only for instructions.
+        text_field: rows that have this field are text, whatever else they have; None: no row is.
+
+    Raises:
+        UsageError: an unknown form, or one that the text or the tokenizer does not have.
+    """
+    if asked not in FORMS:
+        raise unknown("--prompt-form", asked, FORMS)
+    name = spec.partition("@")[0]
+    named = name in NAMED or spec.startswith(TASK)
+    if not (name == "alpaca" or (not named and starts_with_instruction(Path(spec).expanduser(), text_field))):
+        if asked != "auto":
+            raise UsageError(
+                f"--prompt-form {asked}: '{spec}' is not read as instructions, which are rows with {FIELDS}; "
+                "leave the option out"
+            )
+        return None
+    if asked == "plain" or (asked == "auto" and name == "alpaca"):
+        return "plain"
+    if has_template(tokenizer()):
+        return "chat"
+    if asked == "chat":
+        raise UsageError(
+            "--prompt-form chat: the tokenizer of the model has no chat template; leave the option out, or give plain"
+        )
+    return "plain"
+
+
+def read_in_template(spec: str, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Read instructions as rows in the chat template of a tokenizer; each row is rendered only on access."""
+    return Text(spec, HubRows(read_instructions(spec), lambda row: chat_text(row, tokenizer)))
+
+
+def read_instructions(spec: str) -> Sequence[Instruction]:
+    """Read instructions with answers from `alpaca`, or a JSON or parquet file.
 
     Raises:
         UsageError: the SPEC is neither of these.
-        SecateurError: a row lacks one of the fields.
+        SecateurError: a row is not an instruction; the message names file, line and field.
     """
     name, _, revision = spec.partition("@")
     if name == "alpaca":
-        return _hub_data(name, "calibration", revision or None)  # type: ignore[no-any-return]  # rows by number
+        return _HubInstructions(spec, _hub_data(name, "calibration", revision or None))
     path = Path(spec).expanduser()
-    if (suffix_of(path) not in JSON_FILES and path.suffix != ".parquet") or name in NAMED:
+    if name in NAMED or not holds_rows(path):
         raise UsageError(
-            f"'{spec}' holds no instructions with answers: give alpaca, or a .json, "
-            ".jsonl or .parquet file with 'instruction' and 'output'"
+            f"'{spec}' holds no instructions with answers: give alpaca, or a .json, .jsonl or .parquet file whose rows "
+            f"have {FIELDS}"
         )
     check_spec(spec)
-    rows: Any = read_parquet(path).to_pylist() if path.suffix == ".parquet" else list(read_objects(path))
-    if not in_alpaca_form(rows):
-        has = (
-            f", its first row has {', '.join(rows[0])}"
-            if isinstance(rows, list) and rows and isinstance(rows[0], dict)
-            else ""
-        )
-        raise SecateurError(f"{path}: rows need the fields 'instruction' and 'output' (and perhaps 'input'){has}")
-    return rows  # type: ignore[no-any-return]
+    return instructions_of(path)
+
+
+class _HubInstructions(Sequence[Instruction]):
+    """The rows of a data set of the hub as instructions, each read only on access."""
+
+    def __init__(self, spec: str, data: Any) -> None:
+        self._spec, self._data = spec, data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: Any) -> Any:
+        return instruction_of(self._data[int(index)], f"{self._spec}, row {int(index) + 1}")
 
 
 def same_text(spec: str, other: str, file_sha256: str | None = None) -> bool:

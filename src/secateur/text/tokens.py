@@ -12,9 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The token ids of a text, with the start token that the tokenizer adds by itself."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
+    """The token ids of a text, with the start token that the tokenizer adds by itself.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        special: False for a text in a chat template, which has its special tokens already.
+    """
+    ids: list[int] = tokenizer(text, verbose=False, **({} if special else {"add_special_tokens": False}))["input_ids"]
     return ids
 
 

@@ -38,11 +38,11 @@ def labelled_windows(
     stream: list[int] = []
     labels: list[int] = []
     for number in order.permutation(len(text.rows)):
-        if text.rows[number].strip():
-            ids = tokenize(text.rows[number])
+        if (row := text.rows[number]).strip():
+            ids = tokenize(row)
             stream += ids
             if text.questions:
-                known = _common(ids, tokenize(text.questions[number])) if text.questions[number] else 0
+                known = common_length(ids, tokenize(text.questions[number])) if text.questions[number] else 0
                 labels += [IGNORE] * known + ids[known:]
         if len(stream) >= _READ_AHEAD * needed:
             break
@@ -59,7 +59,7 @@ def labelled_windows(
     return windows[drawn], labelled[drawn] if text.questions else None
 
 
-def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
+def common_length(ids: Sequence[int], begin: Sequence[int]) -> int:
     """The number of tokens that both begin with.
 
     A token that joins the end of a question to its answer counts as the answer's.
@@ -67,9 +67,13 @@ def _common(ids: Sequence[int], begin: Sequence[int]) -> int:
     return next((n for n, (a, b) in enumerate(zip(ids, begin, strict=False)) if a != b), min(len(ids), len(begin)))
 
 
-def calibration_facts(spec: str, windows: Tensor) -> dict[str, Any]:
-    """`calibration` of a record: the SPEC, the size of the windows [S, T], their hash and, for a file, its own hash."""
+def calibration_facts(spec: str, windows: Tensor, form: str | None = None) -> dict[str, Any]:
+    """`calibration` of a record: the SPEC, the size of the windows [S, T], their hash and, for a file, its own hash.
+
+    `form` is that of instructions, `chat` or `plain`; None for other texts.
+    """
     facts = {"spec": spec, "samples": len(windows), "seqlen": windows.shape[1], "sha256": ids_hash(windows)}
+    facts |= {} if form is None else {"form": form}
     return facts if (file_sha256 := file_hash(spec)) is None else {**facts, "file_sha256": file_sha256}
 
 

@@ -10,7 +10,7 @@ One draw of the gates serves both terms and all windows of a step (the authors' 
 seeded generator on the device. Gradients of the first term are taken in the gates, part by part of the step's windows,
 summed in the order of the parts, and go through the network once. Several processes share the parts of a step and
 nothing else: all of them draw the same gates and take the same step of the optimiser, so that their number does not
-change the result. The host waits for the device only when it looks at the losses or saves the state.
+change the result. The host waits for the device only when it looks at the losses, shows them or saves the state.
 
 Shape letters: S windows, B windows of a part, T tokens, N gates, M gates and, where they are learned, scales.
 """
@@ -30,6 +30,7 @@ from secateur.core.progress import say, track
 from secateur.methods.disp_llm.gates import draw_gates
 from secateur.methods.disp_llm.hypernetwork import Hypernetwork
 from secateur.methods.disp_llm.masked import MaskedModel
+from secateur.train.recent import RecentLoss
 from secateur.train.state import read_state, restore_state, save_state
 from secateur.train.steps import all_finite, rows_of_step
 
@@ -140,6 +141,7 @@ class Learner:
         self.noise = torch.Generator(self.device).manual_seed(how.seed)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=how.lr, weight_decay=how.weight_decay, fused=True)
         self.seen: list[dict[str, float]] = []
+        self.recent = RecentLoss()
         self.loss = torch.zeros((), device=self.device)  # sum since the last look
         self.budget = self.left = torch.zeros((), device=self.device)
         self.wrong = torch.zeros((), device=self.device, dtype=torch.int64)  # the first step whose loss was not finite
@@ -160,6 +162,7 @@ class Learner:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), how.clip)
         self.optimizer.step()
         self.loss, self.budget, self.left = self.loss + loss, budget.detach(), left.detach()
+        self.recent.add(loss)
         self.wrong = torch.where((self.wrong == 0) & ~torch.isfinite(loss + self.budget), step, self.wrong)
 
     def _model_loss(self, step: int, open_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,14 +211,11 @@ class Learner:
         return done
 
     def status(self) -> str:
-        """The text of the progress line: the values of the last look."""
-        if not self.seen:
+        """The text of the progress line: the loss of the last steps, and what the gates of the last one remove."""
+        if not (loss := self.recent.words()):
             return ""
-        last = self.seen[-1]
-        return (
-            f"loss {last['loss']:.3f}, budget {last['budget']:.4f}, removed "
-            f"{1 - last['left'] / self.masked.structures.total:.4f}"
-        )
+        removed = 1 - float(self.left) / self.masked.structures.total
+        return f"{loss}, budget {float(self.budget):.4f}, removed {removed:.1%} (last step)"
 
     def _check(self, step: int) -> None:
         wrong = int(self.wrong)
