@@ -38,7 +38,7 @@ def test_steps_have_the_options_of_the_commands(tmp_path: Path) -> None:
         tmp_path,
         "model: bundled\nsteps:\n"
         "  - prune: {method: sparsegpt, pattern: 2:4, text-field: body, set: {blocksize: 64, damping: 1e-3}}\n"
-        "  - heal: {lr: 2e-4, steps: 5, targets: [q, k], completion_only: true, checkpointing: false}\n"
+        "  - heal: {lr: 2e-4, steps: 5, targets: [q, k], completion_only: true, checkpointing: false, eval: false}\n"
         "  - eval: {tasks: 'cloze, piqa', against: }\n"
         "  - eval\n"
         "  - report:\n",
@@ -47,7 +47,7 @@ def test_steps_have_the_options_of_the_commands(tmp_path: Path) -> None:
     options = {"blocksize": "64", "damping": "0.001"}
     assert first.request == Request("", "sparsegpt", pattern="2:4", text_field="body", options=options)
     assert second.request == HealRequest(
-        "", lr=2e-4, steps=5, targets=("q", "k"), completion_only=True, checkpointing=False
+        "", lr=2e-4, steps=5, targets=("q", "k"), completion_only=True, checkpointing=False, evaluate=False
     )
     assert (third.request.tasks, third.given) == (("cloze", "piqa"), {"tasks", "against"})
     assert (fourth.request, fourth.given) == (api.EvalRequest(""), frozenset())

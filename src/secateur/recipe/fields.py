@@ -35,7 +35,9 @@ ELSEWHERE = {
 """What is no option of a step, and why."""
 PLACES = ("calibration", "text", "against", "include_path")
 """Fields that may name a file or a folder; a relative one is looked up beside the recipe."""
-SET = "set"  # the option whose field is `options`
+SET = "set"
+OPTION_OF = {"options": SET, "evaluate": "eval"}
+"""Field -> option, where the names differ."""
 
 _WORDS: Mapping[Any, str] = {
     bool: "true or false is expected",
@@ -55,7 +57,7 @@ def options_of(kind: str) -> dict[str, Any]:
         return {}
     hints = get_type_hints(request)
     names = (field.name for field in fields(request) if field.name not in ELSEWHERE)
-    return {SET if name == "options" else name: hints[name] for name in names}
+    return {OPTION_OF.get(name, name): hints[name] for name in names}
 
 
 def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, frozenset[str]]:
@@ -85,7 +87,9 @@ def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, fr
     if kind == "prune" and not values.get("method"):
         raise UsageError(f"{where}: method is missing: the name of a method (`secateur methods` lists them)")
     if SET in values:
-        values["options"] = {str(name): _as_text(f"{where}: {SET}", name, v) for name, v in values.pop(SET).items()}
+        values[SET] = {str(name): _as_text(f"{where}: {SET}", name, v) for name, v in values[SET].items()}
+    field_of = {option: name for name, option in OPTION_OF.items()}
+    values = {field_of.get(option, option): value for option, value in values.items()}
     return request(model="", **values), frozenset(values)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 from secateur.core import records
 from secateur.core.names import shown
 from secateur.models.load import Checkpoint
-from secateur.recipe.fields import ELSEWHERE, PLACES, SET
+from secateur.recipe.fields import ELSEWHERE, OPTION_OF, PLACES
 from secateur.recipe.notation import dump
 from secateur.recipe.read import written_recipe
 from secateur.text.files import file_hash
 
 _NOISE = ("device", "spill", "checkpointing")  # where and how it was computed, which does not decide the result
-_QUIET = ("text_field",)  # written only where it is not the default
+_QUIET = ("text_field", "prompt_form", "evaluate")  # written only where it is not the default
 _VERSIONS = ("python", "torch", "transformers", "tokenizers", "numpy")
 _HEAD = """\
 # This makes the checkpoint that it lies in again, to the byte with the versions below:
@@ -41,7 +41,7 @@ def step_of(
         if field.name in ELSEWHERE or field.name in _NOISE:
             continue
         value = resolved.get(field.name, getattr(request, field.name))
-        if value is None or value is False or value in ((), [], {}, ""):
+        if value is None or (value is False and field.default is False) or value in ((), [], {}, ""):
             continue
         if field.name in _QUIET and value == field.default:
             continue
@@ -50,7 +50,7 @@ def step_of(
             if texts.get(plain, sha256) != sha256:
                 plain = f"{Path(value).absolute().parent.name}/{plain}"
             texts[plain] = sha256
-        options[SET if field.name == "options" else field.name] = plain
+        options[OPTION_OF.get(field.name, field.name)] = plain
     return {kind: options}, texts
 
 
