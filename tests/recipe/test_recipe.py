@@ -39,8 +39,8 @@ def test_steps_have_the_options_of_the_commands(tmp_path: Path) -> None:
         "model: bundled\nsteps:\n"
         "  - prune: {method: sparsegpt, pattern: 2:4, text-field: body, set: {blocksize: 64, damping: 1e-3}}\n"
         "  - heal: {lr: 2e-4, steps: 5, targets: [q, k], completion_only: true, checkpointing: false, eval: false}\n"
-        "  - eval: {tasks: 'cloze, piqa', against: }\n"
-        "  - eval\n"
+        "  - eval: {tasks: 'cloze, piqa', against: , eval-seqlen: 64}\n"
+        "  - eval: {seqlen: 64}\n"
         "  - report:\n",
     )
     first, second, third, fourth, last = recipe.steps
@@ -49,8 +49,9 @@ def test_steps_have_the_options_of_the_commands(tmp_path: Path) -> None:
     assert second.request == HealRequest(
         "", lr=2e-4, steps=5, targets=("q", "k"), completion_only=True, checkpointing=False, evaluate=False
     )
-    assert (third.request.tasks, third.given) == (("cloze", "piqa"), {"tasks", "against"})
-    assert (fourth.request, fourth.given) == (api.EvalRequest(""), frozenset())
+    assert (third.request.tasks, third.given) == (("cloze", "piqa"), {"tasks", "against", "seqlen"})
+    assert third.request.seqlen == 64
+    assert (fourth.request, fourth.given) == (api.EvalRequest("", seqlen=64), {"seqlen"})
     assert (last.kind, last.request) == ("report", None)
 
 

@@ -36,8 +36,9 @@ ELSEWHERE = {
 PLACES = ("calibration", "text", "against", "include_path")
 """Fields that may name a file or a folder; a relative one is looked up beside the recipe."""
 SET = "set"
-OPTION_OF = {"options": SET, "evaluate": "eval"}
-"""Field -> option, where the names differ."""
+OPTION_OF = {"prune": {"options": SET}, "heal": {"evaluate": "eval"}, "eval": {"seqlen": "eval_seqlen"}}
+"""Step -> field -> option, where the names differ."""
+_SECOND_NAMES = {("eval", "seqlen"): "eval_seqlen"}  # as on the command line
 
 _WORDS: Mapping[Any, str] = {
     bool: "true or false is expected",
@@ -57,7 +58,7 @@ def options_of(kind: str) -> dict[str, Any]:
         return {}
     hints = get_type_hints(request)
     names = (field.name for field in fields(request) if field.name not in ELSEWHERE)
-    return {OPTION_OF.get(name, name): hints[name] for name in names}
+    return {OPTION_OF[kind].get(name, name): hints[name] for name in names}
 
 
 def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, frozenset[str]]:
@@ -74,12 +75,13 @@ def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, fr
     known, values = options_of(kind), {}
     for key, value in given.items():
         name = str(key).replace("-", "_")
+        name = _SECOND_NAMES.get((kind, name), name)
         if name in ELSEWHERE:
             raise UsageError(f"{where}: '{key}' is no option of a step: {ELSEWHERE[name]}")
         if name not in known:
             raise UsageError(f"{where}: {unknown('option', str(key), known)}")
         if name in values:
-            raise UsageError(f"{where}: '{key}' is given twice, with '-' and with '_'")
+            raise UsageError(f"{where}: '{key}' is given twice, under two names: keep one")
         values[name] = _value(f"{where}: {key}", known[name], value)
     request = KINDS[kind]
     if request is None:
@@ -88,7 +90,7 @@ def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, fr
         raise UsageError(f"{where}: method is missing: the name of a method (`secateur methods` lists them)")
     if SET in values:
         values[SET] = {str(name): _as_text(f"{where}: {SET}", name, v) for name, v in values[SET].items()}
-    field_of = {option: name for name, option in OPTION_OF.items()}
+    field_of = {option: name for name, option in OPTION_OF[kind].items()}
     values = {field_of.get(option, option): value for option, value in values.items()}
     return request(model="", **values), frozenset(values)
 

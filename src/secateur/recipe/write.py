@@ -50,7 +50,7 @@ def step_of(
             if texts.get(plain, sha256) != sha256:
                 plain = f"{Path(value).absolute().parent.name}/{plain}"
             texts[plain] = sha256
-        options[OPTION_OF.get(field.name, field.name)] = plain
+        options[OPTION_OF[kind].get(field.name, field.name)] = plain
     return {kind: options}, texts
 
 
