@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from multiprocessing import parent_process
 from typing import TypeVar
 
+from secateur.core.timing import Phases
 from secateur.core.torchrun import speaks
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ _LINE_EVERY_SECONDS = 10.0
 _QUIET_WORKERS = "SECATEUR_QUIET_WORKERS"  # an environment variable: worker processes inherit it
 
 _receive: Callable[[str], object] | None = None  # what gets every line; None: stderr
+_observer: Phases | None = None  # what times every track of a rehearsal, which prints nothing
 
 
 @contextmanager
@@ -44,6 +46,17 @@ def progress_to(receive: Callable[[str], object] | None) -> Iterator[None]:
             os.environ[_QUIET_WORKERS] = variable
 
 
+@contextmanager
+def observed(phases: Phases) -> Iterator[None]:
+    """Time every track inside the `with` statement, and print nothing meanwhile: this is a rehearsal."""
+    global _observer
+    before, _observer = _observer, phases
+    try:
+        yield
+    finally:
+        _observer = before
+
+
 def _quiet_worker() -> bool:
     """Return True in a worker process whose parent sends its own progress elsewhere."""
     return _QUIET_WORKERS in os.environ and parent_process() is not None
@@ -58,7 +71,9 @@ def track(
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if not speaks():
+    if _observer is not None:
+        yield from _observer.watch(items, description)
+    elif not speaks():
         yield from items
     elif sys.stderr.isatty() and _receive is None and not _quiet_worker():
         yield from _bar(items, description, total, status)
@@ -68,7 +83,7 @@ def track(
 
 def say(line: str) -> None:
     """Print one line for the user on stderr (stdout is for results), or give it to what `progress_to` names."""
-    if not speaks():
+    if not speaks() or _observer is not None:
         return
     if _receive is not None:
         _receive(line)

@@ -1,26 +1,33 @@
-"""`--dry-run`: estimate what `prune` would remove, and its memory, disk and time. Reads no weights, writes nothing."""
+"""`--dry-run`: what `prune` would remove, and its memory, disk and time. Writes nothing that stays."""
 
 from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
 
 import torch
 
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import matrix_rate
+from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
-from secateur.prune.allocation.allocate import TOKENS, cells_to_measure
+from secateur.prune.calibration import read_labelled
 from secateur.prune.prepare import Prepared, parameters_expected, say_expected
+from secateur.prune.rehearse import BLOCKS, rehearse
 from secateur.prune.settings import prepared_settings
+from secateur.text.specs import holds_ids
 
 _OVERHEAD = 1.5  # a forward pass costs more than its matrix products
-_DISK_BYTES_A_SECOND = 500e6
+_READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 
 
 def estimate(prepared: Prepared) -> Record:
-    """Estimate parameters, memory, disk and time from shapes and a short measurement of this machine.
+    """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
-    An entry is None if the text or options of the method decide it. Warns, as `prune` does, if the size will surprise.
+    An entry is None if the text or options of the method decide it; `seconds_unknown` then says why the time is. Warns, as `prune` does, if the size will surprise.
     """
     say_expected(prepared)
     view, job = prepared.job.view, prepared.job
@@ -36,12 +43,9 @@ def estimate(prepared: Prepared) -> Record:
         )
     )
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.samples * prepared.seqlen if job.calibrates else 0
-    passes = 4 if _differentiates(prepared) else 2  # passes of the tokens through the weights
-    computing = forward_seconds(
-        passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype
-    )
-    seconds = computing + 2 * before * stored / _DISK_BYTES_A_SECOND
+    text, windows = _text(prepared)
+    tokens = 0 if windows is None else math.prod(windows)
+    seconds, why = _seconds(prepared, windows)
     return {
         "command": "prune",
         "dry_run": True,
@@ -55,21 +59,38 @@ def estimate(prepared: Prepared) -> Record:
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored,
-        "seconds_estimated": _training_seconds(prepared, tokens) if _trains(prepared) else round(seconds, 1),
+        "seconds_estimated": None if seconds is None else round(text + seconds, 2),
+        **({} if why is None else {"seconds_unknown": why}),
     }
 
 
-def _training_seconds(prepared: Prepared, tokens: int) -> float | None:
-    job = prepared.job
-    if job.method.says.operations is None:
-        return None
-    sparsity = job.sparsity or max(rate for rates in job.rates for rate in rates.values())
-    return round(
-        forward_seconds(
-            1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype
-        ),
-        1,
-    )
+def _seconds(prepared: Prepared, windows: tuple[int, int] | None) -> tuple[float | None, str | None]:
+    """Return the seconds of the run without its text, or None and the reason."""
+    blocks = prepared.job.view.blocks
+    say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
+    try:
+        return rehearse(prepared, windows).seconds, None
+    except Exception as error:  # whatever the run itself would say, a dry run says that it has no estimate
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _text(prepared: Prepared) -> tuple[float, tuple[int, int] | None]:
+    """Return the seconds that reading the text takes, and the number of windows and their tokens.
+
+    A text on this machine is read. One from the hub is not: its seconds are left out.
+
+    Raises:
+        SecateurError: the text cannot be read, or is too short.
+    """
+    spec, started = prepared.calibration, time.perf_counter()
+    if spec is None:
+        return 0.0, None
+    file = Path(spec).expanduser()
+    if spec != "builtin" and not (file.is_file() and (holds_ids(spec) or file.stat().st_size < _READ_BYTES)):
+        return 0.0, (prepared.samples, prepared.seqlen)
+    windows, _ = read_labelled(prepared)
+    assert windows is not None
+    return time.perf_counter() - started, (windows.shape[0], windows.shape[1])
 
 
 def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
