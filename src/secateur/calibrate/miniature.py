@@ -1,4 +1,4 @@
-"""A model with a few of its own blocks: the same shapes and weights, for a rehearsal of work that grows with the depth."""
+"""A model with a few of its own blocks: true shapes and weights, to rehearse work that grows with the depth."""
 
 from __future__ import annotations
 
@@ -50,4 +50,5 @@ def in_memory(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtyp
     model.load_state_dict(state, assign=True, strict=False)
     model.tie_weights()
     make_computed_tables(model, device)
-    return model.eval()
+    model.eval()
+    return model

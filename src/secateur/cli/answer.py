@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from secateur.core.names import shown
 from secateur.core.records import Record
-from secateur.core.words import perplexity_words
+from secateur.core.words import bytes_words, perplexity_words, seconds_words
 from secateur.report.rows import Row
 
 _SEEN = 0.0005  # a share below this is shown as none
@@ -53,9 +53,9 @@ def _dry_run(record: Record) -> Iterator[str]:
     elif "params_before" in record:
         yield _size(record)
     expected = [
-        _seconds(record["seconds_estimated"]) if record.get("seconds_estimated") is not None else "",
-        f"{_bytes(record['memory_bytes'])} of memory" if record.get("memory_bytes") is not None else "",
-        f"{_bytes(record['disk_bytes'])} of disk while it runs" if record.get("disk_bytes") is not None else "",
+        seconds_words(record["seconds_estimated"]) if record.get("seconds_estimated") is not None else "",
+        f"{bytes_words(record['memory_bytes'])} of memory" if record.get("memory_bytes") is not None else "",
+        f"{bytes_words(record['disk_bytes'])} of disk while it runs" if record.get("disk_bytes") is not None else "",
     ]
     if any(expected):
         yield f"Expected, about: {', '.join(filter(None, expected))}. Nothing was written."
@@ -161,7 +161,7 @@ def _next(command: str, *words: str) -> str:
 
 
 def _change(before: float, after: float) -> str:
-    old, new = _bytes(before), _bytes(after)
+    old, new = bytes_words(before), bytes_words(after)
     return new if old == new else f"{old} -> {new}"
 
 
@@ -171,13 +171,7 @@ def _dense(record: Record) -> list[str]:
 
 
 def _time(record: Record) -> str:
-    return _seconds(record["seconds"] + (record.get("seconds_before") or 0.0))
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+    return seconds_words(record["seconds"] + (record.get("seconds_before") or 0.0))
 
 
 def _count(number: int) -> str:
@@ -185,13 +179,6 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {letter}" if number < 100 * size else f"{number / size:.1f} {letter}"
     return f"{number:,}"
-
-
-def _bytes(number: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 100 * size else f"{number / size:,.0f} {unit}"
-    return f"{number:,.0f} bytes"
 
 
 def _percent(share: float) -> str:

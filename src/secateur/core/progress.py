@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from multiprocessing import parent_process
 from typing import TypeVar
 
-from secateur.core.timing import Phases
+from secateur.core.timing import Expected, Phases
 from secateur.core.torchrun import speaks
+from secateur.core.words import seconds_words
 
 T = TypeVar("T")
 
@@ -20,6 +21,7 @@ _QUIET_WORKERS = "SECATEUR_QUIET_WORKERS"  # an environment variable: worker pro
 
 _receive: Callable[[str], object] | None = None  # what gets every line; None: stderr
 _observer: Phases | None = None  # what times every track of a rehearsal, which prints nothing
+_run: _Run | None = None  # the run that is expected to take some seconds; None: each track is told for itself
 
 
 @contextmanager
@@ -55,6 +57,50 @@ def observed(phases: Phases) -> Iterator[None]:
         yield
     finally:
         _observer = before
+
+
+class _Run:
+    """How far a run is, whose tracks are expected to take some seconds, and what is left of it."""
+
+    _TRUST = 0.05  # of the run: until so much is done, the expectation counts more than what is measured
+
+    def __init__(self, expected: Expected, clock: Callable[[], float] = time.monotonic) -> None:
+        self.expected, self._clock, self._started = expected, clock, clock()
+        self._done = dict.fromkeys(expected.tracks, 0.0)  # in times that a track runs
+
+    def note(self, description: str, share: float) -> None:
+        """Count a share of the items of a track, of one time that it runs."""
+        if description in self._done:
+            self._done[description] += share / max(1.0, self.expected.runs.get(description, 1.0))
+
+    def left(self) -> float:
+        """The seconds left of the whole run: the expected ones, at the pace of what is done."""
+        tracks = self.expected.tracks
+        total = sum(tracks.values())
+        done = sum(seconds * min(1.0, self._done[name]) for name, seconds in tracks.items())
+        trust = self._TRUST * total
+        pace = (self._clock() - self._started + trust) / (done + trust) if total else 1.0
+        return (self.expected.seconds - done * self.expected.seconds / total) * pace if total else 0.0
+
+
+@contextmanager
+def expecting(expected: Expected | None) -> Iterator[None]:
+    """Inside the `with` statement, tell what is left of the whole run, not of a track alone; None changes nothing."""
+    global _run
+    before, _run = _run, None if expected is None else _Run(expected)
+    try:
+        yield
+    finally:
+        _run = before
+
+
+def _left(description: str, total: int | None) -> float | None:
+    """Count an item that is done; return the seconds left of the whole run, or None if nothing is expected of it."""
+    if _run is None:
+        return None
+    if total:
+        _run.note(description, 1 / total)
+    return _run.left()
 
 
 def _quiet_worker() -> bool:
@@ -107,14 +153,16 @@ def _bar(items: Iterable[T], description: str, total: int | None, status: Callab
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn() if _run is None else TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, left="")
         for item in items:
             yield item
             del item  # it may be a block of a large model: free it before the next one is made
-            progress.update(task, advance=1, description=" ".join(filter(None, (description, status()))))
+            rest = _left(description, total)
+            left = "" if rest is None else f"about {seconds_words(rest)} left"
+            progress.update(task, advance=1, description=" ".join(filter(None, (description, status()))), left=left)
 
 
 def _lines(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
@@ -124,10 +172,12 @@ def _lines(items: Iterable[T], description: str, total: int | None, status: Call
         yield item
         del item
         done += 1  # noqa: SIM113  # enumerate would hold the item in its tuple
-        now = time.monotonic()
+        now, rest = time.monotonic(), _left(description, total)
         if now - last_line > _LINE_EVERY_SECONDS:
             last_line = now
-            left = f", about {(now - started) / done * (total - done):.0f} s left" if total else ""
+            if rest is None and total:
+                rest = (now - started) / done * (total - done)
+            left = "" if rest is None else f", about {seconds_words(rest)} left"
             parts = ", ".join(
                 filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status()))
             )

@@ -7,27 +7,37 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import matrix_rate
 from secateur.core.progress import say
 from secateur.core.records import Record
+from secateur.core.timing import Expected
+from secateur.core.words import bytes_words, seconds_words
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
 from secateur.prune.calibration import read_labelled
 from secateur.prune.prepare import Prepared, parameters_expected, say_expected
-from secateur.prune.rehearse import BLOCKS, rehearse
+from secateur.prune.rehearse import BLOCKS, Clock, rehearse
 from secateur.prune.settings import prepared_settings
 from secateur.text.specs import holds_ids
 
 _OVERHEAD = 1.5  # a forward pass costs more than its matrix products
+_LONG = 60.0  # seconds; a run that seems shorter is not rehearsed
+_SLOWEST = 2e9  # products a second that any machine does
 _READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 
 
-def estimate(prepared: Prepared) -> Record:
+def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
     """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
-    An entry is None if the text or options of the method decide it; `seconds_unknown` then says why the time is. Warns, as `prune` does, if the size will surprise.
+    An entry is None if the text or options of the method decide it; `seconds_unknown` says why there is no time. Warns,
+    as `prune` does, if the size will surprise.
+
+    Args:
+        prepared: the run.
+        clock: returns seconds.
     """
     say_expected(prepared)
     view, job = prepared.job.view, prepared.job
@@ -43,9 +53,9 @@ def estimate(prepared: Prepared) -> Record:
         )
     )
     stored = prepared.checkpoint.dtype.itemsize
-    text, windows = _text(prepared)
+    text, windows = _text(prepared, clock)
     tokens = 0 if windows is None else math.prod(windows)
-    seconds, why = _seconds(prepared, windows)
+    expected, why = _rehearsed(prepared, windows, clock)
     return {
         "command": "prune",
         "dry_run": True,
@@ -59,22 +69,55 @@ def estimate(prepared: Prepared) -> Record:
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored,
-        "seconds_estimated": None if seconds is None else round(text + seconds, 2),
+        "seconds_estimated": None if expected is None else round(text + expected.seconds, 2),
         **({} if why is None else {"seconds_unknown": why}),
     }
 
 
-def _seconds(prepared: Prepared, windows: tuple[int, int] | None) -> tuple[float | None, str | None]:
-    """Return the seconds of the run without its text, or None and the reason."""
+def _rehearsed(
+    prepared: Prepared, windows: tuple[int, int] | None, clock: Clock = time.perf_counter
+) -> tuple[Expected | None, str | None]:
+    """Return what the run is expected to take without its text, or None and the reason."""
     blocks = prepared.job.view.blocks
     say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
     try:
-        return rehearse(prepared, windows).seconds, None
+        return rehearse(prepared, windows, clock), None
     except Exception as error:  # whatever the run itself would say, a dry run says that it has no estimate
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _text(prepared: Prepared) -> tuple[float, tuple[int, int] | None]:
+def announce(prepared: Prepared, windows: Tensor | None) -> Expected | None:
+    """Before a run that takes minutes, say how long and how much memory; None before a short one, without a rehearsal.
+
+    Args:
+        prepared: the run.
+        windows: its token ids [S, T].
+    """
+    if windows is None or _crude_seconds(prepared, windows.numel()) < _LONG:
+        return None
+    expected, _ = _rehearsed(prepared, (windows.shape[0], windows.shape[1]))
+    if expected is not None:
+        memory = "" if _trains(prepared) else f", {bytes_words(_memory(prepared, windows.numel()))} of memory"
+        say(f"{prepared.job.method.name}: about {seconds_words(expected.seconds)}{memory}")
+    return expected
+
+
+def _crude_seconds(prepared: Prepared, tokens: int) -> float:
+    """Return seconds from a count of products: enough to tell a long run from a short one."""
+    job, repeats = prepared.job, 1
+    if job.whole_model and job.method.says.rehearsal is not None:
+        counts = job.method.says.rehearsal(job.options, job.sparsity or 0.5)[1]
+        repeats = max([1, *counts.values()])
+    passes = 4 if _differentiates(prepared) else 2
+    if job.allocation == "auto":
+        repeats = sum(map(len, job.rates))
+    products = 2 * passes * tokens * repeats * job.view.matrix_parameters()
+    if products < _LONG * _SLOWEST:
+        return 0.0
+    return products / matrix_rate(prepared.device, prepared.dtype)
+
+
+def _text(prepared: Prepared, clock: Clock) -> tuple[float, tuple[int, int] | None]:
     """Return the seconds that reading the text takes, and the number of windows and their tokens.
 
     A text on this machine is read. One from the hub is not: its seconds are left out.
@@ -82,7 +125,7 @@ def _text(prepared: Prepared) -> tuple[float, tuple[int, int] | None]:
     Raises:
         SecateurError: the text cannot be read, or is too short.
     """
-    spec, started = prepared.calibration, time.perf_counter()
+    spec, started = prepared.calibration, clock()
     if spec is None:
         return 0.0, None
     file = Path(spec).expanduser()
@@ -90,7 +133,7 @@ def _text(prepared: Prepared) -> tuple[float, tuple[int, int] | None]:
         return 0.0, (prepared.samples, prepared.seqlen)
     windows, _ = read_labelled(prepared)
     assert windows is not None
-    return time.perf_counter() - started, (windows.shape[0], windows.shape[1])
+    return clock() - started, (windows.shape[0], windows.shape[1])
 
 
 def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:

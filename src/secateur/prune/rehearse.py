@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ def rehearse(prepared: Prepared, windows: tuple[int, int] | None, clock: Clock =
         return clock()
 
     sparsity = job.sparsity or max((rate for rates in job.rates for rate in rates.values()), default=0.0)
-    short, counts = prepared.job.options, {}
+    short: Any = job.options
+    counts: Mapping[str, int] = {}
     if job.whole_model and (rehearsal := job.method.says.rehearsal) is not None:
         short, counts = rehearsal(job.options, sparsity)
     play = partial(_play, replace(prepared, job=replace(job, options=short)), clock=now)
@@ -90,7 +92,7 @@ def rehearse(prepared: Prepared, windows: tuple[int, int] | None, clock: Clock =
         samples, seqlen = windows
         few = min(samples, _least(prepared, seqlen))
         several = samples if samples <= _MORE * few else _MORE * few
-        if not (job.allocation == "auto"):
+        if job.allocation != "auto":
             play(BLOCKS, _warm_windows(prepared, few, seqlen))
         first = play(BLOCKS, (few, seqlen))
         runs = [first]

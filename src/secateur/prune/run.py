@@ -13,7 +13,7 @@ from typing import Any
 from secateur.core import records
 from secateur.core.distributed import on_first, processes, rank
 from secateur.core.errors import UsageError
-from secateur.core.progress import say
+from secateur.core.progress import expecting, say
 from secateur.core.timing import Stopwatch
 from secateur.core.torchrun import launched, refuse_pruning
 from secateur.methods import find_method, sharing_methods
@@ -29,6 +29,7 @@ from secateur.models.save import (
 from secateur.plan.plan import read_plan_json
 from secateur.prune.calibration import read_labelled
 from secateur.prune.driver import whole_model_plan
+from secateur.prune.estimate import announce
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
 from secateur.prune.settings import identity, prepared_settings, refuse_out
 from secateur.prune.work import make_checkpoint
@@ -102,9 +103,12 @@ def _prune(
         return {}
     state = None if states is None else _shared_state(prepared, settings, states)
     seconds_before = _seconds(state)
-    facts, stock = make_checkpoint(
-        replace(prepared, job=replace(prepared.job, state_file=state)), windows, settings, writer, watch
-    )
+    # a run that goes on finishes its parts at another pace, and processes share their work
+    expected = None if resume or launched() else announce(prepared, windows)
+    with expecting(expected):
+        facts, stock = make_checkpoint(
+            replace(prepared, job=replace(prepared.job, state_file=state)), windows, settings, writer, watch
+        )
     seconds = round(time.perf_counter() - started, 3)
     if state is not None:
         state.with_suffix(".json").write_text(json.dumps(seconds_before | {str(prepared.sparsity): seconds}), "utf-8")

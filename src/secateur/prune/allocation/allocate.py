@@ -105,9 +105,10 @@ def measuring_seconds(
         work()
         return clock() - started
 
-    def prune_one(name: str) -> None:
-        with dense.pruned(tuple({name: LEVELS[1]} if n == last else {} for n in range(last + 1))):
-            pass
+    def prune_each() -> None:
+        for name in small.rates[last]:
+            with dense.pruned(tuple({name: LEVELS[1]} if n == last else {} for n in range(last + 1))):
+                pass
 
     dense = DenseModel(small, model, ids_ST)
     statistics = seconds(lambda: dense.statistics) / small.view.blocks / len(ids_ST)
@@ -117,9 +118,8 @@ def measuring_seconds(
     whole_loss, from_last = seconds(lambda: dense.loss(batch)), seconds(lambda: dense.loss(batch, last, entering))
     block = (whole_loss - from_last) / last if last else from_last
     head = max(0.0, from_last - block)
-    for name in small.rates[last]:
-        prune_one(name)
-    cut = seconds(lambda: [prune_one(name) for name in small.rates[last]])
+    prune_each()
+    cut = seconds(prune_each)
     batches, blocks = math.ceil(count / together), whole.view.blocks
     names = sum(len(rates) for rates in whole.rates) / blocks
     losses = batches * (3 * (head + blocks * block))  # of the dense model, of one sparsity for all, of the choice
