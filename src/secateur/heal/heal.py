@@ -55,7 +55,7 @@ _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters a
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A request checked against its model."""
 
     request: HealRequest
@@ -118,9 +118,9 @@ def heal(
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
     finished = is_finished(out, resume=resume, overwrite=overwrite)
-    _check_request(request)
+    check_request(request)
     need_peft()
-    prepared = _prepare(request, records_file)
+    prepared = prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
     if (
@@ -160,7 +160,8 @@ def heal(
     return record
 
 
-def _check_request(request: HealRequest) -> None:
+def check_request(request: HealRequest) -> None:
+    """Refuse numbers out of range and unknown names, with UsageError."""
     for name in ("steps", "batch", "rank", "samples", "save_every"):
         if getattr(request, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(request, name)}: a count of at least 1 is needed")
@@ -175,7 +176,12 @@ def _check_request(request: HealRequest) -> None:
         check_spec(request.calibration)
 
 
-def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
+def prepare(request: HealRequest, records_file: Path) -> Prepared:
+    """Check a request against its model, and read its texts.
+
+    Raises:
+        UsageError, SecateurError: the request is wrong, or a text or the model cannot be read.
+    """
     checkpoint = open_checkpoint(request.model)
     plan = read_plan_json(checkpoint.folder)
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
@@ -226,7 +232,7 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
             check_ids(ids, checkpoint.config.vocab_size, longest, where, tokens)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
+    return Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples)
 
 
 def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) -> str | None:
@@ -254,7 +260,7 @@ def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) ->
 
 
 def _finished(
-    prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
+    prepared: Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
 ) -> records.Record | None:
     """The record of a run that is already complete; None if it must run again."""
     written_plan = read_plan_json(out)
@@ -278,7 +284,7 @@ def _finished(
     return record
 
 
-def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
+def _run(prepared: Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
     """Train, write the result, and measure perplexity before and after; returns the facts for the record."""
     request, checkpoint = prepared.request, prepared.checkpoint
     model = load_model(checkpoint, device=prepared.device, dtype=prepared.dtype)
@@ -337,7 +343,7 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
 
 
-def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:
+def _reload(prepared: Prepared, out: Path) -> PreTrainedModel:
     return load_model(open_checkpoint(str(out)), device=prepared.device, dtype=prepared.dtype)
 
 
@@ -347,7 +353,7 @@ def _thinned(readings: list[dict[str, float]], most: int = 50) -> list[dict[str,
     return readings[::-1][::step][::-1]
 
 
-def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
+def _write_merged(prepared: Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
     """Write every tensor, with its update if it has one, block by block; returns the number of nonzero weights."""
     view = prepared.checkpoint.view()
     nonzero = 0
@@ -377,7 +383,7 @@ def _parts(view: ModelView) -> dict[str, list[str]]:
     return {f"outer-{name}": [name] for name in view.outer_names()} | blocks
 
 
-def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter) -> None:
+def _finish(prepared: Prepared, facts: dict[str, Any], writer: CheckpointWriter) -> None:
     checkpoint, view = prepared.checkpoint, prepared.checkpoint.view()
     problem = stock_problem(view.raw_config, view.family, [view.dims(index) for index in range(view.blocks)])
     files = _words(prepared, facts, problem)
@@ -390,7 +396,7 @@ def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter
     writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files)
 
 
-def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
+def _words(prepared: Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
     """The texts of the plan and the card: the facts of the pruning, and those of the healing."""
     plan = {**prepared.plan, **facts}
     content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
@@ -400,7 +406,7 @@ def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> d
     }
 
 
-def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
+def _write_adapter(prepared: Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
     """Write the adapter in peft's own form; `PeftModel.from_pretrained(model, OUT)` adds it to its checkpoint."""
     adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
     with writer.disk():
