@@ -13,21 +13,26 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Seconds by name. The time of a nested span is not counted in the outer span."""
+    """Seconds by name. The time of a nested span is not counted in the outer span.
 
-    def __init__(self) -> None:
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._clock = clock
         self._inner = [0.0]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time of the context to a name."""
-        started = time.perf_counter()
+        started = self._clock()
         self._inner.append(0.0)
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
+            spent = self._clock() - started
             self.seconds[name] += spent - self._inner.pop()
             self._inner[-1] += spent
 

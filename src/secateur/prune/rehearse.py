@@ -151,7 +151,7 @@ def _play(prepared: Prepared, blocks: int, windows: tuple[int, int] | None, *, c
     """Run the work on some blocks and some windows of random tokens."""
     mini = _small(prepared, _kept(prepared, min(blocks, prepared.job.view.blocks)))
     ids = None if windows is None else _random_ids(mini.job.view, windows)
-    phases, watch = Phases(clock), Stopwatch()
+    phases, watch = Phases(clock), Stopwatch(clock)
     settings = prepared_settings(mini, None)
     with TemporaryDirectory(prefix="secateur-rehearsal-") as folder, observed(phases):
         writer, _ = new_writer(mini, ids, settings, Path(folder) / "out", resume=False, overwrite=False)
