@@ -63,7 +63,7 @@ def test_blocks_and_windows_of_a_run_follow_from_two_short_ones() -> None:
 
 
 def test_steps_of_the_whole_model_follow_from_two_depths() -> None:
-    runs = [Short(blocks, 1, _run(blocks, 1, 2, deep=True)[0]) for blocks in (2, 4)]
+    runs = [Short(blocks, 1, _run(blocks, 1, 2, deep=True)[0]) for blocks in (2, 6)]
     expected = extrapolated(runs, blocks=9, windows=1, counts={"work: steps": 100})
     assert expected.seconds == pytest.approx(_run(9, 1, 100, deep=True)[1])
 
@@ -118,7 +118,7 @@ def test_passes_over_the_tokens_are_those_of_the_run(
         monkeypatch.setattr(module, "TOKENS_A_BATCH", 16)
     ids = tmp_path / "ids.npy"
     np.save(ids, np.random.default_rng(0).integers(0, 64, (9, 20)))
-    folder = str(saved("llama", num_hidden_layers=6))
+    folder = str(saved("llama", num_hidden_layers=9))
     request = api.Request(
         folder, method, sparsity=0.34, modules=modules, calibration=str(ids), options=OPTIONS.get(method, {})
     )

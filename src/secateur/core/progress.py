@@ -64,8 +64,8 @@ class _Run:
 
     _TRUST = 0.05  # of the run: until so much is done, the expectation counts more than what is measured
 
-    def __init__(self, expected: Expected, clock: Callable[[], float] = time.monotonic) -> None:
-        self.expected, self._clock, self._started = expected, clock, clock()
+    def __init__(self, expected: Expected) -> None:
+        self.expected, self._started = expected, time.monotonic()
         self._done = dict.fromkeys(expected.tracks, 0.0)  # in times that a track runs
 
     def note(self, description: str, share: float) -> None:
@@ -79,7 +79,7 @@ class _Run:
         total = sum(tracks.values())
         done = sum(seconds * min(1.0, self._done[name]) for name, seconds in tracks.items())
         trust = self._TRUST * total
-        pace = (self._clock() - self._started + trust) / (done + trust) if total else 1.0
+        pace = (time.monotonic() - self._started + trust) / (done + trust) if total else 1.0
         return (self.expected.seconds - done * self.expected.seconds / total) * pace if total else 0.0
 
 

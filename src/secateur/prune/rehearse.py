@@ -45,7 +45,7 @@ from secateur.prune.settings import prepared_settings
 from secateur.prune.work import make_checkpoint
 from secateur.prune.write import new_writer
 
-BLOCKS, DEEPER = 2, 4  # the depths of the models that are rehearsed with
+BLOCKS, DEEPER = 2, 6  # the depths of the models that are rehearsed with
 _WARM_TOKENS = 128  # of the windows of the first run, which is not timed
 _MORE = 2  # windows of the second run, for each of the first
 Clock = Callable[[], float]
