@@ -23,9 +23,8 @@ from secateur.prune.rehearse import BLOCKS, Clock, rehearse
 from secateur.prune.settings import prepared_settings
 from secateur.text.specs import holds_ids
 
-_OVERHEAD = 1.5  # a forward pass costs more than its matrix products
 _LONG = 60.0  # seconds; a run that seems shorter is not rehearsed
-_SLOWEST = 2e9  # products a second that any machine does
+_SLOWEST = 2e9  # floating-point operations a second that any machine does
 _READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 
 
@@ -134,11 +133,6 @@ def _text(prepared: Prepared, clock: Clock) -> tuple[float, tuple[int, int] | No
     windows, _ = read_labelled(prepared)
     assert windows is not None
     return clock() - started, (windows.shape[0], windows.shape[1])
-
-
-def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds that `tokens` tokens take through matrices of `weights` weights in total, on this machine."""
-    return 2 * tokens * weights / matrix_rate(device, dtype) * _OVERHEAD
 
 
 def _differentiates(prepared: Prepared) -> bool:
