@@ -52,9 +52,9 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
         )
     )
     stored = prepared.checkpoint.dtype.itemsize
-    text, windows = _text(prepared, clock)
+    text, windows, ids = _text(prepared, clock)
     tokens = 0 if windows is None else math.prod(windows)
-    expected, why = _rehearsed(prepared, windows, clock)
+    expected, why = _rehearsed(prepared, windows, ids, clock)
     return {
         "command": "prune",
         "dry_run": True,
@@ -74,13 +74,13 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
 
 
 def _rehearsed(
-    prepared: Prepared, windows: tuple[int, int] | None, clock: Clock = time.perf_counter
+    prepared: Prepared, windows: tuple[int, int] | None, ids: Tensor | None, clock: Clock = time.perf_counter
 ) -> tuple[Expected | None, str | None]:
     """Return what the run is expected to take without its text, or None and the reason."""
     blocks = prepared.job.view.blocks
     say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
     try:
-        return rehearse(prepared, windows, clock), None
+        return rehearse(prepared, windows, clock, ids), None
     except Exception as error:  # whatever the run itself would say, a dry run says that it has no estimate
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -94,7 +94,7 @@ def announce(prepared: Prepared, windows: Tensor | None) -> Expected | None:
     """
     if windows is None or _crude_seconds(prepared, windows.numel()) < _LONG:
         return None
-    expected, _ = _rehearsed(prepared, (windows.shape[0], windows.shape[1]))
+    expected, _ = _rehearsed(prepared, (windows.shape[0], windows.shape[1]), windows)
     if expected is not None:
         memory = "" if _trains(prepared) else f", {bytes_words(_memory(prepared, windows.numel()))} of memory"
         say(f"{prepared.job.method.name}: about {seconds_words(expected.seconds)}{memory}")
@@ -116,23 +116,23 @@ def _crude_seconds(prepared: Prepared, tokens: int) -> float:
     return products / matrix_rate(prepared.device, prepared.dtype)
 
 
-def _text(prepared: Prepared, clock: Clock) -> tuple[float, tuple[int, int] | None]:
-    """Return the seconds that reading the text takes, and the number of windows and their tokens.
+def _text(prepared: Prepared, clock: Clock) -> tuple[float, tuple[int, int] | None, Tensor | None]:
+    """Return the seconds that reading the text takes, the number of windows and their tokens, and their token ids.
 
-    A text on this machine is read. One from the hub is not: its seconds are left out.
+    A text on this machine is read. One from the hub is not: its seconds are left out, and there are no token ids.
 
     Raises:
         SecateurError: the text cannot be read, or is too short.
     """
     spec, started = prepared.calibration, clock()
     if spec is None:
-        return 0.0, None
+        return 0.0, None, None
     file = Path(spec).expanduser()
     if spec != "builtin" and not (file.is_file() and (holds_ids(spec) or file.stat().st_size < _READ_BYTES)):
-        return 0.0, (prepared.samples, prepared.seqlen)
+        return 0.0, (prepared.samples, prepared.seqlen), None
     windows, _ = read_labelled(prepared)
     assert windows is not None
-    return clock() - started, (windows.shape[0], windows.shape[1])
+    return clock() - started, (windows.shape[0], windows.shape[1]), windows
 
 
 def _differentiates(prepared: Prepared) -> bool:

@@ -47,6 +47,7 @@ from secateur.prune.write import new_writer
 
 BLOCKS, DEEPER = 2, 6  # the depths of the models that are rehearsed with
 _WARM_TOKENS = 128  # of the windows of the first run, which is not timed
+_ITERATING_TOKENS = 16384  # of a method whose iterations depend on how many tokens it has seen
 _MORE = 2  # windows of the second run, for each of the first
 Clock = Callable[[], float]
 
@@ -61,12 +62,18 @@ class Short:
     finish: float = 0.0
 
 
-def rehearse(prepared: Prepared, windows: tuple[int, int] | None, clock: Clock = time.perf_counter) -> Expected:
+def rehearse(
+    prepared: Prepared,
+    windows: tuple[int, int] | None,
+    clock: Clock = time.perf_counter,
+    ids: Tensor | None = None,
+) -> Expected:
     """Return what a run would take. Nothing is written outside a temporary folder, and no text is read.
 
     Args:
         prepared: the run.
         windows: the number of its windows and their tokens; None without calibration.
+        ids: the token ids [S, T] of the run, where they are known: an iteration may take longer on random tokens.
         clock: returns seconds.
 
     Raises:
@@ -83,16 +90,18 @@ def rehearse(prepared: Prepared, windows: tuple[int, int] | None, clock: Clock =
     counts: Mapping[str, int] = {}
     if job.whole_model and (rehearsal := job.method.says.rehearsal) is not None:
         short, counts = rehearsal(job.options, sparsity)
-    play = partial(_play, replace(prepared, job=replace(job, options=short)), clock=now)
+    play = partial(_play, replace(prepared, job=replace(job, options=short)), clock=now, text=ids)
     with _as_before(device), packed_as_if(0 if windows is None else math.prod(windows)):
         if windows is None:
             play(BLOCKS, None)
             first = play(BLOCKS, None)
             return _extrapolated(prepared, [first], 0, counts)
         samples, seqlen = windows
-        few = min(samples, _least(prepared, seqlen))
+        # what repeats with a pass of the blocks inside may iterate, and needs more steps on few tokens than on many
+        iterates = bool(counts) and job.method.says.GRADIENTS
+        few = min(samples, max(_least(prepared, seqlen), math.ceil(_ITERATING_TOKENS / seqlen) if iterates else 1))
         several = samples if samples <= _MORE * few else _MORE * few
-        if job.allocation != "auto":
+        if job.allocation != "auto" and not iterates:
             play(BLOCKS, _warm_windows(prepared, few, seqlen))
         first = play(BLOCKS, (few, seqlen))
         runs = [first]
@@ -147,10 +156,12 @@ def _kept(prepared: Prepared, blocks: int) -> list[int]:
     return sorted(touched[-blocks:] + others[len(others) - max(0, blocks - len(touched)) :])
 
 
-def _play(prepared: Prepared, blocks: int, windows: tuple[int, int] | None, *, clock: Clock) -> Short:
-    """Run the work on some blocks and some windows of random tokens."""
+def _play(
+    prepared: Prepared, blocks: int, windows: tuple[int, int] | None, *, clock: Clock, text: Tensor | None
+) -> Short:
+    """Run the work on some blocks and some windows of the text, or of random tokens."""
     mini = _small(prepared, _kept(prepared, min(blocks, prepared.job.view.blocks)))
-    ids = None if windows is None else _random_ids(mini.job.view, windows)
+    ids = None if windows is None else _ids(mini.job.view, windows, text)
     phases, watch = Phases(clock), Stopwatch(clock)
     settings = prepared_settings(mini, None)
     with TemporaryDirectory(prefix="secateur-rehearsal-") as folder, observed(phases):
@@ -161,7 +172,9 @@ def _play(prepared: Prepared, blocks: int, windows: tuple[int, int] | None, *, c
     return Short(mini.job.view.blocks, 0 if windows is None else windows[0], phases, watch.seconds["finish"])
 
 
-def _random_ids(view: ModelView, windows: tuple[int, int]) -> Tensor:
+def _ids(view: ModelView, windows: tuple[int, int], text: Tensor | None) -> Tensor:
+    if text is not None and len(text) >= windows[0]:
+        return text[: windows[0], : windows[1]]
     return torch.randint(0, int(view.config.vocab_size), windows, generator=torch.Generator().manual_seed(0))
 
 

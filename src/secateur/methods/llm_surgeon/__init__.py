@@ -164,8 +164,9 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
 
 
 def rehearsal(options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[str, int]]:
-    """One shot, and the number of all shots."""
-    return replace(options, shots=1), {_SHOTS: len(left(sparsity, options.shots) or ())}
+    """Two shots, since the update of the first takes fewer iterations, and the number of all shots."""
+    shots = len(left(sparsity, options.shots) or ())
+    return replace(options, shots=min(2, max(1, shots))), {_SHOTS: shots}
 
 
 def gradual(options: LLMSurgeon) -> bool:
