@@ -118,7 +118,7 @@ def _measure(
         "ratio": round(ratio, 3),
         "memory_ratio": round(middle["memory_said"] / middle["memory"], 3) if middle["memory"] else None,
         "floor": 2 * weights * middle["tokens"] / matrix_rate(0.3),
-        "met": 1 / WITHIN <= ratio <= WITHIN,
+        "met": not middle["said"] or 1 / WITHIN <= ratio <= WITHIN,  # no estimate is better than a wrong one
     }
 
 
@@ -171,7 +171,7 @@ def _print(results: list[dict[str, Any]], *, header: bool) -> None:
             f"{result['cost']:8.2f}",
             f"{result['memory_said'] / 1e6:9.0f}",
             f"{result['memory'] / 1e6:7.0f}",
-            "" if result["met"] else "MISSED",
+            "no estimate" if not result["said"] else "" if result["met"] else "MISSED",
         )
         for result in results
     ]

@@ -202,6 +202,14 @@ def test_where_a_rehearsal_fails_there_is_no_number_but_a_reason(
     assert (said["seconds_estimated"], said["seconds_unknown"]) == (None, "no room for more")
 
 
+def test_a_method_may_say_that_nothing_short_tells(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "llm_surgeon", pattern="2:4", calibration=ids_file, options={"shots": 1})
+    said = api.estimate(api.prepare(request))
+    assert said["seconds_estimated"] is None
+    assert "5 to 110 iterations" in said["seconds_unknown"]
+    assert api.prune(request, tmp_path / "out")["sparsity_measured"] == pytest.approx(0.5)
+
+
 def test_a_text_that_the_run_would_refuse_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "ids.npy").write_bytes(b"no array")
     request = api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=str(tmp_path / "ids.npy"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from secateur.calibrate.stream import TOKENS_A_BATCH
+from secateur.core.errors import SecateurError
 from secateur.core.machine import matrix_rate
 from secateur.core.progress import say
 from secateur.core.records import Record
@@ -105,8 +107,9 @@ def _crude_seconds(prepared: Prepared, tokens: int) -> float:
     """Return seconds from a count of products: enough to tell a long run from a short one."""
     job, repeats = prepared.job, 1
     if job.whole_model and job.method.says.rehearsal is not None:
-        counts = job.method.says.rehearsal(job.options, job.sparsity or 0.5)[1]
-        repeats = max([1, *counts.values()])
+        with suppress(SecateurError):  # then it has no estimate either
+            counts = job.method.says.rehearsal(job.options, job.sparsity or 0.5)[1]
+            repeats = max([1, *counts.values()])
     passes = 4 if _differentiates(prepared) else 2
     if job.allocation == "auto":
         repeats = sum(map(len, job.rates))

@@ -164,7 +164,15 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
 
 
 def rehearsal(options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[str, int]]:
-    """Two shots, since the update of the first takes fewer iterations, and the number of all shots."""
+    """Two shots, and the number of all shots.
+
+    Raises:
+        SecateurError: zeroed weights are updated by conjugate gradients.
+    """
+    if options.update and options.curvature == "kfac" and not parse_pattern(options.pattern).structured:
+        raise SecateurError(
+            f"with pattern {options.pattern} each update takes 5 to 110 iterations, which depend on weights and text"
+        )
     shots = len(left(sparsity, options.shots) or ())
     return replace(options, shots=min(2, max(1, shots))), {_SHOTS: shots}
 
