@@ -13,14 +13,14 @@ from torch import Tensor
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.errors import SecateurError
 from secateur.core.machine import matrix_rate
-from secateur.core.progress import say
+from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Expected
+from secateur.core.timing import Expected, Phases
 from secateur.core.words import bytes_words, seconds_words
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
 from secateur.prune.calibration import read_labelled
-from secateur.prune.prepare import Prepared, parameters_expected, say_expected
+from secateur.prune.prepare import Prepared, parameters_expected, prepare, say_expected
 from secateur.prune.rehearse import BLOCKS, Clock, rehearse
 from secateur.prune.settings import prepared_settings
 from secateur.text.specs import holds_ids
@@ -54,6 +54,7 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
         )
     )
     stored = prepared.checkpoint.dtype.itemsize
+    opening = _opening_seconds(prepared, clock)
     text, windows, ids = _text(prepared, clock)
     tokens = 0 if windows is None else math.prod(windows)
     expected, why = _rehearsed(prepared, windows, ids, clock)
@@ -70,7 +71,7 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored,
-        "seconds_estimated": None if expected is None else round(text + expected.seconds, 2),
+        "seconds_estimated": None if expected is None else round(opening + text + expected.seconds, 2),
         **({} if why is None else {"seconds_unknown": why}),
     }
 
@@ -117,6 +118,15 @@ def _crude_seconds(prepared: Prepared, tokens: int) -> float:
     if products < _LONG * _SLOWEST:
         return 0.0
     return products / matrix_rate(prepared.device, prepared.dtype)
+
+
+def _opening_seconds(prepared: Prepared, clock: Clock) -> float:
+    """Return the seconds that the checks before the work take: the most of a very short run."""
+    started = clock()
+    with observed(Phases()):  # what is to be said was said
+        prepare(prepared.request)
+        prepared_settings(prepared, None)
+    return clock() - started
 
 
 def _text(prepared: Prepared, clock: Clock) -> tuple[float, tuple[int, int] | None, Tensor | None]:
