@@ -27,6 +27,7 @@ from secateur.text.specs import holds_ids
 
 _LONG = 60.0  # seconds; a run that seems shorter is not rehearsed
 _SLOWEST = 2e9  # floating-point operations a second that any machine does
+_LIBRARIES_BYTES = 1 << 24  # what the libraries of products and the allocator hold besides
 _READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 
 
@@ -70,7 +71,7 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
         "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
-        "disk_bytes": 2 * (before if after is None else after) * stored,
+        "disk_bytes": 2 * (before if after is None else after) * stored + _spilled(prepared, tokens),
         "seconds_estimated": None if expected is None else round(opening + text + expected.seconds, 2),
         **({} if why is None else {"seconds_unknown": why}),
     }
@@ -163,6 +164,14 @@ def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[
     return [(shapes[name], value) for name, value in rate.items()]
 
 
+def _spilled(prepared: Prepared, tokens: int) -> int:
+    """Return the bytes of the activations that `--spill` keeps on disk."""
+    if not prepared.request.spill:
+        return 0
+    copies = prepared.job.view.blocks + 1 if _differentiates(prepared) else 1
+    return copies * tokens * int(prepared.job.view.config.hidden_size) * prepared.dtype.itemsize
+
+
 def _memory(prepared: Prepared, tokens: int) -> int:
     """Return the bytes of memory that a prune takes.
 
@@ -183,6 +192,7 @@ def _memory(prepared: Prepared, tokens: int) -> int:
         * width
     )
     if _differentiates(prepared):  # the input of each block is kept, and perhaps sums of gradients and of their squares
-        return int(max(2 * outer * width, block * (width + 8)) + buffer * (view.blocks + 1) + 3 * batch)
-    streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
+        inputs = buffer * (view.blocks + 1)
+        return int(max(2 * outer * width, block * (width + 8)) + inputs + 3 * batch) + _LIBRARIES_BYTES
+    streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch) + _LIBRARIES_BYTES
     return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed
