@@ -70,6 +70,7 @@ from secateur.study.compare import Compared, compare
 from secateur.study.disp_llm import estimate as estimate_study_disp_llm
 from secateur.study.disp_llm import run as study_disp_llm
 from secateur.study.disp_llm import summary as summarize_study_disp_llm
+from secateur.study.estimate import estimate_compare, estimate_sweep
 from secateur.study.modules import estimate as estimate_study_modules
 from secateur.study.modules import run as study_modules
 from secateur.study.recipe import estimate_recipe, run_recipe
@@ -97,11 +98,13 @@ __all__ = [
     "describe_method",
     "draw_windows",
     "estimate",
+    "estimate_compare",
     "estimate_evaluate",
     "estimate_heal",
     "estimate_recipe",
     "estimate_study_disp_llm",
     "estimate_study_modules",
+    "estimate_sweep",
     "evaluate",
     "find_method",
     "find_records",

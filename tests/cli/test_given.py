@@ -30,8 +30,8 @@ VALUES = {
 NEEDS = {
     "prune": ["--dry-run"],
     "heal": ["--dry-run"],
-    "compare": ["--heal", "--bench"],
-    "sweep": ["--params-removed", "0.2"],
+    "compare": ["--heal", "--bench", "--dry-run"],
+    "sweep": ["--params-removed", "0.2", "--dry-run"],
     "study modules": ["--dry-run"],
     "study disp-llm": ["--dry-run"],
     "predict": ["--spectrum", "model"],

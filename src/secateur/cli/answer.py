@@ -76,6 +76,10 @@ def _dry_heal(record: Record) -> Iterator[str]:
     yield _expected(record)
 
 
+def _dry_runs(record: Record) -> Iterator[str]:
+    yield f"{record['runs']} runs in all, each measured. {_expected(record)}"
+
+
 def _expected(record: Record) -> str:
     """What the work would take; what is not known is left out, and the time with the reason."""
     seconds, memory, disk = (record.get(name) for name in ("seconds_estimated", "memory_bytes", "disk_bytes"))
@@ -146,6 +150,8 @@ _ANSWERS = {
     "dry run of prune": _dry_prune,
     "dry run of eval": _dry_eval,
     "dry run of heal": _dry_heal,
+    "dry run of sweep": _dry_runs,
+    "dry run of compare": _dry_runs,
 }
 
 

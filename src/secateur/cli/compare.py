@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option, echo
 
 from secateur.cli import options as opt
-from secateur.cli.console import RESUME, command, emit, show
+from secateur.cli.console import RESUME, command, emit, print_estimates, show
 from secateur.cli.given import given
 from secateur.cli.parse import folder_for_calibration, folder_for_tasks, method_settings, names, numbers
 from secateur.core.errors import SecateurError, UsageError
@@ -18,7 +18,9 @@ from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealReq
 
 def compare(
     model: opt.Model,
-    out: Annotated[Path, Option(help="The folder for the checkpoints, records.jsonl, compare.md and report.html.")],
+    out: Annotated[
+        Path | None, Option(help="The folder for the checkpoints, records.jsonl, compare.md and report.html.")
+    ] = None,
     methods: Annotated[str, Option(metavar="M,M,...", help="The methods; `secateur methods` lists them.")] = "",
     params_removed: Annotated[
         str,
@@ -59,6 +61,7 @@ def compare(
     spill: opt.Spill = Request.spill,
     stock_only: opt.StockOnly = Request.stock_only,
     ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,
+    dry_run: opt.DryRun = False,
     records: opt.Records = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -86,6 +89,13 @@ def compare(
         measure = given(EvalRequest, "compare", values, tasks=names(tasks), include_path=folder)
         from secateur.cli.quiet_api import api
 
+        if dry_run:
+            print_estimates(api.estimate_compare(variants, measure), as_json=json)
+            if with_heal or with_bench:
+                say("healing and timing have no estimate before there is a result: `secateur heal DIR --dry-run`")
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder for the checkpoints and the report (or --dry-run)")
         result = api.compare(variants, out, measure, resume=resume, overwrite=overwrite, records_file=records)
         runs = result.cells
         if json:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -126,3 +126,18 @@ def print_records(records: list[Record], *, as_json: bool) -> None:
     from secateur.cli.terminal import runs_table
 
     show(runs_table(records))
+
+
+def print_estimates(records: Iterable[Record], *, as_json: bool) -> None:
+    """Print the dry runs of several runs as they come, the sums last."""
+    from secateur.cli.answer import answer
+
+    found = []
+    for record in records:
+        found.append(record)
+        if not as_json:
+            run = record.get("run")
+            for line in filter(None, (run, *answer(record))):
+                typer.echo(f"  {line.replace(' Nothing was written.', '')}" if run and line != run else line)
+    if as_json:
+        emit({"records": found})

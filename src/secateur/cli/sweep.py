@@ -9,7 +9,7 @@ from typer import Option
 
 from secateur.cli import options as opt
 from secateur.cli.answer import how_much
-from secateur.cli.console import RESUME, command, print_records
+from secateur.cli.console import RESUME, command, print_estimates, print_records
 from secateur.cli.given import given
 from secateur.cli.parse import folder_for_calibration, folder_for_tasks, names, numbers, settings
 from secateur.core.errors import UsageError
@@ -20,8 +20,8 @@ from secateur.requests import EvalRequest, Request
 
 def sweep(
     model: opt.Model,
-    out: Annotated[Path, Option(help="The folder for the checkpoints and records.jsonl.")],
     method: Annotated[str, Option(metavar="NAME", help=opt.METHOD)],
+    out: Annotated[Path | None, Option(help="The folder for the checkpoints and records.jsonl.")] = None,
     params_removed: Annotated[
         str | None,
         Option(metavar="R,R,...", help="The shares of all parameters to remove, each to the nearest step."),
@@ -53,6 +53,7 @@ def sweep(
     stock_only: opt.StockOnly = Request.stock_only,
     ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,
     against: opt.AgainstDense = False,
+    dry_run: opt.DryRun = False,
     records: opt.Records = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -83,6 +84,11 @@ def sweep(
         ratios = [] if params_removed is None else numbers(params_removed, "--params-removed")
         from secateur.cli.quiet_api import api
 
+        if dry_run:
+            print_estimates(api.estimate_sweep(request, sparsities, measure, ratios=ratios), as_json=json)
+            return
+        if out is None:
+            raise UsageError("--out DIR is missing: the folder for the checkpoints (or --dry-run)")
         measured = []
         writing = {"resume": resume, "overwrite": overwrite}
         for record in api.sweep(request, sparsities, out, measure, ratios=ratios, records_file=records, **writing):

@@ -42,15 +42,20 @@ def sweep(
         records_file: where records go instead.
         ratios: shares of all parameters to remove (`--params-removed`), beside or instead of sparsities.
     """
+    requests = sweep_requests(request, sparsities, ratios)
+    measure = replace(measure, model=request.model, revision=request.revision)
+    how = {"resume": resume, "overwrite": overwrite}
+    yield from prune_and_measure(requests, out, measure, records_file=records_file, **how)
+
+
+def sweep_requests(request: Request, sparsities: Sequence[float], ratios: Sequence[float]) -> dict[str, Request]:
+    """Return the prunes of a sweep by the names of their folders, the lowest first; 0 is the dense model, no prune."""
     requests = {point_name(request, s): replace(request, sparsity=s) for s in sorted(sparsities) if s != 0}
-    requests |= {
+    return requests | {
         f"{point_name(request, ratio)}-params": replace(request, sparsity=None, params_removed=ratio)
         for ratio in sorted(ratios)
         if ratio != 0
     }
-    measure = replace(measure, model=request.model, revision=request.revision)
-    how = {"resume": resume, "overwrite": overwrite}
-    yield from prune_and_measure(requests, out, measure, records_file=records_file, **how)
 
 
 def prune_and_measure(

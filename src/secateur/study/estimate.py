@@ -1,0 +1,88 @@
+"""`--dry-run` of `sweep` and `compare`: the estimate of each run, and of measuring the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from secateur.core.progress import say
+from secateur.core.records import Record
+from secateur.evaluate.estimate import estimate_evaluate
+from secateur.methods import find_method
+from secateur.prune.estimate import estimate
+from secateur.prune.prepare import prepare
+from secateur.requests import CompareRequest, EvalRequest, Request
+from secateur.study.compare import cells
+from secateur.study.sweep import sweep_requests
+
+
+def estimate_sweep(
+    request: Request, sparsities: Sequence[float], measure: EvalRequest, *, ratios: Sequence[float] = ()
+) -> Iterator[Record]:
+    """Yield what `sweep` would do: an estimate for each run, and a last record with the sums. Writes nothing.
+
+    Args:
+        request, sparsities, measure, ratios: as for `sweep`.
+
+    Raises:
+        UsageError, SecateurError: as `sweep` would say.
+    """
+    yield from _estimates("sweep", request, sweep_requests(request, sparsities, ratios), measure)
+
+
+def estimate_compare(asked: CompareRequest, measure: EvalRequest) -> Iterator[Record]:
+    """Yield what `compare` would do: an estimate for each run, and a last record with the sums. Writes nothing.
+
+    Healing and timing are not in it: they have no model yet.
+
+    Args:
+        asked, measure: as for `compare`.
+
+    Raises:
+        UsageError, SecateurError: as `compare` would say.
+    """
+    todo = cells(asked)
+    for note in todo.notes():
+        say(note)
+    yield from _estimates("compare", asked.base, todo.runs, measure)
+
+
+def _estimates(command: str, base: Request, requests: Mapping[str, Request], measure: EvalRequest) -> Iterator[Record]:
+    dense = estimate_evaluate(replace(measure, model=base.model, revision=base.revision, against=None))
+    against = 1 + (measure.against is not None)  # a run that is compared with the dense model runs that too
+    yield {"run": "dense", **dense}
+    found = {}
+    for name, request in requests.items():
+        found[name] = estimate(prepare(request))
+        yield {"run": name, **found[name]}
+    measuring = None if dense["seconds_estimated"] is None else dense["seconds_estimated"] * (1 + against * len(found))
+    pruning = _together(requests, {name: record["seconds_estimated"] for name, record in found.items()})
+    known = [record["memory_bytes"] is not None for record in found.values()]
+    written = [record["bytes_after"] for record in found.values()]
+    yield {
+        "command": command,
+        "dry_run": True,
+        "runs": len(found),
+        "memory_bytes": max(map(_process_bytes, (dense, *found.values()))) if all(known) else None,
+        "disk_bytes": None if None in written else sum(written),
+        "seconds_estimated": None if measuring is None or pruning is None else round(measuring + pruning, 1),
+        "seconds_measuring": measuring,
+    }
+
+
+def _process_bytes(record: Record) -> int:
+    return int(record["memory_bytes"]) + int(record["resident_bytes"])
+
+
+def _together(requests: Mapping[str, Request], seconds: Mapping[str, float | None]) -> float | None:
+    """Return the seconds of all prunes; of a gradual method the longest, which passes through the others."""
+    alone, gradual = 0.0, dict[str, float]()
+    for name, request in requests.items():
+        if (once := seconds[name]) is None:
+            return None
+        method = find_method(request.method)
+        if method.gradual(method.options(request.options)):
+            gradual[request.method] = max(once, gradual.get(request.method, 0.0))
+        else:
+            alone += once
+    return alone + sum(gradual.values())
