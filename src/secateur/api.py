@@ -27,11 +27,13 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import progress_to
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
+from secateur.evaluate.estimate import estimate_evaluate
 from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.generate import generate
 from secateur.evaluate.size import inspect
 from secateur.evaluate.throughput import bench
+from secateur.heal.estimate import estimate_heal
 from secateur.heal.heal import heal
 from secateur.methods import find_method, method_names
 from secateur.models import pack as storage
@@ -95,6 +97,8 @@ __all__ = [
     "describe_method",
     "draw_windows",
     "estimate",
+    "estimate_evaluate",
+    "estimate_heal",
     "estimate_recipe",
     "estimate_study_disp_llm",
     "estimate_study_modules",

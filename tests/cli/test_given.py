@@ -29,6 +29,7 @@ VALUES = {
 """What is written behind options that not every word goes with; the others get a number."""
 NEEDS = {
     "prune": ["--dry-run"],
+    "heal": ["--dry-run"],
     "compare": ["--heal", "--bench"],
     "sweep": ["--params-removed", "0.2"],
     "study modules": ["--dry-run"],

@@ -247,12 +247,7 @@ def test_a_dry_run_removes_as_much_and_takes_longer(saved: Callable[..., Path], 
     )
     assert auto["nonzero_after"] == uniform["nonzero_after"]
     assert auto["memory_bytes"] >= uniform["memory_bytes"]
-    assert (
-        allocate.cells_to_measure(
-            api.prepare(api.Request(folder, "wanda", sparsity=0.5, modules="auto", calibration=ids_file)).job
-        )
-        > 50
-    )
+    assert auto["seconds_estimated"] > uniform["seconds_estimated"]
 
 
 @pytest.mark.parametrize(

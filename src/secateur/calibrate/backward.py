@@ -152,7 +152,7 @@ class Backward:
         norm, projection = self._outer(family.final_norm), self._outer(family.head)
         head = capped(projection, family.cap_of(self.view.config))
         width, total = self.view.dims(self.view.blocks - 1).leaves, 0.0
-        for rows in self._stream.slices():
+        for rows in track(list(self._stream.slices()), "gradients: head"):
             hidden_ND = self._stream.hidden(rows, width).flatten(0, 1)
             target_N = self._target_ST[rows].flatten().to(self._stream.device)
             parts = [

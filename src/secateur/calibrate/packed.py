@@ -18,6 +18,20 @@ _AVAILABLE = torch.backends.mkldnn.is_available() and all(
 )
 
 
+_as_if = 0  # tokens of the run that this one rehearses
+
+
+@contextmanager
+def packed_as_if(tokens: int) -> Iterator[None]:
+    """Pack inside the `with` statement as a run over this many tokens would, though fewer pass: for a rehearsal."""
+    global _as_if
+    before, _as_if = _as_if, tokens
+    try:
+        yield
+    finally:
+        _as_if = before
+
+
 @contextmanager
 def packed(block: nn.Module, tokens: int, at_once: int) -> Iterator[None]:
     """Replace the linear modules of a loaded block by packed ones inside the `with`. The unpacked weights are freed.
@@ -28,7 +42,7 @@ def packed(block: nn.Module, tokens: int, at_once: int) -> Iterator[None]:
         at_once: about the number of tokens of one batch.
     """
     originals: dict[str, nn.Linear] = {}
-    if _AVAILABLE and tokens >= _WORTH_PACKING:
+    if _AVAILABLE and max(tokens, _as_if) >= _WORTH_PACKING:
         for path, part in list(block.named_modules()):
             if type(part) is nn.Linear and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32:
                 block.set_submodule(path, _PackedLinear(part, at_once))

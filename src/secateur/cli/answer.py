@@ -8,7 +8,7 @@ from pathlib import Path
 
 from secateur.core.names import shown
 from secateur.core.records import Record
-from secateur.core.words import count_words, duration_words, perplexity_words, size_words
+from secateur.core.words import count_words, duration_words, perplexity_words, rough_duration_words, size_words
 from secateur.report.rows import Row
 from secateur.requests import HealRequest
 
@@ -20,8 +20,8 @@ def answer(record: Record) -> list[str]:
     """Return the lines for the record of `prune`, `eval`, `heal` or `predict`, or of a dry run; none for others."""
     kind = record["command"]
     if record.get("dry_run"):
-        kind = "dry run" if kind == "prune" else "dry run of a study"
-    lines = {"prune": _prune, "dry run": _dry_run, "eval": _eval, "heal": _heal, "predict": _predict}.get(kind)
+        kind = f"dry run of {kind}"
+    lines = _ANSWERS.get(kind)
     try:
         return [] if lines is None else list(lines(record))
     except (KeyError, TypeError):  # a record of an earlier version, or without numbers: its table says what there is
@@ -50,18 +50,46 @@ def _prune(record: Record) -> Iterator[str]:
     yield f"{NEXT}{_next('eval', record['out'], *_dense(record))}"
 
 
-def _dry_run(record: Record) -> Iterator[str]:
+def _dry_prune(record: Record) -> Iterator[str]:
     if record.get("params_after") is None:
         yield "The size of the result depends on the text, so it is not known before the run."
     elif "params_before" in record:
         yield _size(record)
-    expected = [
-        duration_words(record["seconds_estimated"]) if record.get("seconds_estimated") is not None else "",
-        f"{size_words(record['memory_bytes'])} of memory" if record.get("memory_bytes") is not None else "",
-        f"{size_words(record['disk_bytes'])} of disk while it runs" if record.get("disk_bytes") is not None else "",
+    if record.get("sparsity") and record.get("sparsity_of") not in (None, "parameters"):
+        word = "zero" if record["sparsity_of"] == "weights" else "remove"
+        yield f"{record['method']} would {word} {_of(record['sparsity'], record['sparsity_of'])}."
+    yield _expected(record)
+
+
+def _dry_eval(record: Record) -> Iterator[str]:
+    tasks = [f"{name} ({number:,} requests)" for name, number in record["requests"].items()]
+    dense = f", beside {shown(record['against'])}" if record.get("against") else ""
+    yield (
+        "; tasks: ".join(filter(None, (f"Would measure perplexity on {_text(record)}", ", ".join(tasks)))) + dense + "."
+    )
+    yield _expected(record)
+
+
+def _dry_heal(record: Record) -> Iterator[str]:
+    size = f"{record['steps']:,} steps of {record['batch']} x {record['seqlen']:,} tokens"
+    adapters = f"{count_words(record['trainable'])} parameters in {record['adapters']:,} adapters"
+    yield f"Would train {adapters} on {shown(record['calibration'])}: {size}."
+    if record.get("ppl_protocol") is not None:
+        yield f"Would measure perplexity before and after on {_text(record)}."
+    yield _expected(record)
+
+
+def _expected(record: Record) -> str:
+    """What the work would take; what is not known is left out, and the time with the reason."""
+    seconds, memory, disk = (record.get(name) for name in ("seconds_estimated", "memory_bytes", "disk_bytes"))
+    parts = [
+        "" if seconds is None else rough_duration_words(seconds),
+        "memory unknown" if memory is None else f"{size_words(memory + record.get('resident_bytes', 0))} of memory",
+        f"{size_words(disk)} of disk while it runs" if disk else "",
     ]
-    if any(expected):
-        yield f"Expected, about: {', '.join(filter(None, expected))}. Nothing was written."
+    why = f" The time is not known: {record['seconds_unknown']}." if record.get("seconds_unknown") else ""
+    known = f"Expected, about: {', '.join(filter(None, parts))}. " if any(parts) else ""
+    return f"{known}Nothing was written.{why}"
 
 
 def _eval(record: Record) -> Iterator[str]:
@@ -115,6 +143,17 @@ def _predict(record: Record) -> Iterator[str]:
         yield f"{limit}: {amount}{', beyond what was measured' if target['extrapolated'] else ''}"
 
 
+_ANSWERS = {
+    "prune": _prune,
+    "eval": _eval,
+    "heal": _heal,
+    "predict": _predict,
+    "dry run of prune": _dry_prune,
+    "dry run of eval": _dry_eval,
+    "dry run of heal": _dry_heal,
+}
+
+
 def _value(number: float, kind: str) -> str:
     return perplexity_words(number) if kind == "ppl" else f"{number:.3f}"
 
@@ -145,13 +184,17 @@ def _removed(share: float) -> str:
 
 def _how(record: Record) -> str:
     """The method, and how much it was told to remove of what it removes from."""
+    share, quantity = record.get("sparsity_measured"), record.get("sparsity_of")
+    healed = ", then healed with LoRA" if record.get("heal") else ""
+    done = "zeroed" if quantity == "weights" else "removed"
+    return f"{record['method']}{'' if share is None else f' {done} {_of(share, quantity)}'}{healed}"
+
+
+def _of(share: float, quantity: str | None) -> str:
+    """A share of what a method removes from, by its name."""
     from secateur.plan.quantity import words_of  # imported here: torch takes seconds, which --help need not wait for
 
-    share = record.get("sparsity_measured")
-    healed = " + LoRA" if record.get("heal") else ""
-    return f"{record['method']}{healed}" + (
-        "" if share is None else f": {_percent(share)} of {words_of(record.get('sparsity_of'))}"
-    )
+    return f"{_percent(share)} of {words_of(quantity)}"
 
 
 def _loading(record: Record) -> str:

@@ -33,6 +33,7 @@ def evaluate(
     device: opt.Device = EvalRequest.device,
     dtype: opt.Dtype = EvalRequest.dtype,
     text_field: opt.TextField = EvalRequest.text_field,
+    dry_run: opt.DryRun = False,
     records: opt.Records = None,
     resume: opt.Resume = False,
     json: opt.Json = False,
@@ -44,4 +45,8 @@ def evaluate(
         request = given(EvalRequest, "eval", locals(), tasks=names(tasks))
         from secateur.cli.quiet_api import api
 
-        print_record(api.evaluate(request, records_file=records, resume=resume), as_json=json, verbose=verbose)
+        if dry_run:
+            record = api.estimate_evaluate(request)
+        else:
+            record = api.evaluate(request, records_file=records, resume=resume)
+        print_record(record, as_json=json, verbose=verbose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -10,6 +11,7 @@ from secateur.cli import options as opt
 from secateur.cli.console import RESUME, command, print_record
 from secateur.cli.given import given
 from secateur.cli.parse import names
+from secateur.core.errors import UsageError
 from secateur.requests import HealRequest
 
 _TEXTS = "builtin, wikitext2, c4, alpaca, or a file"
@@ -18,7 +20,7 @@ _TARGETS = ",".join(HealRequest.targets)
 
 def heal(
     model: Annotated[str, Argument(metavar="DIR", help="A checkpoint that 'secateur prune' wrote.")],
-    out: opt.OutFolder,
+    out: Annotated[Path | None, Option(help="The folder to write.")] = None,
     calibration: Annotated[
         str | None,
         Option(help=f"Text or instructions to train on: {_TEXTS}. Default: the calibration text of the pruning."),
@@ -73,6 +75,7 @@ def heal(
     text_field: opt.TextField = HealRequest.text_field,
     prompt_form: opt.PromptForm = HealRequest.prompt_form,
     include_path: opt.IncludePath = None,
+    dry_run: opt.DryRun = False,
     records: opt.Records = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -85,5 +88,10 @@ def heal(
         request = given(HealRequest, "heal", locals(), targets=names(targets))
         from secateur.cli.quiet_api import api
 
-        record = api.heal(request, out, resume=resume, overwrite=overwrite, records_file=records)
+        if dry_run:
+            record = api.estimate_heal(request, records or (out and out.absolute().parent / "records.jsonl"))
+        elif out is None:
+            raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
+        else:
+            record = api.heal(request, out, resume=resume, overwrite=overwrite, records_file=records)
         print_record(record, as_json=json, verbose=verbose)

@@ -108,7 +108,7 @@ Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, Option(help="auto, float32, bfloat16, ...: the dtype to compute in.")]
 DryRun = Annotated[
     bool,
-    Option("--dry-run", help="Write nothing; print what would be removed and the memory, disk and time it would take."),
+    Option("--dry-run", help="Write nothing; print what would be done and the memory, disk and time it would take."),
 ]
 Records = Annotated[
     Path | None, Option(help="The file to append the record to. Default: records.jsonl beside the output.")

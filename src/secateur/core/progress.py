@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from multiprocessing import parent_process
 from typing import TypeVar
 
+from secateur.core.timing import Expected, Phases
 from secateur.core.torchrun import speaks
+from secateur.core.words import rough_duration_words
 
 T = TypeVar("T")
 
@@ -19,6 +21,8 @@ _STATUS_EVERY_SECONDS = 0.5  # on a bar
 _QUIET_WORKERS = "SECATEUR_QUIET_WORKERS"  # an environment variable: worker processes inherit it
 
 _receive: Callable[[str], object] | None = None  # what gets every line; None: stderr
+_observer: Phases | None = None  # what times every track of a rehearsal, which prints nothing
+_run: _Run | None = None  # the run that is expected to take some seconds; None: each track is told for itself
 
 
 @contextmanager
@@ -45,6 +49,61 @@ def progress_to(receive: Callable[[str], object] | None) -> Iterator[None]:
             os.environ[_QUIET_WORKERS] = variable
 
 
+@contextmanager
+def observed(phases: Phases) -> Iterator[None]:
+    """Time every track inside the `with` statement, and print nothing meanwhile: this is a rehearsal."""
+    global _observer
+    before, _observer = _observer, phases
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+class _Run:
+    """How far a run is, whose tracks are expected to take some seconds, and what is left of it."""
+
+    _TRUST = 0.05  # of the run: until so much is done, the expectation counts more than what is measured
+
+    def __init__(self, expected: Expected) -> None:
+        self.expected, self._started = expected, time.monotonic()
+        self._done = dict.fromkeys(expected.tracks, 0.0)  # in times that a track runs
+
+    def note(self, description: str, share: float) -> None:
+        """Count a share of the items of a track, of one time that it runs."""
+        if description in self._done:
+            self._done[description] += share / max(1.0, self.expected.runs.get(description, 1.0))
+
+    def left(self) -> float:
+        """The seconds left of the whole run: the expected ones, at the pace of what is done."""
+        tracks = self.expected.tracks
+        total = sum(tracks.values())
+        done = sum(seconds * min(1.0, self._done[name]) for name, seconds in tracks.items())
+        trust = self._TRUST * total
+        pace = (time.monotonic() - self._started + trust) / (done + trust) if total else 1.0
+        return (self.expected.seconds - done * self.expected.seconds / total) * pace if total else 0.0
+
+
+@contextmanager
+def expecting(expected: Expected | None) -> Iterator[None]:
+    """Inside the `with` statement, tell what is left of the whole run, not of a track alone; None changes nothing."""
+    global _run
+    before, _run = _run, None if expected is None else _Run(expected)
+    try:
+        yield
+    finally:
+        _run = before
+
+
+def _left(description: str, total: int | None) -> float | None:
+    """Count an item that is done; return the seconds left of the whole run, or None if nothing is expected of it."""
+    if _run is None:
+        return None
+    if total:
+        _run.note(description, 1 / total)
+    return _run.left()
+
+
 def _quiet_worker() -> bool:
     """Return True in a worker process whose parent sends its own progress elsewhere."""
     return _QUIET_WORKERS in os.environ and parent_process() is not None
@@ -59,7 +118,9 @@ def track(
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if not speaks():
+    if _observer is not None:
+        yield from _observer.watch(items, description)
+    elif not speaks():
         yield from items
     elif sys.stderr.isatty() and _receive is None and not _quiet_worker():
         yield from _bar(items, description, total, status)
@@ -69,7 +130,7 @@ def track(
 
 def say(line: str) -> None:
     """Print one line for the user on stderr (stdout is for results), or give it to what `progress_to` names."""
-    if not speaks():
+    if not speaks() or _observer is not None:
         return
     if _receive is not None:
         _receive(line)
@@ -93,17 +154,19 @@ def _bar(items: Iterable[T], description: str, total: int | None, status: Callab
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn() if _run is None else TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
+        task = progress.add_task(description, total=total, left="")
         asked, said = -_STATUS_EVERY_SECONDS, ""
         for item in items:
             yield item
             del item  # it may be a block of a large model: free it before the next one is made
             if (now := time.monotonic()) - asked >= _STATUS_EVERY_SECONDS:  # an accelerator may have to be waited for
                 asked, said = now, status()
-            progress.update(task, advance=1, description=" ".join(filter(None, (description, said))))
+            rest = _left(description, total)
+            left = "" if rest is None else f"about {rough_duration_words(rest)} left"
+            progress.update(task, advance=1, description=" ".join(filter(None, (description, said))), left=left)
 
 
 def _lines(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
@@ -113,10 +176,12 @@ def _lines(items: Iterable[T], description: str, total: int | None, status: Call
         yield item
         del item
         done += 1  # noqa: SIM113  # enumerate would hold the item in its tuple
-        now = time.monotonic()
+        now, rest = time.monotonic(), _left(description, total)
         if now - last_line > _LINE_EVERY_SECONDS:
             last_line = now
-            left = f", about {(now - started) / done * (total - done):.0f} s left" if total else ""
+            if rest is None and total:
+                rest = (now - started) / done * (total - done)
+            left = "" if rest is None else f", about {rough_duration_words(rest)} left"
             parts = ", ".join(
                 filter(None, (f"{done}{f' of {total}' if total else ''}", f"{now - started:.0f} s{left}", status()))
             )

@@ -45,6 +45,13 @@ def duration_words(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
+def rough_duration_words(seconds: float) -> str:
+    """A time that is estimated, in the unit that people plan by."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def _three_digits(value: float, units: Mapping[str, float]) -> str | None:
     """The value in the largest unit that it reaches, to three digits; None below the smallest."""
     for name, unit in units.items():

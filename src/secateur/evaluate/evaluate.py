@@ -23,7 +23,7 @@ from secateur.core.words import perplexity_words, plural
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.kept import file_facts, keep, kept, key_of
 from secateur.evaluate.perplexity import perplexity
-from secateur.evaluate.shift import functionality_shift
+from secateur.evaluate.shift import SHIFT_WINDOWS, functionality_shift
 from secateur.evaluate.tasks import Tasks, find_tasks
 from secateur.models import card
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
@@ -200,12 +200,17 @@ def _against(
     if (measured := kept(key)) is None:
         measured = dict(perplexity(dense, questions.windows).facts)
         keep(key, measured)
-    shift = functionality_shift(dense, model, questions.windows[:32], questions.tokenizer)
+    shift = functionality_shift(dense, model, questions.windows[:SHIFT_WINDOWS], questions.tokenizer)
     return {
         "ppl_dense": measured["ppl"],
         "loss_dense": measured["loss"],
         "shift": {"against": request.against, **shift},
     }
+
+
+def dense_is_kept(against: Checkpoint, questions: Questions) -> bool:
+    """Return True if the perplexity of the dense model is in the cache, so that it is not measured again."""
+    return kept(_perplexity_key(against, questions)) is not None
 
 
 def _perplexity_key(checkpoint: Checkpoint, questions: Questions) -> str:

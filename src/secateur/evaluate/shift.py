@@ -22,6 +22,7 @@ from secateur.evaluate.generate import write_on
 from secateur.evaluate.perplexity import equal_batches
 from secateur.models.loss import head_of, hidden_states, positions_a_chunk
 
+SHIFT_WINDOWS = 32  # of an evaluation
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
 _GRAM = 4
 
@@ -51,11 +52,9 @@ def functionality_shift(
             f"--against: the dense model has a vocabulary of {dense.config.vocab_size} tokens, this model one of "
             f"{pruned.config.vocab_size}; they cannot be compared; give the model that this one was pruned from"
         )
-    kl, agreement, tokens = _compare(dense, pruned, windows)
-    prompts_BT = torch.stack(
-        [w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]]
-    )
-    ours, theirs = _continue(pruned, prompts_BT), _continue(dense, prompts_BT)
+    kl, agreement, tokens = compare(dense, pruned, windows)
+    prompts_BT = prompts_of(windows)
+    ours, theirs = continuations(pruned, prompts_BT), continuations(dense, prompts_BT)
     shift: dict[str, Any] = {
         "kl": kl / tokens,
         "top1_agreement": agreement / tokens,
@@ -68,8 +67,14 @@ def functionality_shift(
     return shift
 
 
+def prompts_of(windows: Sequence[Tensor]) -> Tensor:
+    """Return the beginnings of the first windows, [B, T], which the models go on from."""
+    return torch.stack([w[:PROMPT_TOKENS] for w in windows[:PROMPTS] if len(w) >= PROMPT_TOKENS] or [windows[0][:2]])
+
+
 @torch.inference_mode()
-def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor]) -> tuple[float, int, int]:
+def compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[Tensor]) -> tuple[float, int, int]:
+    """Return the summed KL divergence, the number of equal most likely tokens, and the number of tokens."""
     kl, agreement, tokens = [], 0, 0
     size = positions_a_chunk(dense.config.vocab_size)
     for batch_BT in track(list(equal_batches(windows)), "shift: batches"):
@@ -84,7 +89,7 @@ def _compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[
     return math.fsum(kl), agreement, tokens
 
 
-def _continue(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
+def continuations(model: PreTrainedModel, prompts_BT: Tensor) -> Tensor:
     """Return greedy continuations, [B, new]. Generation does not stop at an end of text, so all are equally long."""
     new = min(NEW_TOKENS, model.config.max_position_embeddings - prompts_BT.shape[1])
     return write_on(model, prompts_BT, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)

@@ -49,6 +49,17 @@ class Tasks:
             **({"tasks": self.loaded.hashes} if self.loaded else {}),
         }
 
+    def requests(self) -> dict[str, int]:
+        """Return the number of requests of each task."""
+        own = {CLOZE: sum(len(item.choices) for item in self.items)} if self.items else {}
+        others = self.loaded.found["tasks"].items() if self.loaded else ()
+        return own | {name: len(task.instances) for name, task in others}
+
+    def writing(self) -> list[str]:
+        """Return the tasks for which the model writes text."""
+        others = self.loaded.found["tasks"].items() if self.loaded else ()
+        return [name for name, task in others if task.OUTPUT_TYPE == "generate_until"]
+
     def versions(self) -> dict[str, str]:
         """Return the version of lm-eval, where it is used."""
         return {"lm_eval": _harness("").version()} if self.loaded else {}

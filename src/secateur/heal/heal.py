@@ -60,7 +60,7 @@ _TUNING, _BEFORE = "tuning", "before"  # parts of an interrupted run: adapters a
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """A request checked against its model."""
 
     request: HealRequest
@@ -81,6 +81,11 @@ class _Prepared:
         if self.protocol is None:
             return {}
         return {"ppl_protocol": protocol_facts(self.protocol, self.held_out)}
+
+    @property
+    def zeroed(self) -> set[str]:
+        """The linear modules of which pruning zeroed weights, by path."""
+        return zeroed_modules(self.checkpoint.view(), self.plan, written_recipe(self.checkpoint.folder))
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, without the learning rate, which may change when a run is resumed."""
@@ -133,7 +138,7 @@ def heal(
     finished = is_finished(out, resume=resume, overwrite=overwrite)
     check_request(request)
     need_peft()
-    prepared = _prepare(request, records_file)
+    prepared = prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
     if (
@@ -194,7 +199,12 @@ def check_request(request: HealRequest) -> None:
         raise UsageError(f"{option} {asked[given[0]]} says what to measure, and --no-eval measures nothing: drop one")
 
 
-def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
+def prepare(request: HealRequest, records_file: Path) -> Prepared:
+    """Check a request against its model, and read its texts.
+
+    Raises:
+        UsageError, SecateurError: the request is wrong, or a text or the model cannot be read.
+    """
     checkpoint = open_checkpoint(request.model)
     plan = read_plan_json(checkpoint.folder)
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
@@ -243,7 +253,7 @@ def _prepare(request: HealRequest, records_file: Path) -> _Prepared:
             check_ids(ids, checkpoint.config.vocab_size, longest, where, tokens)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    return _Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples, form)
+    return Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples, form)
 
 
 def _form(request: HealRequest, checkpoint: Checkpoint, spec: str, plan: dict[str, Any]) -> str | None:
@@ -295,7 +305,7 @@ def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) ->
 
 
 def _finished(
-    prepared: _Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
+    prepared: Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
 ) -> records.Record | None:
     """The record of a run that is already complete; None if it must run again."""
     written_plan = read_plan_json(out)
@@ -321,7 +331,7 @@ def _finished(
     return record
 
 
-def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
+def _run(prepared: Prepared, settings: dict[str, Any], writer: CheckpointWriter) -> dict[str, Any]:
     """Train, write the result, and measure perplexity before and after if asked; returns the facts for the record."""
     request, checkpoint = prepared.request, prepared.checkpoint
     if prepared.protocol is not None:
@@ -335,7 +345,7 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
         alpha=request.alpha,
         seed=request.seed,
         masked=not request.keep_adapter,
-        zeroed=zeroed_modules(checkpoint.view(), prepared.plan, written_recipe(checkpoint.folder)),
+        zeroed=prepared.zeroed,
     )
     if request.checkpointing:
         recompute(model.get_submodule(checkpoint.view().family.blocks).children())
@@ -382,7 +392,7 @@ def _run(prepared: _Prepared, settings: dict[str, Any], writer: CheckpointWriter
     return {**facts, "ppl_before": exp(before), "loss_before": before, **after.facts}
 
 
-def _loss_before(prepared: _Prepared, model: PreTrainedModel, writer: CheckpointWriter) -> float:
+def _loss_before(prepared: Prepared, model: PreTrainedModel, writer: CheckpointWriter) -> float:
     """The loss of the model before training, in nats a token; that of an interrupted run if it measured the same."""
     protocol = prepared.measured["ppl_protocol"]
     if not writer.has(_BEFORE) or writer.read_note(_BEFORE).get("protocol") != protocol:
@@ -390,7 +400,7 @@ def _loss_before(prepared: _Prepared, model: PreTrainedModel, writer: Checkpoint
     return float(writer.read_note(_BEFORE)["loss"])
 
 
-def _reload(prepared: _Prepared, out: Path) -> PreTrainedModel:
+def _reload(prepared: Prepared, out: Path) -> PreTrainedModel:
     return load_model(open_checkpoint(str(out)), device=prepared.device, dtype=prepared.dtype)
 
 
@@ -400,7 +410,7 @@ def _thinned(readings: list[dict[str, float]], most: int = 50) -> list[dict[str,
     return readings[::-1][::step][::-1]
 
 
-def _write_merged(prepared: _Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
+def _write_merged(prepared: Prepared, adapters: Adapters, writer: CheckpointWriter) -> int:
     """Write every tensor, with its update if it has one, block by block; returns the number of nonzero weights."""
     view = prepared.checkpoint.view()
     nonzero = 0
@@ -428,7 +438,7 @@ def _parts(view: ModelView) -> dict[str, list[str]]:
     return {f"outer-{name}": [name] for name in view.outer_names()} | blocks
 
 
-def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter) -> None:
+def _finish(prepared: Prepared, facts: dict[str, Any], writer: CheckpointWriter) -> None:
     checkpoint, view = prepared.checkpoint, prepared.checkpoint.view()
     problem = stock_problem(view.raw_config, view.family, [view.dims(index) for index in range(view.blocks)])
     files = _words(prepared, facts, problem)
@@ -442,7 +452,7 @@ def _finish(prepared: _Prepared, facts: dict[str, Any], writer: CheckpointWriter
     writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files, recipe)
 
 
-def _recipe(prepared: _Prepared, weights: Mapping[str, str]) -> str:
+def _recipe(prepared: Prepared, weights: Mapping[str, str]) -> str:
     """The recipe of the result: that of the checkpoint that was healed, and this healing."""
     request, drawn = prepared.request, not holds_ids(prepared.spec)
     resolved = {
@@ -454,7 +464,7 @@ def _recipe(prepared: _Prepared, weights: Mapping[str, str]) -> str:
     return recipe_text("heal", request, resolved, prepared.checkpoint, str(prepared.device), weights)
 
 
-def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
+def _words(prepared: Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
     """The texts of the plan and the card: the facts of the pruning, and those of the healing."""
     plan = {**prepared.plan, **facts}
     content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
@@ -464,7 +474,7 @@ def _words(prepared: _Prepared, facts: dict[str, Any], problem: str | None) -> d
     }
 
 
-def _write_adapter(prepared: _Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
+def _write_adapter(prepared: Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
     """Write the adapter in peft's own form; `PeftModel.from_pretrained(model, OUT)` adds it to its checkpoint."""
     adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
     with writer.disk():

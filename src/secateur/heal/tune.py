@@ -8,6 +8,7 @@ Shape letters: S examples, B examples of a batch, T tokens.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from secateur.core.errors import SecateurError
 from secateur.core.progress import say, track
-from secateur.core.words import plural
+from secateur.core.words import plural, rough_duration_words
 from secateur.heal.data import Examples
 from secateur.heal.watch import Watch, steps_watched
 from secateur.models.loss import hidden_states, mean_loss
@@ -27,6 +28,7 @@ from secateur.train.state import load_state, save_state
 from secateur.train.steps import all_finite, rows_of_step
 
 LOOK_EVERY = 10  # steps between two readings of the loss
+_LONG = 60.0  # seconds of training that are said beforehand
 SCHEDULES = ("cosine", "constant")
 
 
@@ -83,22 +85,21 @@ def tune(
         count = min(LOOK_EVERY, how.save_every, how.steps)
         readings.append({"step": 0, "loss": sum(before[:count]) / count, "lr": how.lr})
         _check_finite(readings[0], trainable, 0)
-    device = model.device
     watch = Watch(before, [_tokens(examples, how, start + number) for number in range(len(before))])
+    device, pace = model.device, _Pace(how, examples)
     recent = RecentLoss()
     losses, since, saved = torch.zeros((), device=device), 0, start
     for step in track(range(saved + 1, how.steps + 1), "heal: steps", status=recent.words):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step - 1, how)
         rows = rows_of_step(step - 1, len(examples.ids_ST), how.batch, how.seed)
-        loss = next_token_loss(model, examples.ids_ST[rows].to(device), examples.label_ST[rows].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        losses, since = losses + loss.detach(), since + 1
+        loss = train_step(
+            model, trainable, optimizer, examples.ids_ST[rows].to(device), examples.label_ST[rows].to(device)
+        )
+        losses, since = losses + loss, since + 1
         recent.add(loss)
         watch.add(loss, _tokens(examples, how, step - 1))
+        pace.step(step)
         save = step % how.save_every == 0 or step == how.steps
         if step % LOOK_EVERY == 0 or save:
             reading = {"step": step, "loss": float(losses) / since, "lr": how.lr}
@@ -110,6 +111,41 @@ def tune(
             save_state(state, trainable, optimizer, None, {}, {"seen": readings})
             saved = step
     return readings
+
+
+def train_step(
+    model: PreTrainedModel,
+    trainable: nn.ParameterList,
+    optimizer: torch.optim.Optimizer,
+    ids_BT: Tensor,
+    label_BT: Tensor,
+) -> Tensor:
+    """Take one step of the optimiser; return the loss before it."""
+    loss = next_token_loss(model, ids_BT, label_BT)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
+    return loss.detach()
+
+
+class _Pace:
+    """Says how long the training takes, as soon as two steps are done; a short one needs no word."""
+
+    def __init__(self, how: Tuning, examples: Examples) -> None:
+        self._how, self._tokens = how, examples.ids_ST.shape[1]
+        self._ends: list[float] = []
+
+    def step(self, step: int) -> None:
+        """Note the end of a step."""
+        if len(self._ends) == 2:
+            return
+        self._ends.append(time.monotonic())
+        if len(self._ends) == 2:
+            left = (self._ends[1] - self._ends[0]) * (self._how.steps - step)  # the first step is slower
+            if left > _LONG:
+                size = f"{self._how.steps:,} steps of {self._how.batch} x {self._tokens:,} tokens"
+                say(f"heal: {size}, about {rough_duration_words(left)}")
 
 
 @torch.no_grad()

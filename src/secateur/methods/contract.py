@@ -111,10 +111,16 @@ class Gradual(Protocol):
     def __call__(self, options: Any, /) -> bool: ...
 
 
-class Operations(Protocol):
-    """Estimate the number of multiplications that a plan of the whole model takes, over `tokens` tokens."""
+class Rehearsal(Protocol):
+    """Return options of a short run that fits a model of two blocks, and how often the whole run does what repeats.
 
-    def __call__(self, view: ModelView, tokens: int, options: Any, sparsity: float, /) -> float: ...
+    The counts are by the description of a `progress.track`: {"NAME: steps": 1000} says that the whole run has 1000
+    items there, where the short one has fewer. A dry run times the short run, and multiplies. What is not counted
+    grows with the blocks where the description of its track says "blocks", and else only with the tokens. It raises
+    SecateurError with the reason where nothing short tells how long the whole takes; the dry run then has no time.
+    """
+
+    def __call__(self, options: Any, sparsity: float, /) -> tuple[Any, Mapping[str, int]]: ...
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,8 @@ class Says:
             each matrix, or the units where the option `pattern` is rows or columns. A pattern that zeroes weights
             always counts weights. A method with only `plan_model` or `plan_place` must define it.
         GRADIENTS: whether it takes gradients of the loss (`calibrate/backward.py`): a dry run counts their memory.
-        TRAINS: whether it trains on the text, as many passes as its options say: a dry run then estimates no memory,
-            and no time without `operations`.
+        TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
+            run estimates no memory.
         SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.
@@ -146,7 +152,7 @@ class Says:
         never_stock: see `NeverStock`.
         by_rows: see `ByRows`; without it weights are counted in each matrix.
         gradual: see `Gradual`.
-        operations: see `Operations`.
+        rehearsal: see `Rehearsal`. Needed where TRAINS, and where options name blocks by their number.
     """
 
     CALIBRATION: str | None
@@ -171,7 +177,7 @@ class Says:
     never_stock: NeverStock | None = None
     by_rows: ByRows | None = None
     gradual: Gradual | None = None
-    operations: Operations | None = None
+    rehearsal: Rehearsal | None = None
 
 
 def read_contract(name: str, module: ModuleType, options: type[Any]) -> Says:
@@ -251,6 +257,10 @@ def _check_whole(where: str, says: Says) -> None:
         raise UsageError(
             f"{where}: a sparsity of {says.REMOVES.name} is for the model as a whole, which plan_block does not plan: "
             "define plan_model"
+        )
+    if says.TRAINS and says.rehearsal is None:
+        raise UsageError(
+            f"{where} lacks rehearsal: how a short run relates to the whole one, since it TRAINS (methods/contract.py)"
         )
     if says.SHARDS and says.plan_model is None:
         raise UsageError(f"{where}: SHARDS is for the work of plan_model, which is missing")

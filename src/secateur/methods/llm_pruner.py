@@ -37,7 +37,7 @@ Differences from the authors' code:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -155,6 +155,11 @@ def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
 def never_stock(options: LLMPruner) -> str | None:
     """Say why the result is not a stock model with `mode=channel`; None with `mode=block`."""
     return "its blocks read and write parts of the residual stream" if options.mode == "channel" else None
+
+
+def rehearsal(options: LLMPruner, sparsity: float) -> tuple[LLMPruner, dict[str, int]]:
+    """The same work on a model of two blocks, which all may lose something."""
+    return replace(options, keep_first=0, keep_last=0), {}
 
 
 def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> tuple[BlockPlan, ...]:

@@ -326,6 +326,22 @@ BLOCKS = Quantity(
 QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS)}
 
 
+def sparsity_of_part(quantity: Quantity, whole: ModelView, part: ModelView, sparsity: float) -> float:
+    """Return the sparsity of a model with some of the blocks of another one that takes as much from each block.
+
+    Args:
+        quantity: what the sparsity is a fraction of.
+        whole, part: the model, and the same with fewer blocks.
+        sparsity: the sparsity of the whole model.
+    """
+    if quantity is BLOCKS:
+        return min(part.blocks - 1, max(1, round(sparsity * part.blocks))) / part.blocks
+    if quantity is PARAMETERS:
+        share = part.matrix_parameters() / whole.matrix_parameters()
+        return sparsity * whole.parameters() * share / part.parameters()
+    return sparsity
+
+
 def words_of(name: str | None) -> str:
     """The words for a `sparsity_of` of a record; records of older versions have none."""
     return QUANTITIES[name].words if name in QUANTITIES else "what the method removes from"

@@ -1,28 +1,50 @@
-"""`--dry-run`: estimate what `prune` would remove, and its memory, disk and time. Reads no weights, writes nothing."""
+"""`--dry-run`: what `prune` would remove, and its memory, disk and time. Writes nothing that stays."""
 
 from __future__ import annotations
 
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from secateur.calibrate.stream import TOKENS_A_BATCH
+from secateur.core.errors import SecateurError
 from secateur.core.machine import matrix_rate
+from secateur.core.memory import resident_bytes
+from secateur.core.progress import observed, say
 from secateur.core.records import Record
+from secateur.core.timing import Expected, Phases
+from secateur.core.words import rough_duration_words, size_words
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
-from secateur.prune.allocation.allocate import TOKENS, cells_to_measure
-from secateur.prune.prepare import Prepared, parameters_expected, say_expected
+from secateur.prune.calibration import read_labelled
+from secateur.prune.prepare import Prepared, parameters_expected, prepare, say_expected
+from secateur.prune.rehearse import BLOCKS, Clock, rehearse
 from secateur.prune.settings import prepared_settings
+from secateur.text.specs import holds_ids
 
-_OVERHEAD = 1.5  # a forward pass costs more than its matrix products
-_DISK_BYTES_A_SECOND = 500e6
+_LONG = 60.0  # seconds; a run that seems shorter is not rehearsed
+_SLOWEST = 2e9  # floating-point operations a second that any machine does
+_LIBRARIES_BYTES = 1 << 24  # what the libraries of products and the allocator hold besides
+_READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 
 
-def estimate(prepared: Prepared) -> Record:
-    """Estimate parameters, memory, disk and time from shapes and a short measurement of this machine.
+def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
+    """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
-    An entry is None if the text or options of the method decide it. Warns, as `prune` does, if the size will surprise.
+    An entry is None if the text or options of the method decide it; `seconds_unknown` says why there is no time.
+    `memory_bytes` is what the work needs, above the `resident_bytes` that the process holds already. Warns, as `prune`
+    does, if the size will surprise.
+
+    Args:
+        prepared: the run.
+        clock: returns seconds.
     """
     say_expected(prepared)
+    resident = resident_bytes(prepared.device)
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
@@ -36,45 +58,103 @@ def estimate(prepared: Prepared) -> Record:
         )
     )
     stored = prepared.checkpoint.dtype.itemsize
-    tokens = prepared.samples * prepared.seqlen if job.calibrates else 0
-    passes = 4 if _differentiates(prepared) else 2  # passes of the tokens through the weights
-    computing = forward_seconds(
-        passes * tokens + TOKENS * cells_to_measure(job), view.matrix_parameters(), prepared.device, prepared.dtype
-    )
-    seconds = computing + 2 * before * stored / _DISK_BYTES_A_SECOND
+    opening = _opening_seconds(prepared, clock)
+    text, windows, ids = _text(prepared, clock)
+    tokens = 0 if windows is None else math.prod(windows)
+    expected, why = _rehearsed(prepared, windows, ids, clock)
     return {
         "command": "prune",
         "dry_run": True,
         **prepared_settings(prepared, None),
+        "sparsity_of": prepared.job.quantity.name,
         "params_before": before,
         "params_after": after,
         "nonzero_after": None if after is None else after - zeroed,
         "pruning_ratio": None if after is None else 1 - after / before,
         "calibration_tokens": tokens,
         "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
+        "resident_bytes": resident,
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
-        "disk_bytes": 2 * (before if after is None else after) * stored,
-        "seconds_estimated": _training_seconds(prepared, tokens) if _trains(prepared) else round(seconds, 1),
+        "disk_bytes": 2 * (before if after is None else after) * stored + _spilled(prepared, tokens),
+        "seconds_estimated": None if expected is None else round(opening + text + expected.seconds, 2),
+        **({} if why is None else {"seconds_unknown": why}),
     }
 
 
-def _training_seconds(prepared: Prepared, tokens: int) -> float | None:
-    job = prepared.job
-    if job.method.says.operations is None:
+def _rehearsed(
+    prepared: Prepared, windows: tuple[int, int] | None, ids: Tensor | None, clock: Clock = time.perf_counter
+) -> tuple[Expected | None, str | None]:
+    """Return what the run is expected to take without its text, or None and the reason."""
+    blocks = prepared.job.view.blocks
+    say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
+    try:
+        return rehearse(prepared, windows, clock, ids), None
+    except Exception as error:  # whatever the run itself would say, a dry run says that it has no estimate
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def announce(prepared: Prepared, windows: Tensor | None) -> Expected | None:
+    """Before a run that takes minutes, say how long and how much memory; None before a short one, without a rehearsal.
+
+    Args:
+        prepared: the run.
+        windows: its token ids [S, T].
+    """
+    if windows is None or _crude_seconds(prepared, windows.numel()) < _LONG:
         return None
-    sparsity = job.sparsity or max(rate for rates in job.rates for rate in rates.values())
-    return round(
-        forward_seconds(
-            1, job.method.says.operations(job.view, tokens, job.options, sparsity), prepared.device, prepared.dtype
-        ),
-        1,
-    )
+    expected, _ = _rehearsed(prepared, (windows.shape[0], windows.shape[1]), windows)
+    if expected is not None:
+        memory = ""
+        if not _trains(prepared):
+            needed = resident_bytes(prepared.device) + _memory(prepared, windows.numel())
+            memory = f", {size_words(needed)} of memory"
+        say(f"{prepared.job.method.name}: about {rough_duration_words(expected.seconds)}{memory}")
+    return expected
 
 
-def forward_seconds(tokens: float, weights: float, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds that `tokens` tokens take through matrices of `weights` weights in total, on this machine."""
-    return 2 * tokens * weights / matrix_rate(device, dtype) * _OVERHEAD
+def _crude_seconds(prepared: Prepared, tokens: int) -> float:
+    """Return seconds from a count of products: enough to tell a long run from a short one."""
+    job, repeats = prepared.job, 1
+    if job.whole_model and job.method.says.rehearsal is not None:
+        with suppress(SecateurError):  # then it has no estimate either
+            counts = job.method.says.rehearsal(job.options, job.sparsity or 0.5)[1]
+            repeats = max([1, *counts.values()])
+    passes = 4 if _differentiates(prepared) else 2
+    if job.allocation == "auto":
+        repeats = sum(map(len, job.rates))
+    products = 2 * passes * tokens * repeats * job.view.matrix_parameters()
+    if products < _LONG * _SLOWEST:
+        return 0.0
+    return products / matrix_rate(prepared.device, prepared.dtype)
+
+
+def _opening_seconds(prepared: Prepared, clock: Clock) -> float:
+    """Return the seconds that the checks before the work take: the most of a very short run."""
+    started = clock()
+    with observed(Phases()):  # what is to be said was said
+        prepare(prepared.request)
+        prepared_settings(prepared, None)
+    return clock() - started
+
+
+def _text(prepared: Prepared, clock: Clock) -> tuple[float, tuple[int, int] | None, Tensor | None]:
+    """Return the seconds that reading the text takes, the number of windows and their tokens, and their token ids.
+
+    A text on this machine is read. One from the hub is not: its seconds are left out, and there are no token ids.
+
+    Raises:
+        SecateurError: the text cannot be read, or is too short.
+    """
+    spec, started = prepared.calibration, clock()
+    if spec is None:
+        return 0.0, None, None
+    file = Path(spec).expanduser()
+    if spec != "builtin" and not (file.is_file() and (holds_ids(spec) or file.stat().st_size < _READ_BYTES)):
+        return 0.0, (prepared.samples, prepared.seqlen), None
+    windows, _ = read_labelled(prepared)
+    assert windows is not None
+    return clock() - started, (windows.shape[0], windows.shape[1]), windows
 
 
 def _differentiates(prepared: Prepared) -> bool:
@@ -90,6 +170,14 @@ def _trains(prepared: Prepared) -> bool:
 def _targets(view: ModelView, index: int, rate: dict[str, float]) -> list[tuple[tuple[int, int], float]]:
     shapes = view.matrix_shapes(index)
     return [(shapes[name], value) for name, value in rate.items()]
+
+
+def _spilled(prepared: Prepared, tokens: int) -> int:
+    """Return the bytes of the activations that `--spill` keeps on disk."""
+    if not prepared.request.spill:
+        return 0
+    copies = prepared.job.view.blocks + 1 if _differentiates(prepared) else 1
+    return copies * tokens * int(prepared.job.view.config.hidden_size) * prepared.dtype.itemsize
 
 
 def _memory(prepared: Prepared, tokens: int) -> int:
@@ -112,6 +200,7 @@ def _memory(prepared: Prepared, tokens: int) -> int:
         * width
     )
     if _differentiates(prepared):  # the input of each block is kept, and perhaps sums of gradients and of their squares
-        return int(max(2 * outer * width, block * (width + 8)) + buffer * (view.blocks + 1) + 3 * batch)
-    streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch)
+        inputs = buffer * (view.blocks + 1)
+        return int(max(2 * outer * width, block * (width + 8)) + inputs + 3 * batch) + _LIBRARIES_BYTES
+    streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch) + _LIBRARIES_BYTES
     return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed

@@ -7,27 +7,18 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from secateur.calibrate.stream import Stream
 from secateur.core import records
 from secateur.core.distributed import on_first, processes, rank
-from secateur.core.errors import HopelessError, UsageError
-from secateur.core.memory import give_back
-from secateur.core.progress import say
+from secateur.core.errors import UsageError
+from secateur.core.progress import expecting, say
 from secateur.core.timing import Stopwatch
 from secateur.core.torchrun import launched, refuse_pruning
 from secateur.methods import find_method, sharing_methods
-from secateur.models import card, runtime
-from secateur.models.load import load_model
-from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
+from secateur.models import runtime
 from secateur.models.save import (
-    PLAN_PATH,
-    CheckpointWriter,
     clean,
     differing_from_plan,
     disk,
@@ -35,16 +26,14 @@ from secateur.models.save import (
     same_run,
     weight_bytes,
 )
-from secateur.plan.plan import plan_json, read_plan_json
-from secateur.plan.quantity import words_of
-from secateur.prune.allocation.allocate import Allocation, allocate
+from secateur.plan.plan import read_plan_json
 from secateur.prune.calibration import read_labelled
-from secateur.prune.driver import check_finite, whole_model_plan
+from secateur.prune.driver import whole_model_plan
+from secateur.prune.estimate import announce
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
-from secateur.prune.settings import identity, prepared_settings, refuse_out, resolved
-from secateur.prune.totals import facts_of
-from secateur.prune.write import LEARNING, block_part, new_writer, plan_part, prune_blocks, write_outer
-from secateur.recipe.write import recipe_text
+from secateur.prune.settings import identity, prepared_settings, refuse_out
+from secateur.prune.work import make_checkpoint
+from secateur.prune.write import LEARNING, new_writer
 from secateur.requests import Request
 
 STATES = "gradual"  # the folder beside the results with the saved states of a gradual method, shared by its runs
@@ -114,9 +103,12 @@ def _prune(
         return {}
     state = None if states is None else _shared_state(prepared, settings, states)
     seconds_before = _seconds(state)
-    facts, stock = _run(
-        replace(prepared, job=replace(prepared.job, state_file=state)), windows, settings, writer, watch
-    )
+    # a run that goes on finishes its parts at another pace, and processes share their work
+    expected = None if resume or launched() else announce(prepared, windows)
+    with expecting(expected):
+        facts, stock = make_checkpoint(
+            replace(prepared, job=replace(prepared.job, state_file=state)), windows, settings, writer, watch
+        )
     seconds = round(time.perf_counter() - started, 3)
     if state is not None:
         state.with_suffix(".json").write_text(json.dumps(seconds_before | {str(prepared.sparsity): seconds}), "utf-8")
@@ -139,76 +131,6 @@ def _prune(
     records.append(records_file, record)
     _say_result(record, warned)
     return record
-
-
-def _run(
-    prepared: Prepared, windows: Tensor | None, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch
-) -> tuple[dict[str, Any], bool]:
-    """Prune and write the blocks and the tensors outside them, and finish the checkpoint.
-
-    Returns:
-        The facts for the record, and whether the result is a stock model.
-    """
-    try:
-        dense = prepared.checkpoint.view()
-        for name in dense.outer_names():  # the tensors of a block are checked when the block is read
-            check_finite(dense.source.read(name), name)
-        prepared = _allocated(prepared, windows, writer, watch)
-    except HopelessError:
-        writer.discard()
-        raise
-    checkpoint, view = prepared.checkpoint, prepared.job.view
-    stream = None
-    if windows is not None and prepared.job.streams:
-        with watch("forward"), writer.disk():
-            stream = Stream(
-                view,
-                windows,
-                device=prepared.device,
-                dtype=prepared.dtype,
-                spill=writer.scratch if prepared.request.spill else None,
-            )
-    try:
-        totals = prune_blocks(prepared, windows, writer, stream, watch)
-    except HopelessError:
-        writer.discard()
-        raise
-    weights = write_outer(prepared, writer, watch, totals) + [block_part(index) for index in totals.kept]
-    raw = drop_blocks(view.raw_config, view.config, totals.kept)
-    problem = stock_problem(raw, view.family, totals.dims)
-    assert not (problem and prepared.request.stock_only), "--stock-only refuses it earlier"
-    facts = facts_of(prepared, totals)
-    with watch("files"):
-        config = pruned_config(raw, view.family, totals.dims, stock=problem is None)
-        words = card.model_card(checkpoint, settings, facts, problem, words_of(facts["sparsity_of"]))
-        files = {"README.md": words, PLAN_PATH: plan_json({**settings, **facts}, totals.summaries)}
-        if problem:
-            files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
-            if (tokenizer_config := checkpoint.named_tokenizer()) is not None:
-                files["tokenizer_config.json"] = tokenizer_config
-        recipe = partial(
-            recipe_text, "prune", prepared.request, resolved(prepared, settings), checkpoint, settings["device"]
-        )
-        plans = [plan_part(index) for index in range(view.blocks)]
-        writer.finish(weights, plans, config, checkpoint.folder, files, recipe)
-    return facts, problem is None
-
-
-def _allocated(prepared: Prepared, windows: Tensor | None, writer: CheckpointWriter, watch: Stopwatch) -> Prepared:
-    """Choose the sparsity of each matrix for `--modules auto` or `owl`; keep the choice of an interrupted run."""
-    job = prepared.job
-    if job.allocation is None:
-        return prepared
-    assert windows is not None, "an allocation always has a calibration text"
-    if not writer.has(_ALLOCATION):
-        with watch("allocation"):
-            allocation = allocate(
-                job, partial(load_model, prepared.checkpoint, device=job.device, dtype=job.dtype), windows
-            )
-        give_back()
-        writer.write(_ALLOCATION, {}, allocation.facts)
-    chosen = Allocation.read(writer.read_note(_ALLOCATION))
-    return replace(prepared, job=replace(job, rates=chosen.rates, notes={**job.notes, "allocation": chosen.facts}))
 
 
 def _finished(

@@ -17,6 +17,7 @@ from secateur.core.errors import UsageError, unknown
 from secateur.core.records import Record
 from secateur.methods import find_method
 from secateur.prune.prepare import prepare
+from secateur.prune.rehearse import rehearse
 from secateur.requests import EvalRequest, Request
 from secateur.study.sweep import point_name, prune_and_measure
 
@@ -151,14 +152,17 @@ def runs(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ()) 
 
 
 def estimate(base: Request, sparsities: Sequence[float], *, parts: Sequence[str] = ()) -> Record:
-    """`--dry-run`: `runs`, the names of what would be made beside the dense model, and all `steps` of learning; how
-    long a step takes, nothing here knows.
+    """`--dry-run`: `runs`, the names of what would be made beside the dense model, all `steps` of learning, and
+    `seconds_estimated` of the prunes, from the steps of the first one; evaluations come on top.
 
     Raises:
         UsageError, SecateurError: as `run` does before the work.
     """
     found = runs(base, sparsities, parts)
-    steps = sum(prepare(request).job.options.steps for request in found.values())
+    every = [prepare(request) for request in found.values()]
+    steps = sum(prepared.job.options.steps for prepared in every)
+    first = every[0]
+    seconds = rehearse(first, (first.samples, first.seqlen)).seconds * steps / first.job.options.steps
     return {
         "command": "study",
         "study": "disp-llm",
@@ -166,6 +170,7 @@ def estimate(base: Request, sparsities: Sequence[float], *, parts: Sequence[str]
         "model": base.model,
         "runs": list(found),
         "steps": steps,
+        "seconds_estimated": round(seconds, 1),
     }
 
 

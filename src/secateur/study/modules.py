@@ -30,14 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibrate.stream import Stream
+from secateur.calibrate.stream import TOKENS_A_BATCH, Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
-from secateur.core.progress import say
+from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Stopwatch
+from secateur.core.timing import Phases, Stopwatch
 from secateur.core.workers import end_with_parent
+from secateur.evaluate.estimate import perplexity_seconds
 from secateur.evaluate.evaluate import Questions, announce, prepare_questions
+from secateur.evaluate.passes import small_model
 from secateur.evaluate.tasks import task_text
 from secateur.models.load import BUNDLED, load_model
 from secateur.models.save import refuse_existing
@@ -47,9 +49,9 @@ from secateur.plan.rates import Rates, resolve_rates
 from secateur.prune.allocation.dense import DenseModel
 from secateur.prune.calibration import read_windows
 from secateur.prune.driver import pruned_blocks
-from secateur.prune.estimate import forward_seconds
 from secateur.prune.job import Job, make_job
 from secateur.prune.prepare import Prepared, prepare
+from secateur.prune.rehearse import rehearse
 from secateur.prune.settings import identity, prepared_settings
 from secateur.requests import EvalRequest, ModulesRequest, Request
 from secateur.text.specs import TASK, task_names
@@ -197,7 +199,7 @@ def _finished(file: Path) -> dict[str, Record]:
 def estimate(
     request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None
 ) -> Record:
-    """`--dry-run`: what `run` would do. Text and tasks are read, nothing is written, no weights are read.
+    """`--dry-run`: what `run` would do. Text and tasks are read, two blocks are measured, nothing is written.
 
     Args:
         request, asked, measure: as for `run`.
@@ -214,15 +216,14 @@ def estimate(
     with TemporaryDirectory() as folder:
         work, wanted = _prepare(request, asked, measure, Path(folder))
         settings = work.settings
-    view, job = work.prepared.job.view, work.prepared.job
+    job = work.prepared.job
     done = _finished(records_file) if records_file else {}
     missing = [cell for cell in wanted if not done or work.key(cell) not in done]
     calibrated = sum(bool(cell.modules) for cell in missing) if job.streams else 0
     passes = min(calibrated, 1) if asked.mode == "shared" else calibrated
     calibration_tokens = 0 if work.windows is None else passes * work.windows.numel()
     evaluation_tokens = len(missing) * sum(len(window) for window in work.questions.windows)
-    matrices, head = view.matrix_parameters(), view.config.vocab_size * view.config.hidden_size
-    place = work.questions.device, work.questions.dtype
+    seconds = _calibrating_seconds(work, passes, calibrated) + _measuring_seconds(work, len(missing))
     return {
         "command": "study",
         "study": "modules",
@@ -234,12 +235,31 @@ def estimate(
         "calibrations": passes,
         "calibration_tokens": calibration_tokens,
         "evaluation_tokens": evaluation_tokens,
-        "seconds_estimated": round(
-            forward_seconds(2 * calibration_tokens, matrices, *place)
-            + forward_seconds(evaluation_tokens, matrices + head, *place),
-            1,
-        ),
+        "seconds_estimated": round(seconds, 1),
     }
+
+
+def _calibrating_seconds(work: _Work, passes: int, calibrated: int) -> float:
+    """Return the seconds of some passes over the calibration text, and of the cuts of some cells."""
+    shape = None if work.windows is None else (work.windows.shape[0], work.windows.shape[1])
+    if not calibrated:
+        return 0.0
+    whole = rehearse(work.prepared, shape).seconds
+    if passes == calibrated or shape is None:
+        return passes * whole
+    # a cell that shares the statistics of the others costs about what a run over few tokens does
+    few = (min(shape[0], max(1, TOKENS_A_BATCH // shape[1])), shape[1])
+    return passes * whole + (calibrated - passes) * min(whole, rehearse(work.prepared, few).seconds)
+
+
+def _measuring_seconds(work: _Work, cells: int) -> float:
+    """Return the seconds of the perplexity of some cells."""
+    questions = work.questions
+    if not cells:
+        return 0.0
+    small = small_model(work.prepared.checkpoint, questions.device, questions.dtype)
+    with observed(Phases()):
+        return small.load_seconds + cells * perplexity_seconds(small, questions.windows)
 
 
 def _prepare(request: Request, asked: ModulesRequest, measure: EvalRequest, folder: Path) -> tuple[_Work, list[Cell]]:

@@ -34,9 +34,9 @@ from secateur.methods.disp_llm.choose import choose, smallest
 from secateur.methods.disp_llm.gates import GATES
 from secateur.methods.disp_llm.history import history
 from secateur.methods.disp_llm.hypernetwork import HYPERNETWORKS, Hypernetwork
-from secateur.methods.disp_llm.learning import Learning, learn
+from secateur.methods.disp_llm.learning import STEPS, Learning, learn
 from secateur.methods.disp_llm.masked import MaskedModel
-from secateur.methods.disp_llm.warm import begin, importance
+from secateur.methods.disp_llm.warm import WARM, begin, importance
 from secateur.models.family import SELECT, check_can
 from secateur.models.runtime import NORM_FIRST, SELECT_FIRST
 from secateur.models.spaces import COLUMNS, OWN_COLUMNS, RESIDUAL_WRITERS, ROWS, SEPARATE_COLUMNS
@@ -48,7 +48,7 @@ from secateur.plan.structures import Structures, find_structures
 
 CALIBRATION = "wikitext2"
 REMOVES = PARAMETERS
-TRAINS = True  # a dry run cannot say how long this takes
+TRAINS = True
 SHARDS = True  # processes share windows and blocks, and all of them learn the same gates
 DEMO: list[dict[str, object]] = [{"options": {"steps": 60, "warm": 16}, "sparsities": [0.3, 0.5]}]
 MOST = 0.95
@@ -241,6 +241,12 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
     return tuple(
         _block_plan(view, structures, keep, scales, index, _FORMS[options.norm]) for index in range(view.blocks)
     )
+
+
+def rehearsal(options: DispLLM, sparsity: float) -> tuple[DispLLM, dict[str, int]]:
+    """Two steps, and one window for the first logits; the first step is slower than the others."""
+    short = replace(options, steps=2, warm=min(options.warm, 1), unmet="cut")
+    return short, {STEPS: options.steps, WARM: options.warm}
 
 
 def _structures(view: ModelView, options: DispLLM) -> Structures:

@@ -34,6 +34,7 @@ from secateur.train.recent import RecentLoss
 from secateur.train.state import read_state, restore_state, save_state
 from secateur.train.steps import all_finite, rows_of_step
 
+STEPS = "disp_llm: steps"  # the description of its progress
 LOOK_EVERY = 20  # steps between two looks, which bring the losses to the host
 
 
@@ -107,7 +108,7 @@ def learn(
         )
     if done:
         say(f"disp_llm: continuing from step {done} of {how.steps}")
-    for step in track(range(done + 1, how.steps + 1), "disp_llm: steps", status=learner.status):
+    for step in track(range(done + 1, how.steps + 1), STEPS, status=learner.status):
         learner.step(step)
         if step % LOOK_EVERY == 0 or step == how.steps:
             learner.look(step)

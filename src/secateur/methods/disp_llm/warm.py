@@ -13,9 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.core.progress import track
 from secateur.methods.disp_llm.choose import choose
 from secateur.methods.disp_llm.masked import MaskedModel, keep_gates
 
+WARM = "disp_llm: windows of the first logits"  # the description of its progress
 SURE = 3.0  # the logit at the ends of the ranking, the paper's c
 
 
@@ -26,7 +28,7 @@ def importance(masked: MaskedModel, windows: Tensor) -> Tensor:
     structures = masked.structures
     gate_N = torch.ones(sum(structures.widths), device=masked.device, requires_grad=True)
     square_N = torch.zeros_like(gate_N)
-    for window_T in windows:
+    for window_T in track(windows, WARM, len(windows)):
         (slope_N,) = torch.autograd.grad(masked.loss(window_T[None].to(masked.device), gate_N), gate_N)
         square_N += slope_N.square()
     (saved_N,) = torch.autograd.grad(structures.counter(masked.device)(gate_N), gate_N)

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -63,6 +63,7 @@ GRADIENTS = True
 TRAINS = True
 DEMO: list[dict[str, object]] = []
 SHOTS_A_WHOLE = 80  # the paper has 40 for one half
+_SHOTS = "llm_surgeon: shots"
 _EDGE = 1e-9  # k / 80 times 80 may not be quite k
 
 
@@ -155,25 +156,25 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
     sparsity = run.sparsity or max(rate for rates in view.rates for rate in rates.values())
     work.load(lambda done: left(sparsity, options.shots, done) is not None)
     remaining = left(sparsity, options.shots, work.done) or ()
-    for share in track(remaining, "llm_surgeon: shots", status=work.status):
+    for share in track(remaining, _SHOTS, status=work.status):
         work.shot(data, share)
         work.save()
     run.notes["shots"] = work.told
     return tuple(work.plan(index) for index in range(view.blocks))
 
 
-def operations(view: ModelView, tokens: int, options: LLMSurgeon, sparsity: float) -> float:
-    """The multiplications of all shots, roughly: two forward passes, one backward pass, the sums and factorisations of
-    the factors, and 50 iterations of conjugate gradients if single weights are zeroed.
+def rehearsal(options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[str, int]]:
+    """Two shots, and the number of all shots.
+
+    Raises:
+        SecateurError: zeroed weights are updated by conjugate gradients.
     """
-    total, zeroes = 0.0, not parse_pattern(options.pattern).structured
-    passes = 2 if options.update and options.curvature == "kfac" else 1
-    for index in range(view.blocks):
-        for rows, columns in view.matrix_shapes(index).values():
-            total += passes * (tokens * (3 * rows * columns + rows**2 + columns**2 / 2) + rows**3 + columns**3)
-            # in float64, which counts twice
-            total += 50 * 4 * rows * columns * (rows + columns) if zeroes and passes == 2 else 0
-    return total * len(left(sparsity, options.shots) or ())
+    if options.update and options.curvature == "kfac" and not parse_pattern(options.pattern).structured:
+        raise SecateurError(
+            f"with pattern {options.pattern} each update takes 5 to 110 iterations, which depend on weights and text"
+        )
+    shots = len(left(sparsity, options.shots) or ())
+    return replace(options, shots=min(2, max(1, shots))), {_SHOTS: shots}
 
 
 def gradual(options: LLMSurgeon) -> bool:

@@ -81,10 +81,50 @@ def allocate(job: Job, load: Callable[[], PreTrainedModel], windows: Tensor) -> 
     return _measured(job, DenseModel(job, load(), windows), windows)
 
 
-def cells_to_measure(job: Job) -> float:
-    """Return the cost of the measurements, in forward passes of all blocks over `TOKENS` tokens."""
-    count, blocks = sum(len(rates) for rates in job.rates), job.view.blocks
-    return 3 + count * len(LEVELS) * (blocks + 1) / (2 * blocks) if job.allocation == "auto" else 0.0
+def measuring_seconds(
+    small: Job, whole: Job, model: PreTrainedModel, windows: tuple[int, int], clock: Callable[[], float]
+) -> float:
+    """Return the seconds that the measurements of `auto` take, from a few of them on a model with some of the blocks.
+
+    Args:
+        small: the job on the small model, for the statistics of its blocks.
+        whole: the job whose matrices are measured.
+        model: the small model.
+        windows: the number of windows of the whole run, and their tokens.
+        clock: returns seconds.
+    """
+    samples, seqlen = windows
+    count = min(samples, math.ceil(TOKENS / seqlen))
+    together = max(1, TOKENS_A_BATCH // seqlen)
+    draw = torch.Generator().manual_seed(0)
+    ids_ST = torch.randint(0, int(small.view.config.vocab_size), (min(samples, 3 * together), seqlen), generator=draw)
+    last = small.view.blocks - 1
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = clock()
+        work()
+        return clock() - started
+
+    def prune_each() -> None:
+        for name in small.rates[last]:
+            with dense.pruned(tuple({name: LEVELS[1]} if n == last else {} for n in range(last + 1))):
+                pass
+
+    dense = DenseModel(small, model, ids_ST)
+    statistics = seconds(lambda: dense.statistics) / small.view.blocks / len(ids_ST)
+    batch = [ids_ST[:together].to(small.device)]
+    dense.loss(batch)  # the first one is slower
+    entering = dense.leaving(last - 1, batch) if last else None
+    whole_loss, from_last = seconds(lambda: dense.loss(batch)), seconds(lambda: dense.loss(batch, last, entering))
+    block = (whole_loss - from_last) / last if last else from_last
+    head = max(0.0, from_last - block)
+    prune_each()
+    cut = seconds(prune_each)
+    batches, blocks = math.ceil(count / together), whole.view.blocks
+    names = sum(len(rates) for rates in whole.rates) / blocks
+    losses = batches * (3 * (head + blocks * block))  # of the dense model, of one sparsity for all, of the choice
+    losses += batches * len(LEVELS) * names * sum(head + (blocks - index) * block for index in range(blocks))
+    return losses + (len(LEVELS) + 2) * blocks * cut + statistics * samples * blocks
 
 
 def _measured(job: Job, dense: DenseModel, windows: Tensor) -> Allocation:

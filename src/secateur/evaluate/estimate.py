@@ -1,0 +1,140 @@
+"""`--dry-run` of `eval`: what would be measured, and its memory and time, from one batch on a model of two blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from secateur.core.device import resolve_device
+from secateur.core.errors import SecateurError
+from secateur.core.memory import resident_bytes
+from secateur.core.progress import observed, say
+from secateur.core.records import Record
+from secateur.core.timing import Phases
+from secateur.evaluate.answers import Answers
+from secateur.evaluate.evaluate import Questions, dense_is_kept, prepare_questions
+from secateur.evaluate.passes import BLOCKS, Clock, Small, small_model, weights_memory
+from secateur.evaluate.perplexity import equal_batches, window_losses
+from secateur.evaluate.shift import SHIFT_WINDOWS, compare, continuations, prompts_of
+from secateur.evaluate.tasks import Tasks, find_tasks
+from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
+from secateur.models.loss import positions_a_chunk
+from secateur.plan.plan import read_plan_json
+from secateur.requests import EvalRequest
+
+_ITEMS = 8  # of each task
+_WARM_TOKENS = 32
+
+
+def estimate_evaluate(request: EvalRequest, clock: Clock = time.perf_counter) -> Record:
+    """Return what `evaluate` would measure, and its memory and time. Reads text and tasks, writes nothing.
+
+    Args:
+        request: what would be measured.
+        clock: returns seconds.
+
+    Returns:
+        A record with `dry_run`; `tasks` holds the number of requests of each. `seconds_estimated` is None where
+        nothing tells the time, and `seconds_unknown` says why.
+
+    Raises:
+        UsageError, SecateurError: the evaluation cannot be done, as `evaluate` would say.
+    """
+    started = clock()
+    resident = resident_bytes(resolve_device(request.device))
+    checkpoint = open_checkpoint(request.model, request.revision)
+    plan = read_plan_json(checkpoint.folder)
+    bundled = request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
+    questions = prepare_questions(request, checkpoint, bundled=bundled)
+    against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
+    reading = clock() - started
+    models = 1 + (against is not None)
+    blocks = checkpoint.view().blocks
+    say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
+    seconds, why = None, None
+    try:
+        with torch.random.fork_rng(), observed(Phases()):
+            seconds = _seconds(request, checkpoint, against, questions, clock)
+    except Exception as error:  # whatever it is, a dry run only says that it has no estimate
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    memory = sum(weights_memory(each, questions.dtype) for each in (checkpoint, against) if each is not None)
+    return {
+        "command": "eval",
+        "dry_run": True,
+        "model": request.model,
+        "against": request.against,
+        **questions.facts,
+        "requests": questions.tasks.requests(),
+        "evaluation_tokens": models * sum(map(len, questions.windows)),
+        "memory_bytes": memory + models * _batch_memory(checkpoint, questions),
+        "resident_bytes": resident,
+        "disk_bytes": 0,
+        "seconds_estimated": None if seconds is None else round(reading + seconds, 2),
+        **({} if why is None else {"seconds_unknown": why}),
+    }
+
+
+def _batch_memory(checkpoint: Checkpoint, questions: Questions) -> int:
+    """Return the bytes of what one batch has in memory at a time: logits, and the middle of an MLP."""
+    tokens = max(batch.numel() for batch in equal_batches(questions.windows))
+    vocabulary = int(checkpoint.config.vocab_size)
+    logits = 4 * min(tokens, positions_a_chunk(vocabulary)) * vocabulary
+    return 2 * logits + 4 * tokens * checkpoint.view().dims(0).ffn * questions.dtype.itemsize
+
+
+def _seconds(
+    request: EvalRequest, checkpoint: Checkpoint, against: Checkpoint | None, questions: Questions, clock: Clock
+) -> float:
+    small = small_model(checkpoint, questions.device, questions.dtype, clock=clock)
+    once = perplexity_seconds(small, questions.windows)
+    tasks = _tasks_seconds(request, small, questions)
+    seconds = small.load_seconds + once + tasks
+    if against is not None:
+        seconds += small.load_seconds + tasks + (0 if dense_is_kept(against, questions) else once)
+        some = list(questions.windows[:SHIFT_WINDOWS])
+        first = [*next(equal_batches(some))]
+        share = sum(map(len, some)) / sum(map(len, first))
+        seconds += share * small.seconds(lambda: compare(small.model, small.model, first))
+        seconds += 2 * small.seconds(lambda: continuations(small.model, prompts_of(some)))
+    return seconds
+
+
+def perplexity_seconds(small: Small, windows: Sequence[Tensor]) -> float:
+    """Return the seconds of the perplexity of the whole model over these windows, from their first batch."""
+    first = next(equal_batches(windows))
+    window_losses(small.model, first[:, :_WARM_TOKENS].to(small.model.device))
+    once = small.seconds(lambda: window_losses(small.model, first.to(small.model.device)))
+    return once * sum(map(len, windows)) / first.numel()
+
+
+def _tasks_seconds(request: EvalRequest, small: Small, questions: Questions) -> float:
+    """Return the seconds of all tasks, each from a few of its items.
+
+    Raises:
+        SecateurError: a task lets the model write, and how much it writes is not known before.
+    """
+    if not questions.tasks:
+        return 0.0
+    tokenizer: PreTrainedTokenizerBase | None = questions.tokenizer
+    assert tokenizer is not None
+    if writing := questions.tasks.writing():
+        raise SecateurError(f"how long a text the model writes for {', '.join(writing)} is not known before")
+    wanted = questions.tasks.requests()
+
+    def run(tasks: Tasks) -> Any:
+        return tasks.run(small.model, tokenizer, Answers())
+
+    total = 0.0
+    for name in request.tasks:
+        limit = _ITEMS if request.limit is None else min(_ITEMS, request.limit)
+        few = find_tasks([name], request.include_path, limit)
+        run(find_tasks([name], request.include_path, 1))  # the first one is slower
+        counts = few.requests()
+        seconds = small.seconds(lambda few=few: run(few))  # type: ignore[misc]
+        total += seconds * sum(wanted[task] for task in counts) / sum(counts.values())
+    return total

@@ -1,0 +1,170 @@
+"""`--dry-run` of `heal`: what would be trained, and its memory and time, from steps on a few of the blocks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from secateur.core.device import resolve_device
+from secateur.core.memory import resident_bytes
+from secateur.core.progress import observed, say
+from secateur.core.records import Record
+from secateur.core.timing import Phases
+from secateur.evaluate.estimate import perplexity_seconds
+from secateur.evaluate.passes import BLOCKS, Clock, Small, line, small_model, weights_memory
+from secateur.heal.heal import Prepared, check_request, prepare
+from secateur.heal.lora import add_adapters, need_peft, recompute
+from secateur.heal.tune import next_token_loss, train_step
+from secateur.heal.watch import steps_watched
+from secateur.models.loss import TRAINED_POSITIONS, positions_a_chunk
+from secateur.requests import HealRequest
+
+_DEPTHS = (BLOCKS, 4)
+_SHORT_TOKENS = 32
+_DISK_BYTES_A_SECOND = 500e6
+_OPTIMISER_BYTES = 16  # of a trained parameter: itself, its gradient and two moments
+
+
+def estimate_heal(request: HealRequest, records_file: Path | None = None, clock: Clock = time.perf_counter) -> Record:
+    """Return what `heal` would train and measure, and its memory, disk and time. Reads the texts, writes nothing.
+
+    Args:
+        request: what would be done.
+        records_file: the records that may tell the calibration text; None is `records.jsonl` beside the checkpoint.
+        clock: returns seconds.
+
+    Returns:
+        A record with `dry_run`. `seconds_estimated` is None where nothing tells the time, and `seconds_unknown` says
+        why.
+
+    Raises:
+        UsageError, SecateurError: the request is wrong, as `heal` would say.
+    """
+    started = clock()
+    check_request(request)
+    need_peft()
+    resident = resident_bytes(resolve_device(request.device))
+    prepared = prepare(request, records_file or Path(request.model).absolute().parent / "records.jsonl")
+    reading = clock() - started
+    checkpoint, examples = prepared.checkpoint, prepared.examples
+    blocks = checkpoint.view().blocks
+    say(f"measuring {min(_DEPTHS[-1], blocks)} blocks of {blocks} to estimate the time")
+    seconds, why = None, None
+    try:
+        with torch.random.fork_rng(), observed(Phases()):
+            seconds = _seconds(prepared, clock)
+    except Exception as error:  # whatever it is, a dry run only says that it has no estimate
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    parameters = checkpoint.view().parameters()
+    return {
+        "command": "heal",
+        "dry_run": True,
+        "model": prepared.plan["model"],
+        "healed": request.model,
+        "steps": request.steps,
+        "batch": request.batch,
+        "seqlen": examples.ids_ST.shape[1],
+        "training_tokens": request.steps * request.batch * examples.ids_ST.shape[1],
+        "calibration": prepared.spec,
+        "trainable": _trainable(prepared),
+        "adapters": len(prepared.targets),
+        **prepared.measured,
+        "device": str(prepared.device),
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "memory_bytes": _memory(prepared),
+        "resident_bytes": resident,
+        "disk_bytes": _trainable(prepared) * _OPTIMISER_BYTES
+        + (0 if request.keep_adapter else 2 * parameters * checkpoint.dtype.itemsize),
+        "seconds_estimated": None if seconds is None else round(reading + seconds, 2),
+        **({} if why is None else {"seconds_unknown": why}),
+    }
+
+
+def _trainable(prepared: Prepared) -> int:
+    """Return the number of parameters of all adapters."""
+    shapes = prepared.checkpoint.shapes
+    return sum(prepared.request.rank * sum(shapes[f"{path}.weight"]) for path in prepared.targets)
+
+
+def _memory(prepared: Prepared) -> int:
+    """Return the bytes of memory: the model, the adapters, and what the way back needs of a step.
+
+    With checkpointing that is what enters each block, and everything inside one block; without, the inside of all.
+    """
+    request, checkpoint, width = prepared.request, prepared.checkpoint, prepared.dtype.itemsize
+    view, vocabulary = checkpoint.view(), int(checkpoint.config.vocab_size)
+    dims = view.dims(0)
+    tokens = request.batch * prepared.examples.ids_ST.shape[1]
+    inside = tokens * (8 * dims.hidden + 5 * dims.ffn) * width
+    if not request.keep_adapter:  # the update of each matrix and its mask, in float32
+        inside += 2 * 4 * max(sum(o * i for o, i in view.matrix_shapes(n).values()) for n in range(view.blocks))
+    logits = 3 * 4 * min(tokens, TRAINED_POSITIONS, positions_a_chunk(vocabulary)) * vocabulary
+    activations = view.blocks * tokens * dims.hidden * width + inside if request.checkpointing else view.blocks * inside
+    return weights_memory(checkpoint, prepared.dtype) + _trainable(prepared) * _OPTIMISER_BYTES + activations + logits
+
+
+def _seconds(prepared: Prepared, clock: Clock) -> float:
+    request, view = prepared.request, prepared.checkpoint.view()
+    touched = sorted({int(path.removeprefix(view.family.blocks + ".").split(".")[0]) for path in prepared.targets})
+    points: list[tuple[float, float]] = []
+    for depth in _DEPTHS:
+        small = small_model(
+            prepared.checkpoint, prepared.device, prepared.dtype, blocks=depth, among=touched, clock=clock
+        )
+        if not points:
+            perplexity = perplexity_seconds(small, prepared.held_out) if prepared.held_out else 0.0
+        step, forward = _step_seconds(prepared, small)
+        points.append((len(small.kept), step))
+        if len(small.kept) < depth or small.checkpoint is prepared.checkpoint:
+            break
+    whole = small.depth if small.checkpoint is not prepared.checkpoint else view.blocks
+    step = line(points[0], points[-1], whole)
+    looks = min(steps_watched(request.batch), request.steps) * forward * step / points[-1][1]
+    written = 3 * view.parameters() * prepared.checkpoint.dtype.itemsize / _DISK_BYTES_A_SECOND
+    if request.keep_adapter:
+        return small.load_seconds + 2 * perplexity + looks + request.steps * step
+    return 2 * small.load_seconds + 2 * perplexity + looks + request.steps * step + written
+
+
+def _step_seconds(prepared: Prepared, small: Small) -> tuple[float, float]:
+    """Return the seconds of a step of training this model, and of its forward pass alone.
+
+    One window and a short one tell what a token takes from what each step takes: masks of updates, the optimiser.
+    """
+    request, examples, model = prepared.request, prepared.examples, small.model
+    whole = small.checkpoint is prepared.checkpoint
+    numbers = {index: index if whole else place for place, index in enumerate(small.kept)}
+    prefix = prepared.checkpoint.view().family.blocks + "."
+    all_zeroed, targets, zeroed = prepared.zeroed, [], set()
+    for path in prepared.targets:
+        index, _, inside = path.removeprefix(prefix).partition(".")
+        if int(index) in numbers:
+            targets.append(f"{prefix}{numbers[int(index)]}.{inside}")
+            if path in all_zeroed:
+                zeroed.add(targets[-1])
+    how = {"rank": request.rank, "alpha": request.alpha, "seed": request.seed, "masked": not request.keep_adapter}
+    adapters = add_adapters(model, targets, **how, zeroed=zeroed)  # type: ignore[arg-type]
+    if request.checkpointing:
+        recompute(model.get_submodule(prefix.removesuffix(".")).children())
+    trainable = adapters.trainable
+    optimizer = torch.optim.AdamW(trainable, lr=request.lr, weight_decay=request.weight_decay)
+    ids_1T, label_1T = examples.ids_ST[:1].to(model.device), examples.label_ST[:1].to(model.device)
+    length = ids_1T.shape[1]
+    short = min(length, _SHORT_TOKENS)
+
+    def train(tokens: int) -> float:
+        started = small.clock()
+        # all tokens count here, also where a run counts the answers alone: the head is a part of a step
+        train_step(model, trainable, optimizer, ids_1T[:, :tokens], ids_1T[:, :tokens])
+        return small.clock() - started
+
+    train(short)
+    fixed, one = train(short), train(length)
+    batch_tokens = request.batch * length
+    step = line((short, fixed), (length, one), batch_tokens) if length > short else one * request.batch
+    started = small.clock()
+    with torch.no_grad():
+        next_token_loss(model, ids_1T, label_1T)
+    return step, (small.clock() - started) * request.batch
