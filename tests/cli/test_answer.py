@@ -59,6 +59,24 @@ def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
     ]
 
 
+def test_the_advice_to_heal_says_how_much_that_is() -> None:
+    measured = {"ppl": 9.0, "ppl_protocol": {"spec": "wikitext2", "windows": 3, "seqlen": 2048}}
+    lines = answer({**RECORD, "command": "eval", **measured})
+    assert lines[-2:] == [
+        "Next: secateur heal '/runs/my model' --out '/runs/my model-healed'",
+        "      it trains for 1,000 steps; with --dry-run it only says how long that takes.",
+    ]
+
+
+def test_no_command_is_advised_that_cannot_work() -> None:
+    """The name of a folder without its place, from a plan; an adapter without its model."""
+    assert answer({**RECORD, "model": "lost"})[-1] == "Next: secateur eval '/runs/my model'"
+    revision = {"model": "gpt2", "model_revision": "abc"}
+    assert answer({**RECORD, **revision})[-1].endswith("--against gpt2 --against-revision abc")
+    healed = {**RECORD, "command": "heal", "heal": {"keep_adapter": True}}
+    assert not [line for line in answer(healed) if line.startswith("Next: ")]
+
+
 def test_zeros_that_a_model_has_by_accident_are_not_called_zeroed() -> None:
     few = {**RECORD, "nonzero_after": RECORD["params_after"] - 300_000, "sparsity_of": "parameters"}
     assert "zeroed" not in " ".join(answer(few))

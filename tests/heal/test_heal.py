@@ -18,8 +18,8 @@ from secateur import api
 from secateur.cli.answer import answer
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal import tune as tuning
-from secateur.heal.data import answers_alone
-from secateur.heal.lora import add_adapters, merged
+from secateur.heal.data import answers_alone, shown_row
+from secateur.heal.lora import add_adapters
 from secateur.report.rows import collect
 from secateur.text.instructions import alpaca_prompt
 from secateur.text.windows import IGNORE
@@ -114,7 +114,7 @@ def test_the_masked_forward_is_that_of_the_merged_weights() -> None:
     weight = other.get_submodule(path).weight
     left, right = (adapters.layers[path].lora_B["default"].weight, adapters.layers[path].lora_A["default"].weight)
     expected = weight + (weight != 0) * (left @ right * 2.0)
-    weight.data = merged(weight.data, adapters.delta(path))
+    weight.data = adapters.merged(path, weight.data)
     torch.testing.assert_close(weight.data, expected.data)
     torch.testing.assert_close(model(some_ids()).logits, other(some_ids()).logits)
 
@@ -132,7 +132,7 @@ def test_a_resumed_run_has_the_same_bytes(
 
     def interrupted(*args: Any) -> Any:
         count[0] += 1
-        if count[0] == 2 + 4:  # the loss before any step is of two batches
+        if count[0] == 4 + 4:  # the loss before any step is of four batches
             raise KeyboardInterrupt
         return real(*args)
 
@@ -161,7 +161,7 @@ def test_divergence_keeps_the_last_good_state(
 
     def broken(*args: Any) -> Any:
         count[0] += 1
-        return real(*args) * (float("nan") if count[0] == 2 + 3 else 1)
+        return real(*args) * (float("nan") if count[0] == 4 + 3 else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "next_token_loss", broken)
@@ -176,16 +176,47 @@ def test_divergence_keeps_the_last_good_state(
     assert record["ppl"] < record["ppl_before"]
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "next_token_loss", lambda *given: real(*given) + next(rises))
-        rises = iter([0.0, 0.0, 0.0, 0.0, 5.0, 5.0])
+        rises = iter([0.0] * 4 + [0.0, 0.0, 5.0, 5.0])
         with pytest.raises(api.SecateurError, match=r"rose to .* from .* by step 4; the state of step 2 is kept"):
             api.heal(request, tmp_path / "risen")
-        rises = iter([0.0, 0.0, 5.0, 5.0])
+        rises = iter([0.0] * 4 + [5.0, 5.0])
         with pytest.raises(api.SecateurError, match=r"rose to .* from .* by step 2; use a smaller --lr"):
             api.heal(request, tmp_path / "hopeless")
         patch.setattr(tuning, "next_token_loss", lambda *given: real(*given) * float("inf"))
         with pytest.raises(api.SecateurError, match=r"not finite .* by step 0; use a smaller --lr"):
             api.heal(request, tmp_path / "hopeless")
     assert not list(tmp_path.glob("hopeless*"))
+
+
+def test_rows_that_differ_are_no_divergence(
+    pruned: Callable[..., Path],
+    quick: api.HealRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With batch 1 each step reads another row, and some rows are harder by nats."""
+    request = replace(quick, model=str(pruned("llama", "wanda")), batch=1, steps=12, save_every=1)
+    real = tuning.next_token_loss
+    monkeypatch.setattr(tuning, "next_token_loss", lambda *given: real(*given) + 4.0 * (int(given[1].sum()) % 3 == 0))
+    assert api.heal(request, tmp_path / "healed")["ppl"] > 0
+
+
+def test_a_diverged_run_goes_on_with_a_smaller_lr(
+    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the state that is kept is a bad one already: it is not stopped again for what was there before."""
+    asked = replace(quick, model=str(pruned("llama", "wanda")), batch=1, steps=20, save_every=2, schedule="constant")
+    real = tuning.next_token_loss
+
+    def worse_with_large_adapters(model: Any, *args: Any) -> Any:
+        largest = max(float(p.detach().abs().max()) for name, p in model.named_parameters() if "lora_B" in name)
+        return real(model, *args) + 5.0 * (largest > 0.5)
+
+    monkeypatch.setattr(tuning, "next_token_loss", worse_with_large_adapters)
+    with pytest.raises(api.SecateurError, match=r"rose to .* by step \d+; the state .* --resume and a smaller --lr"):
+        api.heal(replace(asked, lr=0.2), tmp_path / "healed")
+    record = api.heal(replace(asked, lr=1e-4), tmp_path / "healed", resume=True)
+    assert record["heal"]["lrs"] == [0.2, 1e-4]
 
 
 def test_a_worse_result_is_said_to_be_worse(
@@ -205,19 +236,44 @@ def test_a_worse_result_is_said_to_be_worse(
     )
 
 
-def test_only_a_matrix_with_zeros_has_the_masked_forward() -> None:
-    paths = [f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate")]
+def test_only_a_matrix_that_pruning_zeroed_has_the_masked_forward() -> None:
+    """A few zeros are there by chance, unless it is known that pruning made them; many are never by chance."""
+    paths = [f"model.layers.0.mlp.{name}_proj" for name in ("up", "gate", "down")]
     both = [tiny_model("llama", dtype=torch.float64) for _ in range(2)]
     for model in both:
-        model.get_submodule(paths[0]).weight.data[0, 0] = 0
-    adapters = add_adapters(both[0], paths, rank=3, alpha=6, seed=0, masked=True)
-    assert ["forward" in vars(adapters.layers[path]) for path in paths] == [True, False]
+        for path in paths[:2]:
+            model.get_submodule(path).weight.data[0, 0] = 0
+        model.get_submodule(paths[2]).weight.data[0] = 0
+    adapters = add_adapters(both[0], paths, rank=3, alpha=6, seed=0, masked=True, zeroed={paths[0]})
+    assert ["forward" in vars(adapters.layers[path]) for path in paths] == [True, False, True]
     for parameter in adapters.trainable:
         parameter.data.normal_(generator=torch.Generator().manual_seed(1))
     for path in paths:
         weight = both[1].get_submodule(path).weight
-        weight.data = merged(weight.data, adapters.delta(path))
+        weight.data = adapters.merged(path, weight.data)
+    assert [bool(both[1].get_submodule(path).weight[0, 0] == 0) for path in paths] == [True, False, True]
     torch.testing.assert_close(both[0](some_ids()).logits, both[1](some_ids()).logits)
+    none = add_adapters(tiny_model("llama"), paths, rank=3, alpha=6, seed=0, masked=False, zeroed=paths)
+    assert not none.masked
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_few_zeros_that_pruning_made_stay(
+    twice: bool, pruned: Callable[..., Path], quick: api.HealRequest, ids_file: str, tmp_path: Path
+) -> None:
+    """Fewer than 1% of a matrix, also where another pruning followed that zeroes nothing."""
+    folder = pruned("llama", "magnitude", sparsity=0.005)
+    if twice:
+        again = api.Request(str(folder), "magnitude", sparsity=0.25, options={"pattern": "rows"}, modules="mlp=0.25")
+        api.prune(again, folder := tmp_path / "twice")
+    api.heal(replace(quick, model=str(folder)), tmp_path / "healed")
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "healed"))
+    shares = []
+    for name, old in before.state_dict().items():
+        assert bool((after.state_dict()[name][old == 0] == 0).all()), name
+        if name.endswith("_proj.weight"):
+            shares.append(float((old == 0).float().mean()))
+    assert 0 < max(shares) < 0.01
 
 
 @pytest.mark.filterwarnings(
@@ -407,3 +463,82 @@ def test_without_an_evaluation_nothing_is_measured_and_nothing_claims_it(
     assert measured["ppl"] == again["ppl"]
     rows = {Path(str(row.get("out"))).name: row for row in collect(api.find_records([file]))}
     assert rows["healed"].ppl == measured["ppl"]
+
+
+ROWS = [{"instruction": "Add.", "input": "It", "output": "Two.\nOk."}] * 4
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("form", ["chat", "plain"])
+def test_a_row_is_shown_as_text_before_the_training(
+    form: str,
+    alone: bool,
+    letters: Path,
+    quick: api.HealRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(letters)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}. {{ m.content }}. {% endfor %}"
+    tokenizer.save_pretrained(letters)
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    asked = replace(
+        quick, model=str(letters), calibration=str(rows), samples=2, prompt_form=form, completion_only=alone
+    )
+    api.heal(replace(asked, seqlen=60 if alone else 20), tmp_path / "healed")
+    said = capsys.readouterr().err.splitlines()
+    answer_of_it = r"Two.\nOk."
+    whole = {
+        "chat": r'in the chat template: "user. Add.\n\nIt. assistant. ' + answer_of_it + '. "',
+        "plain": r'in the plain form: "### Instruction:\nAdd.\n\n### Input:\nIt\n\n### Response:\n'
+        + answer_of_it
+        + '"',
+    }
+    assert said.count(f"rows.json, row 1 {whole[form]}") == 1
+    learned = [line for line in said if line.startswith("learned of it (--completion-only): ")]
+    end = "." if form == "chat" else ""  # "." is the special token that ends the turn
+    assert learned == [f'learned of it (--completion-only): "{answer_of_it}{end}"'] * alone
+
+
+def test_a_long_row_is_cut(tmp_path: Path) -> None:
+    class Plain:
+        eos_token = "</s>"
+
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "x" * 500, "output": "y\x1b" * 300}]))
+    first, second = shown_row(str(tmp_path / "rows.json"), Plain(), "plain", answers=True)  # type: ignore[arg-type]
+    assert len(first) < 260
+    assert " ... " in first
+    assert "\x1b" not in second
+    assert second.endswith('" and </s>')
+
+
+def test_an_interrupted_run_is_said_before_the_work(
+    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "healed.partial"
+    partial.mkdir()
+    (partial / "journal.json").write_text("{}")
+    request = replace(quick, model=str(pruned("llama", "wanda")))
+    monkeypatch.setattr("secateur.heal.heal.open_checkpoint", None)
+    with pytest.raises(api.UsageError, match=r"an interrupted run lies in .*healed.partial'"):
+        api.heal(request, tmp_path / "healed")
+
+
+def test_the_original_is_named_by_its_path(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
+    """A plan has its name alone. The advice must work as it is, after healing what was healed too."""
+    folder, runs = pruned("llama", "wanda"), tmp_path / "elsewhere"
+    dense = api.find_records([tmp_path / "records.jsonl"])[0]["model"]
+    assert Path(dense).is_absolute()
+    first = api.heal(replace(quick, model=str(folder)), runs / "first")
+    second = api.heal(replace(quick, model=str(runs / "first")), tmp_path / "second" / "again")
+    measured = api.evaluate(api.EvalRequest(str(runs / "first"), text=quick.text))
+    assert {first["model"], second["model"], measured["model"]} == {dense}
+    assert answer(second)[-1] == f"Next: secateur eval {tmp_path / 'second' / 'again'} --against {dense}"
+    plan = json.loads((runs / "first" / "secateur" / "plan.json").read_text())
+    assert plan["model"] == Path(dense).name, "plans and cards hold no folders"
+    for file in (tmp_path, runs, tmp_path / "second"):
+        (file / "records.jsonl").write_text("{ broken\n")
+    alone = api.evaluate(api.EvalRequest(str(folder), text=quick.text), records_file=tmp_path / "new.jsonl")
+    assert alone["model"] == Path(dense).name
+    assert answer({**first, "model": Path(dense).name})[-1] == f"Next: secateur eval {runs / 'first'}"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from secateur.core.names import shown
 from secateur.core.records import Record
 from secateur.core.words import count_words, duration_words, perplexity_words, rough_duration_words, size_words
 from secateur.report.rows import Row
+from secateur.requests import HealRequest
 
+NEXT, NOTE = "Next: ", "      "  # how the lines about the next command begin
 _SEEN = 0.0005  # a share below this is shown as none
 
 
@@ -44,7 +47,7 @@ def zeroed_share(record: Record) -> float:
 def _prune(record: Record) -> Iterator[str]:
     yield f"{_size(record)}, {_time(record)}"
     yield f"{_how(record)}. {_loading(record)}"
-    yield f"Next: {_next('eval', record['out'], *_dense(record))}"
+    yield f"{NEXT}{_next('eval', record['out'], *_dense(record))}"
 
 
 def _dry_prune(record: Record) -> Iterator[str]:
@@ -108,7 +111,8 @@ def _eval(record: Record) -> Iterator[str]:
             f"divergence {shift['kl']:.3f} nats a token"
         )
     if record.get("method") and not record.get("heal"):
-        yield f"Next: {_next('heal', record['out'], '--out', record['out'] + '-healed')}"
+        yield f"{NEXT}{_next('heal', record['out'], '--out', record['out'] + '-healed')}"
+        yield f"{NOTE}it trains for {HealRequest.steps:,} steps; with --dry-run it only says how long that takes."
 
 
 def _heal(record: Record) -> Iterator[str]:
@@ -118,7 +122,8 @@ def _heal(record: Record) -> Iterator[str]:
         change = _perplexities(record.get("ppl_before"), record["ppl"])
         yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
     yield f"{_size(record)}. {_how(record)}."
-    yield f"Next: {_next('eval', record['out'], *_dense(record))}"
+    if not record["heal"].get("keep_adapter"):  # an adapter alone is no model
+        yield f"{NEXT}{_next('eval', record['out'], *_dense(record))}"
 
 
 def _predict(record: Record) -> Iterator[str]:
@@ -218,8 +223,11 @@ def _change(before: float, after: float) -> str:
 
 
 def _dense(record: Record) -> list[str]:
-    revision = record.get("model_revision")
-    return ["--against", record["model"], *([] if revision is None else ["--against-revision", revision])]
+    """The options that name the original; none if only the name of a folder is known, and not where it is."""
+    model, revision = record["model"], record.get("model_revision")
+    if revision is None and "/" not in model and model != "bundled" and not Path(model).is_dir():
+        return []
+    return ["--against", model, *([] if revision is None else ["--against-revision", revision])]
 
 
 def _time(record: Record) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option, echo
 
 from secateur.cli import options as opt
-from secateur.cli.answer import answer
+from secateur.cli.answer import NEXT, NOTE, answer
 from secateur.cli.console import RESUME, command, emit, show
 from secateur.core.errors import UsageError
 from secateur.core.progress import say
@@ -75,6 +75,6 @@ def _print(record: Record, *, verbose: bool) -> None:
     if verbose:
         show(record_table(record))
     for line in answer(record):
-        if not line.startswith("Next: "):
+        if not line.startswith((NEXT, NOTE)):
             echo(line)
     show(*sample_parts(record))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import SecateurError
+from secateur.core.names import shown
 
 Record = dict[str, Any]
 
@@ -116,6 +117,37 @@ def last(file: Path, command: str, out: Path) -> Record | None:
         [r for r in read([file]) if r.get("command") == command and r.get("out") == str(out)] if file.is_file() else []
     )
     return matching[-1] if matching else None
+
+
+def original(name: str, folder: Path, places: Iterable[Path]) -> str:
+    """Find the path of a model that a plan names without its folders, in the records of the runs that led to a result.
+
+    Args:
+        name: the name in the plan.
+        folder: the result; of a healed one, the checkpoint that was healed is asked too.
+        places: files of records. Those beside each folder are read too.
+
+    Returns:
+        The path as the records have it, if it is a folder; else the name.
+    """
+    files, asked = list(places), set[Path]()
+    while (folder := folder.absolute()) not in asked:
+        asked.add(folder)
+        here = dict.fromkeys([*files, folder.parent / "records.jsonl"])
+        found = [_last_if_readable(file, command, folder) for file in here for command in ("prune", "heal")]
+        models = [str(record["model"]) for record in found if record is not None and record.get("model")]
+        for model in models:
+            if shown(model) == name and Path(model).expanduser().is_dir():
+                return model
+        folder = next((Path(str(r["healed"])) for r in found if r is not None and r.get("healed")), folder)
+    return name
+
+
+def _last_if_readable(file: Path, command: str, out: Path) -> Record | None:
+    try:
+        return last(file, command, out)
+    except (SecateurError, OSError):
+        return None
 
 
 # The types that other commands rely on. A field may be missing or null; `_SCALARS` hold text and numbers alone.

@@ -170,7 +170,7 @@ def evaluate(
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
-        **_identity(request, checkpoint, plan, model),
+        **_identity(request, checkpoint, plan, model, records_file),
         **measured.facts,
         **facts,
         "key": key,
@@ -280,10 +280,17 @@ def _run_tasks(
 
 
 def _identity(
-    request: EvalRequest, checkpoint: Checkpoint, plan: dict[str, Any] | None, model: PreTrainedModel
+    request: EvalRequest,
+    checkpoint: Checkpoint,
+    plan: dict[str, Any] | None,
+    model: PreTrainedModel,
+    records_file: Path,
 ) -> dict[str, Any]:
     if plan is not None:
-        return {key: plan.get(key) for key in _FROM_PLAN}
+        facts = {key: plan.get(key) for key in _FROM_PLAN}
+        if facts["model"] is not None and Path(request.model).is_dir():
+            facts["model"] = records.original(facts["model"], Path(request.model), [records_file])
+        return facts
     parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     zeros = dict.fromkeys(("sparsity", "sparsity_measured", "pruning_ratio", "pruning_ratio_blocks"), 0.0)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError
-from secateur.text.instructions import Instruction, Piece, chat_pieces
+from secateur.core.names import shown
+from secateur.text.instructions import Instruction, Piece, chat_pieces, chat_text, plain_text
 from secateur.text.specs import read_instructions
 from secateur.text.tokens import tokenize
 from secateur.text.windows import IGNORE, common_length
@@ -87,6 +88,35 @@ def example(row: Instruction, tokenizer: PreTrainedTokenizerBase, form: str | No
     if ids and ids[-1] == end:
         ids.pop(), labels.pop()
     return (ids, labels) if end is None else ([*ids, int(end)], [*labels, int(end)])
+
+
+def shown_row(spec: str, tokenizer: PreTrainedTokenizerBase, form: str, *, answers: bool) -> list[str]:
+    """Return lines that show the first row of instruction data as text, cut, and with `answers` what is learned of it.
+
+    Args:
+        spec: `alpaca`, or a file of instructions.
+        tokenizer: the tokenizer of the model.
+        form: `chat` or `plain`.
+        answers: whether the answers alone count in the loss.
+    """
+    row = read_instructions(spec)[0]
+    pieces = chat_pieces(row, tokenizer) if answers and form == "chat" else row.plain
+    text = chat_text(row, tokenizer) if form == "chat" else plain_text(row)
+    form_words = "in the chat template" if form == "chat" else "in the plain form"
+    lines = [f"{shown(spec)}, row 1 {form_words}: {_quoted(text)}"]
+    if answers:
+        learned = "".join(part for part, is_answer in pieces if is_answer)
+        end = tokenizer.eos_token if form == "plain" else None
+        more = "" if end is None or learned.endswith(str(end)) else f" and {end}"
+        lines.append(f"learned of it (--completion-only): {_quoted(learned)}{more}")
+    return lines
+
+
+def _quoted(text: str, longest: int = 200) -> str:
+    """A text in one line, with its line breaks as \\n, cut in its middle."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    end = longest // 4
+    return f'"{plain}"' if len(plain) <= longest else f'"{plain[: longest - end - 5]} ... {plain[-end:]}"'
 
 
 def _labelled(

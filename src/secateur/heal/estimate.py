@@ -16,7 +16,8 @@ from secateur.evaluate.estimate import perplexity_seconds
 from secateur.evaluate.passes import BLOCKS, Clock, Small, line, small_model, weights_memory
 from secateur.heal.heal import Prepared, check_request, prepare
 from secateur.heal.lora import add_adapters, need_peft, recompute
-from secateur.heal.tune import LOOK_EVERY, next_token_loss, train_step
+from secateur.heal.tune import next_token_loss, train_step
+from secateur.heal.watch import steps_watched
 from secateur.models.loss import TRAINED_POSITIONS, positions_a_chunk
 from secateur.requests import HealRequest
 
@@ -120,7 +121,7 @@ def _seconds(prepared: Prepared, clock: Clock) -> float:
             break
     whole = small.depth if small.checkpoint is not prepared.checkpoint else view.blocks
     step = line(points[0], points[-1], whole)
-    looks = min(LOOK_EVERY, request.save_every, request.steps) * forward * step / points[-1][1]
+    looks = min(steps_watched(request.batch), request.steps) * forward * step / points[-1][1]
     written = 3 * view.parameters() * prepared.checkpoint.dtype.itemsize / _DISK_BYTES_A_SECOND
     if request.keep_adapter:
         return small.load_seconds + 2 * perplexity + looks + request.steps * step
@@ -136,13 +137,15 @@ def _step_seconds(prepared: Prepared, small: Small) -> tuple[float, float]:
     whole = small.checkpoint is prepared.checkpoint
     numbers = {index: index if whole else place for place, index in enumerate(small.kept)}
     prefix = prepared.checkpoint.view().family.blocks + "."
-    targets = []
+    all_zeroed, targets, zeroed = prepared.zeroed, [], set()
     for path in prepared.targets:
         index, _, inside = path.removeprefix(prefix).partition(".")
         if int(index) in numbers:
             targets.append(f"{prefix}{numbers[int(index)]}.{inside}")
+            if path in all_zeroed:
+                zeroed.add(targets[-1])
     how = {"rank": request.rank, "alpha": request.alpha, "seed": request.seed, "masked": not request.keep_adapter}
-    adapters = add_adapters(model, targets, **how)  # type: ignore[arg-type]
+    adapters = add_adapters(model, targets, **how, zeroed=zeroed)  # type: ignore[arg-type]
     if request.checkpointing:
         recompute(model.get_submodule(prefix.removesuffix(".")).children())
     trainable = adapters.trainable

@@ -24,8 +24,8 @@ from secateur.core.progress import say, track
 from secateur.core.words import exp, perplexity_words
 from secateur.evaluate.evaluate import announce, protocol_facts
 from secateur.evaluate.perplexity import perplexity
-from secateur.heal.data import Examples, answers_alone
-from secateur.heal.lora import Adapters, add_adapters, find_targets, merged, need_peft, recompute
+from secateur.heal.data import Examples, answers_alone, shown_row
+from secateur.heal.lora import Adapters, add_adapters, find_targets, need_peft, recompute, zeroed_modules
 from secateur.heal.tune import SCHEDULES, Tuning, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
@@ -47,6 +47,7 @@ from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
 from secateur.prune.calibration import say_form, windows_of
 from secateur.prune.settings import identity, refuse_out
+from secateur.recipe.read import written_recipe
 from secateur.recipe.write import recipe_text
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
@@ -80,6 +81,11 @@ class Prepared:
         if self.protocol is None:
             return {}
         return {"ppl_protocol": protocol_facts(self.protocol, self.held_out)}
+
+    @property
+    def zeroed(self) -> set[str]:
+        """The linear modules of which pruning zeroed weights, by path."""
+        return zeroed_modules(self.checkpoint.view(), self.plan, written_recipe(self.checkpoint.folder))
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, without the learning rate, which may change when a run is resumed."""
@@ -157,6 +163,7 @@ def heal(
         "version": records.version(),
         **{key: value for key, value in prepared.plan.items() if key not in ("format", "blocks")},
         **facts,
+        "model": records.original(prepared.plan["model"], Path(request.model), [records_file]),
         "healed": str(source.absolute()) if (source := Path(prepared.request.model)).is_dir() else str(source),
         **prepared.measured,
         "device": settings["device"],
@@ -230,6 +237,9 @@ def prepare(request: HealRequest, records_file: Path) -> Prepared:
     if protocol is not None and same_text(spec, protocol.spec):
         say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
     form = _form(request, checkpoint, spec, plan)
+    if form is not None:
+        for line in shown_row(spec, checkpoint.tokenizer(), form, answers=request.completion_only):
+            say(line)
     much: dict[str, Any] = {"samples": request.samples, "seqlen": seqlen, "seed": request.seed, "form": form}
     if request.completion_only:
         examples = answers_alone(spec, checkpoint.tokenizer(), **much)
@@ -335,6 +345,7 @@ def _run(prepared: Prepared, settings: dict[str, Any], writer: CheckpointWriter)
         alpha=request.alpha,
         seed=request.seed,
         masked=not request.keep_adapter,
+        zeroed=prepared.zeroed,
     )
     if request.checkpointing:
         recompute(model.get_submodule(checkpoint.view().family.blocks).children())
@@ -408,9 +419,7 @@ def _write_merged(prepared: Prepared, adapters: Adapters, writer: CheckpointWrit
         for name in names:
             tensor, path = view.source.read(name), name.removesuffix(".weight")
             tensors[name] = (
-                merged(tensor, adapters.delta(path).to(tensor.device))
-                if path in adapters.layers and name.endswith(".weight")
-                else tensor
+                adapters.merged(path, tensor) if path in adapters.layers and name.endswith(".weight") else tensor
             )
         nonzero += sum(
             int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name)

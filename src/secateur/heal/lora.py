@@ -2,11 +2,12 @@
 
     W + M * (alpha / r) B A        M is 0 where W is 0, and 1 elsewhere
 
-Pruned weights stay pruned: a weight that is zero gets no update, in any pattern. Training uses the masked update too,
-so the merged model is the trained model. For each such matrix, a forward pass costs a product O x R x I, and O x I
-floats of 32 bits with their mask, which are kept for the backward pass (for one block at a time with `recompute`). A
-matrix without zeros, as in most structural results, uses peft's own forward, B (A x). An adapter that is kept apart has
-no mask, since other programs load it without one.
+Pruned weights stay pruned: in a matrix of which pruning zeroed weights, a weight that is zero gets no update, in any
+pattern. Training uses the masked update too, so the merged model is the trained model. For each such matrix, a forward
+pass costs a product O x R x I, and O x I floats of 32 bits with their mask, which are kept for the backward pass (for
+one block at a time with `recompute`). Any other matrix, as in most structural results, uses peft's own forward,
+B (A x); the few zeros that a dense model in bfloat16 has by chance are weights like others there. An adapter that is
+kept apart has no mask, since other programs load it without one.
 
 Shape letters: O outputs, I inputs, R rank, B T tokens.
 """
@@ -14,7 +15,7 @@ Shape letters: O outputs, I inputs, R rank, B T tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from secateur.models.view import ModelView
 from secateur.plan.rates import matching
 
 _ADAPTER = "default"  # peft's name for a single adapter
+_UNITS = ("rows", "columns")  # patterns that remove whole units and leave no zeros
+MANY_ZEROS = 0.01  # of a matrix: not by chance, whatever is known of it (dense models in bfloat16 have 0.3% and less)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,12 @@ class Adapters:
     Attributes:
         peft: peft's wrapper; the model inside has its linear modules replaced.
         layers: path of a linear module in the model -> peft's layer.
+        masked: the paths of those whose zeros stay zero.
     """
 
     peft: Any
     layers: Mapping[str, Any]
+    masked: frozenset[str]
 
     @property
     def trainable(self) -> nn.ParameterList:
@@ -59,6 +64,33 @@ class Adapters:
     def delta(self, path: str) -> Tensor:
         """The update (alpha / r) B A of a module, [O, I], float32."""
         return _delta(self.layers[path]).detach()
+
+    def merged(self, path: str, weight_OI: Tensor) -> Tensor:
+        """The weight of a module with its update, in its own dtype."""
+        return merged(weight_OI, self.delta(path).to(weight_OI.device), masked=path in self.masked)
+
+
+def zeroed_modules(view: ModelView, plan: Mapping[str, Any], recipe: Mapping[str, Any] | None) -> set[str]:
+    """Return the paths of the linear modules of which pruning zeroed weights, be they few.
+
+    Args:
+        view: the pruned model.
+        plan: the content of its plan.json, which tells what the last pruning zeroed.
+        recipe: the content of its recipe. If an earlier pruning of the same model zeroed weights, it may have done so
+            in every module.
+    """
+    family = view.family
+    prunings = [step["prune"] for step in (recipe or {}).get("steps", []) if isinstance(step.get("prune"), Mapping)]
+    before = any(step.get("pattern") not in (None, *_UNITS) for step in prunings[:-1])
+    kept = [block for block in plan["blocks"] if not block.get("dropped")]
+    if before or len(kept) != view.blocks:
+        return {f"{family.blocks}.{index}.{path}" for index in range(view.blocks) for path in family.matrices.values()}
+    return {
+        f"{family.blocks}.{index}.{family.matrices[name]}"
+        for index, block in enumerate(kept)
+        for name, mask in block["masks"].items()
+        if mask["removed"]
+    }
 
 
 def find_targets(view: ModelView, names: Sequence[str]) -> list[str]:
@@ -102,7 +134,14 @@ def need_peft() -> None:
 
 
 def add_adapters(
-    model: PreTrainedModel, targets: Sequence[str], *, rank: int, alpha: float, seed: int, masked: bool
+    model: PreTrainedModel,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    masked: bool,
+    zeroed: Collection[str] = (),
 ) -> Adapters:
     """Put adapters on a model, in place; all its own weights are frozen.
 
@@ -111,7 +150,8 @@ def add_adapters(
         targets: paths of linear modules.
         rank, alpha: the rank r, and the numerator of the scale alpha / r.
         seed: the seed of A; B starts at zero, so the function is the model's own at first.
-        masked: keep zero weights at zero.
+        masked: keep zero weights at zero, in the modules of `zeroed` and where at least 1% of the weights are zero.
+        zeroed: paths of modules of which pruning zeroed weights, be they few.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -121,10 +161,16 @@ def add_adapters(
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
     layers: dict[str, Any] = {path: model.get_submodule(path) for path in targets}
-    if masked:
-        for layer in (layer for layer in layers.values() if bool((layer.base_layer.weight == 0).any())):
-            layer.forward = partial(_masked_forward, layer)
-    return Adapters(wrapped, layers)
+    chosen = {path for path in targets if masked and _pruned_zeros(layers[path].base_layer.weight, path in zeroed)}
+    for path in chosen:
+        layers[path].forward = partial(_masked_forward, layers[path])
+    return Adapters(wrapped, layers, frozenset(chosen))
+
+
+def _pruned_zeros(weight_OI: Tensor, zeroed: bool) -> bool:
+    """Whether a weight has zeros that stay zero: pruning zeroed some, or they are too many to be there by chance."""
+    zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
+    return zeros > 0 and (zeroed or zeros >= MANY_ZEROS * weight_OI.numel())
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:
@@ -133,10 +179,10 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def merged(weight_OI: Tensor, delta_OI: Tensor) -> Tensor:
-    """The weight with its update, in its own dtype; zeros keep their bits."""
+def merged(weight_OI: Tensor, delta_OI: Tensor, *, masked: bool) -> Tensor:
+    """The weight with its update, in its own dtype; if masked, zeros keep their bits."""
     updated_OI = (weight_OI.to(delta_OI.dtype) + delta_OI).to(weight_OI.dtype)
-    return torch.where(weight_OI == 0, weight_OI, updated_OI)
+    return torch.where(weight_OI == 0, weight_OI, updated_OI) if masked else updated_OI
 
 
 def _delta(layer: Any) -> Tensor:

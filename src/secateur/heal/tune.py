@@ -1,6 +1,6 @@
 """Train adapters with AdamW on the next-token loss.
 
-Training can be resumed, and stops if the loss rises too far above its best value so far.
+Training can be resumed, and stops if the mean loss of some steps rises too far (see `watch.py`).
 
 Shape letters: S examples, B examples of a batch, T tokens.
 """
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from secateur.core.errors import SecateurError
 from secateur.core.progress import say, track
-from secateur.core.words import rough_duration_words
+from secateur.core.words import plural, rough_duration_words
 from secateur.heal.data import Examples
+from secateur.heal.watch import Watch, steps_watched
 from secateur.models.loss import hidden_states, mean_loss
 from secateur.text.windows import IGNORE
 from secateur.train.recent import RecentLoss
@@ -28,7 +29,6 @@ from secateur.train.steps import all_finite, rows_of_step
 
 LOOK_EVERY = 10  # steps between two readings of the loss
 _LONG = 60.0  # seconds of training that are said beforehand
-WORSE = 1.0  # nats above the best reading: the training has diverged
 SCHEDULES = ("cosine", "constant")
 
 
@@ -71,21 +71,24 @@ def tune(
         first reading, at step 0, is the loss of the model before training, on the same batches as the second reading.
 
     Raises:
-        SecateurError: the loss or a parameter is not finite, or the loss has risen far above the best; `state` holds
-            the last good parameters.
+        SecateurError: the loss or a parameter is not finite, or the mean loss has risen far; `state` holds the last
+            good parameters.
     """
     optimizer = torch.optim.AdamW(trainable, lr=how.lr, weight_decay=how.weight_decay)
     readings: list[dict[str, float]] = []
     if state.is_file():
         readings = load_state(state, trainable, optimizer, None)[1]["seen"]
         say(f"heal: going on from step {readings[-1]['step']:.0f} of {how.steps}")
-    else:
-        first = {"step": 0, "loss": _loss_before(model, examples, how), "lr": how.lr}
-        _check(first, readings, trainable, 0)
-        readings.append(first)
+    start = int(readings[-1]["step"]) if readings else 0
+    before = _losses_before(model, examples, how, start)
+    if not readings:
+        count = min(LOOK_EVERY, how.save_every, how.steps)
+        readings.append({"step": 0, "loss": sum(before[:count]) / count, "lr": how.lr})
+        _check_finite(readings[0], trainable, 0)
+    watch = Watch(before, [_tokens(examples, how, start + number) for number in range(len(before))])
     device, pace = model.device, _Pace(how, examples)
     recent = RecentLoss()
-    losses, since, saved = torch.zeros((), device=device), 0, int(readings[-1]["step"])
+    losses, since, saved = torch.zeros((), device=device), 0, start
     for step in track(range(saved + 1, how.steps + 1), "heal: steps", status=recent.words):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step - 1, how)
@@ -95,11 +98,13 @@ def tune(
         )
         losses, since = losses + loss, since + 1
         recent.add(loss)
+        watch.add(loss, _tokens(examples, how, step - 1))
         pace.step(step)
         save = step % how.save_every == 0 or step == how.steps
         if step % LOOK_EVERY == 0 or save:
             reading = {"step": step, "loss": float(losses) / since, "lr": how.lr}
-            _check(reading, readings, trainable, saved)
+            _check_finite(reading, trainable, saved)
+            _check_risen(watch, step, saved)
             readings.append(reading)
             losses, since = torch.zeros_like(losses), 0
         if save:
@@ -144,17 +149,21 @@ class _Pace:
 
 
 @torch.no_grad()
-def _loss_before(model: PreTrainedModel, examples: Examples, how: Tuning) -> float:
-    """The mean loss before training, in nats, on the batches up to the first reading; fresh adapters change nothing."""
-    batches = [
-        rows_of_step(step, len(examples.ids_ST), how.batch, how.seed)
-        for step in range(min(LOOK_EVERY, how.save_every, how.steps))
-    ]
-    losses = [
-        next_token_loss(model, examples.ids_ST[rows].to(model.device), examples.label_ST[rows].to(model.device))
-        for rows in batches
-    ]
-    return float(torch.stack(losses).mean())
+def _losses_before(model: PreTrainedModel, examples: Examples, how: Tuning, start: int) -> list[float]:
+    """The losses in nats of the batches of the next steps, as many as are watched, before any of these steps."""
+    losses = []
+    for step in track(range(start, min(how.steps, start + steps_watched(how.batch))), "heal: loss before"):
+        rows = rows_of_step(step, len(examples.ids_ST), how.batch, how.seed)
+        losses.append(
+            next_token_loss(model, examples.ids_ST[rows].to(model.device), examples.label_ST[rows].to(model.device))
+        )
+    return torch.stack(losses).tolist() if losses else []
+
+
+def _tokens(examples: Examples, how: Tuning, step: int) -> int:
+    """The number of tokens that count in the loss of a step, counted from 0."""
+    rows = rows_of_step(step, len(examples.ids_ST), how.batch, how.seed)
+    return int((examples.label_ST[rows, 1:] != IGNORE).sum())
 
 
 def next_token_loss(model: PreTrainedModel, ids_BT: Tensor, label_BT: Tensor) -> Tensor:
@@ -163,19 +172,23 @@ def next_token_loss(model: PreTrainedModel, ids_BT: Tensor, label_BT: Tensor) ->
     return mean_loss(model, hidden_states(model, ids_BT)[:, :-1][counts_BT], label_BT[:, 1:][counts_BT])
 
 
-def _check(
-    reading: dict[str, float], readings: list[dict[str, float]], trainable: nn.ParameterList, saved: int
-) -> None:
-    best = min((earlier["loss"] for earlier in readings), default=math.inf)
-    finite = math.isfinite(reading["loss"]) and all_finite(trainable)
-    if finite and reading["loss"] <= best + WORSE:
-        return
-    problem = (
-        f"rose to {reading['loss']:.3f} from {best:.3f}" if finite else "or an adapter is not finite (NaN or infinity)"
-    )
+def _check_finite(reading: dict[str, float], trainable: nn.ParameterList, saved: int) -> None:
+    if not (math.isfinite(reading["loss"]) and all_finite(trainable)):
+        raise _diverged(f"the loss or an adapter is not finite (NaN or infinity) by step {reading['step']:.0f}", saved)
+
+
+def _check_risen(watch: Watch, step: int, saved: int) -> None:
+    if (risen := watch.risen()) is not None:
+        count, mean, near = risen
+        raise _diverged(
+            f"the mean loss of {plural(count, 'step')} rose to {mean:.3f} from {near:.3f} by step {step}", saved
+        )
+
+
+def _diverged(problem: str, saved: int) -> SecateurError:
     next_step = (
         f"the state of step {saved} is kept: go on from it with --resume and a smaller --lr"
         if saved
         else "use a smaller --lr, or --dtype float32"
     )
-    raise SecateurError(f"heal: the loss {problem} by step {reading['step']:.0f}; {next_step}")
+    return SecateurError(f"heal: {problem}; {next_step}")

@@ -86,10 +86,8 @@ class CheckpointWriter:
                     f"--resume: the interrupted run in '{self.partial}' {difference}; "
                     "give the same settings, or start again with --overwrite"
                 )
-        elif before is not None and not overwrite:
-            raise UsageError(
-                f"an interrupted run lies in '{self.partial}': go on with --resume, or start again with --overwrite"
-            )
+        else:
+            refuse_interrupted(self.out, resume=False, overwrite=overwrite)
         shutil.rmtree(self.partial, ignore_errors=True)
         _check_room(self.out, needed)
         with self.disk():
@@ -303,6 +301,14 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
         )
 
 
+def refuse_interrupted(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise UsageError if an interrupted run lies beside `out`, and is neither resumed nor replaced."""
+    if not resume and not overwrite and _read_journal(partial_folder(out)) is not None:
+        raise UsageError(
+            f"an interrupted run lies in '{partial_folder(out)}': go on with --resume, or start again with --overwrite"
+        )
+
+
 def refuse_inside(out: Path, precious: Mapping[str, Path]) -> None:
     """Raise UsageError if `out` contains a path that the run needs, or lies inside such a path.
 
@@ -325,11 +331,12 @@ def is_finished(out: Path, *, resume: bool, overwrite: bool) -> bool:
     """Whether the result of a resumed run is already complete.
 
     Raises:
-        UsageError: it is not complete, and `out` may not be replaced.
+        UsageError: it is not complete, and `out`, or the interrupted run beside it, may not be replaced.
     """
     finished = resume and plan_file(out) is not None
     if not finished:
         refuse_existing(out, overwrite)
+        refuse_interrupted(out, resume=resume, overwrite=overwrite)
     return finished
 
 

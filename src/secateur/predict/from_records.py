@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from secateur.core import records
@@ -41,7 +42,7 @@ def points_of_records(
     _same([*dense, *pruned], {**_EVERY, **measured_by}, "give the records of one model, measured in one way")
     with_value = [record for record in dense if read(record) is not None]
     if not with_value:
-        model = _model(pruned[0]) if pruned else "the model"
+        model = _place_of(_model(pruned[0]), found) if pruned else "the model"
         raise SecateurError(
             f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol"
         )
@@ -164,6 +165,12 @@ def _place(record: Record) -> str:
 
 def _model(record: Record) -> str:
     return str(record.get("model") or "unknown model")
+
+
+def _place_of(model: str, found: list[Record]) -> str:
+    """The path of a model among the records as they were read, for a command; its name if there is none."""
+    paths = dict.fromkeys(str(record["model"]) for record in found if record.get("model"))
+    return next((path for path in paths if shown(path) == shown(model) and Path(path).is_dir()), model)
 
 
 def _field(record: Record, name: str) -> Any:
