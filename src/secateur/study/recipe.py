@@ -15,6 +15,7 @@ from typing import Any
 from secateur.core import records
 from secateur.core.device import resolve_device
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.paths import to_path
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.evaluate.evaluate import evaluate, prepare_questions
@@ -54,7 +55,7 @@ class _Task:
 
 def run_recipe(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     device: str | None = None,
     resume: bool = False,
@@ -74,7 +75,7 @@ def run_recipe(
     Raises:
         UsageError, SecateurError: a step is wrong, or failed; what was finished before it stays.
     """
-    out = out.absolute()
+    out = to_path(out).absolute()
     if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
         raise UsageError(
             f"--out '{out}' exists and is not empty: go on there with --resume, choose another folder, or replace its "
