@@ -151,8 +151,11 @@ def _open(recipe: Recipe) -> Checkpoint:
     try:
         return open_checkpoint(recipe.model, recipe.revision)
     except SecateurError as error:
-        if recipe.replaced or recipe.made is None or recipe.revision is not None or recipe.model == BUNDLED:
+        there = recipe.model == BUNDLED or Path(recipe.model).expanduser().exists()
+        if recipe.replaced or there:
             raise
+        if recipe.made is None or recipe.revision is not None:
+            raise type(error)(f"{recipe.file}: {error}, or give its folder with --model") from error
         raise UsageError(
             f"{recipe.file}: the recipe was made with a folder '{recipe.model}', which is neither beside it nor in the "
             f"working folder: name it with --model ({error})"
