@@ -1,4 +1,5 @@
-"""The functions for Python programs and for the command line: one per command; `plan` and `cut` for models in memory.
+"""The functions for Python programs and for the command line: one per command; for models in memory `plan`, `cut` and
+`perplexity`.
 
 `secateur eval` is `evaluate`, `secateur report` is `write_report`, and `secateur run` is `run_recipe`. Every other
 function has the name of its command, with underscores. The functions `estimate...` return what `--dry-run` prints.
