@@ -39,7 +39,7 @@ def run(*args: Any) -> str:
 def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
     assert answer(RECORD) == [
         "135 M -> 101 M parameters (25.0% removed), 269 MB -> 202 MB, 2 min 05 s",
-        "slicegpt: 25.0% of the residual width. Loads with trust_remote_code=True, or after import secateur.",
+        "slicegpt removed 25.0% of the residual width. Loads with trust_remote_code=True, or after import secateur.",
         "Next: secateur eval '/runs/my model' --against org/model",
     ]
     zeros = {
@@ -55,8 +55,14 @@ def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
     }
     assert answer(zeros)[:2] == [
         "135 M parameters, 39.5% zeroed, 269 MB, 3.2 s",
-        "wanda: 50.0% of the weights of the targeted matrices. A stock model: it loads as the original does.",
+        "wanda zeroed 50.0% of the weights of the targeted matrices. A stock model: it loads as the original does.",
     ]
+
+
+def test_zeros_that_a_model_has_by_accident_are_not_called_zeroed() -> None:
+    few = {**RECORD, "nonzero_after": RECORD["params_after"] - 300_000, "sparsity_of": "parameters"}
+    assert "zeroed" not in " ".join(answer(few))
+    assert "0.2% zeroed" in answer({**few, "sparsity_of": "weights"})[0]
 
 
 def test_a_larger_result_is_not_called_smaller() -> None:
@@ -91,7 +97,8 @@ def test_commands_answer_and_print_the_record_when_it_is_asked_for(
     said = run(*prune, "--dry-run").splitlines()
     size, _, stored = said[0].partition("removed), ")
     assert stored.count(" kB") == 2
-    assert said[1].endswith("Nothing was written.")
+    assert said[1] == "magnitude would remove 50.0% of the weights of the targeted matrices, in whole units."
+    assert said[2].endswith("Nothing was written.")
     done = run(*prune, "--out", out).splitlines()
     assert done[0].startswith(size), "the dry run told the truth"
     assert done[-1] == f"Next: secateur eval {out} --against {dense}"
@@ -117,7 +124,10 @@ def test_commands_answer_and_print_the_record_when_it_is_asked_for(
         tmp_path / "h",
     )
     assert healed.startswith(f"perplexity {record['ppl']:.2f} -> ")
-    assert "magnitude + LoRA: 50.0% of" in healed
+    assert (
+        "magnitude removed 50.0% of the weights of the targeted matrices, in whole units, then healed with LoRA"
+        in healed
+    )
 
 
 def _predicted(low: float, high: float | None, metric: str = "ppl") -> str:

@@ -14,10 +14,12 @@ from secateur.report import words
 from secateur.report.find import find_records
 from secateur.report.html import write_report
 from secateur.report.plots import Percent
-from secateur.report.rows import collect, group
+from secateur.report.rows import Group, collect, group
 from secateur.report.series import Comparison, comparisons, series
 from secateur.report.tables import notes
 from tests.report.test_report import PROTOCOL, eval_record, prune_record
+
+ALONE = Group("tiny", None, ())  # no dense model, no protocol
 
 
 def removed(method: str, ratio: float, ppl: float | None, asked: float | None = None) -> list[dict[str, Any]]:
@@ -42,7 +44,7 @@ THREE = (
 def test_the_winner_is_named_among_those_asked_for_the_same() -> None:
     found = compared(*THREE)[0]
     assert [entry.label for entry in found.entries] == ["llm_pruner", "shortgpt", "slicegpt"]
-    said = words.finding(found, None)
+    said = words.finding(found, ALONE)
     assert said.startswith(
         "At 25% of all parameters asked for (reached: 25.0% to 26.6%), llm_pruner has the lowest perplexity of the 3 "
         "compared: 129.90 (25.0%); shortgpt has 343.50 (26.3%); slicegpt has 456.90 (26.6%)."
@@ -50,23 +52,35 @@ def test_the_winner_is_named_among_those_asked_for_the_same() -> None:
     assert "removed the least" in said
 
 
+def test_the_finding_says_what_it_was_measured_on() -> None:
+    rows = collect([eval_record(24.3, "tiny"), *(r for several in THREE for r in several)])
+    found = compared(*THREE)[0]
+    (known,) = group(rows)
+    few = Group(known.model, (("spec", "/data/a.txt"), ("windows", 2), ("seqlen", 2048), ("tokens", 4094)), known.rows)
+    assert "Measured on a.txt, 2 windows of 2,048 tokens: too few to tell small differences." in words.finding(
+        found, few
+    )
+    many = Group(known.model, (("spec", "wikitext2"), ("windows", 166), ("seqlen", 2048), ("tokens", 339802)), ())
+    assert "Measured on wikitext2, 166 windows of 2,048 tokens." in words.finding(found, many)
+
+
 def test_what_was_asked_apart_is_compared_within_two_points() -> None:
     near, far = compared(removed("a", 0.25, 30.0), removed("b", 0.268, 20.0, 0.27), removed("c", 0.291, 9.0, 0.3))
     assert [entry.label for entry in near.entries] == ["b", "a"]
-    assert "No ratio was asked for in common" in words.finding(near, None)
+    assert "No ratio was asked for in common" in words.finding(near, ALONE)
     assert [entry.label for entry in far.entries] == ["c"]
 
 
 def test_a_run_that_went_astray_is_named_and_one_that_lies_near_joins() -> None:
     found = compared(*THREE, removed("coarse", 0.125, 25.0, 0.25), removed("other", 0.255, 99.0))[0]
     assert found.entries[0].label == "other"
-    said = words.finding(found, None)
+    said = words.finding(found, ALONE)
     assert "not compared since more than two points away: coarse (12.5%)" in said
     assert "Not asked for 25%, and compared since within two points: other." in said
 
 
 def test_one_that_landed_far_from_the_level_does_not_win_it() -> None:
-    said = words.finding(compared(removed("a", 0.25, 20.0, 0.25), removed("b", 0.15, 10.0, 0.25))[0], None)
+    said = words.finding(compared(removed("a", 0.25, 20.0, 0.25), removed("b", 0.15, 10.0, 0.25))[0], ALONE)
     assert said.startswith("At 25% of all parameters")
     assert "a has perplexity 20.00" in said
     assert "not compared since more than two points away: b (15.0%)" in said
@@ -75,7 +89,7 @@ def test_one_that_landed_far_from_the_level_does_not_win_it() -> None:
 def test_an_infinite_perplexity_was_measured_and_comes_last() -> None:
     found = compared(removed("a", 0.25, 20.0, 0.25), removed("b", 0.25, None, 0.25))[0]
     assert [entry.label for entry in found.entries] == ["a", "b"]
-    said = words.finding(found, None)
+    said = words.finding(found, ALONE)
     assert "a has the lowest perplexity of the 2 compared: 20.00; b has infinite." in said
 
 

@@ -53,6 +53,9 @@ def _dry_prune(record: Record) -> Iterator[str]:
         yield "The size of the result depends on the text, so it is not known before the run."
     elif "params_before" in record:
         yield _size(record)
+    if record.get("sparsity") and record.get("sparsity_of") not in (None, "parameters"):
+        word = "zero" if record["sparsity_of"] == "weights" else "remove"
+        yield f"{record['method']} would {word} {_of(record['sparsity'], record['sparsity_of'])}."
     yield _expected(record)
 
 
@@ -79,7 +82,7 @@ def _expected(record: Record) -> str:
     seconds, memory, disk = (record.get(name) for name in ("seconds_estimated", "memory_bytes", "disk_bytes"))
     parts = [
         "" if seconds is None else rough_duration_words(seconds),
-        "" if memory is None else f"{size_words(memory)} of memory",
+        "memory unknown" if memory is None else f"{size_words(memory + record.get('resident_bytes', 0))} of memory",
         f"{size_words(disk)} of disk while it runs" if disk else "",
     ]
     why = f" The time is not known: {record['seconds_unknown']}." if record.get("seconds_unknown") else ""
@@ -188,13 +191,17 @@ def _removed(share: float) -> str:
 
 def _how(record: Record) -> str:
     """The method, and how much it was told to remove of what it removes from."""
+    share, quantity = record.get("sparsity_measured"), record.get("sparsity_of")
+    healed = ", then healed with LoRA" if record.get("heal") else ""
+    done = "zeroed" if quantity == "weights" else "removed"
+    return f"{record['method']}{'' if share is None else f' {done} {_of(share, quantity)}'}{healed}"
+
+
+def _of(share: float, quantity: str | None) -> str:
+    """A share of what a method removes from, by its name."""
     from secateur.plan.quantity import words_of  # imported here: torch takes seconds, which --help need not wait for
 
-    share = record.get("sparsity_measured")
-    healed = " + LoRA" if record.get("heal") else ""
-    return f"{record['method']}{healed}" + (
-        "" if share is None else f": {_percent(share)} of {words_of(record.get('sparsity_of'))}"
-    )
+    return f"{_percent(share)} of {words_of(quantity)}"
 
 
 def _loading(record: Record) -> str:

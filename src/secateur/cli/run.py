@@ -29,7 +29,7 @@ def run(
     revision: Annotated[str | None, Option(help="The hub revision of --model.")] = None,
     device: Annotated[str | None, Option(help="auto, cpu, cuda or cuda:N, for every step.")] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Write nothing; check every step, and estimate the first one.")
+        bool, Option("--dry-run", help="Write nothing; check every step, and estimate those that can be.")
     ] = False,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,

@@ -25,6 +25,11 @@ def give_back() -> None:
             trim(0)
 
 
+def resident_bytes(device: torch.device) -> int:
+    """Return what the process holds in memory now, mostly libraries; 0 on an accelerator, whose memory is its own."""
+    return _status_bytes("VmRSS") if device.type == "cpu" else 0
+
+
 class PeakMemory:
     """The peak of memory use from now on, above the present use.
 

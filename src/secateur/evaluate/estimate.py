@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.core.device import resolve_device
 from secateur.core.errors import SecateurError
+from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Phases
@@ -44,6 +46,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = time.perf_counter) ->
         UsageError, SecateurError: the evaluation cannot be done, as `evaluate` would say.
     """
     started = clock()
+    resident = resident_bytes(resolve_device(request.device))
     checkpoint = open_checkpoint(request.model, request.revision)
     plan = read_plan_json(checkpoint.folder)
     bundled = request.model == BUNDLED or (plan or {}).get("model") == BUNDLED
@@ -69,6 +72,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = time.perf_counter) ->
         "requests": questions.tasks.requests(),
         "evaluation_tokens": models * sum(map(len, questions.windows)),
         "memory_bytes": memory + models * _batch_memory(checkpoint, questions),
+        "resident_bytes": resident,
         "disk_bytes": 0,
         "seconds_estimated": None if seconds is None else round(reading + seconds, 2),
         **({} if why is None else {"seconds_unknown": why}),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from secateur.core.device import resolve_device
+from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Phases
@@ -42,6 +44,7 @@ def estimate_heal(request: HealRequest, records_file: Path | None = None, clock:
     started = clock()
     check_request(request)
     need_peft()
+    resident = resident_bytes(resolve_device(request.device))
     prepared = prepare(request, records_file or Path(request.model).absolute().parent / "records.jsonl")
     reading = clock() - started
     checkpoint, examples = prepared.checkpoint, prepared.examples
@@ -70,6 +73,7 @@ def estimate_heal(request: HealRequest, records_file: Path | None = None, clock:
         "device": str(prepared.device),
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "memory_bytes": _memory(prepared),
+        "resident_bytes": resident,
         "disk_bytes": _trainable(prepared) * _OPTIMISER_BYTES
         + (0 if request.keep_adapter else 2 * parameters * checkpoint.dtype.itemsize),
         "seconds_estimated": None if seconds is None else round(reading + seconds, 2),

@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.errors import SecateurError
 from secateur.core.machine import matrix_rate
+from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Expected, Phases
@@ -34,14 +35,16 @@ _READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
     """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
-    An entry is None if the text or options of the method decide it; `seconds_unknown` says why there is no time. Warns,
-    as `prune` does, if the size will surprise.
+    An entry is None if the text or options of the method decide it; `seconds_unknown` says why there is no time.
+    `memory_bytes` is what the work needs, above the `resident_bytes` that the process holds already. Warns, as `prune`
+    does, if the size will surprise.
 
     Args:
         prepared: the run.
         clock: returns seconds.
     """
     say_expected(prepared)
+    resident = resident_bytes(prepared.device)
     view, job = prepared.job.view, prepared.job
     before = prepared.checkpoint.view().parameters()
     after = parameters_expected(prepared)
@@ -63,12 +66,14 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
         "command": "prune",
         "dry_run": True,
         **prepared_settings(prepared, None),
+        "sparsity_of": prepared.job.quantity.name,
         "params_before": before,
         "params_after": after,
         "nonzero_after": None if after is None else after - zeroed,
         "pruning_ratio": None if after is None else 1 - after / before,
         "calibration_tokens": tokens,
         "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
+        "resident_bytes": resident,
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored + _spilled(prepared, tokens),
@@ -100,7 +105,10 @@ def announce(prepared: Prepared, windows: Tensor | None) -> Expected | None:
         return None
     expected, _ = _rehearsed(prepared, (windows.shape[0], windows.shape[1]), windows)
     if expected is not None:
-        memory = "" if _trains(prepared) else f", {size_words(_memory(prepared, windows.numel()))} of memory"
+        memory = ""
+        if not _trains(prepared):
+            needed = resident_bytes(prepared.device) + _memory(prepared, windows.numel())
+            memory = f", {size_words(needed)} of memory"
         say(f"{prepared.job.method.name}: about {rough_duration_words(expected.seconds)}{memory}")
     return expected
 

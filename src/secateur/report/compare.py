@@ -35,7 +35,7 @@ class Comparison:
 
 def winner(group: Group) -> str:
     """The result that loses least among those that can be compared, in words, as the page has it."""
-    return words.finding(next(iter(by_perplexity(group.rows)), None), group.dense)
+    return words.finding(next(iter(by_perplexity(group.rows)), None), group)
 
 
 def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | None:

@@ -178,7 +178,7 @@ def _render(
     return template.render(
         title=title,
         measured=_measured(findings),
-        finding=modules.verdict(studies[0])[0] if studies and compared is None else words.finding(compared, main.dense),
+        finding=modules.verdict(studies[0])[0] if studies and compared is None else words.finding(compared, main),
         levels=levels if len(levels) > 1 else [],
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),

@@ -116,8 +116,7 @@ class _Amount:
 _GONE = _Amount(
     "parameters removed or zeroed",
     lambda row: row.gone,
-    "Results of one share have as many parameters left that are not zero. Files shrink by the share removed alone; the "
-    "table has both.",
+    "Removed parameters make the files smaller; zeroed ones stay in them. The table has both shares.",
 )
 _SPARSITY = _Amount(
     "sparsity, measured",

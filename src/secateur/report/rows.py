@@ -88,7 +88,12 @@ class Row:
 
     @property
     def zeroed(self) -> float | None:
-        """The share of zeros in the result, of all parameters that there were: with `removed` it makes `gone`."""
+        """The share of zeros in the result, of all parameters that there were: with `removed` it makes `gone`.
+
+        Zeros that a model has by accident count only beside those of a method that zeroes weights.
+        """
+        if self.dense or self.get("sparsity_of") not in (None, "weights"):
+            return 0.0
         after, nonzero = self.number("params_after"), self.number("nonzero_after")
         before = self.number("params_before") or after
         return (after - nonzero) / before if after is not None and before and nonzero is not None else None
@@ -96,6 +101,8 @@ class Row:
     @property
     def gone(self) -> float | None:
         """The share of the parameters that was removed or zeroed, of all that there were."""
+        if self.get("sparsity_of") not in (None, "weights"):
+            return self.removed
         before, nonzero = self.number("params_before"), self.number("nonzero_after")
         return 1 - nonzero / before if before and nonzero is not None else None
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from secateur.core.names import shown
 from secateur.core.words import count_words, duration_words, perplexity_words, size_words
 from secateur.core.words import plural as plural
-from secateur.report.rows import Row
+from secateur.report.rows import Group, Row
 from secateur.report.series import Comparison, Entry
 
 Words = str | None
+
+_FEW_TOKENS = 16_384  # a perplexity of fewer tokens tells only large differences apart
 
 
 def percent(value: float | None) -> Words:
@@ -79,11 +82,11 @@ def accuracy_title(task: str, found: Comparison | None, dense: float | None) -> 
     return f"{task}: at {found.where} {best.label} keeps most accuracy, {best.value:.3f}{reference}"
 
 
-def finding(found: Comparison | None, dense: Row | None) -> str:
-    """The best result, which claims only what was measured, and what its comparison leaves open."""
+def finding(found: Comparison | None, group: Group) -> str:
+    """The best result, which claims only what was measured, what it was measured on, and what is left open."""
     if found is None:
         return "No perplexities to compare yet: run 'secateur eval DIR' on the pruned folders and report again."
-    best, rest = found.entries[0], found.entries[1:]
+    best, rest, dense = found.entries[0], found.entries[1:], group.dense
     times = (
         f", {ratio(best.value / dense.ppl)} the dense model's {perplexity(dense.ppl)}" if dense and dense.ppl else ""
     )
@@ -92,14 +95,24 @@ def finding(found: Comparison | None, dense: Row | None) -> str:
             f"At {found.where}, {best.label} has perplexity {_value(best)}{times}; "
             "nothing else was measured at that level to compare it with."
         )
-        return " ".join([alone, *_reservations(found)])
+        return " ".join([alone, *_measured_on(group), *_reservations(found)])
     said = [_value(entry) + ("" if found.equal else f" ({entry.reached:.1%})") for entry in found.entries]
     nearest = "; ".join(f"{entry.label} has {value}" for entry, value in zip(rest, said[1:], strict=True))
     first = (
         f"At {found.where}, {best.label} has the lowest perplexity of the {len(found.entries)} compared: "
         f"{said[0]}{times}; {nearest}."
     )
-    return " ".join([first, *_reservations(found)])
+    return " ".join([first, *_measured_on(group), *_reservations(found)])
+
+
+def _measured_on(group: Group) -> list[str]:
+    """The text of the perplexities, with a warning if it is short; nothing if the records do not tell."""
+    protocol = dict(group.protocol or ())
+    if any(protocol.get(name) is None for name in ("spec", "windows", "seqlen", "tokens")):
+        return []
+    size = f"{protocol['windows']:,} windows of {protocol['seqlen']:,} tokens"
+    few = ": too few to tell small differences" if protocol["tokens"] < _FEW_TOKENS else ""
+    return [f"Measured on {shown(protocol['spec'])}, {size}{few}."]
 
 
 def _reservations(found: Comparison) -> list[str]:

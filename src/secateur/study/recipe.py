@@ -18,7 +18,9 @@ from secateur.core.errors import SecateurError, UsageError
 from secateur.core.paths import to_path
 from secateur.core.progress import say
 from secateur.core.records import Record
+from secateur.evaluate.estimate import estimate_evaluate
 from secateur.evaluate.evaluate import evaluate, prepare_questions
+from secateur.heal.estimate import estimate_heal
 from secateur.heal.heal import check_request, heal
 from secateur.heal.lora import find_targets, need_peft
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
@@ -96,21 +98,23 @@ def run_recipe(
 def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Record]:
     """Yield what `--dry-run` prints: the estimate of each step that has one, and the settings of the others.
 
-    All steps are checked; nothing is written. A step after the first has no model yet, so it has no estimate.
+    All steps are checked; nothing is written. An `eval` is estimated on the model of the
+    recipe; a later `prune` or `heal` has no estimate before its model is there.
     """
     checkpoint = _open(recipe)
     tasks = _tasks(recipe, checkpoint, Path(), device)
     _check(recipe, checkpoint, tasks)
     for number, task in enumerate(tasks):
-        if number == 0 and task.step.kind in _ESTIMATES:
-            yield {"step": task.step.where, **_ESTIMATES[task.step.kind](task.request)}
+        if task.step.kind == "prune" and number == 0:
+            yield {"step": task.step.where, **estimate(prepare(task.request))}
+        elif task.step.kind == "heal" and number == 0:
+            yield {"step": task.step.where, **estimate_heal(task.request)}
+        elif task.step.kind == "eval":
+            on_dense = replace(task.request, model=recipe.model, revision=recipe.revision, against=None)
+            yield {"step": task.step.where, **estimate_evaluate(on_dense)}
         else:
             given = {name: getattr(task.request, name) for name in sorted(task.step.given)}
             yield {"command": "run", "dry_run": True, "step": task.step.where, "given": given}
-
-
-_ESTIMATES = {"prune": lambda request: estimate(prepare(request))}
-"""Step -> its estimate."""
 
 
 def _check(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task]) -> None:
