@@ -1,4 +1,5 @@
-"""The functions for Python programs and for the command line: one per command; `plan` and `cut` for models in memory.
+"""The functions for Python programs and for the command line: one per command; for models in memory `plan`, `cut` and
+`perplexity`.
 
 `secateur eval` is `evaluate`, `secateur report` is `write_report`, and `secateur run` is `run_recipe`. Every other
 function has the name of its command, with underscores. The functions `estimate...` return what `--dry-run` prints.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 
 from secateur.calibrate.stream import Stream, make_computed_tables
 from secateur.core import records
+from secateur.core.device import resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.paths import to_path, to_paths
 from secateur.core.progress import progress_to
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block, cut_outer
@@ -31,15 +33,17 @@ from secateur.evaluate.estimate import estimate_evaluate
 from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.generate import generate
+from secateur.evaluate.in_memory import perplexity
+from secateur.evaluate.passes import Clock
 from secateur.evaluate.size import inspect
 from secateur.evaluate.throughput import bench
-from secateur.heal.estimate import estimate_heal
-from secateur.heal.heal import heal
+from secateur.heal import estimate as heal_estimate
+from secateur.heal import heal as healing
 from secateur.methods import find_method, method_names
 from secateur.models import pack as storage
 from secateur.models.canonical import canonical_view
 from secateur.models.family import PRUNED_PREFIX, find_family
-from secateur.models.load import build_skeleton
+from secateur.models.load import build_skeleton, in_dtype
 from secateur.models.pruned_config import drop_blocks, pruned_config, stock_problem
 from secateur.models.runtime import pruned_class
 from secateur.models.view import BlockDims, ModelView
@@ -51,7 +55,7 @@ from secateur.prune.calibration import draw_windows, read_windows
 from secateur.prune.driver import pruned_blocks, whole_model_plan
 from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
-from secateur.prune.prepare import prepare
+from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
 from secateur.prune.run import prune
 from secateur.recipe.read import Recipe, read_recipe
 from secateur.report import find as report_find
@@ -114,6 +118,7 @@ __all__ = [
     "inspect_flow",
     "methods",
     "pack",
+    "perplexity",
     "plan",
     "plot_flow",
     "point_name",
@@ -181,8 +186,11 @@ def plan(
     windows: Tensor | None = None,
     *,
     sparsity: float | None = None,
+    params_removed: float | None = None,
+    at_least: bool = False,
     modules: str | None = None,
-    dtype: torch.dtype | None = None,
+    pattern: str | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Plan:
@@ -192,39 +200,57 @@ def plan(
         model: a causal language model of a known family.
         method: the name of a method.
         windows: calibration token ids, int64 [samples, seqlen]; None if the method needs none.
-        sparsity, modules: as on the command line.
-        dtype: the dtype to compute in; None takes the dtype of the model.
+        sparsity, params_removed, at_least, modules, pattern: as in `Request`.
+        dtype: the dtype to compute in, or its name; None takes that of `prune`: the dtype of the model, and float32 on
+            a CPU for a model of 16-bit floats, which is faster there. New weights have the dtype of the model.
         seed: the seed of every random choice.
+        options: the options of the method.
 
     Raises:
         UsageError: a wrong option, or no windows although the method calibrates.
     """
     chosen = find_method(method)
-    settings = chosen.options(options)
-    job = make_job(view_model(model), model.dtype, chosen, settings, sparsity, modules, seed)
-    job = replace(job, device=model.device, dtype=dtype or model.dtype)
+    given = options_given(options, pattern)
+    settings = chosen.options(given)
+    view = view_model(model)
+    _, sparsity = subject_and_sparsity(
+        view,
+        chosen,
+        settings,
+        given,
+        sparsity=sparsity,
+        params_removed=params_removed,
+        at_least=at_least,
+        modules=modules,
+    )
+    computed = resolve_dtype(dtype, model.dtype, model.device)
+    job = make_job(view, model.dtype, chosen, settings, sparsity, modules, seed)
+    job = replace(job, device=model.device, dtype=computed)
     stream = None
     if windows is None and job.calibrates:
         setting = f"modules={modules!r}" if job.allocation else f"method {method!r}"
         raise UsageError(f"{setting} calibrates: give windows, token ids [samples, seqlen]")
     if job.allocation:
         assert windows is not None
-        allocated = allocate(job, partial(deepcopy, model), windows)
+        allocated = allocate(job, partial(in_dtype, model, computed, own=True), windows)
         job = replace(job, rates=allocated.rates, notes={"allocation": allocated.facts})
     if job.streams:
         assert windows is not None
-        stream = Stream(job.view, windows, device=model.device, dtype=dtype or model.dtype)
+        stream = Stream(job.view, windows, device=model.device, dtype=computed)
     watch = Stopwatch()
     plans = whole_model_plan(job, windows, watch) if job.whole_model else None
     blocks = tuple(block_plan for _, block_plan in pruned_blocks(job, stream, watch, plans=plans))
-    pattern = getattr(settings, "pattern", None)
+    removed_by = chosen.pattern(settings)
     return Plan(
         {
             "method": method,
             "options": asdict(settings),
+            "seed": seed,
             "sparsity": sparsity,
+            "params_removed": params_removed,
             "modules": modules,
-            "pattern": pattern,
+            "pattern": None if removed_by is None else str(removed_by),
+            "dtype": str(computed).removeprefix("torch."),
             **job.notes,
         },
         blocks,
@@ -279,32 +305,42 @@ def _assemble(config: Any, state: dict[str, Tensor], like: PreTrainedModel) -> P
     return pruned
 
 
-def pack(model: str, out: Path, *, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+def pack(
+    model: str | Path, out: str | Path, *, overwrite: bool = False, records_file: str | Path | None = None
+) -> records.Record:
     """Write a checkpoint in which a zero takes a bit or less, and return the record. See `secateur.models.pack`.
 
     Raises:
         UsageError: `out` exists, or holds the model.
         SecateurError: `model` is no checkpoint, or the disk is full.
     """
-    return _stored("pack", model, out, records_file, lambda: storage.pack(model, out.absolute(), overwrite=overwrite))
+    model, place = str(model), to_path(out).absolute()
+    return _stored("pack", model, place, to_path(records_file), lambda: storage.pack(model, place, overwrite=overwrite))
 
 
-def unpack(folder: Path, out: Path, *, overwrite: bool = False, records_file: Path | None = None) -> records.Record:
+def unpack(
+    folder: str | Path, out: str | Path, *, overwrite: bool = False, records_file: str | Path | None = None
+) -> records.Record:
     """Restore the checkpoint that was packed, byte for byte, and return the record.
 
     Raises:
         UsageError: `out` exists, or holds the packed checkpoint.
         SecateurError: the folder is not packed or is damaged, or the disk is full.
     """
+    packed, place = to_path(folder), to_path(out).absolute()
     return _stored(
-        "unpack", str(folder), out, records_file, lambda: storage.unpack(folder, out.absolute(), overwrite=overwrite)
+        "unpack",
+        str(packed),
+        place,
+        to_path(records_file),
+        lambda: storage.unpack(packed, place, overwrite=overwrite),
     )
 
 
 def _stored(
     command: str, model: str, out: Path, records_file: Path | None, run: Callable[[], dict[str, Any]]
 ) -> records.Record:
-    started, out = time.perf_counter(), out.absolute()
+    started = time.perf_counter()
     facts = run()
     record = {
         "command": command,
@@ -318,27 +354,53 @@ def _stored(
     return record
 
 
-def find_records(paths: Sequence[Path]) -> list[records.Record]:
+def heal(
+    request: HealRequest,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: str | Path | None = None,
+) -> records.Record:
+    """Train adapters on a pruned checkpoint and write the result to `out`; return the record.
+
+    See `secateur.heal.heal`, which raises UsageError and SecateurError.
+    """
+    return healing.heal(request, to_path(out), resume=resume, overwrite=overwrite, records_file=to_path(records_file))
+
+
+def estimate_heal(
+    request: HealRequest, records_file: str | Path | None = None, clock: Clock = time.perf_counter
+) -> records.Record:
+    """Return what `heal` would do, and its memory and time; see `secateur.heal.estimate`.
+
+    Raises:
+        UsageError, SecateurError: the request is wrong, as `heal` would say.
+    """
+    return heal_estimate.estimate_heal(request, to_path(records_file), clock)
+
+
+def find_records(paths: str | Path | Sequence[str | Path]) -> list[records.Record]:
     """The records of files and folders, as `secateur report` finds them: see `report.find`."""
-    return report_find.find_records(paths)
+    return report_find.find_records(to_paths(paths))
 
 
-def write_report(found: Sequence[records.Record], out: Path, *, title: str = "Pruning report") -> list[Path]:
+def write_report(found: Sequence[records.Record], out: str | Path, *, title: str = "Pruning report") -> list[Path]:
     """Write one self-contained HTML page from records, and its plots beside it; return the paths."""
     from secateur.report import html  # imported here: matplotlib takes a second to load
 
-    return html.write_report(found, out, title=title)
+    return html.write_report(found, to_path(out), title=title)
 
 
-def plot_flow(flow: Flow, out: Path) -> None:
+def plot_flow(flow: Flow, out: str | Path) -> None:
     """Draw the parameters and FLOPs of each linear map, and how many a narrower residual stream leaves, as a PNG."""
     from secateur.report import flow_plot
 
-    flow_plot.write_flow(flow, out)
+    flow_plot.write_flow(flow, to_path(out))
 
 
 def predict(
-    points: Sequence[Path],
+    points: str | Path | Sequence[str | Path],
     *,
     metric: str | None = None,
     law: str | None = None,
@@ -349,7 +411,7 @@ def predict(
     chance: float | None = None,
     where: Mapping[str, str] | None = None,
     dense_in_fit: bool = False,
-    plot: Path | None = None,
+    plot: str | Path | None = None,
 ) -> records.Record:
     """Predict the cost of more pruning from measured points.
 
@@ -376,6 +438,7 @@ def predict(
     """
     if target_ppl is not None and target_acc is not None:
         raise UsageError("give --target-ppl or --target-acc, not both")
+    points, plot = to_paths(points), to_path(plot)
     if plot is not None and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot}: the name of a .png file is needed")
     measured = read_points(
@@ -400,7 +463,7 @@ def predict(
 
 def predict_from_spectrum(
     request: Request,
-    points: Sequence[Path] = (),
+    points: str | Path | Sequence[str | Path] = (),
     *,
     dense_ppl: float | None = None,
     at: Sequence[float] = (),
@@ -418,6 +481,7 @@ def predict_from_spectrum(
     Raises:
         UsageError, SecateurError: as for `prune` and `predict`.
     """
+    points = to_paths(points)
     measured = read_points(points, "ppl", where=dict(where or {})) if points else None
     prepared = prepare(
         replace(
@@ -456,7 +520,7 @@ def describe_method(name: str) -> dict[str, Any]:
     return find_method(name).describe()
 
 
-def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
+def demo(out: str | Path, *, quick: bool = False) -> list[records.Record]:
     """Prune the bundled model with every method, measure each result, and write `out`/report.html.
 
     Args:
@@ -468,4 +532,4 @@ def demo(out: Path, *, quick: bool = False) -> list[records.Record]:
     """
     from secateur import demo as work  # imported here: matplotlib takes a second to load
 
-    return work.demo(out, quick=quick)
+    return work.demo(to_path(out), quick=quick)

@@ -6,13 +6,24 @@ Nothing here imports torch, so that `--help` can show the defaults without waiti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Request:
+class _Settings:
+    """A request, which takes a `Path` for text that names a file or a folder, such as a model."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Path) and "Path" not in str(one.type):
+                object.__setattr__(self, one.name, str(value))
+
+
+@dataclass(frozen=True)
+class Request(_Settings):
     """The settings of `prune`, with the defaults of the command line.
 
     Attributes:
@@ -61,7 +72,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class EvalRequest:
+class EvalRequest(_Settings):
     """The settings of `eval`, with the defaults of the command line.
 
     Attributes:
@@ -91,7 +102,7 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
-class HealRequest:
+class HealRequest(_Settings):
     """The settings of `heal`, with the defaults of the command line.
 
     Attributes:
@@ -147,7 +158,7 @@ class HealRequest:
 
 
 @dataclass(frozen=True)
-class BenchRequest:
+class BenchRequest(_Settings):
     """The settings of `bench`, with the defaults of the command line.
 
     Attributes:
@@ -175,7 +186,7 @@ class BenchRequest:
 
 
 @dataclass(frozen=True)
-class GenerateRequest:
+class GenerateRequest(_Settings):
     """The settings of `generate`, with the defaults of the command line.
 
     Attributes:

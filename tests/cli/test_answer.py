@@ -146,3 +146,42 @@ def test_commands_answer_and_print_the_record_when_it_is_asked_for(
         "magnitude removed 50.0% of the weights of the targeted matrices, in whole units, then healed with LoRA"
         in healed
     )
+
+
+def _predicted(low: float, high: float | None, metric: str = "ppl") -> str:
+    entry = {"sparsity": 0.5, "ppl": 21.0, "acc": 0.4, "low": low, "high": high, "extrapolated": False}
+    record = {"command": "predict", "metric": metric, "dense": 11.0, "asked": True, "predictions": [entry]}
+    return answer(record)[0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (12.0, 40.0, "(95%: 12.00 to 40.00)"),
+        (12.0, 1200.0, "(95%: 12.00 to 1,200)"),
+        (11.98, 2.58e71, "(95%: 11.98 or more)"),
+        (11.98, float("inf"), "(95%: 11.98 or more)"),
+        (11.98, None, "(95%: 11.98 or more)"),
+        (3.5, 2.58e71, "(too few points for an interval)"),
+    ],
+)
+def test_an_interval_of_no_use_is_not_printed(low: float, high: float | None, words: str) -> None:
+    assert _predicted(low, high) == f"sparsity 0.5: perplexity 21.00 {words}"
+
+
+def test_an_accuracy_keeps_its_interval() -> None:
+    assert _predicted(0.001, 0.5, "cloze") == "sparsity 0.5: accuracy on cloze 0.400 (95%: 0.001 to 0.500)"
+
+
+def test_a_law_through_its_points_has_no_error_of_rounding(tmp_path: Path) -> None:
+    two = tmp_path / "two.csv"
+    two.write_text("sparsity,ppl\n0,10\n0.2,11.5\n0.3,14\n")
+    record = json.loads(run("predict", two, "--json"))
+    assert 0 < record["rmse"] < 1e-14, "the record keeps the number"
+    said = " ".join(run("predict", two).split())
+    assert "through" in said
+    assert "both points" in said
+    assert "e-16" not in said
+    five = tmp_path / "five.csv"
+    five.write_text("sparsity,ppl\n0,10\n0.1,11\n0.2,12\n0.3,14\n0.4,18\n")
+    assert "through" not in run("predict", five)

@@ -208,6 +208,20 @@ def test_the_model_can_be_another(recipe: Path, saved: Callable[..., Path], tmp_
     assert "not the one that the recipe was made with" in stderr
 
 
+@pytest.mark.parametrize("model", ["tiny-llama", "org/tiny-llama", "./tiny-llama"])
+def test_a_model_that_is_not_found_can_be_named(model: str, tmp_path: Path, saved: Callable[..., Path]) -> None:
+    written = tmp_path / "by-hand.yaml"
+    written.write_text(f"model: {model}\nsteps:\n- prune: {{method: magnitude, sparsity: 0.5}}\n")
+    status, _, stderr = run(written, "--out", tmp_path / "a")
+    assert status != 0
+    assert stderr.startswith(f"error: {written}: ")
+    assert stderr.rstrip().endswith("or give its folder with --model")
+    status, _, stderr = run(written, "--out", tmp_path / "a", "--model", "nowhere")
+    assert (status != 0, "with --model" in stderr) == (True, False), "which was done"
+    status, _, stderr = run(written, "--out", tmp_path / "a", "--model", saved("llama"))
+    assert status == 0, stderr
+
+
 def test_other_bytes_and_other_versions_are_named(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text("model: dense-llama\nsteps:\n  - prune: {method: magnitude, sparsity: 0.5}\n")
     assert run(recipe, "--out", tmp_path / "a")[0] == 0

@@ -13,6 +13,7 @@ from secateur.report.rows import Row
 from secateur.requests import HealRequest
 
 NEXT, NOTE = "Next: ", "      "  # how the lines about the next command begin
+_WIDE = 100  # an upper end that many times the lower one says nothing
 _SEEN = 0.0005  # a share below this is shown as none
 
 
@@ -134,9 +135,7 @@ def _predict(record: Record) -> Iterator[str]:
         amount = f"sparsity {entry['sparsity']:.3g}"
         if share:
             amount = f"{_percent(share)} of the parameters removed ({amount})"
-        ends = (
-            "" if entry["low"] is None else f" (95%: {_value(entry['low'], value)} to {_value(entry['high'], value)})"
-        )
+        ends = "" if entry["low"] is None else f" ({_ends(entry, value, record['dense'])})"
         doubt = ", beyond what was measured" if entry["extrapolated"] else ""
         yield f"{amount}: {what} {_value(entry[value], value)}{ends}{doubt}"
     if (target := record.get("target")) is not None and target.get(value) is not None:
@@ -158,6 +157,19 @@ _ANSWERS = {
     "dry run of sweep": _dry_runs,
     "dry run of compare": _dry_runs,
 }
+
+
+def _ends(entry: Record, kind: str, dense: float | None) -> str:
+    """The 95% interval of a prediction, or what is left of one that is too wide to be of use."""
+    low, high = entry["low"], entry["high"]
+    if kind == "acc" or not too_wide(low, high):
+        return f"95%: {_value(low, kind)} to {_value(high, kind)}"
+    return f"95%: {_value(low, kind)} or more" if low > (dense or 1) else "too few points for an interval"
+
+
+def too_wide(low: float, high: float | None) -> bool:
+    """Return True for an interval of perplexities that tells no upper end; None is an infinite one."""
+    return high is None or high > _WIDE * low
 
 
 def _value(number: float, kind: str) -> str:

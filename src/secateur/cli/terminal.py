@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.cli.answer import removed_share, zeroed_share
+from secateur.cli.answer import removed_share, too_wide, zeroed_share
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
 from secateur.evaluate.flow import ranges
@@ -25,6 +25,7 @@ _SHIFT = {
     "repetition": "repetition",
     "repetition_dense": "repetition, dense",
 }  # fmt: skip
+_ROUNDING = 1e-12  # an error of a fit below this is that of floating point
 _NOT_SHOWN = ("versions", "ppl_protocol", "weights", "tasks_asked", "command", "version", "allocation")
 
 
@@ -144,7 +145,7 @@ def law_tables(record: Record) -> list[Table]:
             or "not fitted: too few points"
         )
         name = f"[bold]{rival['law']}[/]" if rival["law"] == record["law"] else rival["law"]
-        laws.add_row(name, constants, *(_small(rival[key]) for key in ("rmse", "rmse_ln", "heldout_rmse")))
+        laws.add_row(name, constants, *_errors_of_fit(record, rival), _small(rival["heldout_rmse"]))
     laws.add_row("no law", "straight lines between neighbours", "", "", _small(record["interpolation_rmse"]))
     tables = [laws]
     if record["predictions"] and not record["asked"]:  # what was asked for is answered in lines
@@ -154,6 +155,8 @@ def law_tables(record: Record) -> list[Table]:
         )
         for entry in record["predictions"]:
             ends = "" if entry["low"] is None else f"{_small(entry['low'])} to {_small(entry['high'])}"
+            if value == "ppl" and entry["low"] is not None and too_wide(entry["low"], entry["high"]):
+                ends = f"{_small(entry['low'])} or more"
             note = "extrapolated" if entry["extrapolated"] else ""
             answers.add_row(
                 f"{entry['sparsity']:.4g}", _small(entry[value]), ends, _small(measured.get(entry["sparsity"])), note
@@ -216,6 +219,14 @@ def _interval(record: Record, rival: Record, name: str) -> str:
     value = f"{rival['constants'][name]:.3f}"
     ends = record["intervals"].get(name) if rival["law"] == record["law"] else None
     return f"{value} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else value
+
+
+def _errors_of_fit(record: Record, rival: Record) -> tuple[str, str]:
+    """The errors of a fit in y and in ln; a law that goes through its points has only rounding, which is no error."""
+    if rival["rmse"] is None or rival["rmse"] > _ROUNDING:
+        return _small(rival["rmse"]), _small(rival["rmse_ln"])
+    number = record["points"] + bool(record["dense_in_fit"])
+    return f"goes through {'both' if number == 2 else 'all'} points", ""
 
 
 def _small(value: float | None) -> str:

@@ -27,8 +27,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The torch dtype for a name.
+def resolve_dtype(name: str | torch.dtype | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The torch dtype for a name; None is `auto`, and a dtype stays as it is.
 
     `auto` is the checkpoint's own dtype on an accelerator, and at least float32 on a CPU: products of 16-bit floats are
     slow on most CPUs, and float32 gives the same masks on all of them.
@@ -36,7 +36,9 @@ def resolve_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     Raises:
         UsageError: the name is unknown.
     """
-    if name == "auto":
+    if isinstance(name, torch.dtype):
+        return name
+    if name in ("auto", None):
         return torch.float32 if device.type == "cpu" and stored in (torch.bfloat16, torch.float16) else stored
     if name not in _DTYPES:
         raise UsageError(f"unknown dtype '{name}' (known: auto, {', '.join(_DTYPES)})")

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
-from secateur.core.errors import SecateurError, UsageError
+from secateur.core.errors import SecateurError
 from secateur.core.names import shown
+from secateur.core.paths import to_path
 from secateur.core.progress import say
 from secateur.core.words import perplexity_words, plural
 from secateur.evaluate.answers import Answers
@@ -29,9 +30,8 @@ from secateur.models import card
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.plan.plan import read_plan_json
 from secateur.requests import EvalRequest
-from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
+from secateur.text.protocols import Protocol, check_limit, checked_windows, find_protocol, window_length
 from secateur.text.specs import holds_ids, same_text
-from secateur.text.tokens import check_ids
 from secateur.text.windows import ids_hash
 
 # The fields that an evaluation copies from the folder's plan.json.
@@ -91,16 +91,20 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
         UsageError: an option is wrong: a limit below 1, an unknown protocol or task.
         SecateurError: text, tasks or tokenizer cannot be read, or do not fit the model.
     """
-    if request.limit is not None and request.limit < 1:
-        raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
+    check_limit(request.limit)
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
     tasks = find_tasks(request.tasks, request.include_path, request.limit)
     tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
-    windows = evaluation_windows(protocol, seqlen, tokenizer, request.text_field)[: request.limit]
-    tokens = None if tokenizer is None or holds_ids(protocol.spec) else len(tokenizer)
-    for window in windows:
-        check_ids(window, checkpoint.config.vocab_size, checkpoint.max_length(), protocol.spec, tokens)
+    windows = checked_windows(
+        protocol,
+        seqlen,
+        tokenizer,
+        vocabulary=checkpoint.config.vocab_size,
+        longest=checkpoint.max_length(),
+        text_field=request.text_field,
+        limit=request.limit,
+    )
     device = resolve_device(request.device)
     return Questions(
         protocol, windows, tasks, tokenizer, device, resolve_dtype(request.dtype, checkpoint.dtype, device)
@@ -118,7 +122,7 @@ def announce(protocol: Protocol, windows: Sequence[Tensor], more: str = "") -> N
 def evaluate(
     request: EvalRequest,
     *,
-    records_file: Path | None = None,
+    records_file: str | Path | None = None,
     resume: bool = False,
     known: bool = False,
     announced: bool = True,
@@ -148,7 +152,7 @@ def evaluate(
     device, dtype = questions.device, questions.dtype
     facts = {**questions.facts, "out": _place(request.model)}
     key = _key(facts, checkpoint, against, tasks)
-    records_file = _writable(records_file or _parent(request.model) / "records.jsonl")
+    records_file = _writable(to_path(records_file) or _parent(request.model) / "records.jsonl")
     if resume and records_file.is_file():
         earlier = [r for r in records.read([records_file]) if r.get("key") == key]
         if earlier:

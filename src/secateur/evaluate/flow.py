@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.records import Record
@@ -241,14 +242,14 @@ class Flow:
         }
 
 
-def inspect_flow(model: str, revision: str | None = None, context: int | None = None) -> Flow:
+def inspect_flow(model: str | Path, revision: str | None = None, context: int | None = None) -> Flow:
     """Return the activation flow of a checkpoint, pruned or not, from the headers of its files.
 
     Raises:
         UsageError: the model has no positions for such a context.
         SecateurError: the model cannot be opened.
     """
-    return activation_flow(open_checkpoint(model, revision).view(), context)
+    return activation_flow(open_checkpoint(str(model), revision).view(), context)
 
 
 def activation_flow(view: ModelView, context: int | None = None) -> Flow:

@@ -16,7 +16,7 @@ from secateur.models.view import BlockView, zero_rows
 from secateur.plan.plan import read_plan_json
 
 
-def inspect(model: str, revision: str | None = None) -> Record:
+def inspect(model: str | Path, revision: str | None = None) -> Record:
     """Describe a checkpoint, pruned or not. One block at a time is read.
 
     Returns:
@@ -24,6 +24,7 @@ def inspect(model: str, revision: str | None = None) -> Record:
         and adapters of a sliced model), totals, `bytes` on disk, and `flops_per_token`: two for each weight of a
         product, the head and adapters included, attention over the context left out.
     """
+    model = str(model)
     checkpoint = open_checkpoint(model, revision)
     view = checkpoint.view()
     blocks = [_block(block) for block in view.iterate()]

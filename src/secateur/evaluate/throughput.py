@@ -27,6 +27,7 @@ from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import UsageError
 from secateur.core.machine import Machine, synchronize
 from secateur.core.memory import PeakMemory
+from secateur.core.paths import to_path
 from secateur.core.progress import say, track
 from secateur.evaluate.maps import linear_maps
 from secateur.models.load import Checkpoint, load_model, open_checkpoint
@@ -125,7 +126,7 @@ def _turn(model: PreTrainedModel, ids_BT: Tensor, new: int, clock: Callable[[], 
     return Speed(first - started, best)
 
 
-def bench(request: BenchRequest, *, records_file: Path | None = None) -> records.Record:
+def bench(request: BenchRequest, *, records_file: str | Path | None = None) -> records.Record:
     """Measure the speed of a model; returns the record, which is also appended to `records_file`.
 
     Args:
@@ -192,7 +193,7 @@ def bench(request: BenchRequest, *, records_file: Path | None = None) -> records
         "versions": records.versions(),
         "out": str(Path(request.model).absolute()) if Path(request.model).is_dir() else request.model,
     }
-    records.append(records_file or _beside(request.model), record)
+    records.append(to_path(records_file) or _beside(request.model), record)
     return record
 
 

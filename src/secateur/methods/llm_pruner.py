@@ -94,7 +94,8 @@ class LLMPruner:
         reduce: how the importances in the matrices of a group become one number: `sum`, `mean`, `max`, `product` (the
             root of the product), or `last` (the matrix that reads the unit).
         ranking: how units are compared: `local` (every space of every block loses the same share, to within one unit),
-            or `global` (all blocks compete, by importance divided by the number of parameters).
+            or `global` (all blocks compete, by importance divided by the number of parameters). `global` is far ahead
+            of the paper's `local`: perplexity 28.21 against 66.15 at 50% of the bundled model (docs/lab-log.md).
         keep_first: the number of blocks at the beginning that stay whole (default: 4 of 32, in proportion to the depth,
             rounded down).
         keep_last: the number of blocks at the end that stay whole (default: 2 of 32, likewise).

@@ -42,7 +42,8 @@ class Wanda:
     Attributes:
         pattern: `unstructured`, N:M, `rows` or `columns`.
         scope: the weights that are compared with each other, with pattern `unstructured`: those of a `row` (the paper)
-            or of a `matrix`.
+            or of a `matrix`. `matrix` is ahead on the bundled model: perplexity 12.54 against 13.04 at 50%
+            (docs/lab-log.md).
     """
 
     pattern: str = "unstructured"

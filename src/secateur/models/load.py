@@ -232,6 +232,16 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     return model
 
 
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype, *, own: bool = False) -> PreTrainedModel:
+    """Return a model in memory with its parameters in a dtype: itself if they are, otherwise a copy; `own`: a copy."""
+    if not own and all(parameter.dtype == dtype for parameter in model.parameters()):
+        return model
+    converted = copy.deepcopy(model)
+    for parameter in converted.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return converted
+
+
 def _locate(model: str, revision: str | None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():

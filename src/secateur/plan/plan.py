@@ -25,6 +25,7 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError
 from secateur.core.names import without_paths
+from secateur.core.paths import to_path
 from secateur.models.save import PLAN, PLAN_TENSORS, plan_file
 
 FORMAT = 1
@@ -343,8 +344,9 @@ class Plan:
             raise SecateurError("the two plans keep no common block, so merging them would leave nothing")
         return Plan(both, blocks)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `plan.json` and, if the plan has tensors, `plan.safetensors`."""
+        folder = to_path(folder)
         (folder / PLAN).write_text(plan_json(self.settings, [b.summary() for b in self.blocks]), "utf-8")
         tensors = {
             name: t.contiguous() for block in self.blocks for name, t in (block.tensors() | block.bases()).items()
@@ -358,12 +360,13 @@ def plan_json(settings: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]
     return json.dumps({"format": FORMAT, **without_paths(settings), "blocks": list(summaries)}, indent=1) + "\n"
 
 
-def read_plan(folder: Path) -> Plan:
+def read_plan(folder: str | Path) -> Plan:
     """Read what `Plan.save` wrote, or the plan of a checkpoint.
 
     Raises:
         SecateurError: the folder has no plan, or the plan is damaged or has a later format.
     """
+    folder = to_path(folder)
     content = read_plan_json(folder)
     if content is None:
         raise SecateurError(f"'{folder}' has no plan.json: it was not written by secateur")

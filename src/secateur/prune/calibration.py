@@ -32,7 +32,7 @@ def read_windows(prepared: Prepared) -> Tensor | None:
 def draw_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    text: str,
+    text: str | Path,
     *,
     samples: int = 128,
     seqlen: int | None = None,
@@ -58,6 +58,7 @@ def draw_windows(
         UsageError: an unknown text, no tokenizer although the text needs one, or a size out of range.
         SecateurError: the text is too short, or its tokens do not go with the model.
     """
+    text = str(text)
     vocabulary, longest = int(model.config.vocab_size), int(model.config.max_position_embeddings)
     seqlen = min(2048, longest) if seqlen is None else seqlen
     check_spec(text)

@@ -19,7 +19,7 @@ from secateur.models.pruned_config import drop_blocks, stock_problem
 from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import Quantity, Subject
+from secateur.plan.quantity import Subject
 from secateur.prune.job import Job, make_job
 from secateur.requests import Request
 from secateur.text.instructions import FORMS
@@ -69,7 +69,7 @@ def prepare(request: Request) -> Prepared:
         SecateurError: the model cannot be pruned.
     """
     method = find_method(request.method)
-    given = _options(request)
+    given = options_given(request.options, request.pattern)
     options = method.options(given)
     pattern = method.pattern(options)
     samples = method.says.SAMPLES if request.samples is None else request.samples
@@ -84,8 +84,16 @@ def prepare(request: Request) -> Prepared:
         )
     checkpoint = open_checkpoint(request.model, request.revision, ignore_unknown=request.ignore_unknown)
     view = checkpoint.view()
-    subject = _subject(view, method, options, given, request.modules)
-    sparsity = _sparsity(request, subject, method.quantity(options), pattern)
+    subject, sparsity = subject_and_sparsity(
+        view,
+        method,
+        options,
+        given,
+        sparsity=request.sparsity,
+        params_removed=request.params_removed,
+        at_least=request.at_least,
+        modules=request.modules,
+    )
     job = make_job(view, checkpoint.dtype, method, options, sparsity, request.modules, request.seed)
     device = resolve_device(request.device)
     seqlen = min(method.says.SEQLEN, checkpoint.max_length()) if request.seqlen is None else request.seqlen
@@ -103,8 +111,42 @@ def prepare(request: Request) -> Prepared:
     return prepared
 
 
-def _options(request: Request) -> dict[str, Any]:
-    return {**request.options, **({} if request.pattern is None else {"pattern": str(parse_pattern(request.pattern))})}
+def options_given(options: Mapping[str, Any], pattern: str | None) -> dict[str, Any]:
+    """Return the given options of a method with the pattern among them, in its usual spelling; None leaves it out."""
+    return {**options, **({} if pattern is None else {"pattern": str(parse_pattern(pattern))})}
+
+
+def subject_and_sparsity(
+    view: ModelView,
+    method: Method,
+    options: Any,
+    given: Mapping[str, Any],
+    *,
+    sparsity: float | None,
+    params_removed: float | None,
+    at_least: bool,
+    modules: str | None,
+) -> tuple[Subject, float | None]:
+    """Return what is pruned, and the sparsity to prune it at, for a model in a folder or in memory.
+
+    Args:
+        view: the model.
+        method, options: the method and its options.
+        given: the options that were given, for messages.
+        sparsity, params_removed, at_least, modules: as on the command line.
+
+    Raises:
+        UsageError: the settings do not go together, or the ratio cannot be reached.
+    """
+    subject = _subject(view, method, options, given, modules)
+    if params_removed is None:
+        if at_least:
+            raise UsageError("--at-least belongs to --params-removed R: add it")
+        pattern = method.pattern(options)
+        return subject, pattern.implied_sparsity if sparsity is None and pattern is not None else sparsity
+    if sparsity is not None:
+        raise UsageError("give --sparsity or --params-removed, not both")
+    return subject, method.quantity(options).sparsity_for(subject, params_removed, at_least)
 
 
 def _subject(view: ModelView, method: Method, options: Any, given: Mapping[str, Any], modules: str | None) -> Subject:
@@ -119,18 +161,6 @@ def _subject(view: ModelView, method: Method, options: Any, given: Mapping[str, 
         ranked=method.whole_model(options),
         sizes_left=(lambda _: None) if sizes_left is None else partial(sizes_left, view, options),
     )
-
-
-def _sparsity(request: Request, subject: Subject, quantity: Quantity, pattern: Pattern | None) -> float | None:
-    """Return the requested sparsity, or the one that reaches `--params-removed`."""
-    requested_ratio = request.params_removed
-    if requested_ratio is None:
-        if request.at_least:
-            raise UsageError("--at-least belongs to --params-removed R: add it")
-        return pattern.implied_sparsity if request.sparsity is None and pattern is not None else request.sparsity
-    if request.sparsity is not None:
-        raise UsageError("give --sparsity or --params-removed, not both")
-    return quantity.sparsity_for(subject, requested_ratio, request.at_least)
 
 
 def parameters_expected(prepared: Prepared) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 from secateur.core import records
 from secateur.core.distributed import on_first, processes, rank
 from secateur.core.errors import UsageError
+from secateur.core.paths import to_path
 from secateur.core.progress import expecting, say
 from secateur.core.timing import Stopwatch
 from secateur.core.torchrun import launched, refuse_pruning
@@ -42,12 +43,12 @@ _ALLOCATION = "allocation"  # the part that holds the chosen sparsity of each ma
 
 def prune(
     request: Request,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    records_file: Path | None = None,
-    states: Path | None = None,
+    records_file: str | Path | None = None,
+    states: str | Path | None = None,
 ) -> records.Record:
     """Prune a model and write the result to `out`; return the record, which is also appended to `records_file`.
 
@@ -71,7 +72,7 @@ def prune(
         nothing = request.sparsity == 0 or request.params_removed == 0
         refuse_pruning(request.method, instead, nothing=nothing, device=request.device)
     with processes():
-        return _prune(request, out, resume, overwrite, records_file, states)
+        return _prune(request, to_path(out), resume, overwrite, to_path(records_file), to_path(states))
 
 
 def _prune(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import SecateurError, UsageError, unknown
+from secateur.core.paths import to_path
 from secateur.models.load import BUNDLED
 from secateur.models.save import RECIPE, RECIPE_PATH
 from secateur.recipe.fields import KINDS, PLACES, met, request_of
@@ -57,7 +58,7 @@ class Recipe:
     replaced: bool = False
 
 
-def read_recipe(file: Path, *, model: str | None = None, revision: str | None = None) -> Recipe:
+def read_recipe(file: str | Path, *, model: str | None = None, revision: str | None = None) -> Recipe:
     """Read a recipe; look at nothing but its own files.
 
     Args:
@@ -69,6 +70,7 @@ def read_recipe(file: Path, *, model: str | None = None, revision: str | None = 
         UsageError: a name, a value or a text of the recipe is wrong; the message names the step.
         SecateurError: the file is not YAML; the message names the line.
     """
+    file = to_path(file)
     if file.is_dir():
         file = next((place for place in (file / RECIPE_PATH, file / RECIPE) if place.is_file()), file / RECIPE_PATH)
     content = load(file)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.names import named, shown
+from secateur.core.paths import to_path
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
@@ -91,12 +92,12 @@ class Compared:
 
 def compare(
     asked: CompareRequest,
-    out: Path,
+    out: str | Path,
     measure: EvalRequest,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    records_file: Path | None = None,
+    records_file: str | Path | None = None,
 ) -> Compared:
     """Run methods side by side, and write `compare.md` and `report.html`; says each result as it comes.
 
@@ -110,6 +111,7 @@ def compare(
         UsageError, SecateurError: nothing can be compared, a folder is in the way, or the dense model cannot be
             measured.
     """
+    out, records_file = to_path(out), to_path(records_file)
     todo, measured = cells(asked), []
     for note in todo.notes():
         say(note)

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from secateur.core.errors import UsageError, unknown
+from secateur.core.paths import to_path
 from secateur.core.records import Record
 from secateur.methods import find_method
 from secateur.prune.prepare import prepare
@@ -122,13 +123,13 @@ def cells(base: Request, sparsities: Sequence[float], parts: Sequence[str] = ())
 def run(
     base: Request,
     sparsities: Sequence[float],
-    out: Path,
+    out: str | Path,
     measure: EvalRequest,
     *,
     parts: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
-    records_file: Path | None = None,
+    records_file: str | Path | None = None,
 ) -> Iterator[Record]:
     """Make and measure every cell, the dense model first; yields the evaluation records as they come.
 
@@ -137,6 +138,7 @@ def run(
         out: the folder that receives one checkpoint a cell, and `records.jsonl`.
         measure, resume, overwrite, records_file: as for `study.sweep`.
     """
+    out, records_file = to_path(out), to_path(records_file)
     yield from prune_and_measure(
         runs(base, sparsities, parts), out, measure, resume=resume, overwrite=overwrite, records_file=records_file
     )

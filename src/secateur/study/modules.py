@@ -33,6 +33,7 @@ from torch import Tensor
 from secateur.calibrate.stream import TOKENS_A_BATCH, Stream
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, unknown
+from secateur.core.paths import to_path
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Phases, Stopwatch
@@ -140,12 +141,12 @@ def _size(view: ModelView, kind: str, pattern: Pattern) -> int:
 def run(
     request: Request,
     asked: ModulesRequest,
-    out: Path,
+    out: str | Path,
     measure: EvalRequest,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    records_file: Path | None = None,
+    records_file: str | Path | None = None,
 ) -> Iterator[Record]:
     """Measure the dense model, then every cell; yields the records, the dense model's first, in the order of the cells.
 
@@ -161,7 +162,7 @@ def run(
     Raises:
         UsageError, SecateurError: nothing is measured.
     """
-    out = out.absolute()
+    out, records_file = to_path(out).absolute(), to_path(records_file)
     file = records_file or out / "records.jsonl"
     if asked.jobs < 1:
         raise UsageError(f"--jobs {asked.jobs}: at least one process is needed")
@@ -197,7 +198,7 @@ def _finished(file: Path) -> dict[str, Record]:
 
 
 def estimate(
-    request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: Path | None = None
+    request: Request, asked: ModulesRequest, measure: EvalRequest, *, records_file: str | Path | None = None
 ) -> Record:
     """`--dry-run`: what `run` would do. Text and tasks are read, two blocks are measured, nothing is written.
 
@@ -213,6 +214,7 @@ def estimate(
     Raises:
         UsageError, SecateurError: as `run` does before it measures.
     """
+    records_file = to_path(records_file)
     with TemporaryDirectory() as folder:
         work, wanted = _prepare(request, asked, measure, Path(folder))
         settings = work.settings

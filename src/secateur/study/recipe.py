@@ -15,6 +15,7 @@ from typing import Any
 from secateur.core import records
 from secateur.core.device import resolve_device
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.paths import to_path
 from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.evaluate.estimate import estimate_evaluate
@@ -56,7 +57,7 @@ class _Task:
 
 def run_recipe(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     device: str | None = None,
     resume: bool = False,
@@ -76,7 +77,7 @@ def run_recipe(
     Raises:
         UsageError, SecateurError: a step is wrong, or failed; what was finished before it stays.
     """
-    out = out.absolute()
+    out = to_path(out).absolute()
     if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
         raise UsageError(
             f"--out '{out}' exists and is not empty: go on there with --resume, choose another folder, or replace its "
@@ -154,8 +155,11 @@ def _open(recipe: Recipe) -> Checkpoint:
     try:
         return open_checkpoint(recipe.model, recipe.revision)
     except SecateurError as error:
-        if recipe.replaced or recipe.made is None or recipe.revision is not None or recipe.model == BUNDLED:
+        there = recipe.model == BUNDLED or Path(recipe.model).expanduser().exists()
+        if recipe.replaced or there:
             raise
+        if recipe.made is None or recipe.revision is not None:
+            raise type(error)(f"{recipe.file}: {error}, or give its folder with --model") from error
         raise UsageError(
             f"{recipe.file}: the recipe was made with a folder '{recipe.model}', which is neither beside it nor in the "
             f"working folder: name it with --model ({error})"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from secateur.core.paths import to_path
 from secateur.core.records import Record
 from secateur.evaluate.evaluate import evaluate
 from secateur.methods import find_method
@@ -20,12 +21,12 @@ from secateur.requests import EvalRequest, Request
 def sweep(
     request: Request,
     sparsities: Sequence[float],
-    out: Path,
+    out: str | Path,
     measure: EvalRequest,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    records_file: Path | None = None,
+    records_file: str | Path | None = None,
     ratios: Sequence[float] = (),
 ) -> Iterator[Record]:
     """Prune at several sparsities, the lowest first, and measure each, and the dense model before them.
@@ -45,7 +46,7 @@ def sweep(
     requests = sweep_requests(request, sparsities, ratios)
     measure = replace(measure, model=request.model, revision=request.revision)
     how = {"resume": resume, "overwrite": overwrite}
-    yield from prune_and_measure(requests, out, measure, records_file=records_file, **how)
+    yield from prune_and_measure(requests, to_path(out), measure, records_file=to_path(records_file), **how)
 
 
 def sweep_requests(request: Request, sparsities: Sequence[float], ratios: Sequence[float]) -> dict[str, Request]:
@@ -60,12 +61,12 @@ def sweep_requests(request: Request, sparsities: Sequence[float], ratios: Sequen
 
 def prune_and_measure(
     requests: Mapping[str, Request],
-    out: Path,
+    out: str | Path,
     measure: EvalRequest,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    records_file: Path | None = None,
+    records_file: str | Path | None = None,
 ) -> Iterator[Record]:
     """Prune as each request says and measure each, and the dense model first.
 
@@ -77,8 +78,8 @@ def prune_and_measure(
         measure: the evaluation; its model is that of the requests.
         resume, overwrite, records_file: as for `sweep`.
     """
-    out = out.absolute()
-    records_file = records_file or out / "records.jsonl"
+    out = to_path(out).absolute()
+    records_file = to_path(records_file) or out / "records.jsonl"
     points = [(request, out / name) for name, request in requests.items()]
     states = out / STATES
     if not resume:

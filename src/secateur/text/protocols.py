@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.core.errors import SecateurError, UsageError, unknown
-from secateur.text.specs import NAMED, Text, read_text
-from secateur.text.tokens import tokenize
+from secateur.text.specs import NAMED, Text, holds_ids, read_text
+from secateur.text.tokens import check_ids, tokenize
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,41 @@ def evaluation_windows(
             "or a smaller --eval-seqlen"
         )
     return windows[: protocol.windows]
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise UsageError for a number of windows below 1."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: at least 1 is needed; leave it out to use everything")
+
+
+def checked_windows(
+    protocol: Protocol,
+    seqlen: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocabulary: int,
+    longest: int,
+    text_field: str = "text",
+    limit: int | None = None,
+) -> list[Tensor]:
+    """The first `limit` windows, after a check that a model takes them; see `evaluation_windows`.
+
+    Args:
+        protocol, seqlen: the protocol, and the number of tokens in a window.
+        tokenizer: the tokenizer; None for token ids.
+        vocabulary, longest: the number of rows of the embedding of the model, and of its positions.
+        text_field: the field of .jsonl and .parquet rows that holds the text.
+        limit: the number of windows; None takes all.
+
+    Raises:
+        SecateurError: the text is shorter than one window, or does not go with the model.
+    """
+    windows = evaluation_windows(protocol, seqlen, tokenizer, text_field)[:limit]
+    tokens = None if tokenizer is None or holds_ids(protocol.spec) else len(tokenizer)
+    for window in windows:
+        check_ids(window, vocabulary, longest, protocol.spec, tokens)
+    return windows
 
 
 def _stream(protocol: Protocol, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:

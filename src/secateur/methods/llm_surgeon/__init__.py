@@ -73,7 +73,8 @@ class LLMSurgeon:
 
     Attributes:
         shots: the number of steps of the removal, each with new gradients; 0 takes the paper's number: 40 for a
-            sparsity of 0.5, and in proportion for others.
+            sparsity of 0.5, and in proportion for others. 8 are much quicker and no worse on the bundled model:
+            perplexity 17.73 against 18.39 at 50% (docs/lab-log.md).
         update: update the weights that stay, to compensate for those that are removed; false is K-OBD.
         curvature: `kfac`, `diagonal` (the diagonals of the same factors), or `identity` (magnitude).
         damping: the damping of the factors, in units of their mean diagonal.
