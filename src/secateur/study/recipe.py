@@ -98,8 +98,8 @@ def run_recipe(
 def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Record]:
     """Yield what `--dry-run` prints: the estimate of each step that has one, and the settings of the others.
 
-    All steps are checked; nothing is written. An `eval` is estimated on the model of the
-    recipe; a later `prune` or `heal` has no estimate before its model is there.
+    All steps are checked; nothing is written. An `eval` is estimated on the model of the recipe; a later `prune`
+    or `heal` has no estimate before its model is there.
     """
     checkpoint = _open(recipe)
     tasks = _tasks(recipe, checkpoint, Path(), device)
@@ -179,9 +179,8 @@ def _tasks(recipe: Recipe, checkpoint: Checkpoint, out: Path, device: str | None
     """Give each step the result of the step before it, the folder for its own, and what it is compared with."""
     model, revision, written = recipe.model, recipe.revision, 0
     built_in = BUNDLED in (recipe.model, _plan(checkpoint).get("model"))  # the built-in text is then that of every step
-    bundled = (
-        built_in  # whether the command sees that by itself: a second pruning names its plan after the first result
-    )
+    # Whether a command sees that by itself: a second pruning names its plan after the first result.
+    bundled = built_in
     tasks: list[_Task] = []
     for step in recipe.steps:
         request, target = step.request, None
