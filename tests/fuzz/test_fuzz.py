@@ -62,7 +62,7 @@ def test_another_answer_than_that_of_transformers_is_caught(
         monkeypatch.setattr(evaluate, "load_model", lambda *given, **how: _quieter(load(*given, **how)))
     else:
         monkeypatch.setattr("secateur.models.pruned_config.drop_blocks", lambda raw, *_: {**raw, "rms_norm_eps": 0.5})
-        monkeypatch.setattr("secateur.prune.run.drop_blocks", lambda raw, *_: {**raw, "rms_norm_eps": 0.5})
+        monkeypatch.setattr("secateur.prune.work.drop_blocks", lambda raw, *_: {**raw, "rms_norm_eps": 0.5})
     with pytest.raises(WrongOutcome, match="transformers has" if evaluates else "away from those of transformers"):
         as_stock(world.checkpoint("llama"), draw, tmp_path)
 

@@ -85,7 +85,14 @@ class Prepared:
     @property
     def zeroed(self) -> set[str]:
         """The linear modules of which pruning zeroed weights, by path."""
-        return zeroed_modules(self.checkpoint.view(), self.plan, written_recipe(self.checkpoint.folder))
+        folder = self.checkpoint.folder
+        try:
+            return zeroed_modules(self.checkpoint.view(), self.plan, written_recipe(folder))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise SecateurError(
+                f"{folder / PLAN_PATH}: a damaged plan ({type(error).__name__}: {error}); prune the original again, or "
+                "copy the folder again"
+            ) from None
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, without the learning rate, which may change when a run is resumed."""
