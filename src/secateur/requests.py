@@ -83,6 +83,7 @@ class EvalRequest(_Settings):
         tasks: names of tasks of lm-eval, or presets of them; `cloze` is built in.
         limit: use only the first N windows, and the first N items of each task.
         against, against_revision: the dense model to compare with, and its hub revision.
+        shift: with `against`, also measure how the behaviour shifted; False compares perplexities alone.
         include_path: a folder of task files for lm-eval.
     """
 
@@ -94,6 +95,7 @@ class EvalRequest(_Settings):
     limit: int | None = None
     against: str | None = None
     against_revision: str | None = None
+    shift: bool = True
     revision: str | None = None
     device: str = "auto"
     dtype: str = "auto"

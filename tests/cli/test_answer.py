@@ -40,7 +40,7 @@ def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
     assert answer(RECORD) == [
         "135 M -> 101 M parameters (25.0% removed), 269 MB -> 202 MB, 2 min 05 s",
         "slicegpt removed 25.0% of the residual width. Loads with trust_remote_code=True, or after import secateur.",
-        "Next: secateur eval '/runs/my model' --against org/model",
+        "Next: secateur eval '/runs/my model' --no-shift --against org/model",
     ]
     zeros = {
         **RECORD,
@@ -119,7 +119,7 @@ def test_commands_answer_and_print_the_record_when_it_is_asked_for(
     assert said[2].endswith("Nothing was written.")
     done = run(*prune, "--out", out).splitlines()
     assert done[0].startswith(size), "the dry run told the truth"
-    assert done[-1] == f"Next: secateur eval {out} --against {dense}"
+    assert done[-1] == f"Next: secateur eval {out} --no-shift --against {dense}"
     measured = run("eval", out, "--text", ids_file, "--against", dense)
     record = json.loads(run("eval", out, "--text", ids_file, "--against", dense, "--json"))
     assert measured.startswith(f"perplexity {record['ppl_dense']:.2f} -> {record['ppl']:.2f} (ids.npy, 6 windows of 20")

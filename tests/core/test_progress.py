@@ -86,7 +86,7 @@ def test_lines_tell_what_is_left_of_the_whole_run(monkeypatch: pytest.MonkeyPatc
     left = [line.split("about ")[1] for line in lines]
     assert left[0] == "9 min left", "at first, the expectation of 440 s counts most"
     assert lines[19] == "gradients: 10 of 10, 100 s, about 10 min left"
-    assert left[-1] == "under 1 s left"
+    assert left[-1] == "1 s left"
     lines.clear()
     with progress_to(lines.append):
         for _ in track(range(2), "gradients"):

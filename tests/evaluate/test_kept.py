@@ -103,3 +103,19 @@ def test_a_cache_that_cannot_be_written_or_read_is_no_error(
         file.write_text("{broken")
     module.evaluate(measure, records_file=tmp_path / "r.jsonl", known=True)
     assert len(measured) == 4
+
+
+def test_without_the_shift_perplexities_alone_are_compared(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, out = saved("llama"), tmp_path / "out"
+    api.prune(api.Request(str(dense), "magnitude", sparsity=0.5), out)
+    asked = api.EvalRequest(str(out), text=ids_file)
+    assert "ppl_dense" not in api.evaluate(asked)
+    full = api.evaluate(replace(asked, against=str(dense)))
+    alone = api.evaluate(replace(asked, against=str(dense), shift=False))
+    assert (alone["ppl"], alone["ppl_dense"], "shift" in alone) == (full["ppl"], full["ppl_dense"], False)
+    known = api.evaluate(asked)
+    assert known["ppl_dense"] == full["ppl_dense"], "it was measured under this protocol"
+    again = api.evaluate(replace(asked, against=str(dense)), resume=True)
+    assert again["shift"] == full["shift"], "an evaluation without the shift does not stand for one with it"

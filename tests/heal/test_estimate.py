@@ -102,4 +102,4 @@ def test_a_long_healing_says_how_long_after_two_steps(
     monkeypatch.setattr(tune, "_LONG", 0.0)
     with api.progress_to(lines.append):
         api.heal(_asked(pruned, ids), tmp_path / "long")
-    assert [line for line in lines if "steps of" in line] == ["heal: 5 steps of 2 x 60 tokens, about under 1 s"]
+    assert [line for line in lines if "steps of" in line] == ["heal: 5 steps of 2 x 60 tokens, about 1 s"]

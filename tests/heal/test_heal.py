@@ -444,7 +444,7 @@ def test_without_an_evaluation_nothing_is_measured_and_nothing_claims_it(
         record = api.heal(asked, out)
     assert not {"ppl", "ppl_before", "loss", "loss_before", "ppl_protocol"} & record.keys()
     assert answer(record)[0].startswith("healed, perplexity not measured, ")
-    assert answer(record)[-1] == f"Next: secateur eval {out} --against {record['model']}"
+    assert answer(record)[-1] == f"Next: secateur eval {out} --no-shift --against {record['model']}"
     assert "- perplexity, " not in (out / "README.md").read_text()
     rows = {Path(str(row.get("out"))).name: row for row in collect(api.find_records([file]))}
     assert rows["wanda-llama"].ppl is not None
@@ -534,7 +534,7 @@ def test_the_original_is_named_by_its_path(pruned: Callable[..., Path], quick: a
     second = api.heal(replace(quick, model=str(runs / "first")), tmp_path / "second" / "again")
     measured = api.evaluate(api.EvalRequest(str(runs / "first"), text=quick.text))
     assert {first["model"], second["model"], measured["model"]} == {dense}
-    assert answer(second)[-1] == f"Next: secateur eval {tmp_path / 'second' / 'again'} --against {dense}"
+    assert answer(second)[-1] == f"Next: secateur eval {tmp_path / 'second' / 'again'} --no-shift --against {dense}"
     plan = json.loads((runs / "first" / "secateur" / "plan.json").read_text())
     assert plan["model"] == Path(dense).name, "plans and cards hold no folders"
     for file in (tmp_path, runs, tmp_path / "second"):

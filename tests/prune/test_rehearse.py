@@ -229,7 +229,7 @@ def test_only_a_long_run_is_announced(
     with api.progress_to(lines.append):
         api.prune(request, tmp_path / "long")
     assert lines[0] == "measuring 2 blocks of 3 to estimate the time"
-    assert lines[1].startswith("wanda: about under 1 s, ")
+    assert lines[1].startswith("wanda: about 1 s, ")
     assert lines[1].endswith("of memory")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "long" / name).read_bytes() == (tmp_path / "short" / name).read_bytes()

@@ -227,12 +227,21 @@ def test_two_texts_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "words.txt").write_text(part)
-    request = HealRequest("x", calibration=str(tmp_path / "train/words.txt"), text=str(tmp_path / "test/words.txt"))
+    first, second = (str(tmp_path / part / "words.txt") for part in ("train", "test"))
+    step, texts = step_of("prune", Request("x", "wanda", calibration=first), {})
+    assert (step["prune"]["calibration"], texts.keys()) == ("words.txt", {"words.txt"})
+    step, texts = step_of("heal", HealRequest("x", calibration=second), {}, texts)
+    assert (step["heal"]["calibration"], texts.keys()) == ("test/words.txt", {"words.txt", "test/words.txt"})
+    same, texts = step_of("heal", HealRequest("x", calibration=first), {}, texts)
+    assert (same["heal"]["calibration"], len(texts)) == ("words.txt", 2)
+
+
+def test_the_text_that_healing_is_measured_on_need_not_travel(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("to measure")
+    request = HealRequest("x", calibration="builtin", text=str(tmp_path / "words.txt"), limit=2, eval_seqlen=64)
     step, texts = step_of("heal", request, {})
-    assert (step["heal"]["calibration"], step["heal"]["text"]) == ("words.txt", "test/words.txt")
-    assert texts.keys() == {"words.txt", "test/words.txt"}
-    same, texts = step_of("heal", replace(request, text=request.calibration), {}, texts)
-    assert (same["heal"]["text"], len(texts)) == ("words.txt", 2)
+    assert step["heal"]["eval"] is False
+    assert (texts, step["heal"].keys() & {"text", "limit", "eval_seqlen", "protocol"}) == ({}, set())
 
 
 @pytest.mark.slow

@@ -235,11 +235,14 @@ def _change(before: float, after: float) -> str:
 
 
 def _dense(record: Record) -> list[str]:
-    """The options that name the original; none if only the name of a folder is known, and not where it is."""
+    """The options that compare perplexity with that of the original.
+
+    There are none if only the name of its folder is known, and not where it is.
+    """
     model, revision = record["model"], record.get("model_revision")
     if revision is None and "/" not in model and model != "bundled" and not Path(model).is_dir():
         return []
-    return ["--against", model, *([] if revision is None else ["--against-revision", revision])]
+    return ["--no-shift", "--against", model, *([] if revision is None else ["--against-revision", revision])]
 
 
 def _time(record: Record) -> str:

@@ -23,12 +23,16 @@ def evaluate(
     limit: opt.Limit = EvalRequest.limit,
     against: Annotated[
         str | None,
-        Option(metavar="DENSE", help="Also measure how the behaviour shifted from this model."),
+        Option(metavar="DENSE", help="Also measure the dense model, and how the behaviour shifted from it."),
     ] = EvalRequest.against,
     against_revision: Annotated[
         str | None,
         Option(metavar="REVISION", help="The hub revision of the model of --against."),
     ] = EvalRequest.against_revision,
+    shift: Annotated[
+        bool,
+        Option("--shift/--no-shift", help="With --against: --no-shift compares perplexities alone, in half the time."),
+    ] = EvalRequest.shift,
     revision: opt.Revision = EvalRequest.revision,
     device: opt.Device = EvalRequest.device,
     dtype: opt.Dtype = EvalRequest.dtype,

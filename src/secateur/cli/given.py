@@ -19,8 +19,11 @@ T = TypeVar("T", bound="DataclassInstance")
 
 _SEVERAL = {"sparsity": "--sparsity has several"}
 _ZEROES = dict.fromkeys(("params_removed", "at_least"), "the runs zero weights, and none of them removes parameters")
-_NO_SHIFT = dict.fromkeys(("against", "against_revision"), "the table has no place for a shift")
-_DENSE_REVISION = {"against_revision": "the dense model is MODEL, at --revision"}
+_NO_SHIFT = dict.fromkeys(("against", "against_revision", "shift"), "the table has no place for a shift")
+_DENSE_REVISION = {
+    "against_revision": "the dense model is MODEL, at --revision",
+    "shift": "--against-dense is there for the shift alone",
+}
 _HEALING = (
     *("batch", "lr", "schedule", "weight_decay", "rank", "alpha", "targets"),
     *("completion_only", "keep_adapter", "samples", "save_every", "checkpointing"),

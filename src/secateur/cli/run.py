@@ -70,8 +70,8 @@ def _print(record: Record, *, verbose: bool) -> None:
         say(f"report: {record['out']}")
         return
     if record.get("dry_run"):
-        given = ", ".join(f"{name} {value}" for name, value in (record.get("given") or {}).items())
-        echo(f"{record['step']}: {given}" if given else record["step"])
+        waits = ": no estimate before its model is there; it says how long it takes when it starts"
+        echo(f"{record['step']}{waits if record.get('waits') else ''}")
     if verbose:
         show(record_table(record))
     for line in answer(record):

@@ -12,6 +12,31 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class WorkClock:
+    """A clock that stands still while other programs have the machine: estimates made then are for an idle one.
+
+    It goes on by the lesser of two times: that of the wall, and that of the processors that this process used.
+    """
+
+    def __init__(
+        self, wall: Callable[[], float] = time.perf_counter, work: Callable[[], float] = time.process_time
+    ) -> None:
+        self._clocks = wall, work
+        self._last = wall(), work()
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        """Return the seconds so far."""
+        wall, work = self._clocks
+        now = wall(), work()
+        self._seconds += min(after - before for after, before in zip(now, self._last, strict=True))
+        self._last = now
+        return self._seconds
+
+
+work_seconds = WorkClock()
+
+
 class Stopwatch:
     """Seconds by name. The time of a nested span is not counted in the outer span.
 

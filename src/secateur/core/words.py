@@ -48,7 +48,7 @@ def duration_words(seconds: float) -> str:
 def rough_duration_words(seconds: float) -> str:
     """A time that is estimated, in the unit that people plan by."""
     if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 1 else "under 1 s"
+        return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from secateur.core.errors import SecateurError
 from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Phases
+from secateur.core.timing import Phases, work_seconds
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.evaluate import Questions, dense_is_kept, prepare_questions
 from secateur.evaluate.passes import BLOCKS, Clock, Small, small_model, weights_memory
@@ -31,7 +30,7 @@ _ITEMS = 8  # of each task
 _WARM_TOKENS = 32
 
 
-def estimate_evaluate(request: EvalRequest, clock: Clock = time.perf_counter) -> Record:
+def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Record:
     """Return what `evaluate` would measure, and its memory and time. Reads text and tasks, writes nothing.
 
     Args:
@@ -94,8 +93,10 @@ def _seconds(
     once = perplexity_seconds(small, questions.windows)
     tasks = _tasks_seconds(request, small, questions)
     seconds = small.load_seconds + once + tasks
-    if against is not None:
-        seconds += small.load_seconds + tasks + (0 if dense_is_kept(against, questions) else once)
+    if against is not None and not dense_is_kept(against, questions):
+        seconds += once + (0 if request.shift else small.load_seconds)
+    if against is not None and request.shift:
+        seconds += small.load_seconds + tasks
         some = list(questions.windows[:SHIFT_WINDOWS])
         first = [*next(equal_batches(some))]
         share = sum(map(len, some)) / sum(map(len, first))

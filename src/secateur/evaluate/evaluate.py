@@ -151,7 +151,7 @@ def evaluate(
         announce(protocol, windows)
     device, dtype = questions.device, questions.dtype
     facts = {**questions.facts, "out": _place(request.model)}
-    key = _key(facts, checkpoint, against, tasks)
+    key = _key({**facts, **({} if request.shift else {"shift": False})}, checkpoint, against, tasks)
     records_file = _writable(to_path(records_file) or _parent(request.model) / "records.jsonl")
     if resume and records_file.is_file():
         earlier = [r for r in records.read([records_file]) if r.get("key") == key]
@@ -166,20 +166,27 @@ def evaluate(
         return found
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
-    dense = load_model(against, device=device, dtype=dtype) if against is not None else None
-    both = None if dense is None or against is None else (dense, against)
+    dense = None
+    if against is not None and (request.shift or not dense_is_kept(against, questions)):
+        dense = load_model(against, device=device, dtype=dtype)
+    both = None if dense is None or against is None or not request.shift else (dense, against)
     task_results = _run_tasks(tasks, (model, checkpoint), both, tokenizer, records_file.parent, resume)
     progress = _progress_file(records_file, key, resume)
     measured = perplexity(model, windows, progress=progress)
+    identity = _identity(request, checkpoint, plan, model, records_file)
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
-        **_identity(request, checkpoint, plan, model, records_file),
+        **identity,
         **measured.facts,
         **facts,
         "key": key,
         "tasks": task_results,
-        **({} if both is None else _against(request, questions, model, both)),
+        **(
+            _against(request, questions, model, against, dense)
+            if against is not None
+            else _known_dense(identity["model"], plan, questions)
+        ),
         "seconds": round(time.perf_counter() - started, 3),
         "peak_rss_bytes": records.peak_rss_bytes(),
         "versions": versions,
@@ -195,21 +202,35 @@ def evaluate(
 
 
 def _against(
-    request: EvalRequest, questions: Questions, model: PreTrainedModel, both: tuple[PreTrainedModel, Checkpoint]
+    request: EvalRequest,
+    questions: Questions,
+    model: PreTrainedModel,
+    against: Checkpoint,
+    dense: PreTrainedModel | None,
 ) -> dict[str, Any]:
-    """Return the fields of a record that compare with the dense model: its perplexity, and the shift from it."""
-    dense, against = both
-    assert request.against is not None
+    """Return the fields of a record that compare with the dense model: its perplexity, and the shift if asked for."""
     key = _perplexity_key(against, questions)
     if (measured := kept(key)) is None:
+        assert dense is not None, "it is loaded where its perplexity is not kept"
         measured = dict(perplexity(dense, questions.windows).facts)
         keep(key, measured)
+    compared = {"ppl_dense": measured["ppl"], "loss_dense": measured["loss"]}
+    if not request.shift:
+        return compared
+    assert dense is not None, "it is loaded for the shift"
     shift = functionality_shift(dense, model, questions.windows[:SHIFT_WINDOWS], questions.tokenizer)
-    return {
-        "ppl_dense": measured["ppl"],
-        "loss_dense": measured["loss"],
-        "shift": {"against": request.against, **shift},
-    }
+    return {**compared, "shift": {"against": request.against, **shift}}
+
+
+def _known_dense(model: str, plan: dict[str, Any] | None, questions: Questions) -> dict[str, Any]:
+    """Return the perplexity of the model that a result was pruned from, if it is in the cache; nothing else."""
+    if plan is None or not (model == BUNDLED or Path(model).is_dir()):
+        return {}
+    try:
+        measured = kept(_perplexity_key(open_checkpoint(model), questions))
+    except SecateurError:
+        return {}
+    return {} if measured is None else {"ppl_dense": measured["ppl"], "loss_dense": measured["loss"]}
 
 
 def dense_is_kept(against: Checkpoint, questions: Questions) -> bool:

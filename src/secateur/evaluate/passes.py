@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 
 from secateur.calibrate.miniature import in_memory, miniature
 from secateur.core.machine import synchronize
+from secateur.core.timing import work_seconds
 from secateur.models.load import Checkpoint, load_model
 
 BLOCKS = 2
@@ -58,7 +58,7 @@ def small_model(
     *,
     blocks: int = BLOCKS,
     among: Sequence[int] | None = None,
-    clock: Clock = time.perf_counter,
+    clock: Clock = work_seconds,
 ) -> Small:
     """Load the last blocks of a model; all of them where they do not fit one another alone.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from secateur.core.device import resolve_device
 from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Phases
+from secateur.core.timing import Phases, work_seconds
 from secateur.evaluate.estimate import perplexity_seconds
 from secateur.evaluate.passes import BLOCKS, Clock, Small, line, small_model, weights_memory
 from secateur.heal.heal import Prepared, check_request, prepare
@@ -27,7 +26,7 @@ _DISK_BYTES_A_SECOND = 500e6
 _OPTIMISER_BYTES = 16  # of a trained parameter: itself, its gradient and two moments
 
 
-def estimate_heal(request: HealRequest, records_file: Path | None = None, clock: Clock = time.perf_counter) -> Record:
+def estimate_heal(request: HealRequest, records_file: Path | None = None, clock: Clock = work_seconds) -> Record:
     """Return what `heal` would train and measure, and its memory, disk and time. Reads the texts, writes nothing.
 
     Args:

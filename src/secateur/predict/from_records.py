@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def points_of_records(
     if where and not pruned:
         raise _no_match(where, all_pruned)
     name, read = _reader([*dense, *pruned], metric)
-    _same(pruned, {**_EVERY, **_PRUNED}, "--where NAME=VALUE keeps one of them")
+    _same(pruned, {**_EVERY, **_PRUNED}, f"--where NAME=VALUE keeps one of them{_points_each(pruned)}")
     measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
     if pruned:
         dense = _dense_of(pruned[0], dense, measured_by)
@@ -90,6 +91,18 @@ def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
     if len(healed) == len(pruned):
         return pruned, []
     return [record for record in pruned if not record.get("heal")], healed
+
+
+def _points_each(pruned: list[Record]) -> str:
+    """What is missing too, if no method has the two points that most laws need."""
+    methods = [str(record.get("method")) for record in pruned]
+    if len(set(methods)) < 2 or len(set(methods)) < len(methods):
+        return ""
+    sweep = f"secateur sweep {shlex.quote(_model(pruned[0]))} --method {methods[0]} --params-removed R,R --out DIR"
+    return (
+        "; each method has one point here, and a law needs two or more: first measure other sizes of one method with "
+        f"'{sweep}' and the same options, and give DIR too"
+    )
 
 
 def _no_match(where: dict[str, str], pruned: list[Record]) -> UsageError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from secateur.core.machine import matrix_rate
 from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Expected, Phases
+from secateur.core.timing import Expected, Phases, work_seconds
 from secateur.core.words import rough_duration_words, size_words
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
@@ -32,7 +31,7 @@ _LIBRARIES_BYTES = 1 << 24  # what the libraries of products and the allocator h
 _READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 
 
-def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
+def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
     """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
     An entry is None if the text or options of the method decide it; `seconds_unknown` says why there is no time.
@@ -83,7 +82,7 @@ def estimate(prepared: Prepared, clock: Clock = time.perf_counter) -> Record:
 
 
 def _rehearsed(
-    prepared: Prepared, windows: tuple[int, int] | None, ids: Tensor | None, clock: Clock = time.perf_counter
+    prepared: Prepared, windows: tuple[int, int] | None, ids: Tensor | None, clock: Clock = work_seconds
 ) -> tuple[Expected | None, str | None]:
     """Return what the run is expected to take without its text, or None and the reason."""
     blocks = prepared.job.view.blocks

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import synchronize
 from secateur.core.memory import give_back
 from secateur.core.progress import observed
-from secateur.core.timing import Expected, Phases, Stopwatch
+from secateur.core.timing import Expected, Phases, Stopwatch, work_seconds
 from secateur.models.canonical import canonical_view
 from secateur.models.view import ModelView
 from secateur.plan.quantity import sparsity_of_part
@@ -65,7 +64,7 @@ class Short:
 def rehearse(
     prepared: Prepared,
     windows: tuple[int, int] | None,
-    clock: Clock = time.perf_counter,
+    clock: Clock = work_seconds,
     ids: Tensor | None = None,
 ) -> Expected:
     """Return what a run would take. Nothing is written outside a temporary folder, and no text is read.

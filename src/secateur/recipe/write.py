@@ -16,7 +16,13 @@ from secateur.recipe.read import written_recipe
 from secateur.text.files import file_hash
 
 _NOISE = ("device", "spill", "checkpointing")  # where and how it was computed, which does not decide the result
-_QUIET = ("text_field", "prompt_form", "evaluate")  # written only where it is not the default
+_MEASURING = (
+    "text",
+    "protocol",
+    "eval_seqlen",
+    "limit",
+)  # of heal: a text for this alone need not travel with a recipe
+_QUIET = ("text_field", "prompt_form")  # written only where it is not the default
 _VERSIONS = ("python", "torch", "transformers", "tokenizers", "numpy")
 _HEAD = """\
 # This makes the checkpoint that it lies in again, to the byte with the versions below:
@@ -38,7 +44,10 @@ def step_of(
     options: dict[str, Any] = {}
     texts: dict[str, str] = dict(known or {})
     for field in fields(request):
-        if field.name in ELSEWHERE or field.name in _NOISE:
+        if field.name in ELSEWHERE or field.name in _NOISE or (kind == "heal" and field.name in _MEASURING):
+            continue
+        if kind == "heal" and field.name == "evaluate":
+            options["eval"] = False
             continue
         value = resolved.get(field.name, getattr(request, field.name))
         if value is None or (value is False and field.default is False) or value in ((), [], {}, ""):

@@ -113,8 +113,7 @@ def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Re
             on_dense = replace(task.request, model=recipe.model, revision=recipe.revision, against=None)
             yield {"step": task.step.where, **estimate_evaluate(on_dense)}
         else:
-            given = {name: getattr(task.request, name) for name in sorted(task.step.given)}
-            yield {"command": "run", "dry_run": True, "step": task.step.where, "given": given}
+            yield {"command": "run", "dry_run": True, "step": task.step.where, "waits": task.step.kind != "report"}
 
 
 def _check(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task]) -> None:
@@ -193,7 +192,8 @@ def _tasks(recipe: Recipe, checkpoint: Checkpoint, out: Path, device: str | None
                 changes |= {"against": recipe.model, "against_revision": recipe.revision}
             if built_in and model != BUNDLED and step.kind == "prune" and not request.calibration:
                 changes["calibration"] = "builtin"
-            if built_in and not bundled and step.kind != "prune" and not (request.text or request.protocol):
+            measures = step.kind == "eval" or (step.kind == "heal" and request.evaluate)
+            if built_in and not bundled and measures and not (request.text or request.protocol):
                 changes["text"] = "builtin"
             if built_in and not bundled and step.kind == "heal" and not request.calibration:
                 changes["calibration"] = next(
