@@ -69,6 +69,8 @@ def _dry_eval(record: Record) -> Iterator[str]:
         "; tasks: ".join(filter(None, (f"Would measure perplexity on {_text(record)}", ", ".join(tasks)))) + dense + "."
     )
     yield _expected(record)
+    if record.get("shift"):
+        yield "The shift takes more time than the perplexities; --no-shift leaves it out."
 
 
 def _dry_heal(record: Record) -> Iterator[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -14,7 +16,7 @@ import typer
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
-from secateur.core.torchrun import refuse_command, speaks
+from secateur.core.torchrun import launched, refuse_command, speaks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +42,8 @@ def command(debug: bool, *, resume: str = "nothing was written", several: bool =
     try:
         if not several:
             refuse_command()
-        yield
+        with _told_when_terminated(resume):
+            yield
     except KeyboardInterrupt:
         _stop(f"interrupted; {resume}", INTERRUPTED)
     except Exception as error:
@@ -49,6 +52,28 @@ def command(debug: bool, *, resume: str = "nothing was written", several: bool =
         if not speaks():
             _fall_silent(error)
         _stop(_words(error), USAGE if isinstance(error, UsageError) else FAILED)
+
+
+@contextmanager
+def _told_when_terminated(resume: str) -> Iterator[None]:
+    """Say what to do next when the process is told to end, as `timeout` and job schedulers do; it then ends as usual.
+
+    torchrun ends its processes that way after a failure, which was said already.
+    """
+    if launched() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        say(f"terminated; {resume}")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fall_silent(error: Exception) -> None:

@@ -67,6 +67,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
         "dry_run": True,
         "model": request.model,
         "against": request.against,
+        "shift": request.against is not None and request.shift,
         **questions.facts,
         "requests": questions.tasks.requests(),
         "evaluation_tokens": models * sum(map(len, questions.windows)),
