@@ -140,9 +140,8 @@ def test_a_request_takes_a_path_for_a_model(tmp_path: Path) -> None:
     assert api.EvalRequest("tiny", include_path=tmp_path).include_path == tmp_path, "which may be a path"
 
 
-def test_healing_has_the_parameters_of_the_work() -> None:
-    for ours, work in ((api.heal, heal), (api.estimate_heal, estimate_heal)):
-        assert list(inspect.signature(ours).parameters) == list(inspect.signature(work).parameters)
+def test_healing_is_the_work_itself() -> None:
+    assert (api.heal, api.estimate_heal) == (heal, estimate_heal)
 
 
 ASKED: list[dict[str, Any]] = [

@@ -34,11 +34,10 @@ from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.flow import Flow, inspect_flow
 from secateur.evaluate.generate import generate
 from secateur.evaluate.in_memory import perplexity
-from secateur.evaluate.passes import Clock
 from secateur.evaluate.size import inspect
 from secateur.evaluate.throughput import bench
-from secateur.heal import estimate as heal_estimate
-from secateur.heal import heal as healing
+from secateur.heal.estimate import estimate_heal
+from secateur.heal.heal import heal
 from secateur.methods import find_method, method_names
 from secateur.models import pack as storage
 from secateur.models.canonical import canonical_view
@@ -352,32 +351,6 @@ def _stored(
     }
     records.append(records_file or out.parent / "records.jsonl", record)
     return record
-
-
-def heal(
-    request: HealRequest,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    records_file: str | Path | None = None,
-) -> records.Record:
-    """Train adapters on a pruned checkpoint and write the result to `out`; return the record.
-
-    See `secateur.heal.heal`, which raises UsageError and SecateurError.
-    """
-    return healing.heal(request, to_path(out), resume=resume, overwrite=overwrite, records_file=to_path(records_file))
-
-
-def estimate_heal(
-    request: HealRequest, records_file: str | Path | None = None, clock: Clock = time.perf_counter
-) -> records.Record:
-    """Return what `heal` would do, and its memory and time; see `secateur.heal.estimate`.
-
-    Raises:
-        UsageError, SecateurError: the request is wrong, as `heal` would say.
-    """
-    return heal_estimate.estimate_heal(request, to_path(records_file), clock)
 
 
 def find_records(paths: str | Path | Sequence[str | Path]) -> list[records.Record]:

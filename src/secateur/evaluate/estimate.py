@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,6 +138,6 @@ def _tasks_seconds(request: EvalRequest, small: Small, questions: Questions) -> 
         few = find_tasks([name], request.include_path, limit)
         run(find_tasks([name], request.include_path, 1))  # the first one is slower
         counts = few.requests()
-        seconds = small.seconds(lambda few=few: run(few))  # type: ignore[misc]
+        seconds = small.seconds(partial(run, few))
         total += seconds * sum(wanted[task] for task in counts) / sum(counts.values())
     return total

@@ -43,7 +43,7 @@ class Small:
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds that forward passes of this model would take with all blocks."""
-        blocks: nn.ModuleList = self.model.get_submodule(self.checkpoint.view().family.blocks)  # type: ignore[assignment]
+        blocks: nn.ModuleList = self.model.get_submodule(self.checkpoint.view().family.blocks)  # type: ignore[assignment]  # the list
         with _timed(blocks, self.clock) as spent:
             started = self.clock()
             work()

@@ -8,6 +8,7 @@ import torch
 
 from secateur.core.device import resolve_device
 from secateur.core.memory import resident_bytes
+from secateur.core.paths import to_path
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Phases, work_seconds
@@ -26,7 +27,7 @@ _DISK_BYTES_A_SECOND = 500e6
 _OPTIMISER_BYTES = 16  # of a trained parameter: itself, its gradient and two moments
 
 
-def estimate_heal(request: HealRequest, records_file: Path | None = None, clock: Clock = work_seconds) -> Record:
+def estimate_heal(request: HealRequest, records_file: str | Path | None = None, clock: Clock = work_seconds) -> Record:
     """Return what `heal` would train and measure, and its memory, disk and time. Reads the texts, writes nothing.
 
     Args:
@@ -45,7 +46,7 @@ def estimate_heal(request: HealRequest, records_file: Path | None = None, clock:
     check_request(request)
     need_peft()
     resident = resident_bytes(resolve_device(request.device))
-    prepared = prepare(request, records_file or Path(request.model).absolute().parent / "records.jsonl")
+    prepared = prepare(request, to_path(records_file) or Path(request.model).absolute().parent / "records.jsonl")
     reading = clock() - started
     checkpoint, examples = prepared.checkpoint, prepared.examples
     blocks = checkpoint.view().blocks
@@ -143,8 +144,15 @@ def _step_seconds(prepared: Prepared, small: Small) -> tuple[float, float]:
             targets.append(f"{prefix}{numbers[int(index)]}.{inside}")
             if path in all_zeroed:
                 zeroed.add(targets[-1])
-    how = {"rank": request.rank, "alpha": request.alpha, "seed": request.seed, "masked": not request.keep_adapter}
-    adapters = add_adapters(model, targets, **how, zeroed=zeroed)  # type: ignore[arg-type]
+    adapters = add_adapters(
+        model,
+        targets,
+        rank=request.rank,
+        alpha=request.alpha,
+        seed=request.seed,
+        masked=not request.keep_adapter,
+        zeroed=zeroed,
+    )
     if request.checkpointing:
         recompute(model.get_submodule(prefix.removesuffix(".")).children())
     trainable = adapters.trainable

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.paths import to_path
 from secateur.core.progress import say, track
 from secateur.core.words import exp, perplexity_words
 from secateur.evaluate.evaluate import announce, protocol_facts
@@ -51,7 +52,7 @@ from secateur.recipe.read import written_recipe
 from secateur.recipe.write import recipe_text
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
-from secateur.text.protocols import Protocol, evaluation_windows, find_protocol, window_length
+from secateur.text.protocols import Protocol, check_limit, checked_windows, find_protocol, window_length
 from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, prompt_form, same_text
 from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
@@ -121,7 +122,12 @@ class Prepared:
 
 
 def heal(
-    request: HealRequest, out: Path, *, resume: bool = False, overwrite: bool = False, records_file: Path | None = None
+    request: HealRequest,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    records_file: str | Path | None = None,
 ) -> records.Record:
     """Train adapters on a pruned checkpoint and write the result to `out`.
 
@@ -140,8 +146,8 @@ def heal(
             finished.
     """
     started = time.perf_counter()
-    out = out.absolute()
-    records_file = records_file or out.parent / "records.jsonl"
+    out = to_path(out).absolute()
+    records_file = to_path(records_file) or out.parent / "records.jsonl"
     finished = is_finished(out, resume=resume, overwrite=overwrite)
     check_request(request)
     need_peft()
@@ -196,8 +202,7 @@ def check_request(request: HealRequest) -> None:
             raise UsageError(f"--{name} {getattr(request, name):g}: it must be above 0")
     if request.schedule not in SCHEDULES:
         raise UsageError(f"unknown --schedule '{request.schedule}' (allowed: {', '.join(SCHEDULES)})")
-    if request.limit is not None and request.limit < 1:
-        raise UsageError(f"--limit {request.limit}: at least 1 is needed; leave it out to use everything")
+    check_limit(request.limit)
     if request.calibration is not None:
         check_spec(request.calibration)
     asked = {name: getattr(request, name) for name in ("text", "protocol", "eval_seqlen", "limit")}
@@ -254,10 +259,8 @@ def prepare(request: HealRequest, records_file: Path) -> Prepared:
         ids_ST = windows_of(checkpoint, spec, text_field=request.text_field, include_path=request.include_path, **much)
         examples = Examples(ids_ST, ids_ST)
     # The ids must fit the vocabulary and the positions of this model, whatever tokenizer made them.
-    for where, several in ((spec, [examples.ids_ST]), ("" if protocol is None else protocol.spec, held_out)):
-        tokens = None if holds_ids(where) or not several else len(checkpoint.tokenizer())
-        for ids in several:
-            check_ids(ids, checkpoint.config.vocab_size, longest, where, tokens)
+    tokens = None if holds_ids(spec) else len(checkpoint.tokenizer())
+    check_ids(examples.ids_ST, checkpoint.config.vocab_size, longest, spec, tokens)
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
     return Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples, form)
@@ -277,10 +280,17 @@ def _form(request: HealRequest, checkpoint: Checkpoint, spec: str, plan: dict[st
 
 def _held_out(request: HealRequest, checkpoint: Checkpoint, *, bundled: bool) -> tuple[Protocol, list[Tensor]]:
     """The protocol of the perplexity before and after, and its windows."""
-    protocol = find_protocol(request.protocol, request.text, bundled=bundled)
-    length = window_length(protocol, request.eval_seqlen, checkpoint.max_length())
-    tokenizer = None if holds_ids(protocol.spec) else checkpoint.tokenizer()
-    return protocol, evaluation_windows(protocol, length, tokenizer, request.text_field)[: request.limit]
+    protocol, longest = find_protocol(request.protocol, request.text, bundled=bundled), checkpoint.max_length()
+    windows = checked_windows(
+        protocol,
+        window_length(protocol, request.eval_seqlen, longest),
+        None if holds_ids(protocol.spec) else checkpoint.tokenizer(),
+        vocabulary=checkpoint.config.vocab_size,
+        longest=longest,
+        text_field=request.text_field,
+        limit=request.limit,
+    )
+    return protocol, windows
 
 
 def _seqlen(request: HealRequest, longest: int) -> int:

@@ -16,12 +16,8 @@ from secateur.recipe.read import written_recipe
 from secateur.text.files import file_hash
 
 _NOISE = ("device", "spill", "checkpointing")  # where and how it was computed, which does not decide the result
-_MEASURING = (
-    "text",
-    "protocol",
-    "eval_seqlen",
-    "limit",
-)  # of heal: a text for this alone need not travel with a recipe
+# Of heal: a text for this alone need not travel with a recipe.
+_MEASURING = ("text", "protocol", "eval_seqlen", "limit")
 _QUIET = ("text_field", "prompt_form")  # written only where it is not the default
 _VERSIONS = ("python", "torch", "transformers", "tokenizers", "numpy")
 _HEAD = """\
