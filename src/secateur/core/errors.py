@@ -36,3 +36,8 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UsageError:
     near = [plain[match] for match in difflib.get_close_matches(name.lower(), plain, n=3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UsageError(f"unknown {kind} '{name}'{hint} (known: {', '.join(allowed) or 'none'})")
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what an error says; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

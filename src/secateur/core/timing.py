@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
+Clock = Callable[[], float]
+"""Returns seconds."""
 
 
 class WorkClock:
@@ -18,9 +21,7 @@ class WorkClock:
     It goes on by the lesser of two times: that of the wall, and that of the processors that this process used.
     """
 
-    def __init__(
-        self, wall: Callable[[], float] = time.perf_counter, work: Callable[[], float] = time.process_time
-    ) -> None:
+    def __init__(self, wall: Clock = time.perf_counter, work: Clock = time.process_time) -> None:
         self._clocks = wall, work
         self._last = wall(), work()
         self._seconds = 0.0
@@ -44,7 +45,7 @@ class Stopwatch:
         clock: returns seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._clock = clock
         self._inner = [0.0]
@@ -90,7 +91,7 @@ class Phases:
         outside: the seconds outside of all tracks, once `whole` has ended.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
         self.phases: dict[str, Phase] = {}
         self.outside = 0.0
         self._clock = clock
@@ -150,3 +151,9 @@ class Expected:
     def seconds(self) -> float:
         """The seconds of the whole run."""
         return self.outside + sum(self.tracks.values())
+
+
+def line(low: tuple[float, float], high: tuple[float, float], at: float) -> float:
+    """Return the value at `at` on the line through two points, which never falls and never rises faster than high."""
+    slope = min(max(0.0, (high[1] - low[1]) / (high[0] - low[0])), high[1] / high[0]) if high[0] > low[0] else 0.0
+    return high[1] + slope * (at - high[0]) if math.isfinite(slope) else high[1]

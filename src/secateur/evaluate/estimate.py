@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.core.device import resolve_device
-from secateur.core.errors import SecateurError
+from secateur.core.errors import SecateurError, reason
 from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Phases, work_seconds
+from secateur.core.timing import Clock, Phases, work_seconds
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.evaluate import Questions, dense_is_kept, prepare_questions
-from secateur.evaluate.passes import BLOCKS, Clock, Small, small_model, weights_memory
+from secateur.evaluate.passes import BLOCKS, Small, small_model, weights_memory
 from secateur.evaluate.perplexity import equal_batches, window_losses
 from secateur.evaluate.shift import SHIFT_WINDOWS, compare, continuations, prompts_of
 from secateur.evaluate.tasks import Tasks, find_tasks
@@ -61,7 +61,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
         with torch.random.fork_rng(), observed(Phases()):
             seconds = _seconds(request, checkpoint, against, questions, clock)
     except Exception as error:  # whatever it is, a dry run only says that it has no estimate
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = reason(error)
     memory = sum(weights_memory(each, questions.dtype) for each in (checkpoint, against) if each is not None)
     return {
         "command": "eval",

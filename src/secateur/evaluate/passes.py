@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from transformers import PreTrainedModel
 
 from secateur.calibrate.miniature import in_memory, miniature
 from secateur.core.machine import synchronize
-from secateur.core.timing import work_seconds
+from secateur.core.timing import Clock, work_seconds
 from secateur.models.load import Checkpoint, load_model
 
 BLOCKS = 2
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -120,9 +118,3 @@ def weights_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Return the bytes of a whole model in memory; weights that change their dtype are there in both for a while."""
     itemsizes = dtype.itemsize + (0 if dtype == checkpoint.dtype else checkpoint.dtype.itemsize)
     return checkpoint.view().parameters() * itemsizes
-
-
-def line(low: tuple[float, float], high: tuple[float, float], at: float) -> float:
-    """Return the value at `at` on the line through two points, which never falls and never rises faster than high."""
-    slope = min(max(0.0, (high[1] - low[1]) / (high[0] - low[0])), high[1] / high[0]) if high[0] > low[0] else 0.0
-    return high[1] + slope * (at - high[0]) if math.isfinite(slope) else high[1]

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from secateur.core.device import resolve_device
+from secateur.core.errors import reason
 from secateur.core.memory import resident_bytes
 from secateur.core.paths import to_path
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Phases, work_seconds
+from secateur.core.timing import Clock, Phases, line, work_seconds
 from secateur.evaluate.estimate import perplexity_seconds
-from secateur.evaluate.passes import BLOCKS, Clock, Small, line, small_model, weights_memory
+from secateur.evaluate.passes import BLOCKS, Small, small_model, weights_memory
 from secateur.heal.heal import Prepared, check_request, prepare
 from secateur.heal.lora import add_adapters, need_peft, recompute
 from secateur.heal.tune import next_token_loss, train_step
@@ -56,7 +57,7 @@ def estimate_heal(request: HealRequest, records_file: str | Path | None = None, 
         with torch.random.fork_rng(), observed(Phases()):
             seconds = _seconds(prepared, clock)
     except Exception as error:  # whatever it is, a dry run only says that it has no estimate
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = reason(error)
     parameters = checkpoint.view().parameters()
     return {
         "command": "heal",

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.stream import TOKENS_A_BATCH
-from secateur.core.errors import SecateurError
+from secateur.core.errors import SecateurError, reason
 from secateur.core.machine import matrix_rate
 from secateur.core.memory import resident_bytes
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
-from secateur.core.timing import Expected, Phases, work_seconds
+from secateur.core.timing import Clock, Expected, Phases, work_seconds
 from secateur.core.words import rough_duration_words, size_words
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
 from secateur.prune.calibration import read_labelled
 from secateur.prune.prepare import Prepared, parameters_expected, prepare, say_expected
-from secateur.prune.rehearse import BLOCKS, Clock, rehearse
+from secateur.prune.rehearse import BLOCKS, rehearse
 from secateur.prune.settings import prepared_settings
 from secateur.text.specs import holds_ids
 
@@ -90,7 +90,7 @@ def _rehearsed(
     try:
         return rehearse(prepared, windows, clock, ids), None
     except Exception as error:  # whatever the run itself would say, a dry run says that it has no estimate
-        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, reason(error)
 
 
 def announce(prepared: Prepared, windows: Tensor | None) -> Expected | None:

@@ -34,7 +34,7 @@ from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import synchronize
 from secateur.core.memory import give_back
 from secateur.core.progress import observed
-from secateur.core.timing import Expected, Phases, Stopwatch, work_seconds
+from secateur.core.timing import Clock, Expected, Phases, Stopwatch, line, work_seconds
 from secateur.models.canonical import canonical_view
 from secateur.models.view import ModelView
 from secateur.plan.quantity import sparsity_of_part
@@ -48,7 +48,6 @@ BLOCKS, DEEPER = 2, 6  # the depths of the models that are rehearsed with
 _WARM_TOKENS = 128  # of the windows of the first run, which is not timed
 _ITERATING_TOKENS = 16384  # of a method whose iterations depend on how many tokens it has seen
 _MORE = 2  # windows of the second run, for each of the first
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -228,14 +227,11 @@ def extrapolated(runs: Sequence[Short], *, blocks: float, windows: int, counts: 
     times: dict[str, float] = {}
     items: dict[str, float] = {}
 
-    def line(of: Callable[[Phases], float]) -> float:
+    def at_full_size(of: Callable[[Phases], float]) -> float:
         """The value at the size of the whole run, on the line through those of the short ones."""
         low, high = of(first.phases), of(last.phases)
-        if last is first:
-            return high
-        ends = (first.blocks, last.blocks, blocks) if deeper else (first.windows, last.windows, windows)
-        slope = min(max(0.0, (high - low) / (ends[1] - ends[0])), high / ends[1])
-        return high + slope * (ends[2] - ends[1])
+        before, after, whole = (first.blocks, last.blocks, blocks) if deeper else (first.windows, last.windows, windows)
+        return line((before, low), (after, high), whole)
 
     for name, phase in last.phases.phases.items():
         once = len(phase.runs[0])
@@ -246,18 +242,20 @@ def extrapolated(runs: Sequence[Short], *, blocks: float, windows: int, counts: 
             times[name] = len(phase.runs) / max(1, inside) * items[phase.parent] * times[phase.parent]
         if name in counts:
             items[name] = counts[name]
-            seconds = items[name] * line(partial(_mean_later, name))
+            seconds = items[name] * at_full_size(partial(_mean_later, name))
         elif "blocks" in name and once == last.blocks:
             items[name] = blocks
             # after the last block the stream need not go on, so it may take less time than the others
-            seconds = (blocks - 1) * line(partial(_mean_but_last, name)) + line(partial(_last, name))
+            others, end = partial(_mean_but_last, name), partial(_last, name)
             if deeper:
-                seconds = (blocks - 1) * _mean_but_last(name, last.phases) + _last(name, last.phases)
+                seconds = (blocks - 1) * others(last.phases) + end(last.phases)
+            else:
+                seconds = (blocks - 1) * at_full_size(others) + at_full_size(end)
         else:
             items[name] = once
-            seconds = line(partial(_sum, name))
+            seconds = at_full_size(partial(_sum, name))
         tracks[name] = times[name] * seconds
-    return Expected(line(lambda phases: phases.outside), tracks, times)
+    return Expected(at_full_size(lambda phases: phases.outside), tracks, times)
 
 
 def _mean_later(name: str, phases: Phases) -> float:
