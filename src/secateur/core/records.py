@@ -8,7 +8,7 @@ import math
 import platform
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,15 @@ def _text(file: Path) -> str:
         raise SecateurError(
             f"{file}: not UTF-8 text (byte {error.start}); records are JSON lines: remove or repair that line"
         ) from None
+
+
+def zeroes(record: Mapping[str, Any]) -> bool:
+    """Whether a pruning zeroed weights, so that its zeros count; others are there by accident. Old records do not tell.
+
+    Args:
+        record: a record, or the facts of a plan.
+    """
+    return record.get("sparsity_of") in (None, "weights")
 
 
 def last(file: Path, command: str, out: Path) -> Record | None:

@@ -166,8 +166,8 @@ def evaluate(
         return found
     _warn_of_overlap(plan, protocol)
     model = load_model(checkpoint, device=device, dtype=dtype)
-    dense = None
-    if against is not None and (request.shift or not dense_is_kept(against, questions)):
+    dense, measured_before = None, None if against is None else kept(_perplexity_key(against, questions))
+    if against is not None and (request.shift or measured_before is None):
         dense = load_model(against, device=device, dtype=dtype)
     both = None if dense is None or against is None or not request.shift else (dense, against)
     task_results = _run_tasks(tasks, (model, checkpoint), both, tokenizer, records_file.parent, resume)
@@ -183,7 +183,7 @@ def evaluate(
         "key": key,
         "tasks": task_results,
         **(
-            _against(request, questions, model, against, dense)
+            _against(request, questions, model, against, dense, measured_before)
             if against is not None
             else _known_dense(identity["model"], plan, questions)
         ),
@@ -207,13 +207,16 @@ def _against(
     model: PreTrainedModel,
     against: Checkpoint,
     dense: PreTrainedModel | None,
+    measured: records.Record | None,
 ) -> dict[str, Any]:
-    """Return the fields of a record that compare with the dense model: its perplexity, and the shift if asked for."""
-    key = _perplexity_key(against, questions)
-    if (measured := kept(key)) is None:
+    """Return the fields of a record that compare with the dense model: its perplexity, and the shift if asked for.
+
+    `measured` is its perplexity where that is kept; otherwise, and for the shift, `dense` is the model in memory.
+    """
+    if measured is None:
         assert dense is not None, "it is loaded where its perplexity is not kept"
         measured = dict(perplexity(dense, questions.windows).facts)
-        keep(key, measured)
+        keep(_perplexity_key(against, questions), measured)
     compared = {"ppl_dense": measured["ppl"], "loss_dense": measured["loss"]}
     if not request.shift:
         return compared

@@ -44,7 +44,7 @@ from secateur.models.save import (
     same_run,
 )
 from secateur.models.view import ModelView
-from secateur.plan.plan import plan_json, read_plan_json
+from secateur.plan.plan import damaged, plan_json, read_plan_json
 from secateur.plan.quantity import words_of
 from secateur.prune.calibration import say_form, windows_of
 from secateur.prune.settings import identity, refuse_out
@@ -90,10 +90,7 @@ class Prepared:
         try:
             return zeroed_modules(self.checkpoint.view(), self.plan, written_recipe(folder))
         except (AttributeError, KeyError, TypeError) as error:
-            raise SecateurError(
-                f"{folder / PLAN_PATH}: a damaged plan ({type(error).__name__}: {error}); prune the original again, or "
-                "copy the folder again"
-            ) from None
+            raise damaged(plan_file(folder), error) from None
 
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, without the learning rate, which may change when a run is resumed."""

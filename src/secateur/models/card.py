@@ -92,7 +92,7 @@ def _how_much(settings: Mapping[str, Any], facts: Mapping[str, Any], counted: st
         rows["removed"] = f"{removed:.1%} of all parameters" + (
             f" (asked for: {asked:.1%})" if asked is not None and f"{asked:.1%}" != f"{removed:.1%}" else ""
         )
-    if facts.get("sparsity_of") in (None, "weights") and (after - nonzero) / before >= _SEEN:
+    if records.zeroes(facts) and (after - nonzero) / before >= _SEEN:
         rows["zeroed"] = f"{(after - nonzero) / before:.1%} of all parameters, {after - nonzero:,} zeros"
     if facts.get("sparsity_of") != "parameters":
         done = "zeroed" if facts.get("sparsity_of") == "weights" else "removed"

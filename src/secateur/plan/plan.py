@@ -375,10 +375,13 @@ def read_plan(folder: str | Path) -> Plan:
         tensors = load_file(file) if file is not None else {}
         blocks = tuple(BlockPlan.read(summary, tensors) for summary in content.pop("blocks"))
     except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise SecateurError(
-            f"{file or plan_file(folder)}: a damaged plan ({type(error).__name__}: {error}); {_AGAIN}"
-        ) from error
+        raise damaged(file or plan_file(folder), error) from error
     return Plan({k: v for k, v in content.items() if k != "format"}, blocks)
+
+
+def damaged(file: Path | None, error: Exception) -> SecateurError:
+    """Return the error for a plan whose content cannot be read."""
+    return SecateurError(f"{file}: a damaged plan ({type(error).__name__}: {error}); {_AGAIN}")
 
 
 def read_plan_json(folder: Path) -> dict[str, Any] | None:

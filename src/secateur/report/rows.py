@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import SecateurError
-from secateur.core.records import Record, to_json
+from secateur.core.records import Record, to_json, zeroes
 
 PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
 
@@ -92,16 +92,20 @@ class Row:
 
         Zeros that a model has by accident count only beside those of a method that zeroes weights.
         """
-        if self.dense or self.get("sparsity_of") not in (None, "weights"):
+        if self.dense or not self._zeroes:
             return 0.0
         after, nonzero = self.number("params_after"), self.number("nonzero_after")
         before = self.number("params_before") or after
         return (after - nonzero) / before if after is not None and before and nonzero is not None else None
 
     @property
+    def _zeroes(self) -> bool:
+        return zeroes({"sparsity_of": self.get("sparsity_of")})
+
+    @property
     def gone(self) -> float | None:
         """The share of the parameters that was removed or zeroed, of all that there were."""
-        if self.get("sparsity_of") not in (None, "weights"):
+        if not self._zeroes:
             return self.removed
         before, nonzero = self.number("params_before"), self.number("nonzero_after")
         return 1 - nonzero / before if before and nonzero is not None else None
