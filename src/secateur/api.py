@@ -113,6 +113,7 @@ __all__ = [
     "find_records",
     "generate",
     "heal",
+    "import_gguf",
     "inspect",
     "inspect_flow",
     "methods",
@@ -315,6 +316,27 @@ def pack(
     """
     model, place = str(model), to_path(out).absolute()
     return _stored("pack", model, place, to_path(records_file), lambda: storage.pack(model, place, overwrite=overwrite))
+
+
+def import_gguf(
+    file: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    records_file: str | Path | None = None,
+) -> records.Record:
+    """Write a GGUF file as a folder that transformers loads; return the record. See `secateur.models.gguf.importer`.
+
+    Raises:
+        UsageError: no such file, a wrong dtype, `out` exists, or the package gguf is missing.
+        SecateurError: the file cannot be imported; the message says why.
+    """
+    from secateur.models.gguf import importer  # imported here: it needs the extra gguf
+
+    path, place = to_path(file), to_path(out).absolute()
+    run = partial(importer.import_gguf, path, place, dtype=dtype, overwrite=overwrite)
+    return _stored("import", str(path), place, to_path(records_file), run)
 
 
 def unpack(

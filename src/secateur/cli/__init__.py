@@ -11,7 +11,21 @@ from __future__ import annotations
 
 import typer
 
-from secateur.cli import compare, demo, evaluate, generate, heal, inspect, pack, predict, prune, run, study, sweep
+from secateur.cli import (
+    compare,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    heal,
+    inspect,
+    pack,
+    predict,
+    prune,
+    run,
+    study,
+    sweep,
+)
 from secateur.cli.method_help import MethodCommand
 
 app = typer.Typer(
@@ -33,6 +47,7 @@ app.command()(run.run)
 app.command()(predict.predict)
 app.command()(inspect.inspect)
 app.command()(inspect.bench)
+app.command(name="import")(convert.import_)
 app.command()(pack.pack)
 app.command()(pack.unpack)
 app.command()(predict.report)

@@ -148,7 +148,19 @@ def _predict(record: Record) -> Iterator[str]:
         yield f"{limit}: {amount}{', beyond what was measured' if target['extrapolated'] else ''}"
 
 
+def _import(record: Record) -> Iterator[str]:
+    stored = ", ".join(record["stored"])
+    yield (
+        f"{record['model_type']} model of {count_words(record['params'])} parameters: {stored} -> {record['dtype']}, "
+        f"{_change(record['bytes_before'], record['bytes_after'])}, {_time(record)}"
+    )
+    if record["dequantised"]:
+        yield "The weights were dequantised: compare pruned models with this one, not with the original's figures."
+    yield f"{NEXT}{_next('inspect', record['out'])}"
+
+
 _ANSWERS = {
+    "import": _import,
     "prune": _prune,
     "eval": _eval,
     "heal": _heal,

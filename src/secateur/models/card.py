@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -14,6 +15,7 @@ from huggingface_hub import metadata_load
 
 from secateur.core import records
 from secateur.core.names import shown
+from secateur.models.companions import IMPORTED
 from secateur.models.load import Checkpoint
 from secateur.models.save import PLAN_PATH, RECIPE_PATH
 
@@ -56,6 +58,8 @@ def model_card(
         "weights that stay": "changed, to make up for those that went" if facts.get("updated") else "as they were",
         "calibration": f"{_text(calibration)}, seed {settings['seed']}" if calibration else "none needed",
     }
+    if origin := _imported(checkpoint.folder):
+        rows["base weights"] = origin
     if heal := facts.get("heal"):
         rows["healed"] = (
             f"LoRA of rank {heal['rank']}, alpha {heal['alpha']:g}, on {heal['targets']}, "
@@ -98,6 +102,16 @@ def _how_much(settings: Mapping[str, Any], facts: Mapping[str, Any], counted: st
         done = "zeroed" if facts.get("sparsity_of") == "weights" else "removed"
         rows[counted.removeprefix("the ")] = f"{facts['sparsity_measured']:.1%} {done}"
     return rows | {"parameters": f"{after:,}" + (f", before {before:,}" if after != before else "")}
+
+
+def _imported(folder: Path) -> str | None:
+    """Return what became of weights that came from a GGUF file; None if they did not."""
+    file = folder / IMPORTED
+    if not file.is_file():
+        return None
+    about = json.loads(file.read_text("utf-8"))
+    done = "dequantised from" if about["dequantised"] else "imported from"
+    return f"{done} {about['file']} ({', '.join(about['stored'])})"
 
 
 def _text(calibration: Mapping[str, Any]) -> str:

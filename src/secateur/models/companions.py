@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPLATES = "additional_chat_templates"  # the folder of named chat templates, such as tool_use
+IMPORTED = "secateur/import.json"  # what `secateur import` says of the file that the weights came from
 PATTERNS = (
     "tokenizer*",
     "*.tokenizer",
@@ -55,9 +56,9 @@ def is_companion(name: str) -> bool:
 
 def companions(folder: Path) -> Iterator[str]:
     """Yield the companions in a folder as paths relative to it, sorted."""
-    for file in sorted([*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*")]):
+    for file in sorted([*folder.glob("*"), *folder.glob(f"{TEMPLATES}/*"), *folder.glob(IMPORTED)]):
         name = file.relative_to(folder).as_posix()
-        if is_companion(name) and file.is_file():
+        if (is_companion(name) or name == IMPORTED) and file.is_file():
             yield name
 
 

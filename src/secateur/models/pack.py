@@ -28,8 +28,7 @@ import math
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from secateur.core.errors import SecateurError
 from secateur.core.progress import track
 from secateur.models.companions import TEMPLATES
 from secateur.models.load import open_checkpoint, packed_files, weight_files
-from secateur.models.save import OWN_FOLDER, CheckpointWriter, refuse_inside
+from secateur.models.save import OWN_FOLDER, refuse_inside, written_folder
 
 FORMAT, VERSION = "secateur-packed", 1
 _MODEL, _PACKED = "model", "packed"
@@ -67,7 +66,7 @@ def pack(model: str, out: Path, *, overwrite: bool = False) -> Facts:
     refuse_inside(out, {"the model": folder})
     files = weight_files(folder, model)
     stored: Counter[str] = Counter()
-    with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
+    with written_folder(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
         own = partial / OWN_FOLDER
         own.mkdir()
         for file in files:
@@ -91,7 +90,7 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
             f"'{folder}' is not packed: it has no {_PACKED}*.safetensors; give a folder that 'secateur pack' wrote"
         )
     refuse_inside(out, {"the packed checkpoint": folder})
-    with _written(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
+    with written_folder(out, overwrite, sum(file.stat().st_size for file in files)) as partial:
         for file in files:
             try:
                 _unpack_file(file, partial / file.name.replace(_PACKED, _MODEL, 1))
@@ -102,19 +101,6 @@ def unpack(folder: Path, out: Path, *, overwrite: bool = False) -> Facts:
         _copy_others(folder, partial, files)
         after = sum(file.stat().st_size for file in partial.glob(f"{_MODEL}*.safetensors"))
     return {"bytes_before": sum(file.stat().st_size for file in files), "bytes_after": after}
-
-
-@contextmanager
-def _written(out: Path, overwrite: bool, needed: int) -> Iterator[Path]:
-    """Give a folder to write to; at the end rename it to `out`, or remove it after an error."""
-    writer = CheckpointWriter(out, {}, resume=False, overwrite=overwrite, needed=needed)
-    try:
-        with writer.disk():
-            yield writer.partial
-        writer.publish({})
-    except BaseException:
-        writer.discard()
-        raise
 
 
 def encode(tensor: Tensor) -> dict[str, Tensor]:

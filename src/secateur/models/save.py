@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,7 @@ _PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 _PIECE = 1 << 22
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointWriter:
@@ -170,6 +172,71 @@ class CheckpointWriter:
     def disk(self) -> AbstractContextManager[None]:
         """Turn a full or read-only disk into a SecateurError, inside a `with` statement."""
         return disk(self.out.parent)
+
+
+@contextmanager
+def written_folder(out: Path, overwrite: bool, needed: int) -> Iterator[Path]:
+    """Give a folder to write to; at the end rename it to `out`, or remove it after an error.
+
+    Args:
+        out: the final folder.
+        overwrite: replace it if it exists.
+        needed: the bytes that it will need.
+
+    Raises:
+        UsageError, SecateurError: as for `CheckpointWriter`.
+    """
+    writer = CheckpointWriter(out, {}, resume=False, overwrite=overwrite, needed=needed)
+    try:
+        with writer.disk():
+            yield writer.partial
+        writer.publish({})
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
+) -> None:
+    """Write the weights of a model whose tensors come in pieces, so that none has to be in memory as a whole.
+
+    Args:
+        folder: the folder of the model.
+        shapes: tensor name -> shape, in the order of `tensors`. Shards hold whole tensors, each at most
+            `ONE_FILE_UP_TO` bytes if no tensor is larger.
+        dtype: the dtype of all of them.
+        tensors: the names, in the order of `shapes`, each with its numbers in pieces, row after row.
+    """
+    stored = next(name for name, known in _DTYPES.items() if known == dtype)
+    shards: list[dict[str, Any]] = [{}]
+    offset = total = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and offset + size > ONE_FILE_UP_TO:
+            shards.append({})
+            offset = 0
+        shards[-1][name] = {"dtype": stored, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset, total = offset + size, total + size
+    several = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = several if len(shards) > 1 else ["model.safetensors"]
+    coming = iter(tensors)
+    for file, header in zip(names, shards, strict=True):
+        with (folder / file).open("wb") as out:
+            out.write(_header_bytes({"__metadata__": {"format": "pt"}, **header}))
+            for name in header:
+                came, parts = next(coming)
+                assert came == name, f"{came} came, and {name} was expected"
+                for part in parts:
+                    out.write(part.contiguous().view(torch.uint8).numpy().data)
+            out.flush()
+            os.fsync(out.fileno())
+    if len(shards) > 1:
+        weight_map = {name: file for file, header in zip(names, shards, strict=True) for name in header}
+        _write_index(folder, total, weight_map)
 
 
 def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -402,9 +469,20 @@ def _gather(parts: Sequence[Path], folder: Path) -> dict[str, str]:
         # not a plain copy: safetensors writes the metadata of a part in random order, so equal runs would differ
         hashes[name] = _concatenate([part], [(header, begin)], folder / name)
         weight_map |= dict.fromkeys(header, name)
+    _write_index(folder, total, weight_map)
+    return hashes
+
+
+def _write_index(folder: Path, total: int, weight_map: Mapping[str, str]) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    return hashes
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    """Return the beginning of a safetensors file; the format requires data aligned to 8 bytes."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -432,11 +510,9 @@ def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], 
     for _, number, start, end, name in order:
         joined[name] = {**headers[number][0][name], "data_offsets": [offset, offset + end - start]}
         offset += end - start
-    text = json.dumps(joined, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format requires data aligned to 8 bytes
+    begin = _header_bytes(joined)
     with target.open("wb") as out, ExitStack() as opened:
         handles = [opened.enter_context(part.open("rb")) for part in parts]
-        begin = struct.pack("<Q", len(text)) + text
         digest = hashlib.sha256(begin)
         out.write(begin)
         for _, number, start, end, _name in order:
