@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
 gguf = pytest.importorskip("gguf")
 from gguf import GGMLQuantizationType as Kind  # noqa: E402
 
+from secateur import api  # noqa: E402
+from secateur.cli import app  # noqa: E402
 from secateur.core.errors import SecateurError, UsageError  # noqa: E402
 from secateur.models import save  # noqa: E402
 from secateur.models.gguf.file import open_gguf  # noqa: E402
@@ -318,3 +322,34 @@ def test_metadata_is_that_of_the_package_reader(file: Path) -> None:
     assert [(t.name, t.n_bytes, t.data_offset) for t in reader.tensors] == [
         (t.name, t.end - t.offset, t.offset) for t in mine.tensors.values()
     ]
+
+
+# The command, and what becomes of the model.
+
+
+def test_the_command_answers_in_three_lines(tmp_path: Path) -> None:
+    write_gguf(tiny_model("qwen2", intermediate_size=64), tmp_path / "m.gguf", kind=Kind.Q8_0)
+    done = CliRunner().invoke(app, ["import", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "model")])
+    assert done.exit_code == 0, done.output
+    first, second, third = done.stdout.splitlines()
+    assert first.startswith("qwen2 model of ")
+    assert "Q8_0, F32 -> bfloat16" in first
+    assert "dequantised" in second
+    assert third.startswith("Next: secateur inspect ")
+    record = json.loads((tmp_path / "records.jsonl").read_text())
+    assert record["command"] == "import"
+    assert record["stored"] == {"Q8_0": 23, "F32": 16}  # 7 matrices in 3 blocks, embedding and head
+
+
+def test_a_pruned_result_says_where_its_weights_came_from(tmp_path: Path) -> None:
+    imported(write_gguf(tiny_model("qwen2", intermediate_size=64), tmp_path / "m.gguf", kind=Kind.Q8_0))
+    api.prune(api.Request(str(tmp_path / "m"), "magnitude", sparsity=0.5), tmp_path / "pruned")
+    api.prune(api.Request(str(tmp_path / "pruned"), "magnitude", sparsity=0.6), tmp_path / "again")
+    for folder in ("pruned", "again"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "| base weights | dequantised from m.gguf (Q8_0, F32) |" in card, folder
+
+
+def test_without_the_package_one_line_names_the_extra(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "python -m pip install 'secateur[gguf]'" in refusal(file)

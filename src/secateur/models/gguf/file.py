@@ -85,8 +85,12 @@ class GgufFile:
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     def kinds(self) -> dict[str, int]:
-        """Return the name of a type -> how many tensors have it, the most frequent first."""
-        return dict(Counter(tensor.kind.name for tensor in self.tensors.values()).most_common())
+        """Return the name of a type -> how many tensors have it, the one that stores the most numbers first."""
+        tensors, numbers = Counter[str](), Counter[str]()
+        for tensor in self.tensors.values():
+            tensors[tensor.kind.name] += 1
+            numbers[tensor.kind.name] += prod(tensor.shape)
+        return {name: tensors[name] for name, _ in numbers.most_common()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
         """Return rows of a tensor as float32.
