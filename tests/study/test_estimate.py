@@ -47,12 +47,16 @@ def test_a_dry_compare_says_what_it_leaves_out(saved: Callable[..., Path], ids_f
     result = CliRunner().invoke(app, [*asked, "--dry-run", "--heal"])
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line for line in lines if not line.startswith(" ")][:-1] == [
+    assert [line.strip("│").split("│")[0].strip() for line in lines if line.startswith("│")] == [
         "dense",
-        "magnitude-rows-0.1-params",
-        "llm_pruner-0.1-params",
+        "magnitude rows",
+        "llm_pruner",
+        "all",
     ]
-    assert lines[-1].startswith("2 runs in all, each measured. Expected, about:")
+    assert max(map(len, lines)) <= 80
+    assert "10.0% removed" in lines[4]
+    assert lines[-1].startswith("2 runs in all, each measured. They would take ")
+    assert lines[-1].endswith(" of disk. Nothing was written.")
     assert "healing and timing have no estimate" in result.stderr
     for command in (asked, ["sweep", str(saved("llama")), "--method", "magnitude", "--sparsity", "0.5"]):
         refused = CliRunner().invoke(app, command)

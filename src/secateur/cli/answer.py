@@ -42,6 +42,16 @@ def how_much(record: Record) -> str:
     return ", ".join(f"{_percent(share)} {word}" for word, share in gone.items() if abs(share) >= _SEEN)
 
 
+def asked_words(record: Record) -> str:
+    """Return how much a dry run of `prune` was asked to remove, for one cell: `10.0% removed`, `50.0% zeroed`."""
+    if record.get("params_removed") is not None:
+        return f"{_percent(record['params_removed'])} removed"
+    if record.get("sparsity") is None:
+        return ""
+    quantity = record.get("sparsity_of")
+    return f"{_percent(record['sparsity'])} zeroed" if quantity == "weights" else _of(record["sparsity"], quantity)
+
+
 def removed_share(record: Record) -> float:
     """Return the share of the parameters of the original that the result no longer has; below 0 if it has more."""
     return float(1 - record["params_after"] / record["params_before"]) if record.get("params_before") else 0.0
@@ -87,10 +97,6 @@ def _dry_heal(record: Record) -> Iterator[str]:
     if record.get("ppl_protocol") is not None:
         yield f"Would measure perplexity before and after on {_text(record)}."
     yield _expected(record)
-
-
-def _dry_runs(record: Record) -> Iterator[str]:
-    yield f"{record['runs']} runs in all, each measured. {_expected(record)}"
 
 
 def _expected(record: Record) -> str:
@@ -179,8 +185,6 @@ _ANSWERS = {
     "dry run of prune": _dry_prune,
     "dry run of eval": _dry_eval,
     "dry run of heal": _dry_heal,
-    "dry run of sweep": _dry_runs,
-    "dry run of compare": _dry_runs,
 }
 
 
