@@ -224,7 +224,7 @@ def test_a_text_that_the_run_would_refuse_is_refused(saved: Callable[..., Path],
 
 
 @pytest.mark.parametrize(
-    ("method", "blocks", "windows", "at_most"),
+    ("method", "blocks", "windows", "rough"),
     [
         ("wanda", 3, 6, True),
         ("slicegpt", 3, 6, True),
@@ -238,7 +238,7 @@ def test_small_work_is_rehearsed_once_and_costs_less_than_the_run(
     method: str,
     blocks: int,
     windows: int,
-    at_most: bool,
+    rough: bool,
     saved: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,12 +257,12 @@ def test_small_work_is_rehearsed_once_and_costs_less_than_the_run(
     calibration = None if method == "magnitude" else str(tmp_path / "ids.npy")
     model = str(saved("llama", num_hidden_layers=blocks))
     said = api.estimate(api.prepare(api.Request(model, method, sparsity=0.25, calibration=calibration)))
-    assert said.get("seconds_at_most", False) is at_most
+    assert said.get("seconds_rough", False) is rough
     work = sum(short.blocks * max(1, short.windows) for short in played)
-    assert work <= (blocks * windows if calibration else blocks) * (1 if at_most else 0.5)
-    assert (len(played) == 1) is at_most
+    assert work <= (blocks * windows if calibration else blocks) * (1 if rough else 0.5)
+    assert (len(played) == 1) is rough
     last = answer(said)[-1]
-    assert ("about: under 1 s, " in last or "about: under 2 s, " in last) is at_most
+    assert ("about: under " in last) is rough
 
 
 def test_one_short_run_is_taken_to_grow_with_the_windows() -> None:

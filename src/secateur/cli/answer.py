@@ -21,6 +21,7 @@ from secateur.requests import HealRequest
 
 NEXT, NOTE = "Next: ", "      "  # how the lines about the next command begin
 _WIDE = 100  # an upper end that many times the lower one says nothing
+_ROUGHLY = 2  # times a rough estimate: the work stays below
 _SEEN = 0.0005  # a share below this is shown as none
 
 
@@ -117,7 +118,7 @@ def time_words(record: Record) -> str:
     seconds = record.get("seconds_estimated")
     if seconds is None:
         return ""
-    return below_words(seconds) if record.get("seconds_at_most") else rough_duration_words(seconds)
+    return below_words(_ROUGHLY * seconds) if record.get("seconds_rough") else rough_duration_words(seconds)
 
 
 def unknown(record: Record) -> dict[str, str]:

@@ -87,8 +87,8 @@ def _sum(times: Sequence[Record], together: Record) -> str:
     known = [record["seconds_estimated"] for record in times if record["seconds_estimated"] is not None]
     if together["seconds_estimated"] is None:
         return f"over {time_words({'seconds_estimated': sum(known)})}" if known else _UNKNOWN
-    at_most = all(record.get("seconds_at_most") for record in times)
-    return time_words({**together, "seconds_at_most": at_most})
+    rough = all(record.get("seconds_rough") for record in times)
+    return time_words({**together, "seconds_rough": rough})
 
 
 def _largest(memories: Sequence[int | None]) -> str:

@@ -1,7 +1,7 @@
 """`--dry-run` of `eval`: what would be measured, and its memory and time, from a few windows on a model of two blocks.
 
 What is measured is at most a quarter of the windows and of the items of a task. Work that has fewer than four of them
-is measured cold, so it takes less than the record says (`seconds_at_most`).
+is measured once and cold, which tells little (`seconds_rough`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
     reading = clock() - started
     models = 1 + (against is not None)
-    blocks, at_most = checkpoint.view().blocks, _is_small(request, questions)
+    blocks, rough = checkpoint.view().blocks, _is_small(request, questions)
     say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
     seconds, why = None, None
     try:
@@ -82,7 +82,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
         "resident_bytes": resident,
         "disk_bytes": 0,
         "seconds_estimated": None if seconds is None else round(reading + seconds, 2),
-        **({"seconds_at_most": True} if at_most and seconds is not None else {}),
+        **({"seconds_rough": True} if rough and seconds is not None else {}),
         **({} if why is None else {"seconds_unknown": why}),
     }
 

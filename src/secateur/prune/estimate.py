@@ -35,7 +35,7 @@ def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
     """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
     An entry is None if the text or options of the method decide it; `seconds_unknown` and `memory_unknown` say why
-    there is no time and no memory. With `seconds_at_most` the work is so small that it may take much less.
+    there is no time and no memory. With `seconds_rough` the work is so small that it was measured once, and cold.
     `memory_bytes` is what the work needs, above the `resident_bytes` that the process holds already. Warns, as `prune`
     does, if the size will surprise.
 
@@ -79,7 +79,7 @@ def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
         "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored + _spilled(prepared, tokens),
         "seconds_estimated": None if expected is None else round(opening + text + expected.seconds, 2),
-        **({"seconds_at_most": True} if expected is not None and expected.at_most else {}),
+        **({"seconds_rough": True} if expected is not None and expected.rough else {}),
         **({} if why is None else {"seconds_unknown": why}),
         **({} if no_memory is None else {"memory_unknown": no_memory}),
     }

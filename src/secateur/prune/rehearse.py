@@ -11,7 +11,7 @@ block costs once (eigenproblems, factorisations, files), which has its true size
 each of those items runs the whole model, two depths tell what a block adds. No method has a formula here.
 
 A rehearsal should cost less than the run. Where the short runs would take more than a quarter of the work, there is one
-alone: on fewer windows, and cold, so the run takes less than it says (`Expected.at_most`).
+alone, on fewer windows and cold, so it tells little (`Expected.rough`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def rehearse(
             small = _SHARE * job.view.blocks < 2 * BLOCKS
             if not small:
                 play(BLOCKS, None)
-            return replace(_extrapolated(prepared, [play(BLOCKS, None)], 0, counts), at_most=small)
+            return replace(_extrapolated(prepared, [play(BLOCKS, None)], 0, counts), rough=small)
         samples, seqlen = windows
         # what repeats with a pass of the blocks inside may iterate, and needs more steps on few tokens than on many
         iterates = bool(counts) and job.method.says.GRADIENTS
@@ -108,7 +108,7 @@ def rehearse(
         if not counts and job.allocation != "auto" and BLOCKS * (few + several) > _SHARE * job.view.blocks * samples:
             fewer = max(_needed(prepared, seqlen), math.floor(_SHARE * job.view.blocks * samples / BLOCKS))
             only = play(BLOCKS, (min(samples, fewer), seqlen))
-            return replace(_extrapolated(prepared, [only], samples, counts), at_most=True)
+            return replace(_extrapolated(prepared, [only], samples, counts), rough=True)
         if job.allocation != "auto" and not iterates:
             play(BLOCKS, _warm_windows(prepared, few, seqlen))
         first = play(BLOCKS, (few, seqlen))
