@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from secateur.core.words import count_words, duration_words, size_words
+from secateur.core.words import below_words, count_words, duration_words, size_words
 from secateur.report import words
 
 
@@ -30,3 +30,11 @@ def test_sizes_have_three_digits(value: float, said: str) -> None:
 def test_durations_are_short(value: float, said: str) -> None:
     assert duration_words(value) == said
     assert words.duration(value) == said.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "under 1 s"), (1.0, "under 2 s"), (89.5, "under 90 s"), (100, "under 2 min"), (1e4, "under 3 h")],
+)
+def test_a_time_stays_below_what_is_said(seconds: float, words: str) -> None:
+    assert below_words(seconds) == words

@@ -118,6 +118,19 @@ def test_wrong_settings_are_refused_as_in_an_evaluation(
     assert (real.exit_code, real.stderr) == (dry.exit_code, dry.stderr)
 
 
+@pytest.mark.parametrize(("limit", "share"), [(1, 0.5), (3, 0.5), (11, 0.2)])
+def test_a_small_evaluation_costs_more_than_its_dry_run(
+    limit: int, share: float, tokens: list[int], ids: str, saved: Callable[..., Path]
+) -> None:
+    request = api.EvalRequest(str(saved("llama", num_hidden_layers=6)), text=ids, limit=limit)
+    said = api.estimate_evaluate(request, lambda: float(tokens[0]))
+    dry, tokens[0] = tokens[0], 0
+    api.evaluate(request)
+    assert dry <= share * tokens[0]
+    assert said["seconds_estimated"] == tokens[0]
+    assert said.get("seconds_rough", False) is (limit < 4)
+
+
 def test_tasks_have_their_number_of_requests() -> None:
     said = api.estimate_evaluate(api.EvalRequest("bundled", tasks=["cloze"], limit=2))
     assert said["requests"] == {"cloze": 8}

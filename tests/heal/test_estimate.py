@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from secateur import api
 from secateur.cli import app
 from secateur.heal import tune
+from secateur.models.load import open_checkpoint
 
 pytest.importorskip("peft")
 
@@ -70,6 +72,22 @@ def test_it_says_what_would_be_trained_and_writes_nothing(pruned: Path, ids: str
     record = json.loads(CliRunner().invoke(app, [*args, "--json"]).stdout)
     assert (record["command"], record["dry_run"], record["training_tokens"]) == ("heal", True, 5 * 4 * 60)
     assert (sorted(tmp_path.rglob("*")), torch.random.get_rng_state().tolist()) == (before, state)
+
+
+def test_memory_has_masks_only_where_pruning_zeroed(saved: Callable[..., Path], ids: str, tmp_path: Path) -> None:
+    """Of a block, `down` alone was pruned: its update and its mask are in float32, 8 bytes a weight."""
+    folder = str(saved("llama"))
+    api.prune(api.Request(folder, "magnitude", modules="down=0.5"), tmp_path / "zeroed")
+    api.prune(api.Request(folder, "magnitude", pattern="rows", sparsity=0.25), tmp_path / "removed")
+    checkpoint = open_checkpoint(folder)
+    down = math.prod(checkpoint.view().matrix_shapes(0)["down"])
+
+    def memory(name: str, **more: Any) -> int:
+        return int(api.estimate_heal(_asked(tmp_path / name, ids, **more))["memory_bytes"])
+
+    for more, masked in (({}, 1), ({"checkpointing": False}, 3)):  # in one block at a time, or in all three
+        assert memory("zeroed", **more) - memory("zeroed", **more, keep_adapter=True) == masked * 8 * down
+        assert memory("removed", **more) == memory("removed", **more, keep_adapter=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from secateur import api
 from secateur.calibrate import stream
+from secateur.cli.answer import answer
 from secateur.core.errors import SecateurError
 from secateur.core.progress import observed, track
 from secateur.core.timing import Phases
@@ -207,6 +209,10 @@ def test_a_method_may_say_that_nothing_short_tells(saved: Callable[..., Path], i
     said = api.estimate(api.prepare(request))
     assert said["seconds_estimated"] is None
     assert "5 to 110 iterations" in said["seconds_unknown"]
+    assert said["memory_unknown"] == said["seconds_unknown"]
+    last = answer(said)[-1]
+    assert "Nothing was written. The time and the memory are not known: with pattern 2:4 llm_surgeon adjusts" in last
+    assert "memory unknown" not in last
     assert api.prune(request, tmp_path / "out")["sparsity_measured"] == pytest.approx(0.5)
 
 
@@ -215,6 +221,88 @@ def test_a_text_that_the_run_would_refuse_is_refused(saved: Callable[..., Path],
     request = api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=str(tmp_path / "ids.npy"))
     with pytest.raises(SecateurError, match=r"ids\.npy"):
         api.estimate(api.prepare(request))
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks", "windows", "rough"),
+    [
+        ("wanda", 3, 6, True),
+        ("slicegpt", 3, 6, True),
+        ("llm_pruner", 3, 6, True),
+        ("magnitude", 3, 6, True),
+        ("wanda", 9, 9, False),
+        ("magnitude", 16, 6, False),
+    ],
+)
+def test_small_work_is_rehearsed_once_and_costs_less_than_the_run(
+    method: str,
+    blocks: int,
+    windows: int,
+    rough: bool,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The work is counted in blocks times windows, or in blocks where no text is read."""
+    played: list[Short] = []
+    play = rehearse._play
+
+    def noted(*args: Any, **more: Any) -> Short:
+        played.append(play(*args, **more))
+        return played[-1]
+
+    monkeypatch.setattr(rehearse, "_play", noted)
+    monkeypatch.setattr(rehearse, "TOKENS_A_BATCH", 16)
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 64, (windows, 20)))
+    calibration = None if method == "magnitude" else str(tmp_path / "ids.npy")
+    model = str(saved("llama", num_hidden_layers=blocks))
+    said = api.estimate(api.prepare(api.Request(model, method, sparsity=0.25, calibration=calibration)))
+    assert said.get("seconds_rough", False) is rough
+    work = sum(short.blocks * max(1, short.windows) for short in played)
+    assert work <= (blocks * windows if calibration else blocks) * (1 if rough else 0.5)
+    assert (len(played) == 1) is rough
+    last = answer(said)[-1]
+    assert ("about: under " in last) is rough
+
+
+def test_one_short_run_is_taken_to_grow_with_the_windows() -> None:
+    phases = _run(2, 2, 1, deep=False)[0]
+    expected = extrapolated([Short(2, 2, phases)], blocks=9, windows=6, counts={})
+    assert expected.outside == pytest.approx(phases.outside * 3)
+    assert expected.seconds >= _run(9, 6, 1, deep=False)[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("disp_llm", {"steps": 7, "batch": 2, "unmet": "cut"}), ("llm_surgeon", {"shots": 3})]
+)
+def test_memory_of_a_method_that_trains_is_measured_or_has_a_reason(
+    method: str, options: dict[str, Any], saved: Callable[..., Path], ids_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {2: 1000, 6: 3000}
+    blocks = 9
+    request = api.Request(
+        str(saved("llama", num_hidden_layers=blocks)), method, sparsity=0.25, calibration=ids_file, options=options
+    )
+    prepared = api.prepare(request)
+    play = rehearse._play
+
+    def with_peak(*args: Any, **more: Any) -> Short:
+        short = play(*args, **more)
+        assert short.memory is not None
+        return replace(short, memory=peaks[short.blocks])
+
+    monkeypatch.setattr(rehearse, "_play", with_peak)
+    said = api.estimate(prepared)
+    width = prepared.job.view.config.hidden_size * prepared.dtype.itemsize
+    # the inputs of 10 places, for 6 windows; the short run kept those of 3
+    expected = 4500 if method == "disp_llm" else 1000 + (10 - 3) * 6 * 20 * width
+    assert said["memory_bytes"] == expected
+    assert "memory_unknown" not in said
+    monkeypatch.setattr(rehearse.PeakMemory, "peak", lambda _: None)
+    monkeypatch.setattr(rehearse, "_play", play)
+    said = api.estimate(prepared)
+    assert said["memory_bytes"] is None
+    assert "does not tell the peak" in answer(said)[-1]
 
 
 def test_only_a_long_run_is_announced(
@@ -231,5 +319,6 @@ def test_only_a_long_run_is_announced(
     assert lines[0] == "measuring 2 blocks of 3 to estimate the time"
     assert lines[1].startswith("wanda: about 1 s, ")
     assert lines[1].endswith("of memory")
+    assert sum(line.startswith("measuring") for line in lines) == 1, "one rehearsal, whatever it says at the start"
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "long" / name).read_bytes() == (tmp_path / "short" / name).read_bytes()

@@ -19,6 +19,7 @@ from secateur import api
 from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
 from secateur.requests import BenchRequest, CompareRequest
 from secateur.study import compare
 
@@ -216,6 +217,22 @@ def test_the_winner_comes_first_and_no_name_is_cut_at_80_columns(
     assert "\N{HORIZONTAL ELLIPSIS}" not in stdout
     assert any("magnitude rows" in line for line in table)
     assert first in (tmp_path / "out" / "compare.md").read_text().splitlines()
+
+
+def test_lines_of_an_own_process_go_where_progress_goes(capfd: pytest.CaptureFixture[str]) -> None:
+    lines: list[str] = []
+    with api.progress_to(lines.append):
+        assert compare.in_own_process(_told, "measuring perplexity") == 2
+    with api.progress_to(None):
+        compare.in_own_process(_told, "nobody listens")
+    assert lines == ["measuring perplexity", "and more"]
+    assert not any(line in capfd.readouterr().err for line in (*lines, "nobody listens"))
+
+
+def _told(line: str) -> int:
+    say(line)
+    say("and more")
+    return 2
 
 
 def test_own_process_has_its_own_peak_and_its_errors_come_back() -> None:

@@ -47,13 +47,34 @@ def test_a_dry_compare_says_what_it_leaves_out(saved: Callable[..., Path], ids_f
     result = CliRunner().invoke(app, [*asked, "--dry-run", "--heal"])
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line for line in lines if not line.startswith(" ")][:-1] == [
+    assert [line.strip("│").split("│")[0].strip() for line in lines if line.startswith("│")] == [
         "dense",
-        "magnitude-rows-0.1-params",
-        "llm_pruner-0.1-params",
+        "magnitude rows",
+        "llm_pruner",
+        "all",
     ]
-    assert lines[-1].startswith("2 runs in all, each measured. Expected, about:")
+    assert max(len(line) for line in lines if line[0] in "┏┃┡│├└") <= 80
+    assert "10.0% removed" in lines[4]
+    assert lines[-1].startswith("2 runs in all, each measured. They would take ")
+    assert lines[-1].endswith(" of disk. Nothing was written.")
+    told = CliRunner().invoke(app, [*asked, "--dry-run", "--verbose"]).stdout.splitlines()
+    assert [line for line in told if line in ("dense", "magnitude-rows-0.1-params", "llm_pruner-0.1-params")]
+    assert sum(line.startswith("  Expected, about: ") for line in told) == 3
+    assert len(told) > len(lines)
     assert "healing and timing have no estimate" in result.stderr
     for command in (asked, ["sweep", str(saved("llama")), "--method", "magnitude", "--sparsity", "0.5"]):
         refused = CliRunner().invoke(app, command)
         assert (refused.exit_code, "--out DIR is missing" in refused.stderr) == (2, True)
+
+
+def test_what_is_not_known_has_its_reason_below_the_table(saved: Callable[..., Path], ids_file: str) -> None:
+    common = ["--patterns", "2:4", "--calibration", ids_file, "--text", ids_file, "--dry-run"]
+    asked = ["compare", str(saved("llama")), "--methods", "magnitude,llm_surgeon", *common]
+    lines = CliRunner().invoke(app, asked).stdout.splitlines()
+    unknown = next(line for line in lines if "llm_surgeon 2:4" in line)
+    assert unknown.count("unknown") == 2
+    assert "over " in next(line for line in lines if "all " in line)
+    assert any(
+        line.startswith("llm_surgeon-2of4-0.5: The time and the memory are not known: with pattern 2:4 llm_surgeon")
+        for line in lines
+    )

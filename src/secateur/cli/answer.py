@@ -8,12 +8,20 @@ from pathlib import Path
 
 from secateur.core.names import shown
 from secateur.core.records import Record
-from secateur.core.words import count_words, duration_words, perplexity_words, rough_duration_words, size_words
+from secateur.core.words import (
+    below_words,
+    count_words,
+    duration_words,
+    perplexity_words,
+    rough_duration_words,
+    size_words,
+)
 from secateur.report.rows import Row
 from secateur.requests import HealRequest
 
 NEXT, NOTE = "Next: ", "      "  # how the lines about the next command begin
 _WIDE = 100  # an upper end that many times the lower one says nothing
+_ROUGHLY = 2  # times a rough estimate: the work stays below
 _SEEN = 0.0005  # a share below this is shown as none
 
 
@@ -33,6 +41,16 @@ def how_much(record: Record) -> str:
     """Return how much of a model is gone, for one line: `18.7% removed` of its parameters, `37.5% zeroed`, or both."""
     gone = {"removed": removed_share(record), "zeroed": zeroed_share(record)}
     return ", ".join(f"{_percent(share)} {word}" for word, share in gone.items() if abs(share) >= _SEEN)
+
+
+def asked_words(record: Record) -> str:
+    """Return how much a dry run of `prune` was asked to remove, for one cell: `10.0% removed`, `50.0% zeroed`."""
+    if record.get("params_removed") is not None:
+        return f"{_percent(record['params_removed'])} removed"
+    if record.get("sparsity") is None:
+        return ""
+    quantity = record.get("sparsity_of")
+    return f"{_percent(record['sparsity'])} zeroed" if quantity == "weights" else _of(record["sparsity"], quantity)
 
 
 def removed_share(record: Record) -> float:
@@ -82,21 +100,33 @@ def _dry_heal(record: Record) -> Iterator[str]:
     yield _expected(record)
 
 
-def _dry_runs(record: Record) -> Iterator[str]:
-    yield f"{record['runs']} runs in all, each measured. {_expected(record)}"
-
-
 def _expected(record: Record) -> str:
-    """What the work would take; what is not known is left out, and the time with the reason."""
-    seconds, memory, disk = (record.get(name) for name in ("seconds_estimated", "memory_bytes", "disk_bytes"))
+    """What the work would take; what is not known has its reason on the same line."""
+    memory, disk = record.get("memory_bytes"), record.get("disk_bytes")
     parts = [
-        "" if seconds is None else rough_duration_words(seconds),
-        "memory unknown" if memory is None else f"{size_words(memory + record.get('resident_bytes', 0))} of memory",
+        time_words(record),
+        "" if memory is None else f"{size_words(memory + record.get('resident_bytes', 0))} of memory",
         f"{size_words(disk)} of disk while it runs" if disk else "",
     ]
-    why = f" The time is not known: {record['seconds_unknown']}." if record.get("seconds_unknown") else ""
+    why = " ".join(f" {word} not known: {reason}." for word, reason in unknown(record).items())
     known = f"Expected, about: {', '.join(filter(None, parts))}. " if any(parts) else ""
     return f"{known}Nothing was written.{why}"
+
+
+def time_words(record: Record) -> str:
+    """Return the time of a dry run; nothing where it is not known."""
+    seconds = record.get("seconds_estimated")
+    if seconds is None:
+        return ""
+    return below_words(_ROUGHLY * seconds) if record.get("seconds_rough") else rough_duration_words(seconds)
+
+
+def unknown(record: Record) -> dict[str, str]:
+    """Return what a dry run does not know, such as `The time is`, with the reason; both at once if it is the same."""
+    time, memory = record.get("seconds_unknown"), record.get("memory_unknown")
+    if time and time == memory:
+        return {"The time and the memory are": time}
+    return {word: why for word, why in (("The time is", time), ("The memory is", memory)) if why}
 
 
 def _eval(record: Record) -> Iterator[str]:
@@ -168,8 +198,6 @@ _ANSWERS = {
     "dry run of prune": _dry_prune,
     "dry run of eval": _dry_eval,
     "dry run of heal": _dry_heal,
-    "dry run of sweep": _dry_runs,
-    "dry run of compare": _dry_runs,
 }
 
 
@@ -260,7 +288,8 @@ def _dense(record: Record) -> list[str]:
 
 
 def _time(record: Record) -> str:
-    return duration_words(record["seconds"] + (record.get("seconds_before") or 0.0))
+    taken = duration_words(record["seconds"] + (record.get("seconds_before") or 0.0))
+    return f"at least {taken}" if record.get("seconds_at_least") else taken
 
 
 def _percent(share: float) -> str:

@@ -66,6 +66,7 @@ def compare(
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    verbose: opt.VerboseRuns = False,
     debug: opt.Debug = False,
 ) -> None:
     """Run methods side by side at the same measured pruning ratio, and write the table that papers print."""
@@ -90,7 +91,7 @@ def compare(
         from secateur.cli.quiet_api import api
 
         if dry_run:
-            print_estimates(api.estimate_compare(variants, measure), as_json=json)
+            print_estimates(api.estimate_compare(variants, measure), as_json=json, verbose=verbose)
             if with_heal or with_bench:
                 say("healing and timing have no estimate before there is a result: `secateur heal DIR --dry-run`")
             return

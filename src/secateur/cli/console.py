@@ -153,16 +153,21 @@ def print_records(records: list[Record], *, as_json: bool) -> None:
     show(runs_table(records))
 
 
-def print_estimates(records: Iterable[Record], *, as_json: bool) -> None:
-    """Print the dry runs of several runs as they come, the sums last."""
+def print_estimates(records: Iterable[Record], *, as_json: bool, verbose: bool = False) -> None:
+    """Print the dry runs of several runs as one table; with `verbose` also the answer of each, as it comes."""
     from secateur.cli.answer import answer
+    from secateur.cli.estimates import estimates_notes, estimates_table
 
     found = []
     for record in records:
         found.append(record)
-        if not as_json:
-            run = record.get("run")
-            for line in filter(None, (run, *answer(record))):
-                typer.echo(f"  {line.replace(' Nothing was written.', '')}" if run and line != run else line)
+        if verbose and not as_json and (run := record.get("run")) is not None:
+            typer.echo(run)
+            for line in answer(record):
+                typer.echo(f"  {line.replace(' Nothing was written.', '')}")
     if as_json:
         emit({"records": found})
+        return
+    show(estimates_table(found))
+    for line in estimates_notes(found):
+        typer.echo(line)

@@ -120,4 +120,5 @@ Json = Annotated[
     Option("--json", help="Print the record as one JSON object, the last line of stdout; the rest goes to stderr."),
 ]
 Verbose = Annotated[bool, Option("--verbose", help="Print the whole record as a table too.")]
+VerboseRuns = Annotated[bool, Option("--verbose", help="With --dry-run: print what is expected of each run too.")]
 Debug = Annotated[bool, Option("--debug", help="Show the traceback of a failure.")]

@@ -58,6 +58,7 @@ def sweep(
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     json: opt.Json = False,
+    verbose: opt.VerboseRuns = False,
     debug: opt.Debug = False,
 ) -> None:
     """Measure the dense model, then prune and measure at each sparsity."""
@@ -85,7 +86,9 @@ def sweep(
         from secateur.cli.quiet_api import api
 
         if dry_run:
-            print_estimates(api.estimate_sweep(request, sparsities, measure, ratios=ratios), as_json=json)
+            print_estimates(
+                api.estimate_sweep(request, sparsities, measure, ratios=ratios), as_json=json, verbose=verbose
+            )
             return
         if out is None:
             raise UsageError("--out DIR is missing: the folder for the checkpoints (or --dry-run)")

@@ -29,8 +29,8 @@ _run: _Run | None = None  # the run that is expected to take some seconds; None:
 def progress_to(receive: Callable[[str], object] | None) -> Iterator[None]:
     """Send progress, notes and warnings to a function instead of stderr, one line a call; None drops them.
 
-    It holds inside the `with` statement, for all threads of this process. Worker processes (of `compare`, and of
-    `study_modules` with several jobs) print nothing meanwhile.
+    It holds inside the `with` statement, for all threads of this process. The lines of the processes that `compare`
+    starts come too; those of `study_modules` with several jobs print nothing meanwhile.
 
         with api.progress_to(None):
             record = api.prune(request, out)
@@ -47,6 +47,17 @@ def progress_to(receive: Callable[[str], object] | None) -> Iterator[None]:
             os.environ.pop(_QUIET_WORKERS, None)
         else:
             os.environ[_QUIET_WORKERS] = variable
+
+
+def sent_elsewhere() -> bool:
+    """Return True inside `progress_to`."""
+    return _receive is not None
+
+
+def send_all_to(receive: Callable[[str], object]) -> None:
+    """Send progress, notes and warnings to a function from now on: for a worker process whose parent shows them."""
+    global _receive
+    _receive = receive
 
 
 @contextmanager

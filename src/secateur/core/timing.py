@@ -141,11 +141,15 @@ class Expected:
         outside: the seconds outside of all tracks.
         tracks: description of a track -> the seconds of its items, of all times that it runs.
         runs: description of a track -> how many times it runs.
+        rough: whether the work is so small that it was measured once, and cold.
+        memory: the bytes that it takes, above those that the process holds before; None where they were not measured.
     """
 
     outside: float
     tracks: Mapping[str, float] = field(default_factory=dict)
     runs: Mapping[str, float] = field(default_factory=dict)
+    rough: bool = False
+    memory: float | None = None
 
     @property
     def seconds(self) -> float:

@@ -52,6 +52,12 @@ def rough_duration_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
+def below_words(seconds: float) -> str:
+    """A time that some work stays below, in whole seconds, minutes or hours."""
+    unit, name = (1, "s") if seconds < 90 else (60, "min") if seconds < 90 * 60 else (3600, "h")
+    return f"under {math.floor(seconds / unit) + 1} {name}"
+
+
 def _three_digits(value: float, units: Mapping[str, float]) -> str | None:
     """The value in the largest unit that it reaches, to three digits; None below the smallest."""
     for name, unit in units.items():

@@ -1,4 +1,8 @@
-"""`--dry-run` of `eval`: what would be measured, and its memory and time, from one batch on a model of two blocks."""
+"""`--dry-run` of `eval`: what would be measured, and its memory and time, from a few windows on a model of two blocks.
+
+What is measured is at most a quarter of the windows and of the items of a task. Work that has fewer than four of them
+is measured once and cold, which tells little (`seconds_rough`).
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,14 @@ from secateur.evaluate.perplexity import equal_batches, window_losses
 from secateur.evaluate.shift import SHIFT_WINDOWS, compare, continuations, prompts_of
 from secateur.evaluate.tasks import Tasks, find_tasks
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
-from secateur.models.loss import positions_a_chunk
+from secateur.models.loss import hidden_states, positions_a_chunk, token_losses
 from secateur.plan.plan import read_plan_json
 from secateur.requests import EvalRequest
 
 _ITEMS = 8  # of each task
 _WARM_TOKENS = 32
+_WARMED = 4  # windows, or items of a task: fewer are measured cold
+_HEAD_POSITIONS = 64  # the fewest that the head is measured on
 
 
 def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Record:
@@ -54,7 +60,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
     against = None if request.against is None else open_checkpoint(request.against, request.against_revision)
     reading = clock() - started
     models = 1 + (against is not None)
-    blocks = checkpoint.view().blocks
+    blocks, rough = checkpoint.view().blocks, _is_small(request, questions)
     say(f"measuring {min(BLOCKS, blocks)} blocks of {blocks} to estimate the time")
     seconds, why = None, None
     try:
@@ -76,8 +82,19 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
         "resident_bytes": resident,
         "disk_bytes": 0,
         "seconds_estimated": None if seconds is None else round(reading + seconds, 2),
+        **({"seconds_rough": True} if rough and seconds is not None else {}),
         **({} if why is None else {"seconds_unknown": why}),
     }
+
+
+def _quarter(number: int) -> int:
+    return max(1, number // 4)
+
+
+def _is_small(request: EvalRequest, questions: Questions) -> bool:
+    """Whether all there is to measure is so little that nothing of it is measured twice."""
+    few = request.limit is not None and request.limit < _WARMED
+    return len(questions.windows) < _WARMED and (few or not request.tasks)
 
 
 def _batch_memory(checkpoint: Checkpoint, questions: Questions) -> int:
@@ -100,7 +117,7 @@ def _seconds(
     if against is not None and request.shift:
         seconds += small.load_seconds + tasks
         some = list(questions.windows[:SHIFT_WINDOWS])
-        first = [*next(equal_batches(some))]
+        first = [*next(equal_batches(some))][: _quarter(len(some))]
         share = sum(map(len, some)) / sum(map(len, first))
         seconds += share * small.seconds(lambda: compare(small.model, small.model, first))
         seconds += 2 * small.seconds(lambda: continuations(small.model, prompts_of(some)))
@@ -108,11 +125,23 @@ def _seconds(
 
 
 def perplexity_seconds(small: Small, windows: Sequence[Tensor]) -> float:
-    """Return the seconds of the perplexity of the whole model over these windows, from their first batch."""
-    first = next(equal_batches(windows))
-    window_losses(small.model, first[:, :_WARM_TOKENS].to(small.model.device))
-    once = small.seconds(lambda: window_losses(small.model, first.to(small.model.device)))
-    return once * sum(map(len, windows)) / first.numel()
+    """Return the seconds of the perplexity of the whole model over these windows, from the first of them."""
+    first_BT = next(equal_batches(windows))[: _quarter(len(windows))].to(small.model.device)
+    if len(windows) >= _WARMED:
+        window_losses(small.model, first_BT[:1, :_WARM_TOKENS])
+    hidden: list[Tensor] = []
+    with torch.inference_mode():
+        blocks = small.seconds(lambda: hidden.append(hidden_states(small.model, first_BT)))
+        head = _head_seconds(small, hidden[0][:, :-1].flatten(0, 1), first_BT[:, 1:].flatten())
+    return (blocks + head) * sum(map(len, windows)) / first_BT.numel()
+
+
+def _head_seconds(small: Small, hidden_ND: Tensor, targets_N: Tensor) -> float:
+    """Return the seconds of the head and the loss, from some of the positions: of a small model they are much work."""
+    some = min(len(targets_N), max(_HEAD_POSITIONS, _quarter(len(targets_N))))
+    started = small.clock()
+    token_losses(small.model, hidden_ND[:some], targets_N[:some])
+    return (small.clock() - started) * len(targets_N) / some
 
 
 def _tasks_seconds(request: EvalRequest, small: Small, questions: Questions) -> float:
@@ -134,9 +163,10 @@ def _tasks_seconds(request: EvalRequest, small: Small, questions: Questions) -> 
 
     total = 0.0
     for name in request.tasks:
-        limit = _ITEMS if request.limit is None else min(_ITEMS, request.limit)
+        limit = _ITEMS if request.limit is None else min(_ITEMS, _quarter(request.limit))
         few = find_tasks([name], request.include_path, limit)
-        run(find_tasks([name], request.include_path, 1))  # the first one is slower
+        if request.limit is None or request.limit >= _WARMED:
+            run(find_tasks([name], request.include_path, 1))  # the first one is slower
         counts = few.requests()
         seconds = small.seconds(partial(run, few))
         total += seconds * sum(wanted[task] for task in counts) / sum(counts.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -99,11 +100,27 @@ def _memory(prepared: Prepared) -> int:
     dims = view.dims(0)
     tokens = request.batch * prepared.examples.ids_ST.shape[1]
     inside = tokens * (8 * dims.hidden + 5 * dims.ffn) * width
-    if not request.keep_adapter:  # the update of each matrix and its mask, in float32
-        inside += 2 * 4 * max(sum(o * i for o, i in view.matrix_shapes(n).values()) for n in range(view.blocks))
+    masks = _masks(prepared)
     logits = 3 * 4 * min(tokens, TRAINED_POSITIONS, positions_a_chunk(vocabulary)) * vocabulary
-    activations = view.blocks * tokens * dims.hidden * width + inside if request.checkpointing else view.blocks * inside
+    if request.checkpointing:
+        activations = view.blocks * tokens * dims.hidden * width + inside + max(masks)
+    else:
+        activations = view.blocks * inside + sum(masks)
     return weights_memory(checkpoint, prepared.dtype) + _trainable(prepared) * _OPTIMISER_BYTES + activations + logits
+
+
+def _masks(prepared: Prepared) -> list[int]:
+    """Return, for each block, the bytes of masked updates: an update and its mask, in float32.
+
+    Only adapters on modules of which pruning zeroed weights are masked, and none that is kept apart.
+    """
+    view, shapes = prepared.checkpoint.view(), prepared.checkpoint.shapes
+    masked = set() if prepared.request.keep_adapter else prepared.zeroed & set(prepared.targets)
+    prefixes = [f"{view.family.blocks}.{index}." for index in range(view.blocks)]
+    return [
+        sum(2 * 4 * math.prod(shapes[f"{path}.weight"]) for path in masked if path.startswith(prefix))
+        for prefix in prefixes
+    ]
 
 
 def _seconds(prepared: Prepared, clock: Clock) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.paths import to_path
 from secateur.core.progress import say, track
+from secateur.core.timing import Clock
 from secateur.core.words import exp, perplexity_words
 from secateur.evaluate.evaluate import announce, protocol_facts
 from secateur.evaluate.perplexity import perplexity
@@ -37,6 +38,7 @@ from secateur.models.save import (
     PLAN_TENSORS,
     RECIPE_PATH,
     CheckpointWriter,
+    Spent,
     differing,
     differing_from_plan,
     is_finished,
@@ -125,6 +127,7 @@ def heal(
     resume: bool = False,
     overwrite: bool = False,
     records_file: str | Path | None = None,
+    clock: Clock = time.perf_counter,
 ) -> records.Record:
     """Train adapters on a pruned checkpoint and write the result to `out`.
 
@@ -134,6 +137,7 @@ def heal(
         resume: continue an interrupted run, or a diverged one (with a smaller learning rate).
         overwrite: replace the content of `out`.
         records_file: the file that the record is appended to; None is `records.jsonl` in the parent of `out`.
+        clock: returns seconds. Those of the record are of all parts of a run that was interrupted and resumed.
 
     Returns:
         The record.
@@ -142,7 +146,7 @@ def heal(
         UsageError, SecateurError: the request is wrong, or the run failed; `out` then holds nothing that looks
             finished.
     """
-    started = time.perf_counter()
+    started = clock()
     out = to_path(out).absolute()
     records_file = to_path(records_file) or out.parent / "records.jsonl"
     finished = is_finished(out, resume=resume, overwrite=overwrite)
@@ -162,8 +166,13 @@ def heal(
     writer = CheckpointWriter(
         out, journal, resume=resume, overwrite=overwrite, needed=2 * sum(file.stat().st_size for file in weights)
     )
+
+    def spent() -> Spent:
+        return replace(writer.before, seconds=writer.before.seconds + clock() - started)
+
     try:
-        facts = _run(prepared, settings, writer)
+        with writer.counting(spent):
+            facts = _run(prepared, settings, writer)
     except SecateurError:
         if not writer.part(_TUNING).is_file():
             writer.discard()
@@ -178,7 +187,8 @@ def heal(
         **prepared.measured,
         "device": settings["device"],
         "dtype": settings["dtype"],
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(spent().seconds, 3),
+        **writer.before.facts,
         "peak_rss_bytes": records.peak_rss_bytes(),
         "versions": records.versions(),
         "out": str(out),

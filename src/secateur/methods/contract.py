@@ -136,7 +136,7 @@ class Says:
             always counts weights. A method with only `plan_model` or `plan_place` must define it.
         GRADIENTS: whether it takes gradients of the loss (`calibrate/backward.py`): a dry run counts their memory.
         TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
-            run estimates no memory.
+            run measures its memory, which no shapes tell.
         SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.

@@ -15,7 +15,8 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,12 +38,36 @@ RECIPE_PATH = f"{OWN_FOLDER}/{RECIPE}"
 # settings that plans of version 0.1 lack
 _ADDED = ("model_fingerprint", "file_sha256", "params_removed", "at_least", "form")
 JOURNAL = "journal.json"
+_SPENT = "seconds_spent"  # the entry of the journal that says what the parts of a run took so far
 _DIGEST = "digest"
 _PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 _PIECE = 1 << 22
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_saved: Callable[[], None] | None = None  # what is called after every whole file; see `CheckpointWriter.counting`
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run took before it was interrupted, in all its parts.
+
+    Attributes:
+        seconds: the sum of the parts.
+        by: the same by the names of a stopwatch.
+        whole: whether every part is in it until its end. A part that was killed counts until the last file it saved.
+    """
+
+    seconds: float = 0.0
+    by: Mapping[str, float] = field(default_factory=dict)
+    whole: bool = True
+
+    @property
+    def facts(self) -> dict[str, bool]:
+        """The field `seconds_at_least` of a record, where more time passed than `seconds` says; else nothing."""
+        return {} if self.whole else {"seconds_at_least": True}
 
 
 class CheckpointWriter:
@@ -55,6 +80,9 @@ class CheckpointWriter:
         overwrite: replace an existing folder, and discard an interrupted run with other settings.
         needed: the bytes that the result will need; a full disk is refused before the work.
         may_change: options of the method that a resumed run may change as long as no block is written.
+
+    Attributes:
+        before: what the interrupted run took that this one continues.
 
     Raises:
         UsageError: the folder exists and is not empty, or an interrupted run is there, or it has other settings.
@@ -73,14 +101,17 @@ class CheckpointWriter:
     ) -> None:
         self.out = out.absolute()
         self.partial = partial_folder(self.out)
+        self.before = Spent()
+        self._settings = dict(settings)
         refuse_existing(self.out, overwrite)
         before = _read_journal(self.partial)
         if before is not None and resume:
             free = [] if any(self.partial.glob(f"{_PART}block-*")) else may_change
             difference = differing(_without_options(before, free), _without_options(settings, free))
             if difference is None:
+                self.before = _read_spent(before)
                 with self.disk():
-                    _write_whole(self.partial / JOURNAL, json.dumps(dict(settings), indent=1, default=str))
+                    self._write_journal(replace(self.before, whole=False))
                     _drop_damaged(self.partial)
                 return
             if not overwrite:
@@ -94,7 +125,7 @@ class CheckpointWriter:
         _check_room(self.out, needed)
         with self.disk():
             self.partial.mkdir(parents=True)
-            _write_whole(self.partial / JOURNAL, json.dumps(dict(settings), indent=1, default=str))
+            self._write_journal(Spent(whole=False))
 
     @property
     def scratch(self) -> Path:
@@ -119,6 +150,33 @@ class CheckpointWriter:
         """Write a part, completely or not at all."""
         with self.disk():
             save_whole(self.part(name), tensors, {"format": "pt", "note": json.dumps(dict(note or {}))})
+
+    @contextmanager
+    def counting(self, spent: Callable[[], Spent]) -> Iterator[None]:
+        """Keep in the journal what the run took, inside the `with` statement: after every file, and at the end.
+
+        Args:
+            spent: returns what it took so far, with the parts before (`before`).
+        """
+        global _saved
+
+        def note(whole: bool = False) -> None:
+            if self.partial.is_dir():  # it has its final name at the end
+                now = spent()
+                self._write_journal(replace(now, whole=now.whole and whole))
+
+        outer, _saved = _saved, note
+        try:
+            yield
+        finally:
+            _saved = outer
+            with suppress(OSError):  # the disk may be full, which was said
+                note(whole=True)
+
+    def _write_journal(self, spent: Spent) -> None:
+        taken = {"seconds": round(spent.seconds, 3), "by": dict(spent.by), "whole": spent.whole}
+        content = json.dumps({**self._settings, _SPENT: taken}, indent=1, default=str)
+        _write_whole(self.partial / JOURNAL, content)
 
     def finish(
         self,
@@ -247,6 +305,8 @@ def save_whole(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     with temporary.open("rb") as handle:
         os.fsync(handle.fileno())
     temporary.rename(file)
+    if _saved is not None:
+        _saved()
 
 
 def is_intact(file: Path) -> bool:
@@ -346,6 +406,15 @@ def _read_journal(partial: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return journal
+
+
+def _read_spent(journal: Mapping[str, Any]) -> Spent:
+    """Return what the parts of a run took, by its journal; those of an earlier version did not say."""
+    taken = journal.get(_SPENT)
+    try:
+        return Spent(float(taken["seconds"]), {n: float(s) for n, s in taken["by"].items()}, taken["whole"] is True)  # type: ignore[index]  # None is caught too
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return Spent(whole=False)
 
 
 def weight_bytes(folder: Path) -> int:

@@ -34,7 +34,8 @@ _READ_BYTES = 1 << 26  # a longer text is not read for an estimate
 def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
     """Estimate parameters, memory and disk from shapes, and the time from a rehearsal (`rehearse.py`).
 
-    An entry is None if the text or options of the method decide it; `seconds_unknown` says why there is no time.
+    An entry is None if the text or options of the method decide it; `seconds_unknown` and `memory_unknown` say why
+    there is no time and no memory. With `seconds_rough` the work is so small that it was measured once, and cold.
     `memory_bytes` is what the work needs, above the `resident_bytes` that the process holds already. Warns, as `prune`
     does, if the size will surprise.
 
@@ -61,6 +62,7 @@ def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
     text, windows, ids = _text(prepared, clock)
     tokens = 0 if windows is None else math.prod(windows)
     expected, why = _rehearsed(prepared, windows, ids, clock)
+    memory, no_memory = _memory_expected(prepared, tokens, expected, why)
     return {
         "command": "prune",
         "dry_run": True,
@@ -71,14 +73,35 @@ def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
         "nonzero_after": None if after is None else after - zeroed,
         "pruning_ratio": None if after is None else 1 - after / before,
         "calibration_tokens": tokens,
-        "memory_bytes": None if _trains(prepared) else _memory(prepared, tokens),
+        "memory_bytes": memory,
         "resident_bytes": resident,
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": None if after is None else after * stored,
         "disk_bytes": 2 * (before if after is None else after) * stored + _spilled(prepared, tokens),
         "seconds_estimated": None if expected is None else round(opening + text + expected.seconds, 2),
+        **({"seconds_rough": True} if expected is not None and expected.rough else {}),
         **({} if why is None else {"seconds_unknown": why}),
+        **({} if no_memory is None else {"memory_unknown": no_memory}),
     }
+
+
+def _memory_expected(
+    prepared: Prepared, tokens: int, expected: Expected | None, why: str | None
+) -> tuple[int | None, str | None]:
+    """Return the bytes of memory, or None and the reason.
+
+    They follow from shapes; where a method trains they depend on its options, and the rehearsal measures them.
+    """
+    if not _trains(prepared):
+        return _memory(prepared, tokens), None
+    if expected is None:
+        return None, why
+    if expected.memory is None:
+        return (
+            None,
+            f"{prepared.job.method.name} is measured for it, and this system does not tell the peak of a process",
+        )
+    return round(expected.memory), None
 
 
 def _rehearsed(
@@ -104,10 +127,10 @@ def announce(prepared: Prepared, windows: Tensor | None) -> Expected | None:
         return None
     expected, _ = _rehearsed(prepared, (windows.shape[0], windows.shape[1]), windows)
     if expected is not None:
+        bytes_above, _ = _memory_expected(prepared, windows.numel(), expected, None)
         memory = ""
-        if not _trains(prepared):
-            needed = resident_bytes(prepared.device) + _memory(prepared, windows.numel())
-            memory = f", {size_words(needed)} of memory"
+        if bytes_above is not None:
+            memory = f", {size_words(resident_bytes(prepared.device) + bytes_above)} of memory"
         say(f"{prepared.job.method.name}: about {rough_duration_words(expected.seconds)}{memory}")
     return expected
 

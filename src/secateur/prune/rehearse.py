@@ -9,6 +9,9 @@ items in short runs of `work.make_checkpoint`. Two numbers of windows separate w
 block costs once (eigenproblems, factorisations, files), which has its true size. A track whose description says
 "blocks" has as many items as the model has blocks; `Says.rehearsal` gives the counts of what a method repeats. Where
 each of those items runs the whole model, two depths tell what a block adds. No method has a formula here.
+
+A rehearsal should cost less than the run. Where the short runs would take more than a quarter of the work, there is one
+alone, on fewer windows and cold, so it tells little (`Expected.rough`).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from secateur.calibrate.miniature import in_memory, miniature
 from secateur.calibrate.packed import packed_as_if
 from secateur.calibrate.stream import TOKENS_A_BATCH
 from secateur.core.machine import synchronize
-from secateur.core.memory import give_back
+from secateur.core.memory import PeakMemory, give_back
 from secateur.core.progress import observed
 from secateur.core.timing import Clock, Expected, Phases, Stopwatch, line, work_seconds
 from secateur.models.canonical import canonical_view
@@ -48,6 +51,7 @@ BLOCKS, DEEPER = 2, 6  # the depths of the models that are rehearsed with
 _WARM_TOKENS = 128  # of the windows of the first run, which is not timed
 _ITERATING_TOKENS = 16384  # of a method whose iterations depend on how many tokens it has seen
 _MORE = 2  # windows of the second run, for each of the first
+_SHARE = 1 / 4  # of the work, in blocks times windows: the most that short runs may be together
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Short:
     windows: int
     phases: Phases
     finish: float = 0.0
+    memory: int | None = None  # bytes, above those before; None where they were not measured
 
 
 def rehearse(
@@ -91,14 +96,19 @@ def rehearse(
     play = partial(_play, replace(prepared, job=replace(job, options=short)), clock=now, text=ids)
     with _as_before(device), packed_as_if(0 if windows is None else math.prod(windows)):
         if windows is None:
-            play(BLOCKS, None)
-            first = play(BLOCKS, None)
-            return _extrapolated(prepared, [first], 0, counts)
+            small = _SHARE * job.view.blocks < 2 * BLOCKS
+            if not small:
+                play(BLOCKS, None)
+            return replace(_extrapolated(prepared, [play(BLOCKS, None)], 0, counts), rough=small)
         samples, seqlen = windows
         # what repeats with a pass of the blocks inside may iterate, and needs more steps on few tokens than on many
         iterates = bool(counts) and job.method.says.GRADIENTS
         few = min(samples, max(_least(prepared, seqlen), math.ceil(_ITERATING_TOKENS / seqlen) if iterates else 1))
         several = samples if samples <= _MORE * few else _MORE * few
+        if not counts and job.allocation != "auto" and BLOCKS * (few + several) > _SHARE * job.view.blocks * samples:
+            fewer = max(_needed(prepared, seqlen), math.floor(_SHARE * job.view.blocks * samples / BLOCKS))
+            only = play(BLOCKS, (min(samples, fewer), seqlen))
+            return replace(_extrapolated(prepared, [only], samples, counts), rough=True)
         if job.allocation != "auto" and not iterates:
             play(BLOCKS, _warm_windows(prepared, few, seqlen))
         first = play(BLOCKS, (few, seqlen))
@@ -107,7 +117,7 @@ def rehearse(
             runs.append(play(DEEPER, (few, seqlen)))
         elif several > few:
             runs.append(play(BLOCKS, (several, seqlen)))
-        expected = _extrapolated(prepared, runs, samples, counts)
+        expected = replace(_extrapolated(prepared, runs, samples, counts), memory=_peak(prepared, runs, windows))
         if job.allocation == "auto":
             more = _allocating(prepared, windows, now)
             expected = replace(expected, tracks={**expected.tracks, "auto: blocks measured": more})
@@ -115,10 +125,14 @@ def rehearse(
 
 
 def _least(prepared: Prepared, seqlen: int) -> int:
-    """The fewest windows that a method works with: one full batch, and as many tokens as a basis has directions."""
-    says = prepared.job.method.says
+    """The fewest windows that tell the time of more: one full batch, and those that the method needs."""
+    return max(_needed(prepared, seqlen), TOKENS_A_BATCH // seqlen)
+
+
+def _needed(prepared: Prepared, seqlen: int) -> int:
+    """The fewest windows that a method works with: a basis needs as many tokens as it has directions."""
     tokens = int(prepared.job.view.config.hidden_size) if prepared.job.rotates else 1
-    return max(2 if says.GRADIENTS else 1, TOKENS_A_BATCH // seqlen, math.ceil(tokens / seqlen))
+    return max(2 if prepared.job.method.says.GRADIENTS else 1, math.ceil(tokens / seqlen))
 
 
 def _warm_windows(prepared: Prepared, few: int, seqlen: int) -> tuple[int, int]:
@@ -161,13 +175,15 @@ def _play(
     mini = _small(prepared, _kept(prepared, min(blocks, prepared.job.view.blocks)))
     ids = None if windows is None else _ids(mini.job.view, windows, text)
     phases, watch = Phases(clock), Stopwatch(clock)
+    memory = PeakMemory(mini.device) if mini.job.whole_model and mini.job.method.says.TRAINS else None
     settings = prepared_settings(mini, None)
     with TemporaryDirectory(prefix="secateur-rehearsal-") as folder, observed(phases):
         writer, _ = new_writer(mini, ids, settings, Path(folder) / "out", resume=False, overwrite=False)
         with phases.whole():
             make_checkpoint(mini, ids, settings, writer, watch)
+    peak = None if memory is None else memory.peak()
     give_back()
-    return Short(mini.job.view.blocks, 0 if windows is None else windows[0], phases, watch.seconds["finish"])
+    return Short(mini.job.view.blocks, 0 if windows is None else windows[0], phases, watch.seconds["finish"], peak)
 
 
 def _ids(view: ModelView, windows: tuple[int, int], text: Tensor | None) -> Tensor:
@@ -200,6 +216,25 @@ def _small(prepared: Prepared, kept: Sequence[int]) -> Prepared:
     return replace(prepared, request=request, checkpoint=checkpoint, job=small, subject=subject, sparsity=sparsity)
 
 
+def _peak(prepared: Prepared, runs: Sequence[Short], windows: tuple[int, int]) -> float | None:
+    """Return the bytes of memory of the whole run, from those of the short ones; None where they were not measured.
+
+    Where the blocks of the whole model are in memory, two depths tell what a block adds. Else, of what grows with the
+    run, only what enters each block is kept for all of it.
+    """
+    first, last = runs[0], runs[-1]
+    if first.memory is None or last.memory is None:
+        return None
+    blocks = prepared.job.view.blocks
+    if last.blocks > first.blocks:
+        return line((first.blocks, first.memory), (last.blocks, last.memory), blocks)
+    if prepared.request.spill or not prepared.job.method.says.GRADIENTS:
+        return float(last.memory)
+    window = windows[1] * int(prepared.job.view.config.hidden_size) * prepared.dtype.itemsize
+    kept, short = (blocks + 1) * windows[0], (last.blocks + 1) * last.windows
+    return float(last.memory + max(0, kept - short) * window)
+
+
 def _extrapolated(prepared: Prepared, runs: Sequence[Short], samples: int, counts: Mapping[str, int]) -> Expected:
     view = prepared.job.view
     small = _small(prepared, _kept(prepared, runs[0].blocks)).job.view
@@ -217,7 +252,8 @@ def extrapolated(runs: Sequence[Short], *, blocks: float, windows: int, counts: 
     """Return the seconds of the whole run, from one or two short ones that differ in their windows or in their depth.
 
     Args:
-        runs: the short runs. Of two, the second has more windows or more blocks.
+        runs: the short runs. Of two, the second has more windows or more blocks. Of one alone with fewer windows than
+            the whole run, all seconds are taken to grow with the windows.
         blocks, windows: the size of the whole run.
         counts: description of a track -> the items that it has in the whole run, each time that it runs.
     """
@@ -230,6 +266,8 @@ def extrapolated(runs: Sequence[Short], *, blocks: float, windows: int, counts: 
     def at_full_size(of: Callable[[Phases], float]) -> float:
         """The value at the size of the whole run, on the line through those of the short ones."""
         low, high = of(first.phases), of(last.phases)
+        if len(runs) == 1 and 0 < first.windows < windows:
+            return high * windows / first.windows
         before, after, whole = (first.blocks, last.blocks, blocks) if deeper else (first.windows, last.windows, windows)
         return line((before, low), (after, high), whole)
 

@@ -15,11 +15,12 @@ from secateur.core.distributed import on_first, processes, rank
 from secateur.core.errors import UsageError
 from secateur.core.paths import to_path
 from secateur.core.progress import expecting, say
-from secateur.core.timing import Stopwatch
+from secateur.core.timing import Clock, Stopwatch
 from secateur.core.torchrun import launched, refuse_pruning
 from secateur.methods import find_method, sharing_methods
 from secateur.models import runtime
 from secateur.models.save import (
+    Spent,
     clean,
     differing_from_plan,
     disk,
@@ -49,6 +50,7 @@ def prune(
     overwrite: bool = False,
     records_file: str | Path | None = None,
     states: str | Path | None = None,
+    clock: Clock = time.perf_counter,
 ) -> records.Record:
     """Prune a model and write the result to `out`; return the record, which is also appended to `records_file`.
 
@@ -63,6 +65,7 @@ def prune(
         records_file: the file to append the record to; None takes `records.jsonl` in the parent of `out`.
         states: a folder where a gradual method saves its state for a higher sparsity, and finds the state of a lower
             one; the caller removes it. None: the run shares no state.
+        clock: returns seconds. Those of the record are of all parts of a run that was interrupted and resumed.
 
     Raises:
         UsageError, SecateurError: the run failed; `out` then holds nothing that looks like a result.
@@ -72,19 +75,25 @@ def prune(
         nothing = request.sparsity == 0 or request.params_removed == 0
         refuse_pruning(request.method, instead, nothing=nothing, device=request.device)
     with processes():
-        return _prune(request, to_path(out), resume, overwrite, to_path(records_file), to_path(states))
+        return _prune(request, to_path(out), resume, overwrite, to_path(records_file), to_path(states), clock)
 
 
 def _prune(
-    request: Request, out: Path, resume: bool, overwrite: bool, records_file: Path | None, states: Path | None
+    request: Request,
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    records_file: Path | None,
+    states: Path | None,
+    clock: Clock,
 ) -> records.Record:
-    started = time.perf_counter()
+    started = clock()
     out = out.absolute()
     records_file = records_file or out.parent / "records.jsonl"
     finished = is_finished(out, resume=resume, overwrite=overwrite)
     prepared = prepare(request)
     refuse_out(out, prepared.checkpoint, prepared.calibration, records_file)
-    watch = Stopwatch()
+    watch = Stopwatch(clock)
     with watch("text"):
         windows, labels = read_labelled(prepared)
     prepared = replace(prepared, job=replace(prepared.job, labels=labels))
@@ -106,11 +115,17 @@ def _prune(
     seconds_before = _seconds(state)
     # a run that goes on finishes its parts at another pace, and processes share their work
     expected = None if resume or launched() else announce(prepared, windows)
-    with expecting(expected):
+    for name, taken in writer.before.by.items():
+        watch.seconds[name] += taken
+
+    def spent() -> Spent:
+        return replace(writer.before, seconds=writer.before.seconds + clock() - started, by=watch.rounded())
+
+    with expecting(expected), writer.counting(spent):
         facts, stock = make_checkpoint(
             replace(prepared, job=replace(prepared.job, state_file=state)), windows, settings, writer, watch
         )
-    seconds = round(time.perf_counter() - started, 3)
+    seconds = round(spent().seconds, 3)
     if state is not None:
         state.with_suffix(".json").write_text(json.dumps(seconds_before | {str(prepared.sparsity): seconds}), "utf-8")
     record = {
@@ -122,6 +137,7 @@ def _prune(
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": weight_bytes(out),
         "seconds": seconds,
+        **writer.before.facts,
         **({"seconds_before": round(sum(seconds_before.values()), 3)} if seconds_before else {}),
         "seconds_by": watch.rounded(),
         "peak_rss_bytes": records.peak_rss_bytes(),

@@ -16,7 +16,7 @@ from typing import Any
 from secateur.core.records import Record
 from secateur.report import words
 from secateur.report.published import PublishedTable, published
-from secateur.report.rows import Group, Row, as_number, seconds_of, source_of, task_names
+from secateur.report.rows import Group, Row, as_number, seconds_of, source_of, task_names, took_longer
 from secateur.report.series import NEAR, by_perplexity
 from secateur.report.tables import Cell, Column, Table, table
 
@@ -82,7 +82,9 @@ def comparison(rows: Sequence[Row], records: Sequence[Record]) -> Comparison | N
         ),
         Column("Mean", lambda row: _mean(row, tasks), "of the tasks", optional=True),
         Column(
-            "Wall time", lambda row: _cell(words.duration(cost[row][0]), cost[row][0]), "of pruning, and of healing"
+            "Wall time",
+            lambda row: _cell(words.duration(cost[row][0], at_least=cost[row][2]), cost[row][0]),
+            "of pruning, and of healing",
         ),
         Column("Peak memory", lambda row: _cell(words.size(cost[row][1]), cost[row][1]), "resident set of the process"),
         Column("Parameters", lambda row: _cell(words.count(row.number("params_after")), row.number("params_after"))),
@@ -175,8 +177,8 @@ def _mean(row: Row, tasks: Sequence[str]) -> Cell | None:
     return Cell(f"{100 * sum(known) / len(known):.1f}")
 
 
-def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | None]:
-    """Seconds, and the largest resident set in bytes; a healed result includes the pruning before it."""
+def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | None, bool]:
+    """Seconds, the largest resident set in bytes, and whether it took longer; healing includes the pruning before."""
     taken = [row.pruning]
     if row.get("heal"):
         healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
@@ -187,7 +189,7 @@ def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | No
         [v for record in taken if (v := value(record)) is not None]
         for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes")))
     )
-    return (sum(seconds) if seconds else None), (max(peaks) if peaks else None)
+    return (sum(seconds) if seconds else None), (max(peaks) if peaks else None), any(map(took_longer, taken))
 
 
 def _speed(row: Row, records: Sequence[Record]) -> Cell | None:

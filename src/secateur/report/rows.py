@@ -177,6 +177,11 @@ def seconds_of(record: Record) -> float | None:
     return None if taken is None else taken + (as_number(record.get("seconds_before")) or 0.0)
 
 
+def took_longer(record: Record) -> bool:
+    """Whether a run took more than its seconds say: it went on with one that was killed, whose end is not known."""
+    return record.get("seconds_at_least") is True
+
+
 def collect(records: Sequence[Record]) -> list[Row]:
     """The rows of the `prune`, `eval` and `heal` records, the dense ones first, then by method and sparsity.
 

@@ -13,7 +13,7 @@ from typing import Any
 from secateur.core.names import shown
 from secateur.core.records import Record
 from secateur.report import words
-from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, seconds_of, task_names
+from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, seconds_of, task_names, took_longer
 
 MISSING = "\N{EN DASH}"
 
@@ -114,7 +114,7 @@ def runs(rows: Sequence[Row], groups: Sequence[Group]) -> Table:
             "with the dense model",
             optional=True,
         ),
-        Column("Pruning time", lambda row: _number(words.duration, seconds_of(row.pruning))),
+        Column("Pruning time", lambda row: _number(_duration(row.pruning), seconds_of(row.pruning))),
         Column(
             "Peak memory",
             lambda row: _number(words.size, as_number(row.pruning.get("peak_rss_bytes"))),
@@ -172,6 +172,10 @@ def _options(row: Row) -> str:
 
 def _text(value: Any, exact: str = "") -> Cell | None:
     return None if value is None else Cell(str(value), exact)
+
+
+def _duration(record: Record) -> Callable[[float | None], str | None]:
+    return partial(words.duration, at_least=took_longer(record))
 
 
 def _number(say: Callable[[float | None], str | None], value: float | None) -> Cell | None:

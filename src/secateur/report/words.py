@@ -47,9 +47,9 @@ def size(value: float | None) -> Words:
     return None if value is None else _unbroken(size_words(value))
 
 
-def duration(value: float | None) -> Words:
-    """A number of seconds as a duration."""
-    return None if value is None else _unbroken(duration_words(value))
+def duration(value: float | None, *, at_least: bool = False) -> Words:
+    """A number of seconds as a duration; `at_least` where more passed than is known."""
+    return None if value is None else _unbroken(f"{'at least ' if at_least else ''}{duration_words(value)}")
 
 
 def _unbroken(text: str) -> str:

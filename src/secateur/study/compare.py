@@ -7,11 +7,12 @@ low-rank recovery. Every prune and every healing runs in a process of its own, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, TypeVar
@@ -20,10 +21,10 @@ from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.names import named, shown
 from secateur.core.paths import to_path
-from secateur.core.progress import say
+from secateur.core.progress import say, sent_elsewhere
 from secateur.core.records import Record
 from secateur.core.words import perplexity_words
-from secateur.core.workers import end_with_parent
+from secateur.core.workers import start_work
 from secateur.evaluate.evaluate import evaluate
 from secateur.evaluate.throughput import bench
 from secateur.heal.heal import heal
@@ -40,6 +41,7 @@ from secateur.study.sweep import point_name, take_over
 T = TypeVar("T")
 
 _HEALED = "-healed"
+_LOOK_SECONDS = 0.2  # between two looks at the lines of a process
 _STRUCTURED = "rows"  # what a method that zeroes weights by default is asked for where parameters are to go
 _ZEROED = "unstructured"  # and one that removes parameters by default, where weights are to be zeroed
 
@@ -323,14 +325,28 @@ def in_own_process(work: Callable[..., T], *given: Any) -> T:
     Raises:
         SecateurError: what the function raises, or that its process died.
     """
+    context = get_context("spawn")
+    lines = context.SimpleQueue() if sent_elsewhere() else None
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
-            return pool.submit(work, *given).result()
+        with ProcessPoolExecutor(1, mp_context=context, initializer=start_work, initargs=(lines,)) as pool:
+            future = pool.submit(work, *given)
+            while lines is not None and not wait([future], _LOOK_SECONDS).done:
+                _pass_on(lines)
+            return future.result()
     except BrokenProcessPool as error:
         raise SecateurError(
             "its process died, for want of memory perhaps; use fewer --samples or a shorter --seqlen, and go on with "
             "--resume"
         ) from error
+    finally:
+        if lines is not None:
+            _pass_on(lines)
+            lines.close()
+
+
+def _pass_on(lines: SimpleQueue[str]) -> None:
+    while not lines.empty():
+        say(lines.get())
 
 
 def _evaluate(measure: EvalRequest, records_file: Path, resume: bool) -> Record:

@@ -172,7 +172,8 @@ def rehearsal(options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[st
     """
     if options.update and options.curvature == "kfac" and not parse_pattern(options.pattern).structured:
         raise SecateurError(
-            f"with pattern {options.pattern} each update takes 5 to 110 iterations, which depend on weights and text"
+            f"with pattern {options.pattern} llm_surgeon adjusts the weights of each matrix in 5 to 110 iterations, "
+            "and only the run itself shows how many"
         )
     shots = len(left(sparsity, options.shots) or ())
     return replace(options, shots=min(2, max(1, shots))), {_SHOTS: shots}
