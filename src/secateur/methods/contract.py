@@ -93,6 +93,12 @@ class Notice(Protocol):
     def __call__(self, view: ModelView, sparsity: float, options: Any, /) -> str | None: ...
 
 
+class FewTokens(Protocol):
+    """Say why so few calibration tokens make a poor result, and what to give instead; None where they are enough."""
+
+    def __call__(self, view: ModelView, tokens: int, options: Any, /) -> str | None: ...
+
+
 class NeverStock(Protocol):
     """Say why no result with these options is a stock model; None where a result can be one."""
 
@@ -149,6 +155,7 @@ class Says:
         check: see `Check`.
         sizes_left: see `SizesLeft`. Needed where REMOVES is WIDTH or HEADS.
         notice: see `Notice`.
+        few_tokens: see `FewTokens`. It warns before the work begins, also in a dry run.
         never_stock: see `NeverStock`.
         by_rows: see `ByRows`; without it weights are counted in each matrix.
         gradual: see `Gradual`.
@@ -174,6 +181,7 @@ class Says:
     check: Check | None = None
     sizes_left: SizesLeft | None = None
     notice: Notice | None = None
+    few_tokens: FewTokens | None = None
     never_stock: NeverStock | None = None
     by_rows: ByRows | None = None
     gradual: Gradual | None = None
