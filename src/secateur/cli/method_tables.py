@@ -22,13 +22,15 @@ def methods_table(summaries: Mapping[str, str], facts: Mapping[str, Record]) -> 
         column.no_wrap = True
     for name, summary in summaries.items():
         found = facts.get(name)
-        table.add_row(name, *(("", "") if found is None else (_results(found), found["needs"])), escape(summary))
+        table.add_row(name, *(("", "") if found is None else (results(found), found["needs"])), escape(summary))
     return table
 
 
 def method_parts(record: Record) -> list[Table | str]:
     """Return what `methods NAME` prints: the summary, a table of facts, and the table of options."""
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    if record["advice"]:
+        facts.add_row("advice", escape(record["advice"]))
     if record["paper"]:
         facts.add_row("paper", escape(record["paper"]))
     facts.add_row("result", result_words(record))
@@ -73,7 +75,7 @@ def result_words(record: Record) -> str:
     return "; ".join(f"{meanings[kind]} (--pattern {', '.join(by_kind[kind])})" for kind in kinds)
 
 
-def _results(record: Record) -> str:
+def results(record: Record) -> str:
     """Return the results that a method can have, the one of its default options first."""
     return " or ".join(dict.fromkeys([record["result"], *record["results"].values()]))
 

@@ -117,13 +117,13 @@ class Method:
         """Return what a user can know of it before a run, as JSON values.
 
         Returns:
-            `method`, `summary`, `about` (the rest of its docstring), `paper`, `module`; `sparsity_of`, in words, with
-            the default options; `result` with the default options, `smaller` (parameters are removed) or `zeros`
-            (weights are set to zero, and the size stays); `pattern`, the default, `patterns`: name -> what the
-            sparsity is a fraction of, and `results`: name -> the result with that pattern; `needs`, see there;
-            `calibration`: `spec`, `samples` and `seqlen`, or None; whether it takes `gradients`, `trains`, or works
-            under `torchrun`; and `options`, each with `name`, `default` and `meaning`, which is empty where its
-            docstring does not say.
+            `method`, `summary`, `about` (the rest of its docstring), `advice` (a setting to prefer, or None), `paper`,
+            `module`; `sparsity_of`, in words, with the default options; `result` with the default options, `smaller`
+            (parameters are removed) or `zeros` (weights are set to zero, and the size stays); `needs`, see there;
+            `pattern`, the default, `patterns`: name -> what the sparsity is a fraction of, and `results`: name -> the
+            result with that pattern; `calibration`: `spec`, `samples` and `seqlen`, or None; whether it takes
+            `gradients`, `trains`, or works under `torchrun`; and `options`, each with `name`, `default` and `meaning`,
+            which is empty where its docstring does not say.
         """
         defaults = self.options({})
         says, meanings, patterns = self.says, attributes(self.options_class), self.patterns()
@@ -132,6 +132,7 @@ class Method:
             "method": self.name,
             "summary": self.summary,
             "about": self.about,
+            "advice": says.ADVICE,
             "paper": self.paper,
             "module": self.module.__name__,
             "sparsity_of": self.quantity(defaults).words,

@@ -144,6 +144,7 @@ class Says:
         TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
             run estimates no memory.
         SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
+        ADVICE: a setting that is better than the default of the paper, with its numbers; `methods NAME` prints it.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.
         MAY_CHANGE: the options that may have another value when an interrupted run is resumed.
@@ -170,6 +171,7 @@ class Says:
     GRADIENTS: bool = False
     TRAINS: bool = False
     SHARDS: bool = False
+    ADVICE: str | None = None
     DEMO: Sequence[Mapping[str, Any]] = ()
     QUICK: Mapping[str, Any] = field(default_factory=dict)
     MAY_CHANGE: tuple[str, ...] = ()

@@ -204,8 +204,8 @@ def few_tokens(view: ModelView, tokens: int, options: SliceGPT) -> str | None:
     if tokens >= (enough := _TOKENS_A_DIRECTION * hidden):
         return None
     return (
-        f"slicegpt: {tokens:,} calibration tokens are few to find the weak ones of {hidden:,} directions (the width), so"
-        f" the result may be poor on other text; give {enough:,} tokens or more (--samples times --seqlen)"
+        f"slicegpt: {tokens:,} calibration tokens are few to find the weak ones of {hidden:,} directions (the width),"
+        f" so the result may be poor on other text; give {enough:,} tokens or more (--samples times --seqlen)"
     )
 
 

@@ -11,7 +11,7 @@ from secateur.core.errors import UsageError
 from secateur.core.records import Record, version
 from secateur.predict.choose import Prediction, choose
 from secateur.predict.doubts import warnings
-from secateur.predict.fit import LEVEL, Fit
+from secateur.predict.fit import LEVEL
 from secateur.predict.points import Points
 from secateur.predict.published import SOURCE, TABLE_3
 from secateur.predict.select import Judged

@@ -37,7 +37,9 @@ def points_of_records(
     if where and not pruned:
         raise _no_match(where, all_pruned)
     name, read = _reader([*dense, *pruned], metric)
-    _same(pruned, {**_EVERY, **_PRUNED}, f"--where NAME=VALUE keeps one of them{_points_each(pruned, name, read, found)}")
+    _same(
+        pruned, {**_EVERY, **_PRUNED}, f"--where NAME=VALUE keeps one of them{_points_each(pruned, name, read, found)}"
+    )
     measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
     if pruned:
         dense = _dense_of(pruned[0], dense, measured_by)
@@ -94,16 +96,16 @@ def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
     return [record for record in pruned if not record.get("heal")], healed
 
 
-def _points_each(
-    pruned: list[Record], metric: str, read: Callable[[Record], Point | None], found: list[Record]
-) -> str:
+def _points_each(pruned: list[Record], metric: str, read: Callable[[Record], Point | None], found: list[Record]) -> str:
     """What is missing too, if no method has the two points that most laws need; the advice names the best method."""
     methods = [str(record.get("method")) for record in pruned]
     if len(set(methods)) < 2 or len(set(methods)) < len(methods):
         return ""
     best = _best(pruned, metric, read)
     amount = "--params-removed R,R" if best.get("pruning_ratio") else "--sparsity S,S"
-    sweep = f"secateur sweep {shlex.quote(_place_of(_model(best), found))} --method {best.get('method')} {amount} --out DIR"
+    sweep = (
+        f"secateur sweep {shlex.quote(_place_of(_model(best), found))} --method {best.get('method')} {amount} --out DIR"
+    )
     return (
         "; each method has one point here, and a law needs two or more: first measure other sizes of one method with "
         f"'{sweep}' and the same options, and give DIR too"
