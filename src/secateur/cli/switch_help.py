@@ -27,4 +27,5 @@ class SwitchCommand(TyperCommand):
 
 def _is_switch(option: Any) -> bool:
     """Return True for an option that is `--x` or `--no-x`."""
-    return option.secondary_opts == [f"--no-{name.removeprefix('--')}" for name in option.opts]
+    switch: bool = option.secondary_opts == [f"--no-{name.removeprefix('--')}" for name in option.opts]
+    return switch

@@ -116,9 +116,10 @@ def _best(pruned: list[Record], metric: str, read: Callable[[Record], Point | No
     """The record with the best value, among the most that removed about as much: 1% removed is no rival of 25%."""
     smaller = [record for record in pruned if record.get("pruning_ratio")] or pruned
     near = [[other for other in smaller if abs(_gone(other) - _gone(record)) <= _ALIKE] for record in smaller]
+    alike = max(near, key=lambda group: len(group))
     sign = 1 if metric == "ppl" else -1
-    values = [(sign * point.value, n) for n, record in enumerate(max(near, key=len)) if (point := read(record))]
-    return max(near, key=len)[min(values)[1]] if values else pruned[0]
+    values = [(sign * point.value, n) for n, record in enumerate(alike) if (point := read(record)) is not None]
+    return alike[min(values)[1]] if values else alike[0]
 
 
 def _gone(record: Record) -> float:
