@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.main import get_command
 
 from secateur.cli import app
-from secateur.cli.method_tables import option_words
+from secateur.cli.method_tables import option_words, result_words, results
 from secateur.cli.terminal import flow_tables
 from secateur.evaluate.flow import inspect_flow
 from secateur.methods import Method, find_method, method_names
@@ -30,17 +30,24 @@ def methods_page() -> str:
     """The table of methods, then each with its docstring, its options with their defaults, and where the code is."""
     methods = [find_method(name) for name in method_names()]
     own = [method for method in methods if method.module.__name__.startswith("secateur.")]  # not of other packages
-    table = "\n".join(f"| [{m.name}](#{m.name}) | {_text(m.summary)} |" for m in own)
+    table = "\n".join(
+        f"| [{m.name}](#{m.name}) | {results(m.describe())} | {m.needs} | {_text(m.summary)} |" for m in own
+    )
     head = (
         "# Methods\n\n`secateur methods NAME` prints the facts and options below, and `secateur prune --method NAME --help` "
-        "the options.\n\n"
+        "the options. A result is *smaller* (parameters are removed) or has *zeros* (the same size, weights are set to zero); where a "
+        "method can do both, `--pattern` decides. [Which method first?](../which-method.md)\n\n"
     )
-    return f"{head}| method | |\n|---|---|\n{table}\n\n" + "\n".join(_method(method) for method in own)
+    return f"{head}| method | result | needs | |\n|---|---|---|---|\n{table}\n\n" + "\n".join(
+        _method(method) for method in own
+    )
 
 
 def _method(method: Method) -> str:
     found = method.describe()
-    facts = [f"Paper: <{found['paper']}>"] if found["paper"] else []
+    facts = [f"Advice: {found['advice']}"] if found["advice"] else []
+    facts += [f"Paper: <{found['paper']}>"] if found["paper"] else []
+    facts.append(f"The result is {result_words(found)}")
     facts.append(f"A sparsity is a fraction of {found['sparsity_of']}")
     facts += [
         f"with pattern `{pattern}` of {words}"

@@ -137,7 +137,7 @@ def test_missing_folders_and_files_that_are_no_folder(run: Run, tmp_path: Path, 
 def test_a_hub_name_without_a_network(run: Run, tmp_path: Path, ids_file: str) -> None:
     status, line = run(*prune("some-org/some-model", tmp_path, ids_file, "--sparsity", "0.5"))
     assert status == 1
-    assert "the hub did not give it" in line
+    assert "the hub did not give it (it does not answer, and the model is not in the cache)" in line
     assert "check the name and the network" in line
 
 

@@ -96,8 +96,53 @@ def test_help_without_a_name_is_the_usual_help(args: tuple[str, ...]) -> None:
     assert "options of" not in stdout
 
 
-def test_the_list_says_how_to_see_one() -> None:
+def test_the_list_shows_the_result_and_the_needs_of_every_method() -> None:
     status, stdout, stderr = run("methods")
     assert status == 0
-    assert {line.split()[0] for line in stdout.splitlines()} == set(method_names())
+    assert all(len(line) <= 80 for line in stdout.splitlines())
+    head, *rows = [line.rstrip() for line in stdout.splitlines() if line[0] != " "]
+    assert re.split("  +", head) == ["method", "result", "needs", "what it does"]
+    found = {name: tuple(cells[:2]) for name, *cells in (re.split("  +", row) for row in rows)}
+    assert set(found) == set(method_names())
+    assert found["magnitude"] == ("zeros or smaller", "nothing")
+    assert found["llm_surgeon"] == ("smaller or zeros", "training"), "its default comes first"
+    assert found["sparsegpt"] == ("zeros", "text")
+    assert found["llm_pruner"] == ("smaller", "gradients")
     assert "`secateur methods NAME`" in stderr
+    assert stderr.splitlines()[-1].endswith("docs/which-method.md")
+
+
+def test_the_json_of_the_list_has_the_same_facts() -> None:
+    _, stdout, _ = run("methods", "--json")
+    record = json.loads(stdout)
+    assert record["methods"] == api.methods()
+    assert record["facts"].keys() == set(method_names())
+    for name, facts in record["facts"].items():
+        described = api.describe_method(name)
+        assert facts == {key: described[key] for key in ("result", "results", "needs")}
+    assert record["facts"]["wanda"]["results"]["rows"] == "smaller"
+
+
+def test_one_method_says_which_pattern_makes_the_file_smaller() -> None:
+    _, stdout, _ = run("methods", "llm_surgeon")
+    said = words(stdout)
+    assert "result smaller: parameters are removed (--pattern rows); zeros: the same size," in said
+    _, stdout, _ = run("methods", "shortgpt")
+    assert "result smaller: parameters are removed sparsity" in words(stdout)
+
+
+def test_the_help_of_a_method_points_to_its_page() -> None:
+    _, stdout, _ = run("prune", "--help")
+    assert "`secateur methods NAME`" in re.sub(r"NAME +A method", "", words(stdout))
+
+
+@pytest.mark.parametrize("command", ["heal", "eval", "generate"])
+def test_switches_leave_the_meanings_their_width(command: str) -> None:
+    """The two names of a switch in columns of their own would leave heal 21 of 80 columns."""
+    _, stdout, _ = run(command, "--help")
+    assert re.search(r"--\[no-\](eval|shift|chat) ", stdout)
+    rows = [line for line in stdout.splitlines() if "--device" in line or "--limit" in line or "--chat" in line]
+    starts = [line.index("auto, cpu") for line in rows if "auto, cpu" in line]
+    assert starts
+    assert max(starts) <= 45
+    assert run(command, "--no-such")[0] == 2

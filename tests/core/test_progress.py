@@ -22,6 +22,14 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("often")
+def test_an_item_may_be_worth_several() -> None:
+    lines: list[str] = []
+    with progress_to(lines.append):
+        assert list(track([[7, 8], [9]], "windows", 3, worth=len)) == [[7, 8], [9]]
+    assert [line.split(",")[0] for line in lines] == ["windows: 2 of 3", "windows: 3 of 3"]
+
+
+@pytest.mark.usefixtures("often")
 def test_lines_go_to_stderr_or_where_they_are_sent(capsys: pytest.CaptureFixture[str]) -> None:
     assert _work() == [0, 1, 2]
     before = capsys.readouterr().err.splitlines()

@@ -507,6 +507,31 @@ def test_too_few_tokens_say_what_rank_there_is(saved: Callable[..., Path], tmp_p
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(("tokens", "warns"), [(10 * HIDDEN - 1, True), (10 * HIDDEN, False)])
+def test_few_tokens_for_the_width_are_warned_of(
+    tokens: int,
+    warns: bool,
+    dry_run: bool,
+    saved: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    length = 29 if warns else 32
+    ids = torch.randint(0, 64, (tokens // length, length), generator=torch.Generator().manual_seed(2))
+    assert ids.numel() == tokens
+    np.save(tmp_path / "few.npy", ids.numpy())
+    request = api.Request(str(saved("llama")), "slicegpt", sparsity=0.25, calibration=str(tmp_path / "few.npy"))
+    if dry_run:
+        api.estimate(api.prepare(request))
+    else:
+        api.prune(request, tmp_path / "out")
+    said = [line for line in capsys.readouterr().err.splitlines() if "calibration tokens" in line]
+    assert len(said) == warns, said
+    for word in ("warning: slicegpt: 319 calibration tokens", "32 directions", "give 320 tokens or more"):
+        assert all(word in line for line in said), said
+
+
 def test_a_residual_that_is_not_finite_is_named(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     folder = saved("llama")
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def test_the_contract_of_the_json(sweep: Path) -> None:
     assert answer["heldout_rmse"] == pytest.approx(0, abs=1e-12)
     assert [entry["sparsity"] for entry in answer["predictions"]] == [0.15, 0.25, 0.6]
     for entry in answer["predictions"]:
-        assert set(entry) == {"sparsity", "params_removed", "ppl", "low", "high", "extrapolated"}
+        assert set(entry) == {"sparsity", "params_removed", "ppl", "low", "high", "other_laws", "extrapolated"}
         assert entry["ppl"] == pytest.approx(paper(entry["sparsity"]))
         assert entry["low"] <= entry["ppl"] * (1 + 1e-9)
         assert entry["high"] >= entry["ppl"] * (1 - 1e-9)
@@ -177,6 +178,22 @@ def test_text_answer(sweep: Path) -> None:
     assert f"{paper(0.25):.4g}" in result.stdout
     assert "-1.080" in result.stdout
     assert "largest sparsity that keeps ppl 9" in result.stdout
+
+
+def test_the_first_line_has_the_spread_over_laws_and_the_range_that_was_measured(sweep: Path) -> None:
+    inside, outside = ask(sweep, "--at", "0.25,0.8")["predictions"]
+    rivals = {"exponential", "power", "log-linear"}  # fitted, and judged on held-out points
+    for entry in (inside, outside):
+        laws = [ask(sweep, "--law", law, "--at", entry["sparsity"])["predictions"][0]["ppl"] for law in rivals]
+        assert entry["other_laws"] == [min(laws), max(laws)]
+        assert entry["low"] <= entry["ppl"] <= entry["high"]
+    assert outside["other_laws"][1] > 2 * outside["other_laws"][0], "far outside, laws disagree"
+    assert inside["other_laws"][1] < 1.2 * inside["other_laws"][0]
+    near, far = CliRunner().invoke(app, ["predict", str(sweep), "--at", "0.25,0.8"]).stdout.splitlines()[:2]
+    assert re.search(r"\(95%: \S+ to \S+; other laws: \S+ to \S+\)$", near), near
+    assert far.endswith("); outside what was measured, sparsity 0.104 to 0.398"), far
+    wanted = CliRunner().invoke(app, ["predict", str(sweep), "--target-ppl", "1000"]).stdout.splitlines()[0]
+    assert re.search(r"at most; other laws: sparsity \S+ to \S+; outside what was measured", wanted), wanted
 
 
 def test_theory_needs_no_points(tmp_path: Path) -> None:
@@ -314,7 +331,8 @@ def test_accuracy_of_a_task(tmp_path: Path) -> None:
     assert (answer["law"], answer["metric"], answer["chance"]) == ("log-ratio", "cloze", 0.25)
     assert (answer["a"], answer["b"]) == pytest.approx((-0.9, 0.01))
     assert answer["predictions"][0]["acc"] == pytest.approx(0.7 * math.exp(-0.9 * 0.25 + 0.01))
-    assert set(answer["predictions"][0]) == {"sparsity", "params_removed", "acc", "low", "high", "extrapolated"}
+    fields = {"sparsity", "params_removed", "acc", "low", "high", "other_laws", "extrapolated"}
+    assert set(answer["predictions"][0]) == fields
     assert answer["target"]["sparsity"] == pytest.approx((0.01 - math.log(0.6 / 0.7)) / 0.9)
     assert len(answer["published"]) == 8
     assert ask(file, "--metric", "cloze", "--law", "proportional")["b"] == 0.0
@@ -356,6 +374,26 @@ def test_a_column_named_after_the_task(tmp_path: Path) -> None:
 
 
 # Records
+
+
+@pytest.mark.parametrize(
+    ("ppls", "zeroed", "best"),
+    [
+        ({"llm_pruner": 30.0, "shortgpt": 40.0, "slicegpt": 20.0}, (), "slicegpt --params-removed R,R"),
+        ({"llm_pruner": 30.0, "shortgpt": 10.0, "slicegpt": 20.0}, (), "shortgpt --params-removed R,R"),
+        ({"llm_pruner": 30.0, "slicegpt": 40.0, "wanda": 20.0}, ("wanda",), "llm_pruner --params-removed R,R"),
+        ({"sparsegpt": 30.0, "wanda": 20.0}, ("sparsegpt", "wanda"), "wanda --sparsity S,S"),
+    ],
+)
+def test_the_sweep_that_is_advised_is_of_the_best_method(
+    ppls: dict[str, float], zeroed: tuple[str, ...], best: str, tmp_path: Path
+) -> None:
+    one_each = [
+        record(0.25, ppl, method=name, out=f"runs/{name}", pruning_ratio=0.0 if name in zeroed else 0.25)
+        for name, ppl in ppls.items()
+    ]
+    _, said = refused(write_records(tmp_path, [record(0.0, DENSE), *one_each]))
+    assert f"'secateur sweep tiny --method {best} --out DIR'" in said
 
 
 def test_where_keeps_one_method(tmp_path: Path) -> None:
@@ -671,7 +709,7 @@ def test_the_answer_comes_before_the_laws(tmp_path: Path) -> None:
     assert result.stdout.startswith("20.0% of the parameters removed (sparsity 0.181): perplexity ")
     assert "predicted ppl" not in result.stdout, "and it is said once"
     result = CliRunner().invoke(app, ["predict", str(tmp_path), "--target-ppl", "12"])
-    said = "perplexity 12.00 or less: 20.6% of the parameters removed at most (sparsity 0.186 at most)\n"
+    said = "perplexity 12.00 or less: 20.6% of the parameters removed at most (sparsity 0.186 at most); other laws: "
     assert result.stdout.startswith(said), result.stdout
     result = CliRunner().invoke(app, ["predict", str(tmp_path), "--params-removed", "0,2"])
     assert (result.exit_code, "--params-removed: 2 is outside [0, 1)" in result.stderr) == (2, True), result.stderr

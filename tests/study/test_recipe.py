@@ -217,7 +217,8 @@ def test_a_model_that_is_not_found_can_be_named(model: str, tmp_path: Path, save
     status, _, stderr = run(written, "--out", tmp_path / "a")
     assert status != 0
     assert stderr.startswith(f"error: {written}: ")
-    assert stderr.rstrip().endswith("or give its folder with --model")
+    assert stderr.rstrip().endswith("or give its folder with --model FOLDER")
+    assert len(stderr.replace(str(written), "")) < 260, "a line to read, not the message of a library"
     status, _, stderr = run(written, "--out", tmp_path / "a", "--model", "nowhere")
     assert (status != 0, "with --model" in stderr) == (True, False), "which was done"
     status, _, stderr = run(written, "--out", tmp_path / "a", "--model", saved("llama"))

@@ -27,6 +27,7 @@ from secateur.cli import (
     sweep,
 )
 from secateur.cli.method_help import MethodCommand
+from secateur.cli.switch_help import SwitchCommand
 
 app = typer.Typer(
     help="Prune Hugging Face causal language models, measure what it cost, and ship the result.",
@@ -38,11 +39,11 @@ app = typer.Typer(
 studies = typer.Typer(help="Studies: many runs that answer one question, each run a record.", no_args_is_help=True)
 
 app.command(cls=MethodCommand)(prune.prune)
-app.command(name="eval")(evaluate.evaluate)
-app.command()(generate.generate)
+app.command(name="eval", cls=SwitchCommand)(evaluate.evaluate)
+app.command(cls=SwitchCommand)(generate.generate)
 app.command(cls=MethodCommand)(sweep.sweep)
 app.command()(compare.compare)
-app.command()(heal.heal)
+app.command(cls=SwitchCommand)(heal.heal)
 app.command()(run.run)
 app.command()(predict.predict)
 app.command()(inspect.inspect)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from secateur.core.names import shown
@@ -167,15 +167,19 @@ def _predict(record: Record) -> Iterator[str]:
         amount = f"sparsity {entry['sparsity']:.3g}"
         if share:
             amount = f"{_percent(share)} of the parameters removed ({amount})"
-        ends = "" if entry["low"] is None else f" ({_ends(entry, value, record['dense'])})"
-        doubt = ", beyond what was measured" if entry["extrapolated"] else ""
-        yield f"{amount}: {what} {_value(entry[value], value)}{ends}{doubt}"
+        ends = "" if entry["low"] is None else _ends(entry, value, record["dense"])
+        others = _others(entry, lambda number: _value(number, value))
+        spread = "; ".join(filter(None, (ends, others)))
+        doubt = _beyond(record) if entry["extrapolated"] else ""
+        yield f"{amount}: {what} {_value(entry[value], value)}{f' ({spread})' if spread else ''}{doubt}"
     if (target := record.get("target")) is not None and target.get(value) is not None:
         s, share = target["sparsity"], target.get("params_removed")
         limit = f"{what} {_value(target[value], value)} or {'less' if value == 'ppl' else 'more'}"
         amount = "nothing can be removed" if s is None else f"sparsity {s:.3g} at most"
         amount = f"{_percent(share)} of the parameters removed at most ({amount})" if share and s else amount
-        yield f"{limit}: {amount}{', beyond what was measured' if target['extrapolated'] else ''}"
+        others = _others(target, lambda s: f"{s:.3g}").replace(": ", ": sparsity ")
+        doubt = _beyond(record) if target["extrapolated"] else ""
+        yield f"{limit}: {amount}{f'; {others}' if others else ''}{doubt}"
 
 
 def _import(record: Record) -> Iterator[str]:
@@ -207,6 +211,20 @@ def _ends(entry: Record, kind: str, dense: float | None) -> str:
     if kind == "acc" or not too_wide(low, high):
         return f"95%: {_value(low, kind)} to {_value(high, kind)}"
     return f"95%: {_value(low, kind)} or more" if low > (dense or 1) else "too few points for an interval"
+
+
+def _others(entry: Record, words: Callable[[float], str]) -> str:
+    """What the other laws say, from the least to the most; no words without other laws."""
+    if not entry.get("other_laws"):
+        return ""
+    low, high = map(words, entry["other_laws"])
+    return f"other laws: {low}" + ("" if low == high else f" to {high}")
+
+
+def _beyond(record: Record) -> str:
+    """That a question lies outside what was measured, and what that is."""
+    low, high = record.get("fitted_range") or (None, None)
+    return "; nothing was measured" if low is None else f"; outside what was measured, sparsity {low:.3g} to {high:.3g}"
 
 
 def too_wide(low: float, high: float | None) -> bool:

@@ -14,7 +14,7 @@ from secateur.requests import EvalRequest
 
 _PAPER = "Default: as in the method's paper"
 LENGTH = f"{_PAPER} or in the protocol, or 2048; at most the model's maximum."
-METHOD = "A method; `secateur methods` lists them. With --help: also show its options."
+METHOD = "A method: `secateur methods` lists them, `secateur methods NAME` shows one with its options."
 
 Model = Annotated[
     str,

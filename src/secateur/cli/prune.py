@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option, echo
+from typer import Argument, Option
 
 from secateur.cli import options as opt
 from secateur.cli.console import RESUME, command, emit, print_record, show
@@ -14,6 +15,8 @@ from secateur.cli.parse import settings
 from secateur.core.errors import UsageError
 from secateur.core.progress import say
 from secateur.requests import Request
+
+_SHORT = ("result", "results", "needs")  # the facts of every method in the list of them
 
 
 def prune(
@@ -86,10 +89,16 @@ def methods(
 
             show(*method_parts(record))
             return
-        summaries = api.methods()
+        summaries, facts = api.methods(), {}
+        for known in summaries:
+            with suppress(UsageError):  # a file that breaks the contract: its summary says so
+                facts[known] = api.describe_method(known)
         if json:
-            emit({"command": "methods", "methods": summaries})
+            short = {known: {key: found[key] for key in _SHORT} for known, found in facts.items()}
+            emit({"command": "methods", "methods": summaries, "facts": short})
             return
-        for known, summary in summaries.items():
-            echo(f"{known:12} {summary}")
-        say("`secateur methods NAME` shows the options of one")
+        from secateur.cli.method_tables import methods_table
+
+        show(methods_table(summaries, facts))
+        say("smaller: parameters are removed. zeros: the same size, weights are set to zero. Both: --pattern decides")
+        say("`secateur methods NAME` shows the options of one; which method first: docs/which-method.md")

@@ -24,7 +24,7 @@ def study_modules(
         Option(help="The folder of the study: records.jsonl, and the text of the calibration tasks."),
     ] = None,
     method: Annotated[
-        str, Option(metavar="NAME", help="A method that masks each matrix. With --help: also show its options.")
+        str, Option(metavar="NAME", help="A method that masks each matrix; `secateur methods NAME` shows its options.")
     ] = "wanda",
     kinds: Annotated[
         str,

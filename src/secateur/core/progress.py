@@ -106,12 +106,12 @@ def expecting(expected: Expected | None) -> Iterator[None]:
         _run = before
 
 
-def _left(description: str, total: int | None) -> float | None:
-    """Count an item that is done; return the seconds left of the whole run, or None if nothing is expected of it."""
+def _left(description: str, total: int | None, more: int) -> float | None:
+    """Count what is done; return the seconds left of the whole run, or None if nothing is expected of it."""
     if _run is None:
         return None
     if total:
-        _run.note(description, 1 / total)
+        _run.note(description, more / total)
     return _run.left()
 
 
@@ -121,11 +121,16 @@ def _quiet_worker() -> bool:
 
 
 def track(
-    items: Iterable[T], description: str, total: int | None = None, status: Callable[[], str] = str
+    items: Iterable[T],
+    description: str,
+    total: int | None = None,
+    status: Callable[[], str] = str,
+    worth: Callable[[T], int] = lambda _: 1,
 ) -> Iterator[T]:
     """Yield the items and show progress: items done, time left, and the text of `status`.
 
-    `total` defaults to `len(items)`, if the items have a length.
+    `total` defaults to `len(items)`, if the items have a length. An item may be worth several of what is counted, as a
+    batch is of windows; `total` then counts those.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -134,9 +139,9 @@ def track(
     elif not speaks():
         yield from items
     elif sys.stderr.isatty() and _receive is None and not _quiet_worker():
-        yield from _bar(items, description, total, status)
+        yield from _bar(items, description, total, status, worth)
     else:
-        yield from _lines(items, description, total, status)
+        yield from _lines(items, description, total, status, worth)
 
 
 def say(line: str) -> None:
@@ -149,7 +154,9 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _bar(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
+def _bar(
+    items: Iterable[T], description: str, total: int | None, status: Callable[[], str], worth: Callable[[T], int]
+) -> Iterator[T]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -171,23 +178,27 @@ def _bar(items: Iterable[T], description: str, total: int | None, status: Callab
         task = progress.add_task(description, total=total, left="")
         asked, said = -_STATUS_EVERY_SECONDS, ""
         for item in items:
+            more = worth(item)
             yield item
             del item  # it may be a block of a large model: free it before the next one is made
             if (now := time.monotonic()) - asked >= _STATUS_EVERY_SECONDS:  # an accelerator may have to be waited for
                 asked, said = now, status()
-            rest = _left(description, total)
+            rest = _left(description, total, more)
             left = "" if rest is None else f"about {rough_duration_words(rest)} left"
-            progress.update(task, advance=1, description=" ".join(filter(None, (description, said))), left=left)
+            progress.update(task, advance=more, description=" ".join(filter(None, (description, said))), left=left)
 
 
-def _lines(items: Iterable[T], description: str, total: int | None, status: Callable[[], str]) -> Iterator[T]:
+def _lines(
+    items: Iterable[T], description: str, total: int | None, status: Callable[[], str], worth: Callable[[T], int]
+) -> Iterator[T]:
     started = last_line = time.monotonic()
     done = 0
     for item in items:
+        more = worth(item)
         yield item
         del item
-        done += 1  # noqa: SIM113  # enumerate would hold the item in its tuple
-        now, rest = time.monotonic(), _left(description, total)
+        done += more
+        now, rest = time.monotonic(), _left(description, total, more)
         if now - last_line > _LINE_EVERY_SECONDS:
             last_line = now
             if rest is None and total:

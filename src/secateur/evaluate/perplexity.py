@@ -63,8 +63,8 @@ def perplexity(model: PreTrainedModel, windows: Sequence[Tensor], *, progress: P
         SecateurError: a loss is not finite; the message names the window.
     """
     losses: list[float] = json.loads(progress.read_text()) if progress is not None and progress.is_file() else []
-    batches = list(equal_batches(windows[len(losses) :]))
-    for batch_BT in track(batches, "perplexity: batches"):
+    left = windows[len(losses) :]
+    for batch_BT in track(equal_batches(left), "perplexity: windows", len(left), worth=len):
         sums_B = window_losses(model, batch_BT.to(model.device))
         if not torch.isfinite(sums_B).all():
             bad = len(losses) + int((~torch.isfinite(sums_B)).nonzero()[0])

@@ -77,7 +77,7 @@ def compare(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Sequence[T
     """Return the summed KL divergence, the number of equal most likely tokens, and the number of tokens."""
     kl, agreement, tokens = [], 0, 0
     size = positions_a_chunk(dense.config.vocab_size)
-    for batch_BT in track(list(equal_batches(windows)), "shift: batches"):
+    for batch_BT in track(equal_batches(windows), "shift: windows", len(windows), worth=len):
         ids_BT = batch_BT.to(dense.device)
         hidden = [hidden_states(model, ids_BT)[:, :-1].flatten(0, 1).split(size) for model in (dense, pruned)]
         for dense_nD, pruned_nD in zip(*hidden, strict=True):

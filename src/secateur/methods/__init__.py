@@ -104,28 +104,43 @@ class Method:
                     allowed[kind] = self.quantity(self.options({"pattern": example}))
         return allowed
 
+    @property
+    def needs(self) -> str:
+        """What it needs beside the model, the dearest of it: `nothing`, `text`, `gradients` (of a text), `training`."""
+        if self.says.TRAINS:
+            return "training"
+        if self.says.GRADIENTS:
+            return "gradients"
+        return "nothing" if self.says.CALIBRATION is None else "text"
+
     def describe(self) -> dict[str, Any]:
         """Return what a user can know of it before a run, as JSON values.
 
         Returns:
-            `method`, `summary`, `about` (the rest of its docstring), `paper`, `module`; `sparsity_of`, in words, with
-            the default options; `pattern`, the default, and `patterns`: name -> what the sparsity is a fraction of;
-            `calibration`: `spec`, `samples` and `seqlen`, or None; whether it takes `gradients`, `trains`, or works
-            under `torchrun`; and `options`, each with `name`, `default` and `meaning`, which is empty where its
-            docstring does not say.
+            `method`, `summary`, `about` (the rest of its docstring), `advice` (a setting to prefer, or None), `paper`,
+            `module`; `sparsity_of`, in words, with the default options; `result` with the default options, `smaller`
+            (parameters are removed) or `zeros` (weights are set to zero, and the size stays); `needs`, see there;
+            `pattern`, the default, `patterns`: name -> what the sparsity is a fraction of, and `results`: name -> the
+            result with that pattern; `calibration`: `spec`, `samples` and `seqlen`, or None; whether it takes
+            `gradients`, `trains`, or works under `torchrun`; and `options`, each with `name`, `default` and `meaning`,
+            which is empty where its docstring does not say.
         """
         defaults = self.options({})
-        says, meanings = self.says, attributes(self.options_class)
+        says, meanings, patterns = self.says, attributes(self.options_class), self.patterns()
         size = {"spec": says.CALIBRATION, "samples": says.SAMPLES, "seqlen": says.SEQLEN}
         return {
             "method": self.name,
             "summary": self.summary,
             "about": self.about,
+            "advice": says.ADVICE,
             "paper": self.paper,
             "module": self.module.__name__,
             "sparsity_of": self.quantity(defaults).words,
+            "result": self.quantity(defaults).result,
+            "needs": self.needs,
             "pattern": getattr(defaults, "pattern", None),
-            "patterns": {kind: counted.words for kind, counted in self.patterns().items()},
+            "patterns": {kind: counted.words for kind, counted in patterns.items()},
+            "results": {kind: counted.result for kind, counted in patterns.items()},
             "calibration": None if says.CALIBRATION is None else size,
             "gradients": says.GRADIENTS,
             "trains": says.TRAINS,

@@ -93,6 +93,12 @@ class Notice(Protocol):
     def __call__(self, view: ModelView, sparsity: float, options: Any, /) -> str | None: ...
 
 
+class FewTokens(Protocol):
+    """Say why so few calibration tokens make a poor result, and what to give instead; None where they are enough."""
+
+    def __call__(self, view: ModelView, tokens: int, options: Any, /) -> str | None: ...
+
+
 class NeverStock(Protocol):
     """Say why no result with these options is a stock model; None where a result can be one."""
 
@@ -138,6 +144,7 @@ class Says:
         TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
             run measures its memory, which no shapes tell.
         SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
+        ADVICE: a setting that is better than the default of the paper, with its numbers; `methods NAME` prints it.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.
         MAY_CHANGE: the options that may have another value when an interrupted run is resumed.
@@ -149,6 +156,7 @@ class Says:
         check: see `Check`.
         sizes_left: see `SizesLeft`. Needed where REMOVES is WIDTH or HEADS.
         notice: see `Notice`.
+        few_tokens: see `FewTokens`. It warns before the work begins, also in a dry run.
         never_stock: see `NeverStock`.
         by_rows: see `ByRows`; without it weights are counted in each matrix.
         gradual: see `Gradual`.
@@ -163,6 +171,7 @@ class Says:
     GRADIENTS: bool = False
     TRAINS: bool = False
     SHARDS: bool = False
+    ADVICE: str | None = None
     DEMO: Sequence[Mapping[str, Any]] = ()
     QUICK: Mapping[str, Any] = field(default_factory=dict)
     MAY_CHANGE: tuple[str, ...] = ()
@@ -174,6 +183,7 @@ class Says:
     check: Check | None = None
     sizes_left: SizesLeft | None = None
     notice: Notice | None = None
+    few_tokens: FewTokens | None = None
     never_stock: NeverStock | None = None
     by_rows: ByRows | None = None
     gradual: Gradual | None = None

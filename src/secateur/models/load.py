@@ -266,9 +266,24 @@ def _locate(model: str, revision: str | None) -> Path:
         return snapshot
     except Exception as error:
         raise SecateurError(
-            f"'{model}' is no local folder, and the hub did not give it ({_reason(error)}); "
+            f"'{model}' is no local folder, and the hub did not give it ({_hub_reason(error, revision)}); "
             f"check the name and the network, or use '{BUNDLED}' for the model in the package"
         ) from error
+
+
+def _hub_reason(error: Exception, revision: str | None) -> str:
+    """Return why the hub did not give a model, in a few words; the library's messages go on about its settings."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "access must be asked for on its page, and then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "it knows no such model, or a private one"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it knows no revision '{revision}' of it"
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        return "it does not answer, and the model is not in the cache"
+    return _reason(error)
 
 
 def _read_config(folder: Path, model: str) -> dict[str, Any]:

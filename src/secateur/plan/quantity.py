@@ -95,6 +95,7 @@ class Quantity:
         parameters: the number of all parameters after the cut; None if it depends on the calibration text.
         sizes: the sizes of the blocks after the cut; None if they depend on the choice of what to remove.
         share_gone: the fraction removed.
+        zeroes: True if weights are set to zero and no parameter is removed.
     """
 
     name: str
@@ -106,6 +107,12 @@ class Quantity:
     shared: str | None = None
     needs_sizes: bool = False
     required: str | None = None
+    zeroes: bool = False
+
+    @property
+    def result(self) -> str:
+        """What becomes of the model: `zeros` where weights are set to zero and the size stays, otherwise `smaller`."""
+        return "zeros" if self.zeroes else "smaller"
 
     def check(self, method: str, sparsity: float | None, modules: str | None) -> float | None:
         """Check the sparsity of a quantity that the whole model shares, and return it.
@@ -273,6 +280,7 @@ WEIGHTS = Quantity(
     parameters=lambda subject, _: subject.view.parameters(),
     sizes=lambda subject, _: subject.dense,
     share_gone=_of_targeted,
+    zeroes=True,
 )
 UNITS = Quantity(
     "units",

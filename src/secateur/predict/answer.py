@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from secateur.core.errors import UsageError
 from secateur.core.records import Record, version
 from secateur.predict.choose import Prediction, choose
 from secateur.predict.doubts import warnings
-from secateur.predict.fit import LEVEL, Fit
+from secateur.predict.fit import LEVEL
 from secateur.predict.points import Points
 from secateur.predict.published import SOURCE, TABLE_3
 from secateur.predict.select import Judged
@@ -45,8 +45,8 @@ def predict(
         if not 0 <= s < 1:
             raise UsageError(f"--at {s:g} is outside [0, 1)")
     sparsities = [*at, *map(points.sparsity_for, removed)] or (list(points.s) or list(_NO_POINTS_AT)) * (target is None)
-    answers = [_at(prediction.chosen, s) | _removed(points, s) for s in sparsities]
-    target_answer = None if target is None else _aim(prediction.chosen, target)
+    answers = [_at(prediction, s) | _removed(points, s) for s in sparsities]
+    target_answer = None if target is None else _aim(prediction, target)
     if target_answer is not None and target_answer["sparsity"] is not None:
         target_answer |= _removed(points, target_answer["sparsity"])
     chosen, constants = prediction.chosen, prediction.chosen.named()
@@ -97,14 +97,16 @@ def _check_target(points: Points, target: float | None) -> None:
         raise UsageError(f"--target-acc {target:g}: an accuracy in (0, 1] is needed")
 
 
-def _at(fit: Fit, s: float) -> Record:
-    at_s = np.array([s])
+def _at(prediction: Prediction, s: float) -> Record:
+    """The value at a sparsity, its interval, and `other_laws`: the least and the most that the other laws give."""
+    fit, at_s = prediction.chosen, np.array([s])
     ends = fit.interval(at_s)
     return {
         "sparsity": float(s),
         fit.law.kind: float(fit.predict(at_s)[0]),
         "low": None if ends is None else float(ends[0][0]),
         "high": None if ends is None else float(ends[1][0]),
+        "other_laws": _spread(float(other.predict(at_s)[0]) for other in prediction.others),
         "extrapolated": fit.extrapolates(s),
     }
 
@@ -115,14 +117,25 @@ def _removed(points: Points, s: float) -> Record:
     return {"params_removed": None if shares is None else float(shares[0])}
 
 
-def _aim(fit: Fit, target: float) -> Record:
-    """The largest sparsity that keeps the target; at `cautious` the worse end of the interval keeps it too."""
+def _spread(values: Iterable[float | None]) -> list[float] | None:
+    """The least and the greatest of what laws give; infinity for a law without a value, None without laws."""
+    found = [math.inf if value is None or math.isnan(value) else value for value in values]
+    return [min(found), max(found)] if found else None
+
+
+def _aim(prediction: Prediction, target: float) -> Record:
+    """The largest sparsity that keeps the target; at `cautious` the worse end of the interval keeps it too.
+
+    `other_laws` are the least and the most that the other laws give, 0 where one has no such sparsity.
+    """
+    fit = prediction.chosen
     s = fit.inverse(target)
     worse = "high" if fit.law.kind == "ppl" else "low"
     return {
         fit.law.kind: float(target),
         "sparsity": s,
         "cautious": fit.inverse(target, worse),
+        "other_laws": _spread(other.inverse(target) or 0.0 for other in prediction.others),
         "extrapolated": None if s is None else fit.extrapolates(s),
     }
 

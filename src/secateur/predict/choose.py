@@ -45,6 +45,16 @@ class Prediction:
         return self.judged[0] if self.judged[0].heldout is not None and math.isfinite(self.judged[0].heldout) else None
 
     @property
+    def others(self) -> list[Fit]:
+        """The fits of the other laws with fitted constants: those judged on held-out points, or all if none could be.
+
+        A law without fitted constants says nothing of these points, and one that cannot be judged may go anywhere.
+        """
+        rivals = [judged for judged in self.judged if judged.law.free and judged.law.name != self.chosen.law.name]
+        sound = [judged for judged in rivals if judged.heldout is not None and math.isfinite(judged.heldout)]
+        return [judged.fit for judged in sound or rivals if judged.fit is not None]
+
+    @property
     def beaten(self) -> bool:
         """Whether another law does clearly better on three held-out points or more."""
         best, held = self.winner, self.verdict.heldout

@@ -20,6 +20,7 @@ from secateur.core.records import Record
 from secateur.predict.points import Point
 
 _PROTOCOL = ("spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
+_ALIKE = 0.02  # results whose shares of parameters removed differ by more than this are not compared
 _CALIBRATION = ("spec", "samples", "seqlen", "sha256")
 
 
@@ -36,7 +37,9 @@ def points_of_records(
     if where and not pruned:
         raise _no_match(where, all_pruned)
     name, read = _reader([*dense, *pruned], metric)
-    _same(pruned, {**_EVERY, **_PRUNED}, f"--where NAME=VALUE keeps one of them{_points_each(pruned)}")
+    _same(
+        pruned, {**_EVERY, **_PRUNED}, f"--where NAME=VALUE keeps one of them{_points_each(pruned, name, read, found)}"
+    )
     measured_by = _protocol_fields() if name == "ppl" else _task_fields(name.partition(":")[0])
     if pruned:
         dense = _dense_of(pruned[0], dense, measured_by)
@@ -93,16 +96,34 @@ def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
     return [record for record in pruned if not record.get("heal")], healed
 
 
-def _points_each(pruned: list[Record]) -> str:
-    """What is missing too, if no method has the two points that most laws need."""
+def _points_each(pruned: list[Record], metric: str, read: Callable[[Record], Point | None], found: list[Record]) -> str:
+    """What is missing too, if no method has the two points that most laws need; the advice names the best method."""
     methods = [str(record.get("method")) for record in pruned]
     if len(set(methods)) < 2 or len(set(methods)) < len(methods):
         return ""
-    sweep = f"secateur sweep {shlex.quote(_model(pruned[0]))} --method {methods[0]} --params-removed R,R --out DIR"
+    best = _best(pruned, metric, read)
+    amount = "--params-removed R,R" if best.get("pruning_ratio") else "--sparsity S,S"
+    sweep = (
+        f"secateur sweep {shlex.quote(_place_of(_model(best), found))} --method {best.get('method')} {amount} --out DIR"
+    )
     return (
         "; each method has one point here, and a law needs two or more: first measure other sizes of one method with "
         f"'{sweep}' and the same options, and give DIR too"
     )
+
+
+def _best(pruned: list[Record], metric: str, read: Callable[[Record], Point | None]) -> Record:
+    """The record with the best value, among the most that removed about as much: 1% removed is no rival of 25%."""
+    smaller = [record for record in pruned if record.get("pruning_ratio")] or pruned
+    near = [[other for other in smaller if abs(_gone(other) - _gone(record)) <= _ALIKE] for record in smaller]
+    alike = max(near, key=lambda group: len(group))
+    sign = 1 if metric == "ppl" else -1
+    values = [(sign * point.value, n) for n, record in enumerate(alike) if (point := read(record)) is not None]
+    return alike[min(values)[1]] if values else alike[0]
+
+
+def _gone(record: Record) -> float:
+    return float(record.get("pruning_ratio") or 0.0)
 
 
 def _no_match(where: dict[str, str], pruned: list[Record]) -> UsageError:

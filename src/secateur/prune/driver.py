@@ -55,11 +55,20 @@ def pruned_blocks(
         and (line := notice(job.view, job.sparsity, job.options))
     ):
         say(line)
+    if stream is not None:
+        warn_of_few_tokens(job, len(stream.hidden_STD) * stream.hidden_STD.shape[1])
     if job.rotates:
         assert stream is not None
         return _rotated_blocks(job, stream, watch, finished)
     assert (plans is not None) == job.whole_model, "a method for the whole model has planned it"
     return _cut_blocks(job, plans, stream, watch, finished)
+
+
+def warn_of_few_tokens(job: Job, tokens: int) -> None:
+    """Warn if the method says that these calibration tokens are too few for a good result."""
+    few_tokens = job.method.says.few_tokens
+    if few_tokens is not None and job.calibrates and (line := few_tokens(job.view, tokens, job.options)):
+        say(f"warning: {line}")
 
 
 def _cut_blocks(

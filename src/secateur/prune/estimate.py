@@ -20,6 +20,7 @@ from secateur.core.words import rough_duration_words, size_words
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
 from secateur.prune.calibration import read_labelled
+from secateur.prune.driver import warn_of_few_tokens
 from secateur.prune.prepare import Prepared, parameters_expected, prepare, say_expected
 from secateur.prune.rehearse import BLOCKS, rehearse
 from secateur.prune.settings import prepared_settings
@@ -61,6 +62,8 @@ def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
     opening = _opening_seconds(prepared, clock)
     text, windows, ids = _text(prepared, clock)
     tokens = 0 if windows is None else math.prod(windows)
+    if tokens:
+        warn_of_few_tokens(job, tokens)
     expected, why = _rehearsed(prepared, windows, ids, clock)
     memory, no_memory = _memory_expected(prepared, tokens, expected, why)
     return {

@@ -177,7 +177,7 @@ def say_expected(prepared: Prepared) -> bool:
     if requested is not None and abs(removed - requested) > OFF:
         step = "the first step that reaches it" if prepared.request.at_least else "the nearest step"
         hint = "" if prepared.request.at_least or removed > requested else "; --at-least takes the next one"
-        say(f"warning: --params-removed {requested:g}: only whole units can go, and {step} removes {removed:.4f}{hint}")
+        say(f"warning: --params-removed {requested:g}: only whole units can go, and {step} removes {removed:.1%}{hint}")
         return True
     tied = prepared.checkpoint.config.tie_word_embeddings
     if requested is None and prepared.job.rotates and (tied or removed <= 0):

@@ -208,7 +208,7 @@ def _say_result(record: records.Record, warned: bool) -> None:
     """Print warnings about the result that were not known before the work."""
     requested = record["params_removed"]
     if requested is not None and not warned and abs(record["pruning_ratio"] - requested) > OFF:
-        say(f"warning: --params-removed {requested:g}: {record['pruning_ratio']:.4f} of the parameters were removed")
+        say(f"warning: --params-removed {requested:g}: {record['pruning_ratio']:.1%} of the parameters were removed")
     if rows := record["zero_rows"]:
         say(
             f"note: {rows:,} rows of matrices are all zero; "

@@ -158,10 +158,10 @@ def _open(recipe: Recipe) -> Checkpoint:
         if recipe.replaced or there:
             raise
         if recipe.made is None or recipe.revision is not None:
-            raise type(error)(f"{recipe.file}: {error}, or give its folder with --model") from error
+            raise type(error)(f"{recipe.file}: {error}, or give its folder with --model FOLDER") from error
         raise UsageError(
             f"{recipe.file}: the recipe was made with a folder '{recipe.model}', which is neither beside it nor in the "
-            f"working folder: name it with --model ({error})"
+            f"working folder: name it with --model FOLDER ({error})"
         ) from error
 
 
