@@ -106,6 +106,7 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     }
     if (speed := learned_plots.throughput(records)) is not None:
         drawn["curves"].append(speed)
+    drawn = _once(drawn, findings)
     pictures = [picture for several in drawn.values() for picture in several]
     others = _others([record for record in records if speed is None or record.get("command") != "bench"])
     page = _render(findings, drawn, title, others=others, studies=studies)
@@ -139,6 +140,28 @@ def _curves(findings: Findings) -> list[Picture]:
         drawn.append(plots.accuracy(task, curves, dense, compared))
     drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]
+
+
+def _once(drawn: dict[str, list[Picture]], findings: Findings) -> dict[str, list[Picture]]:
+    """The pictures without those that show the points of others again.
+
+    One plot of perplexity stays where it shows no more than one of the comparison, unless these are bars with values
+    and no line joins the points. The two of the comparison, of removed and of zeroed, stay where it shows no more than
+    both, and stand in its place.
+    """
+    curves, compared, learned_runs = (list(drawn[place]) for place in ("curves", "comparison", "learned"))
+    whole = next((picture for picture in curves if picture.name == "perplexity"), None)
+    if whole is not None and whole.shows and whole.shows == frozenset().union(*(each.shows for each in compared)):
+        joined = any(
+            len({round(row.gone or row.sparsity or 0.0, 3) for row in curve.rows}) > 1
+            for curve in series(findings.main.rows)
+        )
+        if len(compared) > 1 or (compared[0].name == "compare-zeroed" and not joined):
+            curves = [*compared, *(picture for picture in curves if picture is not whole)]
+        compared = []
+    seen = {picture.shows for picture in [*curves, *compared] if picture.shows}
+    learned_runs = [picture for picture in learned_runs if picture.shows not in seen]
+    return {**drawn, "curves": curves, "comparison": compared, "learned": learned_runs}
 
 
 def _laws(findings: Findings) -> list[Picture]:
