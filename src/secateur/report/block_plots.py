@@ -1,4 +1,4 @@
-"""The plot of the removed share of each block: heat maps for masked matrices, widths for removed units, bars for blocks.
+"""The plot of the removed share of each block: heat maps for masked matrices, widths for removed units, else bars.
 
 A block that is dropped whole is hatched in each of them.
 """
@@ -68,8 +68,8 @@ def _title(layers: Sequence[Layers], labels: Sequence[str]) -> str:
     matters = [(plan, label) for plan, label in zip(layers, labels, strict=False) if plan.parts != _WHOLE]
     several = f"{len(layers)} runs with unequal blocks; "
     if not matters:
-        lead = "" if len(layers) == 1 else f"{several}first, "
-        return f"Removed by block: {lead}{labels[0]}, drops {_dropped(layers[0])}"
+        alone = f"{labels[0]}, drops {_dropped(layers[0])}"
+        return f"Removed by block: {alone if len(layers) == 1 else f'{len(layers)} runs drop whole blocks (hatched)'}"
     worst, label = matters[0]
     part = max(worst.parts, key=lambda name: _range(worst, name)[1] - _range(worst, name)[0])
     low, high = _range(worst, part)
