@@ -152,6 +152,15 @@ def test_bars_have_the_colour_of_the_method(figures: list[Figure], tmp_path: Pat
             id="one more point",
         ),
         pytest.param(removed("a", 0.25, 12.0), {"perplexity"}, id="one run"),
+        pytest.param(
+            [
+                *zeroed("wanda", 0.5, 12.0),
+                *zeroed("ria", 0.5, 13.0),
+                *(record | {"seed": 1, "out": "/runs/seed-1"} for record in zeroed("ria", 0.5, 14.0)),
+            ],
+            {"perplexity"},
+            id="seeds, which bars would hide",
+        ),
     ],
 )
 def test_no_two_plots_show_the_same_points(records: Records, drawn: set[str], tmp_path: Path) -> None:
@@ -223,6 +232,7 @@ def test_a_block_dropped_from_a_masked_model_is_hatched(figures: list[Figure], t
     assert picture is not None
     assert picture.alt.startswith("wanda, dropped: block 2 of 0 to 2, removed by block: q 50.0% to 100.0%")
     assert [patch.get_hatch() for patch in figures[-1].axes[0].patches] == ["////"]
+    assert [text.get_text() for text in figures[-1].axes[0].texts] == ["50", "50"] * 7, "no number in a dropped block"
 
 
 def test_dropped_blocks_leave_room_for_other_methods(tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ def _scale(layers: Sequence[Layers]) -> Normalize:
         for plan in layers
         if not plan.kept and plan.parts != _WHOLE
         for part in plan.parts
-        for v in plan.removed[part]
-        if v is not None
+        for n, v in enumerate(plan.removed[part])
+        if v is not None and n not in plan.dropped
     ] or [0.0, 1.0]
     return Normalize(math.floor(min(values) * 20) / 20, math.ceil(max(values) * 20) / 20)
 
@@ -156,7 +156,7 @@ def _hatch(axes: Axes, plan: Layers) -> None:
             index - 0.4,
             index + 0.4,
             ymax=1 / 1.35 if plan.parts == _WHOLE else 1.0,
-            facecolor="none",
+            facecolor="white",
             edgecolor="#555555",
             hatch="////",
             linewidth=0.6,
@@ -165,7 +165,10 @@ def _hatch(axes: Axes, plan: Layers) -> None:
 
 
 def _heat_map(axes: Axes, plan: Layers, scale: Normalize) -> AxesImage:
-    cells = [[math.nan if value is None else value for value in plan.removed[part]] for part in plan.parts]
+    cells = [
+        [math.nan if value is None or n in plan.dropped else value for n, value in enumerate(plan.removed[part])]
+        for part in plan.parts
+    ]
     colours = colormaps["YlGnBu"].with_extremes(bad="#e4e4e4")
     image = axes.imshow(cells, aspect="auto", cmap=colours, norm=scale, interpolation="nearest")
     axes.set_yticks(range(len(plan.parts)), labels=[plain(part) for part in plan.parts])

@@ -145,23 +145,23 @@ def _curves(findings: Findings) -> list[Picture]:
 def _once(drawn: dict[str, list[Picture]], findings: Findings) -> dict[str, list[Picture]]:
     """The pictures without those that show the points of others again.
 
-    One plot of perplexity stays where it shows no more than one of the comparison, unless these are bars with values
-    and no line joins the points. The two of the comparison, of removed and of zeroed, stay where it shows no more than
-    both, and stand in its place.
+    The plot of all perplexities goes where those of the comparison show the same: both together, or bars with values
+    where no line joins the points. They then stand in its place. Else, and where a method has variants or seeds, which
+    only that plot tells apart, those of the comparison go.
     """
-    curves, compared, learned_runs = (list(drawn[place]) for place in ("curves", "comparison", "learned"))
+    curves, compared = drawn["curves"], drawn["comparison"]
     whole = next((picture for picture in curves if picture.name == "perplexity"), None)
     if whole is not None and whole.shows and whole.shows == frozenset().union(*(each.shows for each in compared)):
-        joined = any(
-            len({round(row.gone or row.sparsity or 0.0, 3) for row in curve.rows}) > 1
-            for curve in series(findings.main.rows)
+        several = series(findings.main.rows)
+        levels = [[round(row.gone or row.sparsity or 0.0, 3) for row in curve.rows] for curve in several]
+        joined = any(len(set(own)) > 1 for own in levels)
+        alike = all(curve.label == base(curve.rows[0]) for curve in several) and all(
+            len(set(own)) == len(own) for own in levels
         )
-        if len(compared) > 1 or (compared[0].name == "compare-zeroed" and not joined):
+        if alike and (len(compared) > 1 or (compared[0].name == "compare-zeroed" and not joined)):
             curves = [*compared, *(picture for picture in curves if picture is not whole)]
         compared = []
-    seen = {picture.shows for picture in [*curves, *compared] if picture.shows}
-    learned_runs = [picture for picture in learned_runs if picture.shows not in seen]
-    return {**drawn, "curves": curves, "comparison": compared, "learned": learned_runs}
+    return {**drawn, "curves": curves, "comparison": compared}
 
 
 def _laws(findings: Findings) -> list[Picture]:

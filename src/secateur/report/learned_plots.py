@@ -295,16 +295,22 @@ def selections(plan: Plan, label: str) -> Picture:
 
 
 def _measured_ratio(group: Group) -> Picture | None:
-    """Draw tables 13 and 14, and table 1 with other methods: perplexity and accuracy against the measured ratio."""
+    """Draw tables 13 and 14, and table 1 with other methods: perplexity and accuracy against the measured ratio.
+
+    Returns:
+        None where no method has several variants: other plots of the report then have the same curves.
+    """
     # Among the variants of a method, take the one with the most points; the figure of the variants has the others.
     longest: dict[str, Series] = {}
+    curves: list[str] = []
     for curve in series(group.rows):
         points = sum((row.number("pruning_ratio") or 0) > 0 and row.ppl is not None for row in curve.rows)
         name = base(curve.rows[0])
+        curves += [name] if curve.joined and points else []
         if curve.joined and points > 1 and (name not in longest or len(curve.rows) > len(longest[name].rows)):
             longest[name] = curve
     removing = [replace(curve, label=name) for name, curve in longest.items()][:_MOST]
-    if len({curve.method for curve in removing}) < 2:
+    if len({curve.method for curve in removing}) < 2 or len(set(curves)) == len(curves):
         return None
     tasks = [(task, lambda row, t=task: row.accuracy(t)) for task in task_names(group.rows)[:1]]
     panels: list[tuple[str, Callable[[Row], float | None]]] = [("perplexity", lambda row: row.ppl), *tasks]
@@ -356,7 +362,6 @@ def _measured_ratio(group: Group) -> Picture | None:
         png(figure),
         "; ".join(readings),
         "The ratio is that of the written file, adapters counted; seeds share a point.",
-        frozenset(row for curve in removing for row in curve.rows if row.ppl is not None and row.removed),
     )
 
 
