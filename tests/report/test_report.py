@@ -501,7 +501,7 @@ def test_compression_is_drawn_where_parameters_go(study: list[dict[str, Any]], t
     page = write_report([*study, wider, eval_record(40.0, tmp_path / "wide", wider)], tmp_path / "two.html")[0]
     assert (tmp_path / "two-plots" / "compression.png").exists()
     assert (
-        'alt="Pruning ratio against measured sparsity: magnitude rows: -2.9% at 10.0%, 23.1% at 30.0%"'
+        'alt="Share of all parameters removed, by sparsity: magnitude rows: -2.9% at 10.0%, 23.1% at 30.0%"'
         in page.read_text("utf-8")
     )
 

@@ -154,8 +154,12 @@ class Method:
 
 def method_names() -> list[str]:
     """Return the names of all methods, built in or added by other packages, sorted."""
-    built_in = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_METHODS]
-    return sorted({*built_in, *_added()})
+    return sorted({*built_in_methods(), *_added()})
+
+
+def built_in_methods() -> list[str]:
+    """Return the names of the methods of this package, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_METHODS)
 
 
 def find_method(name: str) -> Method:

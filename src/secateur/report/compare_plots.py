@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -12,12 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from secateur.report import words
+from secateur.report.looks import look, looks
 from secateur.report.plots import (
-    COLOURS,
     DENSE,
     DPI,
     GRID,
-    MARKERS,
     Far,
     Percent,
     Picture,
@@ -28,16 +27,17 @@ from secateur.report.plots import (
     scale,
 )
 from secateur.report.rows import Row
+from secateur.report.series import by_perplexity
 
 _TALL = 10  # times the lowest bar: what is taller is cut off, with its value, so that the others can be told apart
 _FEW = 3  # levels of sparsity: more of them are curves, which the report has anyway
-_COLOURS = (*COLOURS, "#000000", "#8C6D31", "#7F7F7F")  # a comparison has more curves than other plots
 
 
 @dataclass(frozen=True)
 class _Point:
     """A result: its method, its level (a number and a text), its perplexity or inf, and whether it was healed."""
 
+    row: Row
     name: str
     at: float
     where: str
@@ -50,50 +50,53 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
 
     One plot is for results with fewer parameters, one for zeroed weights; each needs two methods.
     """
-    dense = next((row.ppl for row in rows if row.dense), None)
+    dense = next((row for row in rows if row.dense), None)
     removed, zeroed = [], []
     for row in rows:
         if row.dense or (ppl := row.cost) is None or row.get("modules"):
             continue
         method, pattern, healed = str(row.get("method")).partition(" + ")[0], row.get("pattern"), bool(row.get("heal"))
         if ratio := row.number("pruning_ratio"):
-            removed.append(_Point(" ".join(filter(None, (method, pattern))), ratio, f"{100 * ratio:.3g}%", ppl, healed))
+            name = " ".join(filter(None, (method, pattern)))
+            removed.append(_Point(row, name, ratio, f"{100 * ratio:.3g}%", ppl, healed))
         elif pattern and row.sparsity:
-            zeroed.append(
-                _Point(method, round(row.sparsity, 2), f"{pattern}, {row.sparsity:.0%} of the weights", ppl, healed)
-            )
-    methods = dict.fromkeys(_method(name) for name in [*_best_first(removed), *_best_first(zeroed)])
-    colours = dict(zip(methods, itertools.cycle(_COLOURS)))  # a method has the same colour in both plots
+            where = f"{pattern}, {row.sparsity:.0%} of the weights"
+            zeroed.append(_Point(row, method, round(row.sparsity, 2), where, ppl, healed))
     drawn = []
     removed, zeroed = (points if any(math.isfinite(p.ppl) for p in points) else [] for points in (removed, zeroed))
     if len({point.name for point in removed}) > 1:
-        drawn.append(_curves(removed, dense, colours))
+        drawn.append(_curves(removed, dense))
     if len({point.name for point in zeroed}) > 1 and len({point.where for point in zeroed}) <= _FEW:
-        drawn.append(_bars(zeroed, dense, colours))
+        drawn.append(_bars(zeroed, dense))
     return drawn
 
 
-def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str, str]) -> Picture:
-    figure, axes = _figure("What removing parameters costs", height=5)
-    for name, marker in zip(_best_first(points), itertools.cycle(MARKERS)):
-        for healed in (False, True):
-            own = sorted(
-                (point.at, point.ppl)
-                for point in points
-                if point.name == name and point.healed == healed and math.isfinite(point.ppl)
-            )
-            colour = colours[_method(name)]
-            line, fill, label = ("--", "white", None) if healed else ("-", colour, plain(name))
-            axes.plot(
-                [x for x, _ in own],
-                [y for _, y in own],
-                line,
-                color=colour,
-                marker=marker,
-                markersize=5,
-                markerfacecolor=fill,
-                label=label,
-            )
+def _title(points: Sequence[_Point], dense: Row | None, otherwise: str) -> str:
+    """The main result of the points; `otherwise` if no two of them can be compared."""
+    found = next((c for c in by_perplexity([point.row for point in points]) if len(c.entries) > 1), None)
+    return otherwise if found is None else words.perplexity_title(found, dense)
+
+
+def _curves(points: Sequence[_Point], dense: Row | None) -> Picture:
+    figure, axes = _figure(_title(points, dense, "What removing parameters costs"), height=5)
+    names = _best_first(points)
+    curves = [(name, healed) for name in names for healed in (False, True)]
+    for (name, healed), own in zip(
+        curves, looks([_method(name) + " + LoRA" * healed for name, healed in curves]), strict=True
+    ):
+        at = sorted(
+            (point.at, point.ppl)
+            for point in points
+            if point.name == name and point.healed == healed and math.isfinite(point.ppl)
+        )
+        axes.plot(
+            [x for x, _ in at],
+            [y for _, y in at],
+            linestyle=own.dash,
+            markersize=6,
+            label=None if healed else plain(name),
+            **own.points,
+        )
     axes.set_xlabel("share of all parameters removed, measured")
     axes.xaxis.set_major_formatter(Percent())
     caption = (
@@ -106,20 +109,22 @@ def _curves(points: Sequence[_Point], dense: float | None, colours: Mapping[str,
     room(axes, [point.at for point in points])
     known = [point.ppl for point in points if math.isfinite(point.ppl)]
     far = [
-        Far(point.at, point.ppl if math.isfinite(point.ppl) else None, colours[_method(point.name)]) for point in points
+        Far(point.at, point.ppl if math.isfinite(point.ppl) else None, look(_method(point.name)).colour)
+        for point in points
     ]
-    caption += scale(axes, known, dense, far)
+    caption += scale(axes, known, None if dense is None else dense.ppl, far)
     legend(axes, figure, inside=0)
     return Picture(
         "compare-removed",
         png(figure),
         f"Perplexity against the share of parameters removed: {_readings(points)}",
         caption,
+        frozenset(point.row for point in points),
     )
 
 
-def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, str]) -> Picture:
-    figure, axes = _figure("What zeroing weights costs", height=4.2)
+def _bars(points: Sequence[_Point], dense: Row | None) -> Picture:
+    figure, axes = _figure(_title(points, dense, "What zeroing weights costs"), height=4.2)
     groups = list(
         dict.fromkeys(
             point.where for point in sorted(points, key=lambda point: (point.at, point.where[0].isdigit(), point.where))
@@ -128,7 +133,8 @@ def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, s
     names = _best_first(points)
     wide = 0.8 / len(names)
     lowest = min(point.ppl for point in points)
-    top = 1.12 * max(value for value in [dense or 0.0, *(point.ppl for point in points)] if value <= _TALL * lowest)
+    reference = 0.0 if dense is None else dense.ppl or 0.0
+    top = 1.12 * max(value for value in [reference, *(point.ppl for point in points)] if value <= _TALL * lowest)
     cut, labelled = [point for point in points if point.ppl > top], set()
     for point in sorted(points, key=lambda point: (point.healed, names.index(point.name))):
         nth = names.index(point.name)
@@ -144,7 +150,7 @@ def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, s
         elif not point.healed:
             label = None if point.name in labelled else plain(point.name)
             labelled.add(point.name)
-            axes.bar(x, min(point.ppl, top), wide * 0.92, color=colours[point.name], label=label)
+            axes.bar(x, min(point.ppl, top), wide * 0.92, color=look(point.name).colour, label=label)
             said = words.perplexity(point.ppl)
             arrow = "\N{UPWARDS ARROW} " if point.ppl > top else ""
             axes.annotate(f"{arrow}{said}", (x, min(point.ppl, top)), ha="center", va="bottom", fontsize=8)
@@ -162,22 +168,29 @@ def _bars(points: Sequence[_Point], dense: float | None, colours: Mapping[str, s
     _dense_line(axes, dense)
     axes.set_ylabel("perplexity (lower is better)")
     legend(axes, figure, inside=0)
-    return Picture("compare-zeroed", png(figure), f"Perplexity where weights are zeroed: {_readings(points)}", caption)
+    return Picture(
+        "compare-zeroed",
+        png(figure),
+        f"Perplexity where weights are zeroed: {_readings(points)}",
+        caption,
+        frozenset(point.row for point in points),
+    )
 
 
 def _figure(title: str, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, height), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    axes.set_title(title, fontsize=11, loc="left", color="#111111")
+    axes.set_title(plain(textwrap.fill(title, 84)), fontsize=11, loc="left", color="#111111")
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _dense_line(axes: Axes, dense: float | None) -> None:
-    if dense is not None:
-        axes.axhline(dense, color=DENSE, linestyle=":", linewidth=1.4, label=f"dense, {words.perplexity(dense)}")
+def _dense_line(axes: Axes, dense: Row | None) -> None:
+    if dense is not None and dense.ppl is not None:
+        label = f"dense, {words.perplexity(dense.ppl)}"
+        axes.axhline(dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=label)
 
 
 def _best_first(points: Sequence[_Point]) -> list[str]:

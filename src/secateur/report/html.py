@@ -106,6 +106,7 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     }
     if (speed := learned_plots.throughput(records)) is not None:
         drawn["curves"].append(speed)
+    drawn = _once(drawn, findings)
     pictures = [picture for several in drawn.values() for picture in several]
     others = _others([record for record in records if speed is None or record.get("command") != "bench"])
     page = _render(findings, drawn, title, others=others, studies=studies)
@@ -139,6 +140,28 @@ def _curves(findings: Findings) -> list[Picture]:
         drawn.append(plots.accuracy(task, curves, dense, compared))
     drawn.append(law_plots.compression(curves))
     return [picture for picture in drawn if picture is not None]
+
+
+def _once(drawn: dict[str, list[Picture]], findings: Findings) -> dict[str, list[Picture]]:
+    """The pictures without those that show the points of others again.
+
+    The plot of all perplexities goes where those of the comparison show the same: both together, or bars with values
+    where no line joins the points. They then stand in its place. Else, and where a method has variants or seeds, which
+    only that plot tells apart, those of the comparison go.
+    """
+    curves, compared = drawn["curves"], drawn["comparison"]
+    whole = next((picture for picture in curves if picture.name == "perplexity"), None)
+    if whole is not None and whole.shows and whole.shows == frozenset().union(*(each.shows for each in compared)):
+        several = series(findings.main.rows)
+        levels = [[round(row.gone or row.sparsity or 0.0, 3) for row in curve.rows] for curve in several]
+        joined = any(len(set(own)) > 1 for own in levels)
+        alike = all(curve.label == base(curve.rows[0]) for curve in several) and all(
+            len(set(own)) == len(own) for own in levels
+        )
+        if alike and (len(compared) > 1 or (compared[0].name == "compare-zeroed" and not joined)):
+            curves = [*compared, *(picture for picture in curves if picture is not whole)]
+        compared = []
+    return {**drawn, "curves": curves, "comparison": compared}
 
 
 def _laws(findings: Findings) -> list[Picture]:

@@ -1,7 +1,7 @@
 """Plots of the laws.
 
 They are figures 3a and 3b of arXiv:2503.04377 (points, fitted line, the paper's parameter-free line, interval), the
-same in real units beside the rivals, and figure 10 of DISP-LLM (expected against actual compression).
+same in real units beside the rivals, and figure 10 of DISP-LLM (what was removed against the sparsity).
 """
 
 from __future__ import annotations
@@ -20,7 +20,21 @@ from secateur.predict.fit import Fit
 from secateur.predict.laws import Array
 from secateur.predict.select import Judged
 from secateur.report import words
-from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture, legend, logarithmic, plain, png
+from secateur.report.looks import looks
+from secateur.report.plots import (
+    COLOURS,
+    DPI,
+    GRID,
+    MARKERS,
+    Name,
+    Percent,
+    Picture,
+    legend,
+    logarithmic,
+    name_ends,
+    plain,
+    png,
+)
 from secateur.report.series import Series
 
 _INK, _LAW, _CLAIM = "#111111", COLOURS[0], COLOURS[1]
@@ -231,84 +245,72 @@ def _in_units(axes: Axes, found: Prediction) -> None:
 
 
 def compression(curves: Sequence[Series]) -> Picture | None:
-    """Draw the measured pruning ratio against sparsity, as figure 10 of DISP-LLM.
+    """Draw the share of parameters removed against sparsity, as figure 10 of DISP-LLM.
 
     Returns:
-        None if fewer than two runs removed parameters (zeroed weights stay in the file).
+        None without a curve of two sparsities that removes parameters (zeroed weights stay in the file): the table has
+        single points.
     """
-    removing = [
-        curve
-        for curve in curves
-        if any((row.number("pruning_ratio") or 0) != 0 and row.sparsity is not None for row in curve.rows)
-    ]
-    if sum(len(curve.rows) for curve in removing) < 2:
+    found = []
+    for curve in curves:
+        at = [(row.sparsity, row.removed) for row in curve.rows]
+        known = sorted((s, share) for s, share in at if s is not None and share is not None)
+        if curve.joined and any(share for _, share in known) and len({round(s, 3) for s, _ in known}) > 1:
+            found.append((curve, known))
+    if not found:
         return None
-    figure = Figure(figsize=(7, 4.2), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7, 4.6), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    readings, gaps = [], []
-    for curve, colour, marker in zip(removing, COLOURS * 3, MARKERS * 3, strict=False):
-        at = [(row.sparsity, row.number("pruning_ratio"), row.number("pruning_ratio_blocks")) for row in curve.rows]
-        known = sorted((s, whole, blocks) for s, whole, blocks in at if s is not None and whole is not None)
-        xs = [s for s, _, _ in known]
-        axes.plot(
-            xs,
-            [whole for _, whole, _ in known],
-            color=colour,
-            marker=marker,
-            linewidth=1.8,
-            markersize=6,
-            label=f"{plain(curve.label)}: all parameters",
-        )
-        if all(blocks is not None for *_, blocks in known):
-            blocks_of = [blocks or 0.0 for *_, blocks in known]
-            axes.plot(
-                xs,
-                blocks_of,
-                color=colour,
-                marker=marker,
-                markerfacecolor="none",
-                linestyle=":",
-                label=f"{plain(curve.label)}: matrices of the blocks",
-            )
-        readings.append(
-            f"{curve.label}: " + ", ".join(f"{words.percent(whole)} at {words.percent(s)}" for s, whole, _ in known)
-        )
-        gaps += [(abs(whole - s), s, whole, curve.label) for s, whole, _ in known]
-    reach = np.linspace(0.0, min(1.0, 1.08 * max(s for _, s, _, _ in gaps)), 200)
-    axes.plot(
-        reach,
-        reach,
-        color="#333333",
-        linestyle="--",
-        linewidth=1.2,
-        label="expected where one side of each matrix narrows, s",
-    )
-    axes.plot(
-        reach,
-        2 * reach - reach**2,
-        color="#888888",
-        linestyle="-.",
-        linewidth=1.2,
-        label="expected where both sides do, 2s - s²",
-    )
-    axes.axhline(0.0, color=_INK, linewidth=0.8)
-    _, s, whole, label = max(gaps)
-    title = (
-        f"Actual compression: {label} at {words.percent(s)} sparsity removes {words.percent(whole)} of all parameters"
-    )
-    axes.set_title(plain(textwrap.fill(title, 76)), fontsize=11, loc="left", color=_INK)
-    axes.set_xlabel("sparsity, measured (expected compression)")
-    axes.set_ylabel("pruning ratio, measured")
+    names = []
+    for (curve, known), own in zip(found, looks([curve.method for curve, _ in found]), strict=True):
+        xs, ys = [s for s, _ in known], [share for _, share in known]
+        axes.plot(xs, ys, linestyle=own.dash, linewidth=1.6, markersize=6, label=plain(curve.label), **own.points)
+        names.append(Name(xs[-1], ys[-1], curve.label, own.colour))
+    most = 1.05 * max(s for _, known in found for s, _ in known)
+    axes.plot([0, most], [0, most], color="#333333", linestyle="--", linewidth=1.2, label="removed = sparsity")
+    names.append(Name(most, most, "removed = sparsity", "#333333"))
+    if any(share < 0 for _, known in found for _, share in known):
+        axes.axhline(0.0, color=_INK, linewidth=0.8)
+    gaps = [(share - s, s, share, curve.label) for curve, known in found for s, share in known]
+    axes.set_title(plain(textwrap.fill(_gap(gaps), 72)), fontsize=11, loc="left", color=_INK)
+    axes.set_xlabel("sparsity, measured (% of what the method prunes)")
+    axes.set_ylabel("removed (% of all parameters)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(Percent())
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    legend(axes, figure)
+    if len(names) <= _NAMED:
+        name_ends(axes, names)
+    else:
+        legend(axes, figure)
     caption = (
-        "Below zero the checkpoint is larger than the dense one. Parameters that a method adds (adapters) are "
-        "counted; zeroed weights are not removed."
+        "Each point is a checkpoint. Below the dashed line less leaves the file than the sparsity says: methods "
+        "leave embeddings alone or narrow one side of a matrix, and the adapters that some add are counted. "
+        "--params-removed asks for a share of all parameters."
+    )
+    if any(share < 0 for _, known in found for _, share in known):
+        caption += " Below zero the checkpoint is larger than the dense one."
+    readings = (
+        f"{curve.label}: " + ", ".join(f"{words.percent(share)} at {words.percent(s)}" for s, share in known)
+        for curve, known in found
     )
     return Picture(
-        "compression", png(figure), "Pruning ratio against measured sparsity: " + "; ".join(readings), caption
+        "compression", png(figure), "Share of all parameters removed, by sparsity: " + "; ".join(readings), caption
     )
+
+
+_NAMED = 9  # curves that have room for their names at their ends
+_AS_ASKED = 0.01  # a share this near to the sparsity is as much
+
+
+def _gap(gaps: Sequence[tuple[float, float, float, str]]) -> str:
+    """The title: how far what was removed is from the sparsity, at the run where it is farthest."""
+    gap, s, share, label = max(gaps, key=lambda each: abs(each[0]))
+    if abs(gap) <= _AS_ASKED:
+        return "Every run removes as large a share of all parameters as its sparsity says"
+    so = "less" if gap < 0 else "more"
+    every = all((other < -_AS_ASKED) == (gap < 0) and abs(other) > _AS_ASKED for other, *_ in gaps)
+    lead = f"The file shrinks {so} than the sparsity says" if every else "Sparsity is not the share removed"
+    did = f"removes {words.percent(share)} of all parameters" if share >= 0 else f"adds {words.percent(-share)}"
+    return f"{lead}: {label} at {words.percent(s)} sparsity {did}"

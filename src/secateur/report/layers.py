@@ -23,15 +23,19 @@ class Layers:
 
     Attributes:
         row: the run.
-        parts: the masked matrices, and the spaces (`groups`, `ffn`) that lost whole units.
+        parts: the masked matrices, and the spaces (`groups`, `ffn`) that lost whole units; `block` alone where the plan
+            drops blocks and changes nothing else.
         removed: part -> the removed fraction in each block; None if the plan does not change that part of the block.
+            All of a dropped block is removed.
         kept: space -> (kept, of) in each block, for plans that remove units and mask nothing; else empty.
+        dropped: the numbers of the blocks that are dropped whole.
     """
 
     row: Row
     parts: tuple[str, ...]
     removed: Mapping[str, tuple[float | None, ...]]
     kept: Mapping[str, tuple[tuple[int, int], ...]]
+    dropped: tuple[int, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -60,9 +64,16 @@ class Layers:
 
 
 def read_layers(rows: Sequence[Row]) -> list[Layers]:
-    """Read the plans of the rows whose folder still has one; the most unequal comes first."""
+    """Read the plans of the rows whose folder still has one.
+
+    The most unequal of each method come first, then the others, each the most unequal first.
+    """
     plans = [layers for row in rows if not row.dense and (layers := _read(row)) is not None]
-    return sorted(plans, key=lambda layers: -layers.spread)
+    first: dict[str, Layers] = {}
+    for layers in (ordered := sorted(plans, key=lambda layers: -layers.spread)):
+        first.setdefault(str(layers.row.get("method")), layers)
+    firsts = list(first.values())
+    return [*firsts, *(layers for layers in ordered if layers not in firsts)]
 
 
 def _read(row: Row) -> Layers | None:
@@ -96,7 +107,13 @@ def _layers(row: Row, plan: Mapping[str, Any]) -> Layers | None:
             removed.setdefault(name, [None] * len(blocks))[index] = share
         for space, units in block.get("keep", {}).items():
             kept.setdefault(space, []).append((units["kept"], units["of"]))
+    dropped = tuple(index for index, block in enumerate(blocks) if block.get("dropped"))
+    if dropped and not removed:
+        removed["block"] = [0.0] * len(blocks)
+    for values, index in ((values, index) for values in removed.values() for index in dropped):
+        values[index] = 1.0
     parts = tuple(sorted(removed, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
     complete = all(name in kept and len(kept[name]) == len(blocks) for name in parts)
     widths = {name: tuple(several) for name, several in kept.items()} if complete else {}
-    return Layers(row, parts, {name: tuple(removed[name]) for name in parts}, widths) if parts else None
+    shares_of = {name: tuple(removed[name]) for name in parts}
+    return Layers(row, parts, shares_of, widths, dropped) if parts else None

@@ -22,6 +22,7 @@ from secateur.models.save import PLAN_TENSORS, plan_file
 from secateur.plan.plan import Plan, read_plan
 from secateur.report import words
 from secateur.report.learned import FULL, Run, at_default_strength, by_strength, perplexities
+from secateur.report.looks import look, looks
 from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture, legend, logarithmic, plain, png
 from secateur.report.rows import Group, Row, as_number, task_names
 from secateur.report.series import Series, base, series
@@ -195,7 +196,7 @@ def _strengths(runs: Sequence[Run]) -> Picture | None:
     sparsity, runs_there = sweep
     figure = Figure(figsize=(6, 3.6), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    for chosen, look, label in (
+    for chosen, (marker, line), label in (
         ([r for r in runs_there if not r.missed], ("o", "-"), "budget reached"),
         ([r for r in runs_there if r.missed], ("X", "none"), "budget not reached while learning (NC)"),
     ):
@@ -204,8 +205,8 @@ def _strengths(runs: Sequence[Run]) -> Picture | None:
                 [r.strength for r in chosen],
                 [r.row.ppl or 0.0 for r in chosen],
                 color=COLOURS[0],
-                marker=look[0],
-                linestyle=look[1],
+                marker=marker,
+                linestyle=line,
                 label=label,
             )
     _dress(axes, "lambda, the weight of the budget term", "perplexity (lower is better)")
@@ -294,16 +295,22 @@ def selections(plan: Plan, label: str) -> Picture:
 
 
 def _measured_ratio(group: Group) -> Picture | None:
-    """Draw tables 13 and 14, and table 1 with other methods: perplexity and accuracy against the measured ratio."""
+    """Draw tables 13 and 14, and table 1 with other methods: perplexity and accuracy against the measured ratio.
+
+    Returns:
+        None where no method has several variants: other plots of the report then have the same curves.
+    """
     # Among the variants of a method, take the one with the most points; the figure of the variants has the others.
     longest: dict[str, Series] = {}
+    curves: list[str] = []
     for curve in series(group.rows):
         points = sum((row.number("pruning_ratio") or 0) > 0 and row.ppl is not None for row in curve.rows)
         name = base(curve.rows[0])
+        curves += [name] if curve.joined and points else []
         if curve.joined and points > 1 and (name not in longest or len(curve.rows) > len(longest[name].rows)):
             longest[name] = curve
     removing = [replace(curve, label=name) for name, curve in longest.items()][:_MOST]
-    if len({curve.method for curve in removing}) < 2:
+    if len({curve.method for curve in removing}) < 2 or len(set(curves)) == len(curves):
         return None
     tasks = [(task, lambda row, t=task: row.accuracy(t)) for task in task_names(group.rows)[:1]]
     panels: list[tuple[str, Callable[[Row], float | None]]] = [("perplexity", lambda row: row.ppl), *tasks]
@@ -312,7 +319,7 @@ def _measured_ratio(group: Group) -> Picture | None:
     for number, (name, value) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), number + 1)
         values = []
-        for curve, (colour, dash), marker in zip(removing, _STYLES, MARKERS * 2, strict=False):
+        for curve, own in zip(removing, looks([curve.method for curve in removing]), strict=True):
             at: dict[float, list[float]] = {}
             for row in curve.rows:
                 ratio, y = row.number("pruning_ratio"), value(row)
@@ -322,12 +329,11 @@ def _measured_ratio(group: Group) -> Picture | None:
             axes.plot(
                 sorted(at),
                 means,
-                color=colour,
-                linestyle=dash,
-                marker=marker,
+                linestyle=own.dash,
                 markersize=5,
                 linewidth=1.6,
                 label=plain(curve.label),
+                **own.points,
             )
             values += means
             readings.append(
@@ -372,8 +378,9 @@ def _repetition(group: Group) -> Picture | None:
         return None
     figure = Figure(figsize=(7, 3.8), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    for (method, points), colour, marker in zip(by_method.items(), COLOURS * 2, MARKERS * 2, strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), color=colour, marker=marker, linewidth=1.4, label=plain(method))
+    for (method, points), own in zip(by_method.items(), looks(list(by_method)), strict=True):
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, linestyle=own.dash, linewidth=1.4, label=plain(method), **own.points)
     if dense is not None:
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=1.2, label=f"dense, {dense:.0%}")
     _dress(axes, "pruning ratio, measured", "4-grams repeated")
@@ -412,18 +419,19 @@ def throughput(records: Sequence[Record]) -> Picture | None:
         return None
     figure = Figure(figsize=(7, 4.0), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    lines = list(dict.fromkeys((method, batch) for method, _, batch in curves))
+    batches = sorted({batch for _, _, batch in curves})
     for (method, phase, batch), at in curves.items():
-        number = lines.index((method, batch))
-        look = {"linestyle": "-"} if phase == "decode" else {"linestyle": ":", "markerfacecolor": "none"}
+        own = look(method)
+        of_phase = {"linestyle": "-"} if phase == "decode" else {"linestyle": ":", "markerfacecolor": "none"}
         label = plain(f"{method}, {phase}, batch {batch}")
         axes.plot(
             sorted(at),
             [at[r] for r in sorted(at)],
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
+            color=own.colour,
+            marker=own.marker,
+            markersize=5 + 3 * batches.index(batch),
             label=label,
-            **look,  # type: ignore[arg-type]
+            **of_phase,  # type: ignore[arg-type]
         )
     axes.axhline(1.0, color=_INK, linestyle="--", linewidth=1.0, label="dense")
     ratios = np.linspace(0.0, max(r for at in curves.values() for r in at), 50)
@@ -453,7 +461,8 @@ def throughput(records: Sequence[Record]) -> Picture | None:
         "throughput",
         png(figure),
         f"Times as fast as the dense model: {alt}",
-        "Best of several turns, both models taking turns; see the records for lengths and threads.",
+        "Best of several turns, both models taking turns; see the records for lengths and threads. "
+        "The larger the marker, the larger the batch.",
     )
 
 

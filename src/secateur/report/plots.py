@@ -1,18 +1,15 @@
 """The plots of a report, as PNG bytes that are the same for the same rows.
 
-Figures are made without pyplot, which keeps global state. Colours are those of Okabe and Ito (jfly.uni-koeln.de/color),
-chosen to be told apart with any colour vision; shape of marker and dash of line say the same again for print.
+Figures are made without pyplot, which keeps global state. `looks.py` has the colour and the marker of each method.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,11 +18,12 @@ from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, NullFormatte
 
 from secateur.predict.points import CHANCE
 from secateur.report import words
+from secateur.report.looks import COLOURS as COLOURS
+from secateur.report.looks import MARKERS as MARKERS
+from secateur.report.looks import look, looks
 from secateur.report.rows import Row
 from secateur.report.series import Comparison, Series
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 DENSE, GRID, DPI = "#333333", "#dddddd", 150
 
 
@@ -38,12 +36,14 @@ class Picture:
         png: the bytes of the file.
         alt: its content in words, for readers who cannot see it.
         caption: a caution for the reader.
+        shows: the rows whose perplexity it shows against what is gone; empty if it shows something else.
     """
 
     name: str
     png: bytes
     alt: str
     caption: str
+    shows: frozenset[Row] = frozenset()
 
 
 FAR = 100  # times the lowest perplexity of a pruned model: what lies above has its value at the edge of the plot
@@ -62,9 +62,8 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
         axes.axhline(
             dense.ppl, color=DENSE, linestyle="--", linewidth=1.2, label=f"dense, {words.perplexity(dense.ppl)}"
         )
-    colours = _colours(curves)
     far = [
-        Far(x, row.ppl, colours[curve.method])
+        Far(x, row.ppl, look(curve.method).colour)
         for curve in curves
         for row in curve.rows
         if (x := gone.of(row)) is not None and (row.ppl is not None or row.diverged)
@@ -72,7 +71,15 @@ def perplexity(curves: Sequence[Series], dense: Row | None, found: Comparison | 
     cut = scale(axes, values, None if dense is None else dense.ppl, far)
     legend(axes, figure)
     readings = "; ".join(_readings(curves, gone, lambda row: row.ppl, words.perplexity))
-    return Picture("perplexity", png(figure), f"Perplexity against {gone.name}: {readings}", f"{gone.caption}{cut}")
+    shows = frozenset(
+        row
+        for curve in curves
+        for row in curve.rows
+        if gone.of(row) is not None and row.cost is not None and (gone is _GONE or not row.removed)
+    )
+    return Picture(
+        "perplexity", png(figure), f"Perplexity against {gone.name}: {readings}", f"{gone.caption}{cut}", shows
+    )
 
 
 def accuracy(task: str, curves: Sequence[Series], dense: Row | None, found: Comparison | None) -> Picture | None:
@@ -156,9 +163,7 @@ def _draw_curves(
 ) -> None:
     """Draw the points of each curve and a line through their means."""
     drawn: list[float] = []
-    colours = _colours(curves)
-    lines: dict[str, int] = {}
-    for curve, marker in zip(curves, itertools.cycle(MARKERS)):
+    for curve, own in zip(curves, looks([curve.method for curve in curves]), strict=True):
         points = [
             (x, y, error(row) if error else None)
             for row in curve.rows
@@ -166,31 +171,20 @@ def _draw_curves(
         ]
         if not points:
             continue
-        colour, line = colours[curve.method], "none"
-        if curve.joined and len({round(x, 3) for x, _, _ in points}) > 1:
-            nth = lines[curve.method] = lines.get(curve.method, -1) + 1
-            line = _DASHES[nth % len(_DASHES)]
-            axes.plot(*_means([(x, y) for x, y, _ in points]), color=colour, linestyle=line, linewidth=1.8)
+        joined = curve.joined and len({round(x, 3) for x, _, _ in points}) > 1
+        line = own.dash if joined else "none"
+        if joined:
+            axes.plot(*_means([(x, y) for x, y, _ in points]), color=own.colour, linestyle=line, linewidth=1.8)
         xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
         if error:
             axes.errorbar(
-                xs, ys, yerr=[e or 0.0 for _, _, e in points], fmt="none", ecolor=colour, elinewidth=1.0, capsize=3
+                xs, ys, yerr=[e or 0.0 for _, _, e in points], fmt="none", ecolor=own.colour, elinewidth=1.0, capsize=3
             )
-        # Points without a line are hollow, so that several points at one sparsity stay visible.
-        look: dict[str, Any] = (
-            {"markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.8}
-            if line == "none"
-            else {"markersize": 6}
-        )
-        axes.plot(xs, ys, color=colour, marker=marker, linestyle="none", **look)
+        axes.plot(xs, ys, linestyle="none", markersize=7, **own.points)
         # The legend shows line and marker together; the calls above drew them separately.
-        axes.plot([], [], color=colour, marker=marker, linestyle=line, linewidth=1.8, label=plain(curve.label), **look)
+        axes.plot([], [], linestyle=line, linewidth=1.8, markersize=7, label=plain(curve.label), **own.points)
         drawn += xs
     room(axes, drawn)
-
-
-def _colours(curves: Sequence[Series]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(curve.method for curve in curves), itertools.cycle(COLOURS)))
 
 
 def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -308,6 +302,56 @@ def _mark(axes: Axes, points: Sequence[Far]) -> None:
             color=point.colour,
         )
     axes.set_xlim(low, high)
+
+
+@dataclass(frozen=True)
+class Name:
+    """The name of a curve, and the end of the curve where it stands."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+def name_ends(axes: Axes, names: Sequence[Name]) -> None:
+    """Write the name of each curve at the right of the plot, at the height of its end, so that no two overlap.
+
+    Thin lines lead from the ends to the names. The limits of the axes are then fixed.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    axes.set_xlim(axes.get_xlim())
+    axes.set_ylim(axes.get_ylim())
+    low, high = axes.get_ylim()
+    least = 14 / (72 * 0.75 * figure.get_size_inches()[1])  # of the height of the axes: one line of text
+    places: list[float] = []
+    ordered = sorted(names, key=lambda name: (name.y, name.text))
+    for name in ordered:
+        wanted = (name.y - low) / (high - low)
+        places.append(max(wanted, places[-1] + least) if places else wanted)
+    for nth in range(len(places) - 1, -1, -1):  # what was pushed out at the top comes down again
+        top = places[nth + 1] - least if nth + 1 < len(places) else 1.0
+        places[nth] = min(places[nth], top)
+    for name, place in zip(ordered, places, strict=True):
+        axes.annotate(
+            plain(name.text),
+            (name.x, name.y),
+            (1.03, place),
+            textcoords="axes fraction",
+            ha="left",
+            va="center",
+            fontsize=9,
+            color=name.colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": name.colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 _LABEL = 44  # letters in a line of a legend beside a plot
