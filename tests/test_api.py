@@ -22,9 +22,10 @@ from tests.tiny import tiny_model
 
 NAMES = {
     "eval": "evaluate",
+    "import": "import_gguf",
     "report": "write_report",
     "run": "run_recipe",
-}  # `eval` is Python's own, `report` a package
+}  # `eval` and `import` are Python's own, `report` a package
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -99,7 +99,8 @@ def test_dry_run_writes_nothing_and_tells_the_truth(dense: Path, ids_file: str, 
         "--json",
     )
     learned = json.loads(stdout)
-    assert (learned["calibration_tokens"], learned["memory_bytes"]) == (120, None), "token ids are used as given"
+    assert learned["calibration_tokens"] == 120, "token ids are used as given"
+    assert learned["memory_bytes"] > 0, "measured, since no shapes tell it"
     assert learned["seconds_estimated"] > 0
 
 

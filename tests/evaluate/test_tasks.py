@@ -30,9 +30,6 @@ from secateur.models.load import bundled_folder, load_model, open_checkpoint
 from secateur.predict.read import read_points
 from tests.tiny import LENGTH, some_ids, tiny_model
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-TASK_FILES = Path(__file__).parents[2] / "benchmarks" / "tasks"
-
 CHOICES = [
     {"query": "import", "choices": ["os", "a long line of other words"], "gold": 0},
     {
@@ -502,29 +499,3 @@ def test_presets_are_tasks_that_lm_eval_defines() -> None:
     for name in {name for preset in PRESETS.values() for name in preset}:
         text = (Path(tasks.__file__).parent / f"{files.get(name, f'{name}/{name}')}.yaml").read_text()
         assert f"task: {name}\n" in text
-
-
-def test_the_task_files_of_the_benchmarks_when_their_data_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SECATEUR_DATA", raising=False)
-    with pytest.raises(
-        SecateurError, match=r"task 'arc_easy' cannot be loaded \(the environment variable SECATEUR_DATA must name"
-    ):
-        find_tasks(["arc_easy"], TASK_FILES)
-    if not DATA.is_dir():
-        pytest.skip("the development data is not on this machine")
-    monkeypatch.setenv("SECATEUR_DATA", str(DATA))
-    loaded = find_tasks(["modules", "lambada_openai"], TASK_FILES, limit=2).loaded
-    assert loaded is not None
-    assert loaded.local == {*PRESETS["modules"], "lambada_openai"}
-    first = {name: task.instances[0].args for name, task in loaded.found["tasks"].items()}
-    assert first["arc_easy"][0].startswith("Question: Which statement best explains")
-    assert first["arc_easy"][0].endswith("?\nAnswer:")
-    assert first["boolq"][0].startswith("All biomass")
-    assert first["boolq"][0].endswith("\nQuestion: does ethanol take more energy make that produces?\nAnswer:")
-    assert first["boolq"][1] == " no"
-    assert first["rte"][0].endswith("True or False?\nAnswer:")
-    assert first["winogrande"] == (
-        "Sarah was a much better surgeon than Maria so Sarah",
-        " always got the easier cases.",
-    )
-    assert len(loaded.hashes) == 8
