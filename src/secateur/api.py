@@ -1,9 +1,9 @@
 """The functions for Python programs and for the command line: one per command; for models in memory `plan`, `cut` and
 `perplexity`.
 
-`secateur eval` is `evaluate`, `secateur report` is `write_report`, `secateur run` is `run_recipe`, and `secateur import`
-is `import_gguf`. Every other function has the name of its command, with underscores. The functions `estimate...` return what `--dry-run` prints.
-docs/python.md shows them all.
+`secateur eval` is `evaluate`, `secateur report` is `write_report`, `secateur run` is `run_recipe`, and `secateur
+import` is `import_gguf`. Every other function has the name of its command, with underscores. The functions `estimate...`
+return what `--dry-run` prints. docs/python.md shows them all.
 
 `__all__` is the whole interface: functions, requests, and the classes of what functions take, return and raise.
 """
