@@ -2,8 +2,8 @@
 `perplexity`.
 
 `secateur eval` is `evaluate`, `secateur report` is `write_report`, `secateur run` is `run_recipe`, and `secateur
-import` is `import_gguf`. Every other function has the name of its command, with underscores. The functions `estimate...`
-return what `--dry-run` prints. docs/python.md shows them all.
+import` is `import_gguf`. Every other function has the name of its command, with underscores. The functions
+`estimate...` return what `--dry-run` prints. docs/python.md shows them all.
 
 `__all__` is the whole interface: functions, requests, and the classes of what functions take, return and raise.
 """
