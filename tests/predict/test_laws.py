@@ -21,6 +21,7 @@ TRUE: dict[str, tuple[float, ...]] = {
     "theory": (-1.0, 1.0),
     "log-linear": (2.3, 0.4),
     "power": (1.7, -0.2),
+    "quadratic": (0.8, 4.0),
     "exponential": (0.3, 5.0),
     "phase": (2.0, 1.6, 9.0, 0.37),
     "log-ratio": (-1.84, 0.04),
@@ -64,6 +65,7 @@ def test_formula_is_the_curve(law: Law) -> None:
         "theory": lambda s: math.exp(ln / (1 - s)),
         "log-linear": lambda s: v0 * math.exp(c[0] * s + c[1]),
         "power": lambda s: math.exp(ln / (math.exp(c[1]) * (1 - s) ** c[0])),
+        "quadratic": lambda s: v0 * math.exp(c[0] * s + c[1] * s * s),
         "exponential": lambda s: v0 * math.exp(c[0] * (math.exp(c[1] * s) - 1) / c[1]),
         "phase": lambda s: v0 * math.exp(phase(s)),
         "log-ratio": lambda s: v0 * math.exp(c[0] * s + c[1]),
@@ -88,6 +90,15 @@ def test_gradient_is_the_derivative(law: Law) -> None:
     shifted = np.eye(len(constants))[free] * step
     numeric = [(law.mean(constants + d, away) - law.mean(constants - d, away)) / (2 * step) for d in shifted]
     np.testing.assert_allclose(law.gradient(constants, away), np.reshape(numeric, (len(free), len(away))).T, atol=1e-7)
+
+
+def test_quadratic_never_falls_with_more_pruning() -> None:
+    law = find_law("quadratic", "ppl")
+    fades, bends = np.sqrt(S), S**3
+    assert law.solve(S, fades)[1] == 0
+    assert law.solve(S, bends)[0] == 0
+    assert law.solve(S, bends)[1] == pytest.approx(float((S**2 @ bends) / (S**2 @ S**2)))
+    assert (np.diff(law.mean(law.solve(S, -S), S)) >= 0).all()
 
 
 def test_exponential_without_curvature_is_a_line() -> None:

@@ -151,6 +151,37 @@ class LinearLaw:
         return np.stack([columns[name] for name in self.free], axis=1) if self.free else np.zeros((len(s), 0))
 
 
+@dataclass(frozen=True)
+class QuadraticLaw:
+    """y = a s + b s^2, with a and b at least 0: more pruning does not help.
+
+    Both are linear: with a bound reached, the other one alone is fitted.
+    """
+
+    name: str = "quadratic"
+    kind: Kind = "ppl"
+    formula: str = "ln(PPL / PPL0) = a s + b s^2"
+    domain: str = "0 <= s < 1"
+    source: str = "arXiv:2504.04342: the loss rises with the square of the compression"
+    scale: Scale = LOG
+
+    constants = free = ("a", "b")
+    pinned = True
+
+    def solve(self, s: Array, y: Array) -> Array:
+        """Return (a, b)."""
+        _, constants = _two_columns(s[None], np.square(s)[None], y)
+        return constants[0]
+
+    def mean(self, constants: Array, s: Array) -> Array:
+        """y at s."""
+        return np.asarray(constants[0] * s + constants[1] * np.square(s))
+
+    def gradient(self, constants: Array, s: Array) -> Array:
+        """Derivatives of y by a and b, [N, 2]."""
+        return np.stack([s, np.square(s)], axis=1)
+
+
 _POWER_AT_MOST, _GROWTH_AT_MOST = 16.0, 60.0
 
 
@@ -328,6 +359,7 @@ LAWS: tuple[Law, ...] = (
         LOG_RATIO,
         lambda s: np.log1p(-s),
     ),
+    QuadraticLaw(),
     ExponentialLaw(),
     PhaseLaw(),
     LinearLaw(

@@ -44,6 +44,7 @@ _RIVALS = {
     "theory": (_CLAIM, "--"),
     "log-linear": (COLOURS[2], "-."),
     "power": (COLOURS[3], ":"),
+    "quadratic": (COLOURS[5], ":"),
     "exponential": (COLOURS[4], "--"),
     "phase": (COLOURS[5], "-"),
     "log-ratio": (_LAW, "-"),
