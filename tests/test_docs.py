@@ -34,7 +34,12 @@ def links(text: str) -> list[str]:
     prose = _CODE.sub(lambda code: "`code`", _FENCE.sub("", text))
     trees = [line for tree in _TOCTREE.findall(text) for line in tree.split() if not line.startswith(":")]
     found = [target for pattern in (_LINK, _REFERENCE, _HTML) for target in pattern.findall(prose)]
-    return [*found, *_INCLUDE.findall(text), *(f"{line}.md" for line in trees)]
+    return [*found, *_INCLUDE.findall(text), *(_page(line) for line in trees)]
+
+
+def _page(name: str) -> str:
+    """The file of an entry of a table of contents: a page or a notebook."""
+    return f"{name}.ipynb" if (ROOT / "docs" / f"{name}.ipynb").is_file() else f"{name}.md"
 
 
 def anchors(text: str) -> set[str]:
