@@ -6,9 +6,8 @@
 #   the keys that llama.cpp's converter writes: llama.rope.scaling.type = "linear", llama.rope.scaling.factor = 4.0. Weights are
 #   float32, so nothing is lost by quantisation.
 # Guess beforehand: from_pretrained(FOLDER, gguf_file=FILE) gives a configuration with the factor, or refuses the file.
-# Seen: it gives {"rope_type": "default", "rope_theta": 10000.0} without a warning, all weights are right, and the largest
-#   difference of a logit from the model that was written is above half of the largest logit. With factor 1.0 in both, the
-#   difference is below 1e-5.
+# Seen: it gives {"rope_type": "default", "rope_theta": 10000.0} without a warning, and logits differ from those of the model
+#   that was written by up to 0.23, where the largest is 1.28 (48 random tokens). With factor 1.0 in both, they are equal.
 # So: a model of a long context (linear, yarn; the factors of Llama 3 and Phi-3 are tensors that are skipped too) must not be
 #   evaluated, tuned or converted through gguf_file= without putting rope_parameters right first.
 # Exits with 1 if what is seen changes.
@@ -92,7 +91,7 @@ _, same = difference(1.0, folder / "one")
 rope, other = difference(4.0, folder / "four")
 assert same < 1e-5, same
 assert rope.get("rope_type") == "default" and "factor" not in rope, rope
-assert other > 0.5, other
+assert 0.1 < other < 0.3, other
 PYTHON
 
 HF_HUB_OFFLINE=1 "$work/venv/bin/python" "$work/try.py" "$work" && echo "as written above"

@@ -171,7 +171,7 @@ class QuadraticLaw:
     def solve(self, s: Array, y: Array) -> Array:
         """Return (a, b)."""
         _, constants = _two_columns(s[None], np.square(s)[None], y)
-        return constants[0]
+        return np.asarray(constants[0])
 
     def mean(self, constants: Array, s: Array) -> Array:
         """y at s."""
