@@ -347,6 +347,51 @@ def test_later_records_win_and_a_stale_evaluation_stays_apart() -> None:
     assert [(row.sparsity, row.ppl) for row in rows] == [(0.3, 7.0), (0.5, None)]
 
 
+def test_a_second_text_does_not_hide_the_first(tmp_path: Path) -> None:
+    other = {**PROTOCOL, "spec": "alpaca", "sha256": "ef" * 32}
+    one, two = prune_record("wanda", 0.5, "one"), prune_record("magnitude", 0.5, "two")
+    first = [eval_record(20.0, "tiny"), one, eval_record(30.0, "one", one), two, eval_record(40.0, "two", two)]
+    later = [eval_record(9.0, "one", one, ppl_protocol=other), eval_record(10.0, "two", two, ppl_protocol=other)]
+    head, *rows = table_rows(write_report([*first, *later], tmp_path / "report.html")[0])
+    found = [(row[0], row[head.index("Group")], row[head.index("PPL")]) for row in rows if row]
+    assert found == [
+        ("dense", "A", "20.00"),
+        ("magnitude", "A", "40.00"),
+        ("wanda", "A", "30.00"),
+        ("magnitude", "B", "10.00"),
+        ("wanda", "B", "9.00"),
+    ]
+    seen = text_of(tmp_path / "report.html")
+    assert "wanda has the lowest perplexity of the 2 compared: 30.00" in seen
+    assert "Measured on wikitext2," in seen
+    assert "2 pruned checkpoints (magnitude, wanda), all measured" in seen
+    assert "(1 run)" in seen  # one calibration of one run, though it was measured twice
+
+
+def test_a_folder_that_was_pruned_again_and_measured_on_another_text_is_what_it_holds_now() -> None:
+    first, second = prune_record("wanda", 0.3, "x"), prune_record("wanda", 0.5, "x")
+    other = {**PROTOCOL, "sha256": "ef" * 32}
+    (row,) = collect([first, eval_record(7.0, "x", first), second, eval_record(9.0, "x", second, ppl_protocol=other)])
+    assert (row.sparsity, row.ppl) == (0.5, 9.0)
+
+
+def test_the_dense_perplexity_that_records_keep_is_the_dense_models(tmp_path: Path) -> None:
+    one, two = prune_record("wanda", 0.5, "one"), prune_record("magnitude", 0.5, "two")
+    told = [one, eval_record(30.0, "one", one, ppl_dense=20.0), two, eval_record(40.0, "two", two)]
+    page = write_report(told, tmp_path / "report.html")[0]
+    head, dense, *rows = (row for row in table_rows(page) if row)
+    assert (dense[0], dense[head.index("PPL")]) == ("dense", "20.00")
+    assert sorted(row[head.index("PPL / dense")] for row in rows) == ["1.50 ×", "2.00 ×"]
+    seen = text_of(page)
+    assert "1.50 × the dense model's 20.00" in seen
+    assert "was not measured under this protocol" not in seen
+    assert "(ppl_dense)" in seen
+    own = [*told, eval_record(25.0, "tiny")]  # measured itself: counts first
+    assert [row.ppl for row in collect(own) if row.dense] == [25.0]
+    elsewhere = [*told, eval_record(25.0, "tiny", ppl_protocol={**PROTOCOL, "sha256": "ef" * 32})]
+    assert [g.dense.ppl for g in group(collect(elsewhere)) if g.dense] == [20.0, 25.0]
+
+
 def test_one_folder_under_two_spellings_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pruned = prune_record("wanda", 0.5, "runs/x", model="./tiny/")

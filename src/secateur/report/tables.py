@@ -13,7 +13,17 @@ from typing import Any
 from secateur.core.names import shown
 from secateur.core.records import Record
 from secateur.report import words
-from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, seconds_of, task_names, took_longer
+from secateur.report.rows import (
+    PROTOCOL,
+    Group,
+    Protocol,
+    Row,
+    as_number,
+    checkpoints,
+    seconds_of,
+    task_names,
+    took_longer,
+)
 
 MISSING = "\N{EN DASH}"
 
@@ -230,7 +240,9 @@ def _protocol(protocol: Protocol | None, telling: Sequence[str]) -> str:
     if protocol is None:
         return "perplexity not measured"
     return ", ".join(
-        f"{name} {_as_text(value)[:12]}" for name, value in protocol if name in telling and value is not None
+        f"{name} {_as_text(value)[:12] if name == 'sha256' else _as_text(value)}"
+        for name, value in protocol
+        if name in telling and value is not None
     )
 
 
@@ -257,6 +269,12 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
         lines.append(
             f"{words.plural(len(diverged), 'checkpoint')} with an infinite perplexity: in the table, "
             "left out of plots and laws."
+        )
+    told = [row for row in groups[0].rows if row.told]
+    if told and groups[0].dense in told:
+        lines.append(
+            "The dense model has no evaluation of its own in these records: its perplexity is the one that "
+            "'secateur eval --against' kept with the results (ppl_dense)."
         )
     if groups[0].dense is None:
         lines.append(
@@ -289,7 +307,7 @@ def protocols(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]
 def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Each calibration set in use, and its number of runs."""
     used: dict[str, int] = {}
-    for row in rows:
+    for row in checkpoints(rows):
         if calibration := row.part("calibration"):
             spec, samples, seqlen, sha256 = (
                 calibration.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256")
@@ -308,6 +326,9 @@ def _folder(row: Row) -> str | None:
 
 def settings(rows: Sequence[Row]) -> Table:
     """The table of settings: the folder of each run, and what else decided its result."""
+    rows = [row for row in rows if not row.told]
+    texts = {row: shown(str(dict(row.protocol).get("spec"))) for row in rows if row.protocol is not None}
+    texts = texts if len(set(texts.values())) > 1 else {}
     columns = [
         Column("Run", lambda row: _text("dense" if row.dense else row.get("method")), text=True),
         Column("Sparsity asked", lambda row: _number(words.percent, row.number("sparsity"))),
@@ -322,6 +343,7 @@ def settings(rows: Sequence[Row]) -> Table:
             optional=True,
         ),
         Column("Seed", lambda row: _text(row.get("seed"))),
+        Column("Text", lambda row: _text(texts.get(row)), "of the perplexity", text=True, optional=True),
         Column("Pruned on", lambda row: _where(row.pruning), "device, dtype", text=True, optional=True),
         Column("Measured on", lambda row: _where(row.measuring), "device, dtype", text=True, optional=True),
         Column(
