@@ -381,15 +381,39 @@ def test_the_dense_perplexity_that_records_keep_is_the_dense_models(tmp_path: Pa
     page = write_report(told, tmp_path / "report.html")[0]
     head, dense, *rows = (row for row in table_rows(page) if row)
     assert (dense[0], dense[head.index("PPL")]) == ("dense", "20.00")
-    assert sorted(row[head.index("PPL / dense")] for row in rows) == ["1.50 ×", "2.00 ×"]
+    assert sorted(row[head.index("PPL / dense")] for row in rows) == [f"1.50 {TIMES}", f"2.00 {TIMES}"]
     seen = text_of(page)
-    assert "1.50 × the dense model's 20.00" in seen
+    assert f"1.50 {TIMES} the dense model's 20.00" in seen
     assert "was not measured under this protocol" not in seen
     assert "(ppl_dense)" in seen
     own = [*told, eval_record(25.0, "tiny")]  # measured itself: counts first
     assert [row.ppl for row in collect(own) if row.dense] == [25.0]
     elsewhere = [*told, eval_record(25.0, "tiny", ppl_protocol={**PROTOCOL, "sha256": "ef" * 32})]
     assert [g.dense.ppl for g in group(collect(elsewhere)) if g.dense] == [20.0, 25.0]
+
+
+def test_what_was_asked_and_what_is_gone_are_named(tmp_path: Path) -> None:
+    """Titles have the share of all parameters; the settings what was asked, and the method's own measure beside it."""
+    said = "slicegpt: 2,048 calibration tokens are few"
+    more = {"params_removed": 0.25, "pruning_ratio": 0.237, "pattern": None, "options": {}}
+    records = [
+        prune_record("shortgpt", 0.3, tmp_path / "a", sparsity_of="blocks", **more),
+        prune_record("slicegpt", 0.5, tmp_path / "b", sparsity_of="width", warnings=[said], **more),
+        prune_record("wanda", 0.5, tmp_path / "c", sparsity_of="weights"),
+    ]
+    heads = [{"index": n, "masks": {}, "keep": {"groups": {"kept": 3 - n, "of": 3}}} for n in range(2)]
+    write_plan(tmp_path / "a", records[0], heads)
+    seen = text_of(write_report(records, tmp_path / "report.html")[0])
+    assert "shortgpt 25.0% of all parameters blocks 30.0%" in seen
+    assert "slicegpt 25.0% of all parameters width 50.0%" in seen
+    assert "wanda 50.0% of the weights" in seen
+    assert "Warning, slicegpt, 23.7% removed: 2,048 calibration tokens are few." in seen
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "shortgpt, 23.7% removed, removed by block" in page
+    assert "groups: key-value heads, each with the query heads that share it." in page
+    compared = comparison(collect([*records, *(eval_record(9.0, r["out"], r) for r in records)]), [])
+    assert compared is not None
+    assert compared.notes[0] == "Warning, slicegpt, 23.7% removed: 2,048 calibration tokens are few."
 
 
 def test_one_folder_under_two_spellings_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +444,7 @@ def test_blocks_uniform_in_words_unequal_drawn(study: list[dict[str, Any]], tmp_
     }
     assert plans[0].spread == pytest.approx(0.5)
     seen = text_of(write_report(study, tmp_path / "report.html")[0])
-    assert "wanda, 60.0%: the same in all 4 blocks: 60.0% of q, k, v, o, gate, up, down" in seen
+    assert "wanda, 48.0% zeroed: the same in all 4 blocks: 60.0% of q, k, v, o, gate, up, down" in seen
 
 
 def test_plans_that_are_damaged_or_of_another_run_are_left_out(tmp_path: Path) -> None:

@@ -178,8 +178,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
         ),
         (int, float),
     ),
+    "warnings": list,
     **dict.fromkeys(("params_before", "params_after", "nonzero_after", "peak_rss_bytes", "seed"), (int, float)),
 }
+_EXPECTED: dict[Any, str] = {str: "text", dict: "an object", list: "a list"}
 _SCALARS = ("options", "calibration", "ppl_protocol")
 
 
@@ -188,10 +190,7 @@ def _wrong_field(record: Record) -> str | None:
     for name, allowed in _TYPES.items():
         value = record.get(name)
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not dict)):
-            return (
-                f"'{name}' is {_named(value)}, and "
-                f"{'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
-            )
+            return f"'{name}' is {_named(value)}, and {_EXPECTED.get(allowed, 'a number')} is expected"
     for name in _SCALARS:
         for key, value in (record.get(name) or {}).items():
             if isinstance(value, dict | list):

@@ -31,7 +31,7 @@ from secateur.report import (
     tables,
     words,
 )
-from secateur.report.compare import Comparison, comparison
+from secateur.report.compare import Comparison, cautions, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
 from secateur.report.rows import CHANGES, Group, Row, checkpoints, collect, group, task_names
@@ -175,13 +175,11 @@ def _laws(findings: Findings) -> list[Picture]:
 
 def _blocks(findings: Findings) -> list[Picture]:
     unequal = [plan for plan in findings.layers if not plan.uniform]
-    drawn = [block_plots.block_removal(unequal, [_name(plan.row) for plan in unequal]), spectra(findings.main.rows)]
+    drawn = [
+        block_plots.block_removal(unequal, [words.name(plan.row) for plan in unequal]),
+        spectra(findings.main.rows),
+    ]
     return [picture for picture in drawn if picture is not None]
-
-
-def _name(row: Row) -> str:
-    name = "dense" if row.dense else f"{base(row)} ({row.get('modules')})" if row.get("modules") else base(row)
-    return f"{name}, {words.percent(row.sparsity) or 'unknown sparsity'}"
 
 
 def _others(records: Sequence[Record]) -> str:
@@ -199,7 +197,7 @@ def _render(
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
     compared, levels = findings.best, words.levels(findings.compared)
-    uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
+    uniform = [(words.name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
     return template.render(
         title=title,
         measured=_measured(findings),
@@ -207,6 +205,7 @@ def _render(
         levels=levels if len(levels) > 1 else [],
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
+        cautions=cautions(findings.rows),
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
         studies=[
@@ -280,7 +279,7 @@ def _sample(row: Row) -> dict[str, Any]:
     """Text of the pruned model beside the dense one's."""
     shift = row.part("shift")
     return {
-        "name": _name(row),
+        "name": words.name(row),
         "prompt": shift.get("prompt"),
         "dense": shift.get("sample_dense"),
         "pruned": shift.get("sample"),

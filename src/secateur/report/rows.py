@@ -252,8 +252,9 @@ def _add_changes(changed: Sequence[Record], measured: _Measured, places: Iterabl
     """Add to `measured` what the records of CHANGES say of folders, where `eval` did not measure the same."""
     for record in changed:
         for place, found in _measurements(record, places):
-            _keep(measured, place, lambda known, found=found: "from" not in known or _alike(known, found))  # type: ignore[misc]
-            known, protocol = measured.setdefault(place, {}), _protocol_of(found)
+            protocol, before = _protocol_of(found), measured.get(place, {})
+            known = {key: old for key, old in before.items() if "from" not in old or _alike(old, found)}
+            measured[place] = known
             if "from" in known.get(protocol, found) and (protocol is not None or not known):
                 known[protocol] = found
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from secateur.core.names import shown
 from secateur.core.records import Record
+from secateur.plan.quantity import PARAMETERS, words_of
 from secateur.report import words
 from secateur.report.rows import (
     PROTOCOL,
@@ -331,7 +332,8 @@ def settings(rows: Sequence[Row]) -> Table:
     texts = texts if len(set(texts.values())) > 1 else {}
     columns = [
         Column("Run", lambda row: _text("dense" if row.dense else row.get("method")), text=True),
-        Column("Sparsity asked", lambda row: _number(words.percent, row.number("sparsity"))),
+        Column("Asked", _asked, text=True),
+        Column("Method's own measure", _own, "what the request came to", text=True, optional=True),
         Column("Folder", lambda row: _text(_folder(row)), text=True),
         Column("Model", lambda row: _text(row.model), text=True),
         Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
@@ -353,6 +355,28 @@ def settings(rows: Sequence[Row]) -> Table:
         ),
     ]
     return table(columns, rows)
+
+
+def _asked(row: Row) -> Cell | None:
+    """What was asked for, in its own words."""
+    asked, sparsity = row.number("params_removed"), row.number("sparsity")
+    if row.dense or (asked is None and sparsity is None):
+        return None
+    if asked is not None:
+        return _text(f"{words.percent(asked)} of all parameters", f"--params-removed {asked:g}")
+    return _text(f"{words.percent(sparsity)} of {_measure(row)}", f"--sparsity {sparsity:g}")
+
+
+def _own(row: Row) -> Cell | None:
+    """The sparsity that a share of all parameters came to, where the method counts something else."""
+    sparsity = row.number("sparsity")
+    if row.number("params_removed") is None or sparsity is None or row.get("sparsity_of") == PARAMETERS.name:
+        return None
+    return _text(f"{row.get('sparsity_of') or 'sparsity'} {words.percent(sparsity)}", f"sparsity {sparsity!r}")
+
+
+def _measure(row: Row) -> str:
+    return words_of(row.get("sparsity_of"))
 
 
 def _updated(row: Row) -> Cell | None:
