@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import SecateurError
-from secateur.core.records import Record, to_json, zeroes
+from secateur.core.records import CHANGES as CHANGES
+from secateur.core.records import Record, model_of, to_json, zeroes
+from secateur.core.records import source_of as source_of
 
 PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
-
-# Commands that change a pruned checkpoint and measure it before and after, each with the field that names its source.
-CHANGES = {"heal": "healed", "reconstruct": "reconstructed"}
 
 # Fields of the pruning in both records of a folder. If they differ, the folder was pruned again after the measurement.
 _IDENTITY = ("method", "sparsity", "sparsity_measured", "pattern", "modules", "options", "seed")
@@ -165,11 +163,6 @@ def _protocol_of(measuring: Record) -> Protocol | None:
     return tuple((name, protocol.get(name)) for name in PROTOCOL) if isinstance(protocol, dict) else None
 
 
-def model_of(named: Any) -> str:
-    """A model as a normal path, so that `./m/` and `m` are equal; hub names stay unchanged."""
-    return os.path.normpath(str(named or "unknown model"))
-
-
 def changed(row: Row) -> bool:
     """Whether the model was changed after it was pruned (healed)."""
     return any(row.measuring.get(command) for command in CHANGES)
@@ -215,13 +208,11 @@ def collect(records: Sequence[Record]) -> list[Row]:
         place = _place(str(plain["out"])) if plain.get("out") else f"#{index}"
         if command in CHANGES:
             changed.append(plain | {"out": place})
-            _keep(
-                measured, place, lambda known, plain=plain: known.get(plain["command"]) == plain.get(plain["command"])
-            )  # type: ignore[misc]
+            _keep(measured, place, plain, (str(command),))
         elif command == "prune":
             pruned[place] = plain
         else:
-            _keep(measured, place, lambda known, plain=plain: _alike(known, plain))  # type: ignore[misc]
+            _keep(measured, place, plain, (*_IDENTITY, *CHANGES))
             measured.setdefault(place, {})[_protocol_of(plain)] = plain
     _add_changes(changed, measured, places)
     if not pruned and not measured:
@@ -237,15 +228,19 @@ def collect(records: Sequence[Record]) -> list[Row]:
 _Measured = dict[str, dict[Protocol | None, Record]]  # folder -> protocol -> the record of that measurement
 
 
-def _keep(measured: _Measured, place: str, holds: Callable[[Record], bool]) -> None:
-    """Drop the measurements of a folder that are of what it held before."""
+def _keep(measured: _Measured, place: str, new: Record, fields: Iterable[str]) -> None:
+    """Drop the measurements of a folder that are of what it held before: those that differ from `new` in the fields."""
     if place in measured:
-        measured[place] = {protocol: known for protocol, known in measured[place].items() if holds(known)}
+        known = measured[place].items()
+        measured[place] = {protocol: old for protocol, old in known if _alike(old, new, fields)}
 
 
-def _alike(known: Record, new: Record) -> bool:
-    """Whether two evaluations of one folder are of the same model."""
-    return not _disagree(known, new) and all(known.get(command) == new.get(command) for command in CHANGES)
+def _alike(old: Record, new: Record, fields: Iterable[str]) -> bool:
+    """Whether two measurements of one folder are of the same model, by these fields."""
+    names = set(fields)
+    return not _disagree(old, new, names & set(_IDENTITY)) and all(
+        old.get(command) == new.get(command) for command in names & set(CHANGES)
+    )
 
 
 def _add_changes(changed: Sequence[Record], measured: _Measured, places: Iterable[str]) -> None:
@@ -253,7 +248,11 @@ def _add_changes(changed: Sequence[Record], measured: _Measured, places: Iterabl
     for record in changed:
         for place, found in _measurements(record, places):
             protocol, before = _protocol_of(found), measured.get(place, {})
-            known = {key: old for key, old in before.items() if "from" not in old or _alike(old, found)}
+            known = {
+                key: old
+                for key, old in before.items()
+                if "from" not in old or _alike(old, found, (*_IDENTITY, *CHANGES))
+            }
             measured[place] = known
             if "from" in known.get(protocol, found) and (protocol is not None or not known):
                 known[protocol] = found
@@ -308,23 +307,6 @@ def _measurements(record: Record, places: Iterable[str]) -> Iterator[tuple[str, 
         yield str(record["out"]), shared | {"ppl": record["ppl"], "loss": record.get("loss")}
 
 
-def source_of(record: Record, places: Iterable[str]) -> str | None:
-    """The folder that a record of CHANGES started from; None if it does not say.
-
-    Args:
-        record: the record.
-        places: folders of other records. Records of version 0.1.0 may name the source relative to a folder that nobody
-            knows any more; it is then the one of these with this ending, or lies beside the result.
-    """
-    named = record.get(CHANGES.get(str(record.get("command")), ""))
-    if not isinstance(named, str) or Path(named).is_absolute():
-        return named if isinstance(named, str) else None
-    parts = Path(os.path.normpath(named)).parts
-    ending = sorted(place for place in places if Path(place).parts[-len(parts) :] == parts)
-    beside = str(Path(str(record.get("out"))).parent / parts[-1])
-    return beside if beside in ending or len(ending) != 1 else ending[0]
-
-
 def _merge(pruned: dict[str, Record], measured: _Measured) -> list[Row]:
     rows = []
     for out in dict.fromkeys([*pruned, *measured]):
@@ -335,8 +317,8 @@ def _merge(pruned: dict[str, Record], measured: _Measured) -> list[Row]:
     return rows
 
 
-def _disagree(a: Record, b: Record) -> bool:
-    return any(a.get(name) is not None and b.get(name) is not None and a[name] != b[name] for name in _IDENTITY)
+def _disagree(a: Record, b: Record, names: Iterable[str] = _IDENTITY) -> bool:
+    return any(a.get(name) is not None and b.get(name) is not None and a[name] != b[name] for name in names)
 
 
 def _order(row: Row) -> tuple[bool, str, float, str, str]:
