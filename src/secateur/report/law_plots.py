@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -191,12 +192,24 @@ def _by_range(axes: Axes, fit: Fit, s: Array, values: Array, width: float, label
 
 def _mark(axes: Axes, answers: Sequence[Answer], ys: Sequence[float], *, named: bool) -> None:
     """Draw what was asked as stars; `named` puts each question into the legend, and its value beside the star."""
-    star = {"marker": "*", "markersize": 13, "color": _LAW, "markeredgecolor": "white", "linestyle": "none"}
+    star: dict[str, Any] = {
+        "marker": "*",
+        "markersize": 13,
+        "color": _LAW,
+        "markeredgecolor": "white",
+        "linestyle": "none",
+    }
     for nth, (answer, y) in enumerate(zip(answers, ys, strict=True)):
         label = f"asked, {answer.text}" if named and nth < _ASKED else "" if nth else "asked"
         axes.plot([answer.s], [y], label=label or None, zorder=6, **star)
         if named:
-            below = {"textcoords": "offset points", "ha": "center", "va": "top", "fontsize": 8, "color": _INK}
+            below: dict[str, Any] = {
+                "textcoords": "offset points",
+                "ha": "center",
+                "va": "top",
+                "fontsize": 8,
+                "color": _INK,
+            }
             axes.annotate(f"{answer.value:,.4g}", (answer.s, y), (0, -9), **below)
 
 

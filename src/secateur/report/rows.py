@@ -26,6 +26,8 @@ PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join"
 # Fields of the pruning in both records of a folder. If they differ, the folder was pruned again after the measurement.
 _IDENTITY = ("method", "sparsity", "sparsity_measured", "pattern", "modules", "options", "seed")
 
+_MADE = (*_IDENTITY, *CHANGES)  # if two measurements of a folder differ in one of them, it was made again between them
+
 _ADDED = {"reconstruct": "reconstruction", "heal": "LoRA"}  # how a row names what followed the pruning
 
 Protocol = tuple[tuple[str, Any], ...]
@@ -212,7 +214,7 @@ def collect(records: Sequence[Record]) -> list[Row]:
         elif command == "prune":
             pruned[place] = plain
         else:
-            _keep(measured, place, plain, (*_IDENTITY, *CHANGES))
+            _keep(measured, place, plain, _MADE)
             measured.setdefault(place, {})[_protocol_of(plain)] = plain
     _add_changes(changed, measured, places)
     if not pruned and not measured:
