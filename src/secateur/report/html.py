@@ -198,6 +198,7 @@ def _render(
     main = findings.main
     compared, levels = findings.best, words.levels(findings.compared)
     uniform = [(words.name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
+    told = findings.comparison.notes if findings.comparison else ()
     return template.render(
         title=title,
         measured=_measured(findings),
@@ -205,7 +206,7 @@ def _render(
         levels=levels if len(levels) > 1 else [],
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
-        cautions=cautions(findings.rows),
+        cautions=[line for line in cautions(findings.rows) if line not in told],
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
         studies=[
