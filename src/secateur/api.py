@@ -48,6 +48,7 @@ from secateur.models.runtime import pruned_class
 from secateur.models.view import BlockDims, ModelView
 from secateur.plan.plan import Plan, read_plan
 from secateur.predict import answer, spectrum
+from secateur.predict import find as predict_find
 from secateur.predict.read import read_points
 from secateur.prune.allocation.allocate import allocate
 from secateur.prune.calibration import draw_windows, read_windows
@@ -57,7 +58,6 @@ from secateur.prune.job import make_job
 from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
 from secateur.prune.run import prune
 from secateur.recipe.read import Recipe, read_recipe
-from secateur.report import find as report_find
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
 from secateur.requests import (
@@ -376,8 +376,8 @@ def _stored(
 
 
 def find_records(paths: str | Path | Sequence[str | Path]) -> list[records.Record]:
-    """The records of files and folders, as `secateur report` finds them: see `report.find`."""
-    return report_find.find_records(to_paths(paths))
+    """The records of files and folders, as `secateur report` finds them: see `predict.find`."""
+    return predict_find.find_records(to_paths(paths))
 
 
 def write_report(found: Sequence[records.Record], out: str | Path, *, title: str = "Pruning report") -> list[Path]:
@@ -411,7 +411,7 @@ def predict(
     """Predict the cost of more pruning from measured points.
 
     Args:
-        points: records files, folders that hold `records.jsonl`, or one CSV with columns sparsity,ppl or sparsity,acc.
+        points: records files, folders (see `find_records`), or one CSV with columns sparsity,ppl or sparsity,acc.
         metric: "ppl", the name of a task, or "TASK:acc_norm"; None takes perplexity if the points have it.
         law: a name from `secateur.predict.laws`, "best", or None for the paper's.
         at: sparsities in [0, 1); empty takes the measured ones.
@@ -451,7 +451,7 @@ def predict(
     if plot is not None:
         from secateur.report import law_plots  # imported here: matplotlib takes a second to load
 
-        law_plots.write(fit, plot)
+        law_plots.write(fit, plot, law_plots.answers_of(record))
         record["plot"] = str(plot)
     return record
 

@@ -525,7 +525,10 @@ def test_few_tokens_for_the_width_are_warned_of(
     if dry_run:
         api.estimate(api.prepare(request))
     else:
-        api.prune(request, tmp_path / "out")
+        record = api.prune(request, tmp_path / "out")
+        assert len(record["warnings"]) == warns, "the record keeps it"
+        (tmp_path / "records.jsonl").unlink()
+        assert api.prune(request, tmp_path / "out", resume=True)["warnings"] == record["warnings"]
     said = [line for line in capsys.readouterr().err.splitlines() if "calibration tokens" in line]
     assert len(said) == warns, said
     for word in ("warning: slicegpt: 319 calibration tokens", "32 directions", "give 320 tokens or more"):

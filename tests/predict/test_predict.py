@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from secateur import api
 from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import UsageError
+from secateur.report import law_plots
 
 DENSE = 5.0
 PROTOCOL = {
@@ -160,6 +162,54 @@ def test_fewer_points_than_constants_is_said(tmp_path: Path) -> None:
     assert "only 3 pruned points: intervals and held-out errors say little" in answer["warnings"]
     result = CliRunner().invoke(app, ["predict", str(tmp_path / "points.csv")])
     assert "not fitted: too few" in result.stdout
+
+
+def test_a_checkpoint_stands_for_its_records(tmp_path: Path) -> None:
+    """As for a report: those about it in its parent, and the dense model, which `ppl_dense` tells of if need be."""
+    out = tmp_path / "pruned"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    told = record(0.25, 9.0, out=str(out), pruning_ratio=0.2, ppl_dense=DENSE, method="slicegpt", options={"round": 4})
+    other = record(0.4, 12.0, out=str(tmp_path / "other"))
+    write_records(tmp_path, [told, other])
+    answer = ask(out, "--law", "theory", "--at", "0.3")
+    assert (answer["dense"], answer["points"]) == (DENSE, 1)
+    shown = CliRunner().invoke(app, ["predict", str(out), "--law", "theory", "--at", "0.3"]).stdout
+    assert "ppl, 1 pruned point, dense" in shown
+    status, said = refused(out)
+    assert status == 1
+    assert "secateur sweep tiny --method slicegpt --params-removed 0.1,0.3 --set round=4 --out DIR'" in said
+
+
+def test_published_fits_are_of_slicegpt_alone(tmp_path: Path) -> None:
+    file = write_records(
+        tmp_path, [record(0.0, DENSE), *(record(s, paper(s), method="shortgpt", options={}) for s in SWEEP)]
+    )
+    assert "published fits" not in CliRunner().invoke(app, ["predict", str(file)]).stdout
+
+
+def test_the_plot_reaches_what_was_asked(sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+
+    def png(figure: Figure) -> bytes:
+        figures.append(figure)
+        return b""
+
+    monkeypatch.setattr(law_plots, "png", png)
+    answer = ask(sweep, "--at", "0.7", "--plot", tmp_path / "law.png")
+    left, right = figures[-1].axes
+    value = answer["predictions"][0]["ppl"]
+    for axes, y in ((left, math.log(DENSE) / math.log(value)), (right, value)):
+        (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+        assert (star.get_xdata()[0], star.get_ydata()[0]) == (0.7, pytest.approx(y))  # type: ignore[index]
+        low, high = axes.get_ylim()
+        assert axes.get_xlim()[1] > 0.7
+        assert low < y < high
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--" and line.get_color() == star.get_color()]
+        assert max(max(line.get_xdata()) for line in dashed) > 0.7  # type: ignore[arg-type]
+        (solid,) = [line for line in axes.lines if line.get_linestyle() == "-" and line.get_color() == star.get_color()]
+        assert SWEEP[0] <= min(solid.get_xdata()) <= max(solid.get_xdata()) <= SWEEP[-1]  # type: ignore[arg-type]
+    assert f"asked, 70.0% sparsity: {value:.4g}" in {text.get_text() for text in right.get_legend().get_texts()}  # type: ignore[union-attr]
 
 
 def test_published_fits_stand_beside(sweep: Path) -> None:
@@ -578,7 +628,7 @@ def test_bad_files(sweep: Path, tmp_path: Path) -> None:
         "or a CSV with columns sparsity,ppl or sparsity,acc",
     )
     (tmp_path / "empty").mkdir()
-    assert "no records at" in refused(tmp_path / "empty")[1]
+    assert "no records in" in refused(tmp_path / "empty")[1]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
     assert "cannot be read as text" in refused(tmp_path / "binary")[1]
     table = write_csv(tmp_path, csv_of({0.0: 5.0, 0.1: 6.0, 0.2: 7.0}))

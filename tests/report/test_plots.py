@@ -195,7 +195,7 @@ def test_names_at_the_ends_of_curves_do_not_overlap() -> None:
 
 
 def dropping(out: Path, method: str = "shortgpt", blocks: int = 6, dropped: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    record = prune_record(method, len(dropped) / blocks, out, pattern=None, pruning_ratio=0.25)
+    record = prune_record(method, len(dropped) / blocks, out, pattern=None, pruning_ratio=0.25, sparsity_of="blocks")
     write_plan(
         out,
         record,
@@ -211,7 +211,9 @@ def test_dropped_blocks_are_drawn(figures: list[Figure], tmp_path: Path) -> None
     assert plan.removed["block"] == (0.0, 1.0, 1.0, 0.0, 0.0, 0.0)
     assert "blocks" in written([record], tmp_path)
     (axes,) = next(figure.axes for figure in figures if "drops" in figure.get_suptitle())
-    assert "shortgpt, 33.3%, drops blocks 1, 2 of 0 to 5" in next(f.get_suptitle() for f in figures if f.get_suptitle())
+    assert "shortgpt, 25.0% removed, drops blocks 1, 2 of 0 to 5" in next(
+        f.get_suptitle() for f in figures if f.get_suptitle()
+    )
     hatched = [round(patch.get_x() + patch.get_width() / 2) for patch in axes.patches if patch.get_hatch()]  # type: ignore[attr-defined]
     full = [round(patch.get_x() + patch.get_width() / 2) for patch in axes.patches if not patch.get_hatch()]  # type: ignore[attr-defined]
     assert (hatched, full) == ([1, 2], [0, 3, 4, 5])
@@ -220,7 +222,7 @@ def test_dropped_blocks_are_drawn(figures: list[Figure], tmp_path: Path) -> None
     assert {text.get_text() for text in legend.get_texts()} == {"2 dropped", "4 stay"}
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "A hatched block is dropped whole." in page
-    assert "shortgpt, 33.3%, dropped: blocks 1, 2 of 0 to 5" in page
+    assert "shortgpt, 25.0% removed, dropped: blocks 1, 2 of 0 to 5" in page
 
 
 def test_a_block_dropped_from_a_masked_model_is_hatched(figures: list[Figure], tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def sliced(width: int, blocks: int) -> tuple[Plan, Picture]:
             for n in range(blocks)
         ),
     )
-    return plan, spectra._picture(plan, "slicegpt", 1 - width / 10)
+    return plan, spectra._picture(plan, "slicegpt", 1 - width / 10, "15.0% removed")
 
 
 @pytest.mark.parametrize(("blocks", "ticks"), [(2, ["emb.", "0", "1"]), (32, [str(n) for n in range(0, 32, 3)])])
@@ -263,7 +265,7 @@ def test_spectra_say_what_the_run_gives_up(blocks: int, ticks: list[str], figure
     given_up = 100 * (2**-7 + 2**-8 + 2**-9) / (2 - 2**-9)
     assert f"embeddings {given_up:.2g}%; block 0, attention {given_up:.2g}%" in picture.alt
     figure = figures[-1]
-    assert f"slicegpt at 30.0% gives up at most {given_up:.2g}%" in figure.get_suptitle()
+    assert f"slicegpt at 15.0% removed gives up at most {given_up:.2g}%" in figure.get_suptitle()
     left, right, _ = figure.axes
     assert [label.get_text() for label in right.get_xticklabels()] == ticks
     figure.canvas.draw()

@@ -347,6 +347,75 @@ def test_later_records_win_and_a_stale_evaluation_stays_apart() -> None:
     assert [(row.sparsity, row.ppl) for row in rows] == [(0.3, 7.0), (0.5, None)]
 
 
+def test_a_second_text_does_not_hide_the_first(tmp_path: Path) -> None:
+    other = {**PROTOCOL, "spec": "alpaca", "sha256": "ef" * 32}
+    one, two = prune_record("wanda", 0.5, "one"), prune_record("magnitude", 0.5, "two")
+    first = [eval_record(20.0, "tiny"), one, eval_record(30.0, "one", one), two, eval_record(40.0, "two", two)]
+    later = [eval_record(9.0, "one", one, ppl_protocol=other), eval_record(10.0, "two", two, ppl_protocol=other)]
+    head, *rows = table_rows(write_report([*first, *later], tmp_path / "report.html")[0])
+    found = [(row[0], row[head.index("Group")], row[head.index("PPL")]) for row in rows if row]
+    assert found == [
+        ("dense", "A", "20.00"),
+        ("magnitude", "A", "40.00"),
+        ("wanda", "A", "30.00"),
+        ("magnitude", "B", "10.00"),
+        ("wanda", "B", "9.00"),
+    ]
+    seen = text_of(tmp_path / "report.html")
+    assert "wanda has the lowest perplexity of the 2 compared: 30.00" in seen
+    assert "Measured on wikitext2," in seen
+    assert "2 pruned checkpoints (magnitude, wanda), all measured" in seen
+    assert "(1 run)" in seen  # one calibration of one run, though it was measured twice
+
+
+def test_a_folder_that_was_pruned_again_and_measured_on_another_text_is_what_it_holds_now() -> None:
+    first, second = prune_record("wanda", 0.3, "x"), prune_record("wanda", 0.5, "x")
+    other = {**PROTOCOL, "sha256": "ef" * 32}
+    (row,) = collect([first, eval_record(7.0, "x", first), second, eval_record(9.0, "x", second, ppl_protocol=other)])
+    assert (row.sparsity, row.ppl) == (0.5, 9.0)
+
+
+def test_the_dense_perplexity_that_records_keep_is_the_dense_models(tmp_path: Path) -> None:
+    one, two = prune_record("wanda", 0.5, "one"), prune_record("magnitude", 0.5, "two")
+    told = [one, eval_record(30.0, "one", one, ppl_dense=20.0), two, eval_record(40.0, "two", two)]
+    page = write_report(told, tmp_path / "report.html")[0]
+    head, dense, *rows = (row for row in table_rows(page) if row)
+    assert (dense[0], dense[head.index("PPL")]) == ("dense", "20.00")
+    assert sorted(row[head.index("PPL / dense")] for row in rows) == [f"1.50 {TIMES}", f"2.00 {TIMES}"]
+    seen = text_of(page)
+    assert f"1.50 {TIMES} the dense model's 20.00" in seen
+    assert "was not measured under this protocol" not in seen
+    assert "(ppl_dense)" in seen
+    own = [*told, eval_record(25.0, "tiny")]  # measured itself: counts first
+    assert [row.ppl for row in collect(own) if row.dense] == [25.0]
+    elsewhere = [*told, eval_record(25.0, "tiny", ppl_protocol={**PROTOCOL, "sha256": "ef" * 32})]
+    assert [g.dense.ppl for g in group(collect(elsewhere)) if g.dense] == [20.0, 25.0]
+
+
+def test_what_was_asked_and_what_is_gone_are_named(tmp_path: Path) -> None:
+    """Titles have the share of all parameters; the settings what was asked, and the method's own measure beside it."""
+    said = "slicegpt: 2,048 calibration tokens are few"
+    more = {"params_removed": 0.25, "pruning_ratio": 0.237, "pattern": None, "options": {}}
+    records = [
+        prune_record("shortgpt", 0.3, tmp_path / "a", sparsity_of="blocks", **more),
+        prune_record("slicegpt", 0.5, tmp_path / "b", sparsity_of="width", warnings=[said], **more),
+        prune_record("wanda", 0.5, tmp_path / "c", sparsity_of="weights"),
+    ]
+    heads = [{"index": n, "masks": {}, "keep": {"groups": {"kept": 3 - n, "of": 3}}} for n in range(2)]
+    write_plan(tmp_path / "a", records[0], heads)
+    seen = text_of(write_report(records, tmp_path / "report.html")[0])
+    assert "shortgpt 25.0% of all parameters blocks 30.0%" in seen
+    assert "slicegpt 25.0% of all parameters width 50.0%" in seen
+    assert "wanda 50.0% of the weights" in seen
+    assert "Warning, slicegpt, 23.7% removed: 2,048 calibration tokens are few." in seen
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "shortgpt, 23.7% removed, removed by block" in page
+    assert "groups: key-value heads, each with the query heads that share it." in page
+    compared = comparison(collect([*records, *(eval_record(9.0, r["out"], r) for r in records)]), [])
+    assert compared is not None
+    assert compared.notes[0] == "Warning, slicegpt, 23.7% removed: 2,048 calibration tokens are few."
+
+
 def test_one_folder_under_two_spellings_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pruned = prune_record("wanda", 0.5, "runs/x", model="./tiny/")
@@ -375,7 +444,7 @@ def test_blocks_uniform_in_words_unequal_drawn(study: list[dict[str, Any]], tmp_
     }
     assert plans[0].spread == pytest.approx(0.5)
     seen = text_of(write_report(study, tmp_path / "report.html")[0])
-    assert "wanda, 60.0%: the same in all 4 blocks: 60.0% of q, k, v, o, gate, up, down" in seen
+    assert "wanda, 48.0% zeroed: the same in all 4 blocks: 60.0% of q, k, v, o, gate, up, down" in seen
 
 
 def test_plans_that_are_damaged_or_of_another_run_are_left_out(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from secateur.core.errors import SecateurError
+from secateur.predict.find import find_records
 from secateur.report import words
-from secateur.report.find import find_records
 from secateur.report.html import write_report
 from secateur.report.plots import Percent
 from secateur.report.rows import Group, collect, group

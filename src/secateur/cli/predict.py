@@ -23,7 +23,7 @@ def predict(
         list[Path] | None,
         Argument(
             metavar="POINTS...",
-            help="Records of a sweep (files or folders), or one CSV: sparsity,ppl or sparsity,acc.",
+            help="Records of a sweep (files, folders, checkpoints), or one CSV: sparsity,ppl or sparsity,acc.",
         ),
     ] = None,
     metric: Annotated[

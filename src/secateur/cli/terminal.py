@@ -12,7 +12,7 @@ from rich.table import Table
 
 from secateur.cli.answer import removed_share, too_wide, zeroed_share
 from secateur.core.records import Record
-from secateur.core.words import perplexity_words
+from secateur.core.words import perplexity_words, plural
 from secateur.evaluate.flow import ranges
 from secateur.models.runtime import SELECT_FORMS
 from secateur.report.modules import Study, rows
@@ -128,7 +128,7 @@ laws can be compared; held out: each point predicted from the others. The best c
 
 
 def law_tables(record: Record) -> list[Table]:
-    """Return the tables of `predict`: the laws, the answers, and the published fits."""
+    """Return the tables of `predict`: the laws, the answers, and for slicegpt the published fits."""
     value = "ppl" if record["metric"] == "ppl" else "acc"
     laws = Table(
         "law",
@@ -163,6 +163,8 @@ def law_tables(record: Record) -> list[Table]:
             )
         tables.append(answers)
     tables += _target_table(record, value)
+    if record.get("method") != "slicegpt":
+        return tables
     published = Table(
         "model",
         "data",
@@ -211,7 +213,7 @@ def spectrum_tables(record: Record) -> list[Table]:
 
 def _law_title(record: Record) -> str:
     about = " ".join(str(record[key]) for key in ("model", "method") if record.get(key))
-    points = f"{record['metric']}, {record['points']} pruned points, dense {record['dense']:.4g}"
+    points = f"{record['metric']}, {plural(record['points'], 'pruned point')}, dense {record['dense']:.4g}"
     return f"{about}: {points}" if about else points
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import platform
 import resource
 import sys
@@ -17,6 +18,9 @@ from secateur.core.errors import SecateurError
 from secateur.core.names import shown
 
 Record = dict[str, Any]
+
+# Commands that change a pruned checkpoint and measure it before and after, each with the field that names its source.
+CHANGES = {"heal": "healed", "reconstruct": "reconstructed"}
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
 
@@ -120,6 +124,28 @@ def zeroes(record: Mapping[str, Any]) -> bool:
     return record.get("sparsity_of") in (None, "weights")
 
 
+def model_of(named: Any) -> str:
+    """A model as a normal path, so that `./m/` and `m` are equal; hub names stay unchanged."""
+    return os.path.normpath(str(named or "unknown model"))
+
+
+def source_of(record: Record, places: Iterable[str]) -> str | None:
+    """The folder that a record of CHANGES started from; None if it does not say.
+
+    Args:
+        record: the record.
+        places: folders of other records. Records of version 0.1.0 may name the source relative to a folder that nobody
+            knows any more; it is then the one of these with this ending, or lies beside the result.
+    """
+    named = record.get(CHANGES.get(str(record.get("command")), ""))
+    if not isinstance(named, str) or Path(named).is_absolute():
+        return named if isinstance(named, str) else None
+    parts = Path(os.path.normpath(named)).parts
+    ending = sorted(place for place in places if Path(place).parts[-len(parts) :] == parts)
+    beside = str(Path(str(record.get("out"))).parent / parts[-1])
+    return beside if beside in ending or len(ending) != 1 else ending[0]
+
+
 def last(file: Path, command: str, out: Path) -> Record | None:
     """The last record of a command that wrote `out`; None without one."""
     matching = (
@@ -178,8 +204,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
         ),
         (int, float),
     ),
+    "warnings": list,
     **dict.fromkeys(("params_before", "params_after", "nonzero_after", "peak_rss_bytes", "seed"), (int, float)),
 }
+_EXPECTED: dict[Any, str] = {str: "text", dict: "an object", list: "a list"}
 _SCALARS = ("options", "calibration", "ppl_protocol")
 
 
@@ -188,10 +216,7 @@ def _wrong_field(record: Record) -> str | None:
     for name, allowed in _TYPES.items():
         value = record.get(name)
         if value is not None and (not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not dict)):
-            return (
-                f"'{name}' is {_named(value)}, and "
-                f"{'text' if allowed is str else 'an object' if allowed is dict else 'a number'} is expected"
-            )
+            return f"'{name}' is {_named(value)}, and {_EXPECTED.get(allowed, 'a number')} is expected"
     for name in _SCALARS:
         for key, value in (record.get(name) or {}).items():
             if isinstance(value, dict | list):

@@ -115,7 +115,9 @@ def _too_few(law: Law, points: Points) -> str:
     )
     lost = [warning for warning in points.warnings if warning.endswith("left out")]
     why = f" ({len(lost)} more left out, the first: {lost[0]})" if lost else ""
-    return (
-        f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): "
-        f"measure more sparsities with 'secateur sweep'{fewer}"
+    more = (
+        "measure more sparsities with 'secateur sweep'"
+        if points.sweep is None
+        else f"first measure other sizes with '{points.sweep}' and the same calibration, and give DIR too"
     )
+    return f"{have}{why} cannot fit law '{law.name}' ({len(law.free)} constants: {', '.join(law.free)}): {more}{fewer}"

@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.names import named, shown
 from secateur.core.records import Record
+from secateur.methods import find_method
 from secateur.predict.points import Point
 
 _PROTOCOL = ("spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
@@ -45,7 +47,8 @@ def points_of_records(
         dense = _dense_of(pruned[0], dense, measured_by)
     _same([*dense, *pruned], {**_EVERY, **measured_by}, "give the records of one model, measured in one way")
     with_value = [record for record in dense if read(record) is not None]
-    if not with_value:
+    base = read(with_value[-1]) if with_value else _told(pruned, name)
+    if base is None:
         model = _place_of(_model(pruned[0]), found) if pruned else "the model"
         raise SecateurError(
             f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol"
@@ -57,9 +60,9 @@ def points_of_records(
         if pruned
         else {"model": dense[0].get("model")}
     )
-    base = read(with_value[-1])
-    assert base is not None
-    about["chance"] = (with_value[-1].get("tasks") or {}).get(name.partition(":")[0], {}).get("chance")
+    tasks = (with_value[-1].get("tasks") or {}) if with_value else {}
+    about["chance"] = tasks.get(name.partition(":")[0], {}).get("chance")
+    about["sweep"] = _sweep(pruned[-1], found, _others(pruned[-1])) if pruned and not pruned[-1].get("heal") else None
     return name, base, points, about, warnings
 
 
@@ -102,14 +105,49 @@ def _points_each(pruned: list[Record], metric: str, read: Callable[[Record], Poi
     if len(set(methods)) < 2 or len(set(methods)) < len(methods):
         return ""
     best = _best(pruned, metric, read)
-    amount = "--params-removed R,R" if best.get("pruning_ratio") else "--sparsity S,S"
-    sweep = (
-        f"secateur sweep {shlex.quote(_place_of(_model(best), found))} --method {best.get('method')} {amount} --out DIR"
-    )
+    sweep = _sweep(best, found, "--params-removed R,R" if best.get("pruning_ratio") else "--sparsity S,S")
     return (
         "; each method has one point here, and a law needs two or more: first measure other sizes of one method with "
         f"'{sweep}' and the same options, and give DIR too"
     )
+
+
+def _sweep(record: Record, found: list[Record], amount: str) -> str:
+    """The command that measures other sizes of a record's model with its method."""
+    model = shlex.quote(_place_of(_model(record), found))
+    return f"secateur sweep {model} --method {record.get('method')} {amount} --out DIR"
+
+
+def _others(record: Record) -> str:
+    """Two other sizes than that of a record, one smaller and one larger, as options."""
+    gone = record.get("pruning_ratio")
+    share = float(gone or record.get("sparsity_measured") or record.get("sparsity") or 0.0)
+    option = "--params-removed" if gone and gone > 0 else "--sparsity"
+    sizes = (share / 2, min(1.5 * share, (1 + share) / 2)) if 0 < share < 1 else (0.1, 0.2)
+    pattern = record.get("pattern")
+    return " ".join(
+        [
+            *([] if pattern in (None, "unstructured") else [f"--pattern {pattern}"]),
+            f"{option} {','.join(f'{size:.2g}' for size in sizes)}",
+            *(f"--set {name}={shlex.quote(str(value))}" for name, value in _set(record).items()),
+        ]
+    )
+
+
+def _set(record: Record) -> dict[str, Any]:
+    """The options of a record that differ from the defaults of its method, where that is known."""
+    try:
+        defaults = asdict(find_method(str(record.get("method"))).options({}))
+    except (SecateurError, UsageError):
+        return {}
+    given = record.get("options") or {}
+    return {k: v for k, v in given.items() if k in defaults and k != "pattern" and defaults[k] != v}
+
+
+def _told(pruned: list[Record], metric: str) -> Point | None:
+    """The dense model's perplexity as `eval --against` kept it beside a result; None if no record tells."""
+    told = [record["ppl_dense"] for record in pruned if isinstance(record.get("ppl_dense"), int | float)]
+    return Point(0.0, float(told[-1]), None, "the dense model", 0.0) if told and metric == "ppl" else None
 
 
 def _best(pruned: list[Record], metric: str, read: Callable[[Record], Point | None]) -> Record:

@@ -52,6 +52,7 @@ class Points:
         removed: the share of all parameters that each pruned point has lost, float64 [N]; None if it is not known.
         about: model, method and so on, for titles; empty for a CSV.
         warnings: points that were left out, and values that look odd.
+        sweep: the command that measures other sizes; None where the points do not tell.
     """
 
     metric: str
@@ -62,6 +63,7 @@ class Points:
     about: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     removed: Array | None = None
+    sweep: str | None = None
 
     def removed_at(self, sparsities: Array) -> Array | None:
         """The share of all parameters that each sparsity removes [N]; None if the points do not tell.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.core import records
 from secateur.core.errors import UsageError
+from secateur.predict.find import find_records
 from secateur.predict.from_csv import points_of_csv
 from secateur.predict.from_records import points_of_records
 from secateur.predict.points import CHANCE, Points, make_points
@@ -21,7 +22,7 @@ def read_points(
     chance: float | None = None,
     where: dict[str, str] | None = None,
 ) -> Points:
-    """Read points from records files (or folders that hold one), or from one CSV.
+    """Read points from records files and folders (see `find.find_records`), or from one CSV.
 
     Args:
         paths: the files.
@@ -52,16 +53,16 @@ def read_points(
         raise UsageError(
             f"--where chooses among records, and '{csv_files[0]}' is a CSV: remove the rows that are not wanted"
         )
-    recorded = None
+    recorded = sweep = None
     if csv_files:
         name, dense, points, notes = points_of_csv(csv_files[0], metric)
         about: dict[str, Any] = {}
     else:
-        name, dense, points, about, notes = points_of_records(records.read(paths), metric, where or {})
-        recorded = about.pop("chance", None)
+        name, dense, points, about, notes = points_of_records(find_records(paths), metric, where or {})
+        recorded, sweep = about.pop("chance", None), about.pop("sweep", None)
     if chance is None:
         chance = CHANCE.get(name.partition(":")[0], recorded)
-    return make_points(name, dense, points, chance=chance, about=about, notes=notes)
+    return replace(make_points(name, dense, points, chance=chance, about=about, notes=notes), sweep=sweep)
 
 
 def _holds_records(path: Path) -> bool:

@@ -66,9 +66,14 @@ def pruned_blocks(
 
 def warn_of_few_tokens(job: Job, tokens: int) -> None:
     """Warn if the method says that these calibration tokens are too few for a good result."""
-    few_tokens = job.method.says.few_tokens
-    if few_tokens is not None and job.calibrates and (line := few_tokens(job.view, tokens, job.options)):
+    if line := few_tokens(job, tokens):
         say(f"warning: {line}")
+
+
+def few_tokens(job: Job, tokens: int) -> str | None:
+    """Return what the method says where calibration tokens are too few for a good result; None where they are not."""
+    says = job.method.says.few_tokens
+    return says(job.view, tokens, job.options) if says is not None and job.calibrates else None
 
 
 def _cut_blocks(

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from secateur.core import records
 from secateur.core.distributed import on_first, processes, rank
 from secateur.core.errors import UsageError
@@ -30,7 +32,7 @@ from secateur.models.save import (
 )
 from secateur.plan.plan import read_plan_json
 from secateur.prune.calibration import read_labelled
-from secateur.prune.driver import whole_model_plan
+from secateur.prune.driver import few_tokens, whole_model_plan
 from secateur.prune.estimate import announce
 from secateur.prune.prepare import OFF, Prepared, prepare, say_expected
 from secateur.prune.settings import identity, prepared_settings, refuse_out
@@ -98,9 +100,12 @@ def _prune(
         windows, labels = read_labelled(prepared)
     prepared = replace(prepared, job=replace(prepared.job, labels=labels))
     settings = prepared_settings(prepared, windows)
+    warnings = _warnings(prepared, windows)
     if (
         finished
-        and (record := on_first(lambda: _finished(out, settings, records_file, overwrite, request.stock_only)))
+        and (
+            record := on_first(lambda: _finished(out, settings, warnings, records_file, overwrite, request.stock_only))
+        )
         is not None
     ):
         return record if rank() == 0 else {}
@@ -133,6 +138,7 @@ def _prune(
         "version": records.version(),
         **settings,
         **facts,
+        "warnings": warnings,
         "stock": stock,
         "bytes_before": prepared.checkpoint.weight_bytes(),
         "bytes_after": weight_bytes(out),
@@ -151,7 +157,7 @@ def _prune(
 
 
 def _finished(
-    out: Path, settings: Mapping[str, Any], records_file: Path, overwrite: bool, stock_only: bool
+    out: Path, settings: Mapping[str, Any], warnings: list[str], records_file: Path, overwrite: bool, stock_only: bool
 ) -> records.Record | None:
     """Return the record of a run that is complete already; None to start again."""
     plan = read_plan_json(out)
@@ -172,11 +178,18 @@ def _finished(
         "version": records.version(),
         **{k: v for k, v in plan.items() if k not in ("format", "blocks")},
         **settings,
+        "warnings": warnings,
         "stock": stock,
         "out": str(out),
     }
     records.append(records_file, record)
     return record
+
+
+def _warnings(prepared: Prepared, windows: Tensor | None) -> list[str]:
+    """Return the warnings that a reader of the result must know too."""
+    line = None if windows is None else few_tokens(prepared.job, windows.numel())
+    return [] if line is None else [line]
 
 
 def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path) -> Path | None:

@@ -24,6 +24,11 @@ from secateur.report.plots import COLOURS, DPI, GRID, MARKERS, Percent, Picture,
 MAXIMUM = 6
 _SHARES = (0, 0.25, 0.5, 0.75, 1)
 _WHOLE = ("block",)  # the parts of a plan that drops blocks and changes nothing else
+_SPACES = {  # what the spaces of a plan are
+    "groups": "groups: key-value heads, each with the query heads that share it.",
+    "heads": "heads: query heads.",
+    "ffn": "ffn: feed-forward units.",
+}
 _NUMBERED = 12  # blocks up to which the panels have room for numbers
 
 
@@ -96,10 +101,11 @@ def _caption(layers: Sequence[Layers]) -> str:
         sentences.append("Colour is the fraction removed of a matrix; grey is a matrix the plan leaves alone.")
     if any(plan.kept for plan in layers):
         sentences.append(
-            "Lines are the kept share of feed-forward units (ffn), of key-value heads with their query heads "
-            "(groups), and of the features of the"
+            "Lines are the kept share of each part; ..._in and ..._out are the features of the residual stream that "
+            "attention and MLP read and write; numbers are widths."
         )
-        sentences.append("residual stream that attention and MLP read and write (_in, _out); numbers are widths.")
+    parts = {part for plan in layers for part in plan.parts}
+    sentences += [sentence for part, sentence in _SPACES.items() if part in parts]
     return " ".join(sentences)
 
 

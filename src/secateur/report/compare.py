@@ -117,6 +117,15 @@ def markdown(found: Comparison) -> str:
     return body + "\n" + "".join(f"\n- {note}" for note in found.notes) + ("\n" if found.notes else "")
 
 
+def cautions(rows: Sequence[Row]) -> list[str]:
+    """What `prune` warned of, beside the names of the runs; one line for runs with the same warning."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        for text in row.pruning.get("warnings") or []:
+            runs.setdefault(str(text).removeprefix(f"{row.get('method')}: "), []).append(words.name(row))
+    return [f"Warning, {'; '.join(dict.fromkeys(names))}: {text}." for text, names in runs.items()]
+
+
 def asked_elsewhere(row: Row) -> float | None:
     """The requested pruning ratio, if the measured one is more than a percentage point away from it; else None."""
     requested, removed = row.number("params_removed"), row.number("pruning_ratio")
@@ -206,7 +215,8 @@ def _cell(text: str | None, exact: float | None) -> Cell | None:
 
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
-    """The notes below the table: unequal ratios that stand together, and the sources of published numbers."""
+    """The notes below the table: warnings, unequal ratios that stand together, and the sources of published numbers."""
+    yield from cautions(rows)
     away = [(row.number("pruning_ratio") or 0.0) - asked for row in rows if (asked := asked_elsewhere(row))]
     if away:
         yield (

@@ -31,10 +31,10 @@ from secateur.report import (
     tables,
     words,
 )
-from secateur.report.compare import Comparison, comparison
+from secateur.report.compare import Comparison, cautions, comparison
 from secateur.report.layers import Layers, read_layers
 from secateur.report.plots import Picture
-from secateur.report.rows import CHANGES, Group, Row, collect, group, task_names
+from secateur.report.rows import CHANGES, Group, Row, checkpoints, collect, group, task_names
 from secateur.report.series import Comparison as Levelled
 from secateur.report.series import base, by_perplexity, compare, series
 from secateur.report.spectra import spectra
@@ -45,7 +45,7 @@ class Findings:
     """The content of the report, before it is put into words.
 
     Attributes:
-        rows: one row per checkpoint.
+        rows: one row per checkpoint and protocol.
         groups: rows that can be compared with one another; plots and the headline show the first group.
         layers: the removed shares block by block, for runs whose folder still exists.
         laws: fits to the curves of the first group.
@@ -86,11 +86,13 @@ def write_report(records: Sequence[Record], out: Path, *, title: str = "Pruning 
     alone = not any(record.get("command") in ("prune", "eval", *CHANGES) for record in records)
     rows = collect([{**r, "command": "eval"} for r in records if modules.is_dense(r)] if alone and studies else records)
     groups = group(rows)
+    place = {row: nth for nth, g in enumerate(groups) for row in g.rows}
+    rows = sorted(rows, key=lambda row: (not row.dense, place[row]))
     main = groups[0].rows
     findings = Findings(
         rows,
         groups,
-        read_layers(rows),
+        read_layers(checkpoints(rows)),
         laws.fit_curves(groups[0], series(main)),
         learned.learned(main),
         comparison(main, records),
@@ -173,13 +175,11 @@ def _laws(findings: Findings) -> list[Picture]:
 
 def _blocks(findings: Findings) -> list[Picture]:
     unequal = [plan for plan in findings.layers if not plan.uniform]
-    drawn = [block_plots.block_removal(unequal, [_name(plan.row) for plan in unequal]), spectra(findings.main.rows)]
+    drawn = [
+        block_plots.block_removal(unequal, [words.name(plan.row) for plan in unequal]),
+        spectra(findings.main.rows),
+    ]
     return [picture for picture in drawn if picture is not None]
-
-
-def _name(row: Row) -> str:
-    name = "dense" if row.dense else f"{base(row)} ({row.get('modules')})" if row.get("modules") else base(row)
-    return f"{name}, {words.percent(row.sparsity) or 'unknown sparsity'}"
 
 
 def _others(records: Sequence[Record]) -> str:
@@ -197,7 +197,8 @@ def _render(
     template = environment.from_string(files("secateur.report").joinpath("template.html.j2").read_text("utf-8"))
     main = findings.main
     compared, levels = findings.best, words.levels(findings.compared)
-    uniform = [(_name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
+    uniform = [(words.name(plan.row), plan.sentence()) for plan in findings.layers if plan.uniform]
+    told = findings.comparison.notes if findings.comparison else ()
     return template.render(
         title=title,
         measured=_measured(findings),
@@ -205,6 +206,7 @@ def _render(
         levels=levels if len(levels) > 1 else [],
         warnings=tables.warnings(findings.groups),
         notes=tables.notes(findings.rows, findings.groups, others),
+        cautions=[line for line in cautions(findings.rows) if line not in told],
         pictures={place: [_embedded(picture) for picture in several] for place, several in drawn.items()},
         runs=tables.runs(findings.rows, findings.groups),
         studies=[
@@ -224,7 +226,9 @@ def _render(
         comparison=findings.comparison,
         uniform=uniform,
         undrawn=max(0, len(findings.layers) - len(uniform) - block_plots.MAXIMUM),
-        samples=[_sample(row) for row in findings.rows if row.part("shift").get("sample") is not None],
+        samples=[
+            _sample(row) for row in checkpoints(r for r in findings.rows if r.part("shift").get("sample") is not None)
+        ],
         protocols=tables.protocols(findings.groups),
         calibrations=tables.calibrations(findings.rows),
         settings=tables.settings(findings.rows),
@@ -253,7 +257,7 @@ def _learned(findings: Findings) -> dict[str, Any] | None:
 
 def _measured(findings: Findings) -> dict[str, Any]:
     """The facts of the headline."""
-    pruned = [row for row in findings.rows if not row.dense]
+    pruned = checkpoints(row for row in findings.rows if not row.dense)
     return {
         "models": list(dict.fromkeys(row.model for row in findings.rows)),
         "runs": words.plural(len(pruned), "pruned checkpoint"),
@@ -276,7 +280,7 @@ def _sample(row: Row) -> dict[str, Any]:
     """Text of the pruned model beside the dense one's."""
     shift = row.part("shift")
     return {
-        "name": _name(row),
+        "name": words.name(row),
         "prompt": shift.get("prompt"),
         "dense": shift.get("sample_dense"),
         "pruned": shift.get("sample"),

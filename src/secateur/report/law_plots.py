@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from secateur.core.errors import SecateurError
+from secateur.core.records import Record
 from secateur.predict.choose import Prediction
 from secateur.predict.fit import Fit
 from secateur.predict.laws import Array
@@ -51,16 +54,47 @@ _RIVALS = {
     "proportional": (_CLAIM, "--"),
     "linear": (COLOURS[2], "-."),
 }
+_ASKED = 4  # questions that the legend has room for
 _ROOM = 3  # the axis is logarithmic if the largest perplexity is more than this many times the smallest
 
 
-def laws(found: Prediction, name: str, title: str) -> Picture:
+@dataclass(frozen=True)
+class Answer:
+    """A question that the plot shows with its answer.
+
+    Attributes:
+        s, value: the point.
+        text: what was asked and what the law says.
+    """
+
+    s: float
+    value: float
+    text: str
+
+
+def answers_of(record: Record) -> list[Answer]:
+    """The questions in a record of `secateur predict`, with the answers that can be drawn."""
+    kind = "ppl" if record["metric"] == "ppl" else "acc"
+    entries = [*(record["predictions"] if record["asked"] else []), *([record["target"]] if record["target"] else [])]
+    found = []
+    for entry in entries:
+        s, value = entry["sparsity"], entry[kind]
+        if s is None or value is None or not np.isfinite(value):
+            continue
+        share = entry.get("params_removed")
+        where = f"{words.percent(s)} sparsity" if share is None else f"{words.percent(share)} of all parameters"
+        found.append(Answer(s, value, f"{where}: {value:.4g}"))
+    return found
+
+
+def laws(found: Prediction, name: str, title: str, answers: Sequence[Answer] = ()) -> Picture:
     """Draw the chosen law in its y, and all laws in real units.
 
     Args:
         found: the law, its points and its rivals.
         name: the name of the file, without `.png`.
         title: the model and the method.
+        answers: what was asked; the axes reach as far.
     """
     figure = Figure(figsize=(10, 4.4), dpi=DPI, layout="constrained", facecolor="white")
     figure.suptitle(plain(textwrap.fill(_heading(found, title), 110)), fontsize=11, x=0.01, ha="left", color=_INK)
@@ -72,19 +106,20 @@ def laws(found: Prediction, name: str, title: str) -> Picture:
         axes.grid(color=GRID, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    _in_y(left, found)
-    _in_units(right, found)
+    _in_y(left, found, answers)
+    _in_units(right, found, answers)
     caption = (
         "Left: the law in the y that it is fitted in, with its 95% interval for a new measurement, "
-        "dotted outside the fitted range. "
+        "dashed outside the fitted range. "
         "Right: the same points in real units with every "
         "law that could be fitted, the one that predicts held-out points best first in the legend."
     )
-    return Picture(name, png(figure), _alt(found, title), caption)
+    asked = "".join(f" Asked: {answer.text}." for answer in answers)
+    return Picture(name, png(figure), _alt(found, title) + asked, caption)
 
 
-def write(found: Prediction, path: Path) -> None:
-    """Draw the laws to a file.
+def write(found: Prediction, path: Path, answers: Sequence[Answer] = ()) -> None:
+    """Draw the laws to a file, with what was asked.
 
     Raises:
         SecateurError: the file cannot be written.
@@ -93,7 +128,7 @@ def write(found: Prediction, path: Path) -> None:
     title = " ".join(str(about[key]) for key in ("model", "method") if about.get(key))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(laws(found, path.stem, title).png)
+        path.write_bytes(laws(found, path.stem, title, answers).png)
     except OSError as error:
         raise SecateurError(
             f"cannot write the plot to '{path}' ({error.strerror}): give a path in a folder that you can write to"
@@ -137,27 +172,62 @@ def _alt(found: Prediction, title: str) -> str:
     )
 
 
-def _grid(found: Prediction, most: float = 0.99) -> Array:
-    """Sparsities from 0 to a little beyond the last point, for the curves."""
-    last = float(found.points.s.max()) if len(found.points.s) else 0.5
+def _grid(found: Prediction, answers: Sequence[Answer], most: float = 0.99) -> Array:
+    """Sparsities from 0 to a little beyond the last point and the last question, for the curves."""
+    last = max([float(found.points.s.max()) if len(found.points.s) else 0.5, *(answer.s for answer in answers)])
     return np.linspace(0.0, min(most, last * 1.12), 300)
 
 
-def _in_y(axes: Axes, found: Prediction) -> None:
-    points, fit, s = found.points, found.chosen, _grid(found)
+def _by_range(axes: Axes, fit: Fit, s: Array, values: Array, width: float, label: str) -> None:
+    """Draw the chosen law: solid where it was fitted, and dashed outside."""
+    low, high = fit.range or (0.0, 0.0)
+    within = (s >= low) & (s <= high)
+    for outside in (s <= low, s >= high):
+        axes.plot(s[outside], values[outside], color=_LAW, linewidth=0.7 * width, linestyle="--")
+    if within.any():
+        axes.plot(s[within], values[within], color=_LAW, linewidth=width, label=label)
+    else:
+        axes.plot([], [], color=_LAW, linewidth=0.7 * width, linestyle="--", label=label)
+
+
+def _mark(axes: Axes, answers: Sequence[Answer], ys: Sequence[float], *, named: bool) -> None:
+    """Draw what was asked as stars; `named` puts each question into the legend, and its value beside the star."""
+    star: dict[str, Any] = {
+        "marker": "*",
+        "markersize": 13,
+        "color": _LAW,
+        "markeredgecolor": "white",
+        "linestyle": "none",
+    }
+    for nth, (answer, y) in enumerate(zip(answers, ys, strict=True)):
+        label = f"asked, {answer.text}" if named and nth < _ASKED else "" if nth else "asked"
+        axes.plot([answer.s], [y], label=label or None, zorder=6, **star)
+        if named:
+            below: dict[str, Any] = {
+                "textcoords": "offset points",
+                "ha": "center",
+                "va": "top",
+                "fontsize": 8,
+                "color": _INK,
+            }
+            axes.annotate(f"{answer.value:,.4g}", (answer.s, y), (0, -9), **below)
+
+
+def _in_y(axes: Axes, found: Prediction, answers: Sequence[Answer]) -> None:
+    points, fit, s = found.points, found.chosen, _grid(found, answers)
     mean = fit.law.mean(fit.constants, s)
     scale = fit.law.scale
     if (ends := fit.interval(s)) is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
             first, second = (scale.to(end, points.dense) for end in ends)
         axes.fill_between(s, first, second, color=_LAW, alpha=0.14, linewidth=0, label="95% of new measurements")
-    low, high = fit.range or (0.0, 0.0)
-    axes.plot(s, mean, color=_LAW, linewidth=1.2, linestyle=(0, (1, 1.5)))  # dotted where nothing was measured
-    inside = (s >= low) & (s <= high)
-    axes.plot(s[inside], mean[inside], color=_LAW, linewidth=2.0, label=_equation(fit))
+    _by_range(axes, fit, s, mean, 2.0, _equation(fit))
     if fit.law.name == "ratio":
         axes.plot(s, 1 - s, color=_CLAIM, linestyle="--", linewidth=1.5, label="y = 1 - s, no fitted constant")
     _draw_points(axes, points.s, scale.to(points.values, points.dense))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        asked = [float(scale.to(np.array([answer.value]), points.dense)[0]) for answer in answers]
+    _mark(axes, answers, asked, named=False)
     at_zero = float(scale.to(np.array([points.dense]), points.dense)[0])
     if np.isfinite(at_zero):
         axes.plot(
@@ -174,6 +244,7 @@ def _in_y(axes: Axes, found: Prediction) -> None:
         f"y = {scale.formula.replace('acc', points.metric) if points.kind == 'acc' else scale.formula}", fontsize=9
     )
     ys = [*scale.to(points.values, points.dense), *(mean[np.isfinite(mean)]), at_zero]
+    ys += [y for y in asked if np.isfinite(y)]
     room = 0.15 * (max(ys) - min(ys) or 1.0)
     axes.set_ylim(min(ys) - room, max(ys) + room)
     axes.legend(fontsize=8, framealpha=0.9, edgecolor=GRID)
@@ -195,8 +266,11 @@ def _draw_points(axes: Axes, s: Array, y: Array) -> None:
     axes.plot(s, y, color=_INK, marker=MARKERS[0], markersize=5.5, linestyle="none", label="measured", zorder=5)
 
 
-def _in_units(axes: Axes, found: Prediction) -> None:
-    points, s = found.points, _grid(found)
+def _in_units(axes: Axes, found: Prediction, answers: Sequence[Answer]) -> None:
+    points, s = found.points, _grid(found, answers)
+    if (ends := found.chosen.interval(s)) is not None:
+        known = np.isfinite(ends[0]) & np.isfinite(ends[1])
+        axes.fill_between(s[known], ends[0][known], ends[1][known], color=_LAW, alpha=0.14, linewidth=0)
     for judged in found.judged:
         if judged.fit is None:
             continue
@@ -208,11 +282,13 @@ def _in_units(axes: Axes, found: Prediction) -> None:
             if np.isfinite(judged.heldout)
             else ", leaves its domain"
         )
-        width = 2.2 if judged.law.name == found.chosen.law.name else 1.4
-        axes.plot(
-            s, judged.fit.predict(s), color=colour, linestyle=dash, linewidth=width, label=f"{judged.law.name}{error}"
-        )
+        label = f"{judged.law.name}{error}"
+        if judged.law.name == found.chosen.law.name:
+            _by_range(axes, found.chosen, s, judged.fit.predict(s), 2.2, label)
+            continue
+        axes.plot(s, judged.fit.predict(s), color=colour, linestyle=dash, linewidth=1.4, label=label)
     _draw_points(axes, points.s, points.values)
+    _mark(axes, answers, [answer.value for answer in answers], named=True)
     axes.axhline(points.dense, color="#333333", linestyle="--", linewidth=1.0)
     axes.annotate(
         f"dense {points.dense:.4g}",
@@ -223,7 +299,7 @@ def _in_units(axes: Axes, found: Prediction) -> None:
         fontsize=8,
         ha="right",
     )
-    values = [*points.values, points.dense]
+    values = [*points.values, points.dense, *(answer.value for answer in answers)]
     low, high = min(values), max(values)
     if points.kind == "ppl":
         wide = high > _ROOM * low

@@ -235,8 +235,7 @@ def _selections(runs: Sequence[Run]) -> Picture | None:
         if (plan := _plan(run.row)) is not None:
             return selections(
                 plan,
-                f"{run.row.get('method')} at {words.percent(run.row.sparsity)}"
-                + ("" if run.varied == FULL else f", {run.varied}"),
+                f"{run.row.get('method')} at {words.gone(run.row)}" + ("" if run.varied == FULL else f", {run.varied}"),
             )
     return None
 

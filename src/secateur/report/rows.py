@@ -1,7 +1,7 @@
-"""From records to rows: one row per checkpoint, with its `prune` record and its `eval` record.
+"""From records to rows: one row per checkpoint and protocol, with its `prune` record and its `eval` record.
 
 A `heal` record measures two checkpoints: the one that was healed, before, and the result. Each is a row where no `eval`
-record says the same.
+record says the same. A checkpoint that was measured on several texts has a row for each.
 
 Perplexities are comparable only under one protocol on one model, so rows are also sorted into groups of (model,
 protocol); what a report plots and concludes is about its largest group alone.
@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secateur.core.errors import SecateurError
-from secateur.core.records import Record, to_json, zeroes
+from secateur.core.records import CHANGES as CHANGES
+from secateur.core.records import Record, model_of, to_json, zeroes
+from secateur.core.records import source_of as source_of
 
 PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
 
-# Commands that change a pruned checkpoint and measure it before and after, each with the field that names its source.
-CHANGES = {"heal": "healed", "reconstruct": "reconstructed"}
-
 # Fields of the pruning in both records of a folder. If they differ, the folder was pruned again after the measurement.
 _IDENTITY = ("method", "sparsity", "sparsity_measured", "pattern", "modules", "options", "seed")
+
+_MADE = (*_IDENTITY, *CHANGES)  # if two measurements of a folder differ in one of them, it was made again between them
 
 _ADDED = {"reconstruct": "reconstruction", "heal": "LoRA"}  # how a row names what followed the pruning
 
@@ -74,6 +74,11 @@ class Row:
     def dense(self) -> bool:
         """Whether this is the unpruned model."""
         return self.get("method") is None and not self.number("sparsity")
+
+    @property
+    def told(self) -> bool:
+        """Whether this is a dense model that only records of pruned ones tell of."""
+        return self.measuring.get("from") == "ppl_dense"
 
     @property
     def sparsity(self) -> float | None:
@@ -128,8 +133,7 @@ class Row:
     @property
     def protocol(self) -> Protocol | None:
         """The protocol of the perplexity, in a form that can be compared; None if it was not measured."""
-        protocol = self.measuring.get("ppl_protocol")
-        return tuple((name, protocol.get(name)) for name in PROTOCOL) if isinstance(protocol, dict) else None
+        return _protocol_of(self.measuring)
 
     def task(self, task: str, metric: str) -> float | None:
         """A metric of a task; None if it was not measured."""
@@ -156,9 +160,9 @@ class Group:
         return next((row for row in reversed(self.rows) if row.dense), None)
 
 
-def model_of(named: Any) -> str:
-    """A model as a normal path, so that `./m/` and `m` are equal; hub names stay unchanged."""
-    return os.path.normpath(str(named or "unknown model"))
+def _protocol_of(measuring: Record) -> Protocol | None:
+    protocol = measuring.get("ppl_protocol")
+    return tuple((name, protocol.get(name)) for name in PROTOCOL) if isinstance(protocol, dict) else None
 
 
 def changed(row: Row) -> bool:
@@ -185,7 +189,8 @@ def took_longer(record: Record) -> bool:
 def collect(records: Sequence[Record]) -> list[Row]:
     """The rows of the `prune`, `eval` and `heal` records, the dense ones first, then by method and sparsity.
 
-    A later record replaces an earlier one of the same command and folder.
+    A folder has a row for each protocol that it was measured under. A later record replaces an earlier one of the same
+    command, folder and protocol. A dense model without a record of its own has a row from the `ppl_dense` of others.
 
     Raises:
         SecateurError: no record is of `prune`, `eval` or `heal`.
@@ -195,7 +200,7 @@ def collect(records: Sequence[Record]) -> list[Row]:
             "no records to report: give a records.jsonl that 'secateur prune', 'eval' or 'sweep' wrote, or its folder"
         )
     pruned: dict[str, Record] = {}
-    measured: dict[str, Record] = {}
+    measured: _Measured = {}
     changed: list[Record] = []
     places = {str(record["out"]) for record in records if record.get("out")}
     for index, record in enumerate(records):
@@ -205,11 +210,13 @@ def collect(records: Sequence[Record]) -> list[Row]:
         place = _place(str(plain["out"])) if plain.get("out") else f"#{index}"
         if command in CHANGES:
             changed.append(plain | {"out": place})
-            if _stale(measured.get(place), plain):
-                del measured[place]
+            _keep(measured, place, plain, (str(command),))
+        elif command == "prune":
+            pruned[place] = plain
         else:
-            (pruned if command == "prune" else measured)[place] = plain
-    beside = _add_changes(changed, measured, places)
+            _keep(measured, place, plain, _MADE)
+            measured.setdefault(place, {})[_protocol_of(plain)] = plain
+    _add_changes(changed, measured, places)
     if not pruned and not measured:
         commands = ", ".join(sorted({str(record.get("command") or "unnamed") for record in records}))
         raise SecateurError(
@@ -217,41 +224,69 @@ def collect(records: Sequence[Record]) -> list[Row]:
             "run 'secateur eval DIR' first"
         )
     rows = _merge(pruned, measured)
-    for place, found in beside:
-        pruning = pruned.get(place, {})
-        rows.append(Row({} if _disagree(pruning, found) else pruning, found))
-    return sorted(rows, key=_order)
+    return sorted([*rows, *_told_dense(rows)], key=_order)
 
 
-def _add_changes(
-    changed: Sequence[Record], measured: dict[str, Record], places: Iterable[str]
-) -> list[tuple[str, Record]]:
-    """Add to `measured` what the records of CHANGES say of folders that `eval` did not measure.
+_Measured = dict[str, dict[Protocol | None, Record]]  # folder -> protocol -> the record of that measurement
 
-    Returns:
-        What they say of sources that `eval` measured under another protocol: the result can be compared with it alone.
-    """
-    beside: dict[str, tuple[str, Record]] = {}
+
+def _keep(measured: _Measured, place: str, new: Record, fields: Iterable[str]) -> None:
+    """Drop the measurements of a folder that are of what it held before: those that differ from `new` in the fields."""
+    if place in measured:
+        known = measured[place].items()
+        measured[place] = {protocol: old for protocol, old in known if _alike(old, new, fields)}
+
+
+def _alike(old: Record, new: Record, fields: Iterable[str]) -> bool:
+    """Whether two measurements of one folder are of the same model, by these fields."""
+    names = set(fields)
+    return not _disagree(old, new, names & set(_IDENTITY)) and all(
+        old.get(command) == new.get(command) for command in names & set(CHANGES)
+    )
+
+
+def _add_changes(changed: Sequence[Record], measured: _Measured, places: Iterable[str]) -> None:
+    """Add to `measured` what the records of CHANGES say of folders, where `eval` did not measure the same."""
     for record in changed:
         for place, found in _measurements(record, places):
-            known = measured.get(place, found)
-            if "from" in known:
-                measured[place] = found
-            elif known.get("ppl_protocol") != found.get("ppl_protocol") and "from" in measured.get(
-                record["out"], found
-            ):
-                beside[place] = place, found
-    return list(beside.values())
+            protocol, before = _protocol_of(found), measured.get(place, {})
+            known = {
+                key: old
+                for key, old in before.items()
+                if "from" not in old or _alike(old, found, (*_IDENTITY, *CHANGES))
+            }
+            measured[place] = known
+            if "from" in known.get(protocol, found) and (protocol is not None or not known):
+                known[protocol] = found
+
+
+def checkpoints(rows: Iterable[Row]) -> list[Row]:
+    """One row for each checkpoint, the first, of rows that may have it under several protocols."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        place = _place(str(row.get("out"))) if row.get("out") else row.model if row.dense else row
+        found.setdefault((place, row.sparsity, row.get("method")), row)
+    return list(found.values())
+
+
+def _told_dense(rows: Sequence[Row]) -> list[Row]:
+    """Rows of dense models that have no measurement of their own under a protocol, from `ppl_dense` of other records.
+
+    `eval --against` writes it: measured under the protocol of the record, or kept from such a measurement.
+    """
+    own = {(row.model, row.protocol) for row in rows if row.dense and row.protocol is not None}
+    told: dict[tuple[str, Protocol], Row] = {}
+    for row in rows:
+        ppl, key = as_number(row.measuring.get("ppl_dense")), (row.model, row.protocol)
+        if ppl is not None and row.protocol is not None and not row.dense and key not in own:
+            protocol = row.measuring["ppl_protocol"]
+            measuring = {"command": "eval", "from": "ppl_dense", "model": row.get("model"), "sparsity": 0.0}
+            told[row.model, row.protocol] = Row({}, measuring | {"ppl": ppl, "ppl_protocol": protocol})
+    return list(told.values())
 
 
 def _place(out: str) -> str:
     return str(Path(out).resolve())
-
-
-def _stale(measured: Record | None, changed: Record) -> bool:
-    """Whether the folder was made again, otherwise, after it was measured."""
-    command = changed["command"]
-    return measured is not None and measured.get(command) != changed.get(command)
 
 
 def _measurements(record: Record, places: Iterable[str]) -> Iterator[tuple[str, Record]]:
@@ -274,36 +309,18 @@ def _measurements(record: Record, places: Iterable[str]) -> Iterator[tuple[str, 
         yield str(record["out"]), shared | {"ppl": record["ppl"], "loss": record.get("loss")}
 
 
-def source_of(record: Record, places: Iterable[str]) -> str | None:
-    """The folder that a record of CHANGES started from; None if it does not say.
-
-    Args:
-        record: the record.
-        places: folders of other records. Records of version 0.1.0 may name the source relative to a folder that nobody
-            knows any more; it is then the one of these with this ending, or lies beside the result.
-    """
-    named = record.get(CHANGES.get(str(record.get("command")), ""))
-    if not isinstance(named, str) or Path(named).is_absolute():
-        return named if isinstance(named, str) else None
-    parts = Path(os.path.normpath(named)).parts
-    ending = sorted(place for place in places if Path(place).parts[-len(parts) :] == parts)
-    beside = str(Path(str(record.get("out"))).parent / parts[-1])
-    return beside if beside in ending or len(ending) != 1 else ending[0]
-
-
-def _merge(pruned: dict[str, Record], measured: dict[str, Record]) -> list[Row]:
+def _merge(pruned: dict[str, Record], measured: _Measured) -> list[Row]:
     rows = []
     for out in dict.fromkeys([*pruned, *measured]):
-        pruning, measuring = pruned.get(out, {}), measured.get(out, {})
-        if pruning and measuring and _disagree(pruning, measuring):
-            rows += [Row(pruning, {}), Row({}, measuring)]
-        else:
-            rows.append(Row(pruning, measuring))
+        pruning, several = pruned.get(out, {}), list(measured.get(out, {}).values())
+        if pruning and all(_disagree(pruning, measuring) for measuring in several):
+            rows.append(Row(pruning, {}))
+        rows += [Row({} if _disagree(pruning, measuring) else pruning, measuring) for measuring in several]
     return rows
 
 
-def _disagree(a: Record, b: Record) -> bool:
-    return any(a.get(name) is not None and b.get(name) is not None and a[name] != b[name] for name in _IDENTITY)
+def _disagree(a: Record, b: Record, names: Iterable[str] = _IDENTITY) -> bool:
+    return any(a.get(name) is not None and b.get(name) is not None and a[name] != b[name] for name in names)
 
 
 def _order(row: Row) -> tuple[bool, str, float, str, str]:

@@ -32,7 +32,7 @@ def spectra(rows: Sequence[Row]) -> Picture | None:
     if not plans:
         return None
     row, plan = min(plans, key=lambda pair: pair[0].sparsity or 0.0)
-    return _picture(plan, str(row.get("method")), row.sparsity or 0.0)
+    return _picture(plan, str(row.get("method")), row.sparsity or 0.0, words.gone(row))
 
 
 def _plan(row: Row) -> Plan | None:
@@ -64,9 +64,9 @@ def _places(plan: Plan) -> list[tuple[str, np.ndarray, int]]:
     return places
 
 
-def _picture(plan: Plan, method: str, sparsity: float) -> Picture:
+def _picture(plan: Plan, method: str, sparsity: float, gone: str) -> Picture:
     places = spectra_of(plan)
-    label = f"{method} at {words.percent(sparsity)}"
+    label = f"{method} at {gone}"
     figure = Figure(figsize=(9, 4), dpi=DPI, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     widths = [width for *_, width in _places(plan)]

@@ -12,8 +12,19 @@ from typing import Any
 
 from secateur.core.names import shown
 from secateur.core.records import Record
+from secateur.plan.quantity import PARAMETERS, words_of
 from secateur.report import words
-from secateur.report.rows import PROTOCOL, Group, Protocol, Row, as_number, seconds_of, task_names, took_longer
+from secateur.report.rows import (
+    PROTOCOL,
+    Group,
+    Protocol,
+    Row,
+    as_number,
+    checkpoints,
+    seconds_of,
+    task_names,
+    took_longer,
+)
 
 MISSING = "\N{EN DASH}"
 
@@ -230,7 +241,9 @@ def _protocol(protocol: Protocol | None, telling: Sequence[str]) -> str:
     if protocol is None:
         return "perplexity not measured"
     return ", ".join(
-        f"{name} {_as_text(value)[:12]}" for name, value in protocol if name in telling and value is not None
+        f"{name} {_as_text(value)[:12] if name == 'sha256' else _as_text(value)}"
+        for name, value in protocol
+        if name in telling and value is not None
     )
 
 
@@ -257,6 +270,12 @@ def notes(rows: Sequence[Row], groups: Sequence[Group], others: str) -> list[str
         lines.append(
             f"{words.plural(len(diverged), 'checkpoint')} with an infinite perplexity: in the table, "
             "left out of plots and laws."
+        )
+    told = [row for row in groups[0].rows if row.told]
+    if told and groups[0].dense in told:
+        lines.append(
+            "The dense model has no evaluation of its own in these records: its perplexity is the one that "
+            "'secateur eval --against' kept with the results (ppl_dense)."
         )
     if groups[0].dense is None:
         lines.append(
@@ -289,7 +308,7 @@ def protocols(groups: Sequence[Group]) -> list[tuple[str, list[tuple[str, str]]]
 def calibrations(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Each calibration set in use, and its number of runs."""
     used: dict[str, int] = {}
-    for row in rows:
+    for row in checkpoints(rows):
         if calibration := row.part("calibration"):
             spec, samples, seqlen, sha256 = (
                 calibration.get(name, MISSING) for name in ("spec", "samples", "seqlen", "sha256")
@@ -308,9 +327,13 @@ def _folder(row: Row) -> str | None:
 
 def settings(rows: Sequence[Row]) -> Table:
     """The table of settings: the folder of each run, and what else decided its result."""
+    rows = [row for row in rows if not row.told]
+    texts = {row: shown(str(dict(row.protocol).get("spec"))) for row in rows if row.protocol is not None}
+    texts = texts if len(set(texts.values())) > 1 else {}
     columns = [
         Column("Run", lambda row: _text("dense" if row.dense else row.get("method")), text=True),
-        Column("Sparsity asked", lambda row: _number(words.percent, row.number("sparsity"))),
+        Column("Asked", _asked, text=True),
+        Column("Method's own measure", _own, "what the request came to", text=True, optional=True),
         Column("Folder", lambda row: _text(_folder(row)), text=True),
         Column("Model", lambda row: _text(row.model), text=True),
         Column("Options", lambda row: _text(_options(row) or None), text=True, optional=True),
@@ -322,6 +345,7 @@ def settings(rows: Sequence[Row]) -> Table:
             optional=True,
         ),
         Column("Seed", lambda row: _text(row.get("seed"))),
+        Column("Text", lambda row: _text(texts.get(row)), "of the perplexity", text=True, optional=True),
         Column("Pruned on", lambda row: _where(row.pruning), "device, dtype", text=True, optional=True),
         Column("Measured on", lambda row: _where(row.measuring), "device, dtype", text=True, optional=True),
         Column(
@@ -331,6 +355,28 @@ def settings(rows: Sequence[Row]) -> Table:
         ),
     ]
     return table(columns, rows)
+
+
+def _asked(row: Row) -> Cell | None:
+    """What was asked for, in its own words."""
+    asked, sparsity = row.number("params_removed"), row.number("sparsity")
+    if row.dense or (asked is None and sparsity is None):
+        return None
+    if asked is not None:
+        return _text(f"{words.percent(asked)} of all parameters", f"--params-removed {asked:g}")
+    return _text(f"{words.percent(sparsity)} of {_measure(row)}", f"--sparsity {sparsity:g}")
+
+
+def _own(row: Row) -> Cell | None:
+    """The sparsity that a share of all parameters came to, where the method counts something else."""
+    sparsity = row.number("sparsity")
+    if row.number("params_removed") is None or sparsity is None or row.get("sparsity_of") == PARAMETERS.name:
+        return None
+    return _text(f"{row.get('sparsity_of') or 'sparsity'} {words.percent(sparsity)}", f"sparsity {sparsity!r}")
+
+
+def _measure(row: Row) -> str:
+    return words_of(row.get("sparsity_of"))
 
 
 def _updated(row: Row) -> Cell | None:

@@ -8,16 +8,34 @@ from secateur.core.names import shown
 from secateur.core.words import count_words, duration_words, perplexity_words, size_words
 from secateur.core.words import plural as plural
 from secateur.report.rows import Group, Row
-from secateur.report.series import Comparison, Entry
+from secateur.report.series import Comparison, Entry, base
 
 Words = str | None
 
+_ACCIDENT = 0.001  # a share of zeros below it: a model has some without pruning
 _FEW_TOKENS = 16_384  # a perplexity of fewer tokens tells only large differences apart
 
 
 def percent(value: float | None) -> Words:
     """A fraction as a percentage."""
     return None if value is None else f"{100 * value:.1f}%"
+
+
+def gone(row: Row) -> str:
+    """The share of all parameters that is removed or zeroed; the sparsity where the records do not tell it."""
+    if row.gone is None:
+        return "unknown sparsity" if row.sparsity is None else f"{percent(row.sparsity)} sparsity"
+    removed, zeroed = bool(row.removed), (row.zeroed or 0.0) > _ACCIDENT
+    noun = "removed and zeroed" if removed and zeroed else "removed" if removed or not zeroed else "zeroed"
+    return f"{percent(row.gone)} {noun}"
+
+
+def name(row: Row) -> str:
+    """The name of a run: its method, and the share of all parameters that is gone."""
+    if row.dense:
+        return "dense"
+    modules = f" ({row.get('modules')})" if row.get("modules") else ""
+    return f"{base(row)}{modules}, {gone(row)}"
 
 
 def perplexity(value: float | None) -> Words:

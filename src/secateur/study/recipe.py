@@ -26,12 +26,12 @@ from secateur.heal.lora import find_targets, need_peft
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
 from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
+from secateur.predict.find import find_records
 from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
 from secateur.prune.run import prune
 from secateur.recipe.fields import WRITES
 from secateur.recipe.read import Recipe, Step, written_recipe
-from secateur.report import find
 from secateur.text.protocols import find_protocol
 
 RECORDS, REPORT = "records.jsonl", "report.html"
@@ -216,7 +216,7 @@ def _do(task: _Task, out: Path, *, resume: bool, overwrite: bool) -> Record:
     if task.step.kind == "report":
         from secateur.report import html  # imported here: matplotlib takes a second to load
 
-        written = html.write_report(find.find_records([out]), out / REPORT, title=f"Recipe {out.name}")
+        written = html.write_report(find_records([out]), out / REPORT, title=f"Recipe {out.name}")
         return {"command": "report", "out": str(out / REPORT), "files": [str(path) for path in written]}
     if task.step.kind == "eval":
         return evaluate(task.request, records_file=file, resume=resume)

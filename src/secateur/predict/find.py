@@ -1,4 +1,4 @@
-"""The records that a report of a folder is about."""
+"""The records that a report or a prediction of a folder is about."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError
-from secateur.core.records import Record
+from secateur.core.records import CHANGES, Record, model_of, source_of
 from secateur.models.save import plan_file
-from secateur.report.rows import CHANGES, model_of, source_of
 
 _FILE = "records.jsonl"
 
