@@ -245,7 +245,10 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
     assert status == 0, stderr
     assert "step 1 (prune)" in stdout
     assert "Nothing was written" in stdout
-    assert "step 4 (heal): no estimate before its model is there" in stdout
+    assert "step 2 (prune): no estimate before its model is there" in stdout
+    _, healing = stdout.split("step 4 (heal), on the model of the recipe, so at most:\n")
+    assert "Would train " in healing
+    assert "Expected, about: " in healing.split("step 5")[0]
     assert sorted(tmp_path.rglob("*")) == before
     assert run(recipe)[0] == 2, "--out is missing"
 
