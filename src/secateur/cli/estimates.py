@@ -41,8 +41,8 @@ def estimates_notes(found: Sequence[Record]) -> Iterator[str]:
     dense, *runs, together = found
     yield "Each time is that of a run and of measuring its result, on an idle machine."
     if starting := together.get("seconds_starting"):
-        words = f"{rough_duration_words(starting)} for starting {len(runs) + 1} processes"
-        yield f"The last line counts {words}: each run has its own, and the dense model too."
+        words = f"{rough_duration_words(starting)} for starting {len(runs) + 2} processes"
+        yield f"The last line counts {words}: of the command, the dense model and each run."
     reasons: dict[str, list[str]] = {}
     for record in (dense, *runs):
         for what, why in unknown(record).items():

@@ -72,7 +72,7 @@ def estimate_compare(
     for note in todo.notes():
         say(note)
     once = (starting or start_seconds)(asked.base.model, asked.base.revision)
-    starts = None if once is None else once * (1 + len(todo.runs))  # one more for the dense model
+    starts = None if once is None else once * (2 + len(todo.runs))  # those of the command and of the dense model too
     yield from _estimates("compare", asked.base, todo.runs, measure, starts)
 
 
