@@ -119,6 +119,17 @@ def test_a_dry_run_says_why_less_is_removed_than_asked_for() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("tied", "why"),
+    [(True, "its tied head gets weights of its own, and adapters are added"), (False, "adapters are added")],
+)
+def test_a_dry_slice_says_what_is_added(tied: bool, why: str, saved: Callable[..., Path], ids_file: str) -> None:
+    model = saved("llama", tied=tied)
+    asked = ["prune", model, "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--method"]
+    assert f"of the residual width ({why})." in run(*asked, "slicegpt", "--set", "round=1")
+    assert "(" not in run(*asked, "magnitude").splitlines()[1]
+
+
 def test_zeros_that_a_model_has_by_accident_are_not_called_zeroed() -> None:
     few = {**RECORD, "nonzero_after": RECORD["params_after"] - 300_000, "sparsity_of": "parameters"}
     assert "zeroed" not in " ".join(answer(few))
