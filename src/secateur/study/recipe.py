@@ -113,14 +113,14 @@ def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Re
         elif task.step.kind == "eval":
             on_dense = replace(task.request, model=recipe.model, revision=recipe.revision, against=None)
             yield {"step": task.step.where, **estimate_evaluate(on_dense)}
-        elif task.step.kind == "heal" and (found := _healing_at_most(recipe, checkpoint, tasks[:number], task)):
-            yield found
+        elif task.step.kind == "heal":
+            yield _healing_at_most(recipe, checkpoint, tasks[:number], task)
         else:
             yield {"command": "run", "dry_run": True, "step": task.step.where, "waits": task.step.kind != "report"}
 
 
-def _healing_at_most(recipe: Recipe, checkpoint: Checkpoint, before: list[_Task], task: _Task) -> Record | None:
-    """Estimate a healing on the model of the recipe instead of the pruned one; None if a text cannot be read here.
+def _healing_at_most(recipe: Recipe, checkpoint: Checkpoint, before: list[_Task], task: _Task) -> Record:
+    """Estimate a healing on the model of the recipe instead of the pruned one; if a text cannot be read, say why.
 
     Matrices count as zeroed where a pruning before may zero weights: their adapters take more memory.
     """
@@ -140,8 +140,8 @@ def _healing_at_most(recipe: Recipe, checkpoint: Checkpoint, before: list[_Task]
         found = estimate_heal(replace(task.request, model=model), before=plan)
     except UsageError:
         raise
-    except SecateurError:
-        return None
+    except SecateurError as error:
+        return {"command": "run", "dry_run": True, "step": task.step.where, "waits": True, "why": str(error)}
     return {"step": task.step.where, "at_most": True, **found}
 
 
