@@ -39,7 +39,8 @@ def run(*args: Any) -> str:
 def test_a_prune_says_what_came_out_how_it_loads_and_what_is_next() -> None:
     assert answer(RECORD) == [
         "135 M -> 101 M parameters (25.0% removed), 269 MB -> 202 MB, 2 min 05 s",
-        "slicegpt removed 25.0% of the residual width. Loads with trust_remote_code=True, or after import secateur.",
+        "slicegpt removed 25.0% of the residual width. Model and tokenizer load with trust_remote_code=True, or after "
+        "import secateur.",
         "Next: secateur eval '/runs/my model' --no-shift --against org/model",
     ]
     zeros = {
@@ -75,6 +76,58 @@ def test_no_command_is_advised_that_cannot_work() -> None:
     assert answer({**RECORD, **revision})[-1].endswith("--against gpt2 --against-revision abc")
     healed = {**RECORD, "command": "heal", "heal": {"keep_adapter": True}}
     assert not [line for line in answer(healed) if line.startswith("Next: ")]
+
+
+def test_the_next_command_works_without_a_hub() -> None:
+    """Where calibration was a file, the default text of an evaluation may be out of reach."""
+    local = {**RECORD, "model": "lost", "calibration": {"spec": "a.txt", "file_sha256": "0"}}
+    assert answer(local)[-2:] == [
+        "Next: secateur eval '/runs/my model' --text TEXT_FILE",
+        "      TEXT_FILE: text that was not used for calibration.",
+    ]
+    (*_, last) = answer({**local, "calibration": {"spec": "wikitext2"}})
+    assert last == "Next: secateur eval '/runs/my model'"
+    (*_, last) = answer({**local, "model": "bundled"})
+    assert last == "Next: secateur eval '/runs/my model' --no-shift --against bundled"
+    healed = {**local, "command": "heal", "heal": {"calibration": {"spec": "a.txt", "file_sha256": "0"}}}
+    assert answer(healed)[-1] == "      TEXT_FILE: text that was not used for calibration or healing."
+    measured = {"ppl": 9.0, "ppl_protocol": {"spec": "my text", "windows": 3, "seqlen": 256}}
+    options = {"measured_with": {"text": "my text", "eval-seqlen": 256, "limit": 3}}
+    (*_, last) = answer({**healed, **measured, **options})
+    assert last == "Next: secateur eval '/runs/my model' --text 'my text' --eval-seqlen 256 --limit 3"
+
+
+def test_an_evaluation_on_a_file_hands_the_file_on(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.touch()
+    measured = {"ppl": 9.0, "ppl_protocol": {"spec": str(file), "windows": 3, "seqlen": 2048}}
+    assert f" --text {file} --out " in answer({**RECORD, "command": "eval", **measured})[-2]
+
+
+def test_healing_says_what_it_gained_on_its_own_rows() -> None:
+    done = {**RECORD, "command": "heal", "heal": {"training_loss": [3.6457, 3.5952]}}
+    assert "training loss 3.65 -> 3.60 on the same rows, in nats a token" in answer(done)
+
+
+def test_a_dry_run_says_why_less_is_removed_than_asked_for() -> None:
+    dry = {**RECORD, "dry_run": True, "sparsity": 0.5, "size_note": "its tied head gets weights of its own"}
+    assert answer(dry)[1] == (
+        "slicegpt would remove 50.0% of the residual width (its tied head gets weights of its own)."
+    )
+    assert answer({**dry, "seconds_estimated": 22.0})[-1] == (
+        "Expected, about: 22 s on an idle machine. Nothing was written."
+    )
+
+
+@pytest.mark.parametrize(
+    ("tied", "why"),
+    [(True, "its tied head gets weights of its own, and adapters are added"), (False, "adapters are added")],
+)
+def test_a_dry_slice_says_what_is_added(tied: bool, why: str, saved: Callable[..., Path], ids_file: str) -> None:
+    model = saved("llama", tied=tied)
+    asked = ["prune", model, "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--method"]
+    assert f"of the residual width ({why})." in run(*asked, "slicegpt", "--set", "round=1")
+    assert "(" not in run(*asked, "magnitude").splitlines()[1]
 
 
 def test_zeros_that_a_model_has_by_accident_are_not_called_zeroed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,22 @@ def test_memory_has_masks_only_where_pruning_zeroed(saved: Callable[..., Path], 
     down = math.prod(checkpoint.view().matrix_shapes(0)["down"])
 
     def memory(name: str, **more: Any) -> int:
-        return int(api.estimate_heal(_asked(tmp_path / name, ids, **more))["memory_bytes"])
+        asked = replace(_asked(tmp_path / name, ids, **more), text=None, evaluate=False)  # measuring needs more here
+        return int(api.estimate_heal(asked)["memory_bytes"])
 
     for more, masked in (({}, 1), ({"checkpointing": False}, 3)):  # in one block at a time, or in all three
         assert memory("zeroed", **more) - memory("zeroed", **more, keep_adapter=True) == masked * 8 * down
         assert memory("removed", **more) == memory("removed", **more, keep_adapter=True)
+
+
+def test_memory_is_that_of_the_part_that_takes_most(pruned: Path, ids: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short windows of training beside long ones of measuring, and the other way round."""
+    asked = replace(_asked(pruned, ids), batch=1, seqlen=2, text=None, evaluate=False)
+    training = api.estimate_heal(asked)["memory_bytes"]
+    measured = replace(asked, evaluate=True, text=ids)
+    assert api.estimate_heal(measured)["memory_bytes"] > training
+    monkeypatch.setattr("secateur.heal.estimate.perplexity_memory", lambda *_: 0)
+    assert api.estimate_heal(measured)["memory_bytes"] == training
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from secateur import api
 from secateur.cli.answer import answer
 from secateur.evaluate.perplexity import perplexity
+from secateur.heal import heal as heal_module
+from secateur.heal import lora
 from secateur.heal import tune as tuning
 from secateur.heal.data import answers_alone, shown_row
 from secateur.heal.lora import add_adapters
 from secateur.report.rows import collect
+from secateur.report.tables import settings
 from secateur.text.instructions import alpaca_prompt
 from secateur.text.windows import IGNORE
 from tests.folders import contents
@@ -90,7 +95,15 @@ def test_healing_trains_what_it_writes(
     measured = api.evaluate(api.EvalRequest(str(tmp_path / "healed"), text=quick.text))
     assert measured["heal"] == plan["heal"]
     assert [row.get("method") for row in collect([measured])] == [f"{method} + LoRA"]
-    assert "| healed | LoRA of rank 4" in (tmp_path / "healed" / "README.md").read_text()
+    card = (tmp_path / "healed" / "README.md").read_text()
+    assert "| healed | LoRA of rank 4" in card
+    made_up = "changed, to make up for those that went, and then by healing"
+    assert f"| weights that stay | {made_up if plan['updated'] else 'changed by healing'} |" in card
+    gained = record["heal"]["training_loss"]
+    assert gained[0] == record["heal"]["losses"][0] > gained[1]
+    table = settings(collect([measured]))
+    place = [head for head, *_ in table.heads].index("Weights updated")
+    assert [row[place].text for row in table.rows] == ["yes"]
 
 
 def test_n_of_m_stays(pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path) -> None:
@@ -318,6 +331,37 @@ def test_answers_alone_count(tmp_path: Path) -> None:
         answers_alone(str(tmp_path / "rows.jsonl"), Letters(), samples=1, seqlen=5, seed=0)  # type: ignore[arg-type]
 
 
+def test_memory_goes_back_between_blocks_and_before_the_result_is_read(
+    pruned: Callable[..., Path], quick: api.HealRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trained weights are gone when the result is loaded, and each forward of a block begins with a small heap."""
+    given, seen = [0], list[Any]()
+    load = heal_module.load_model
+
+    def counted() -> None:
+        given[0] += 1
+
+    def loaded(*args: Any, **how: Any) -> Any:
+        assert [alive for alive in seen if alive() is not None] == []
+        model = load(*args, **how)
+        seen.append(weakref.ref(model.get_submodule("model.layers.0.mlp.up_proj").weight))
+        return model
+
+    monkeypatch.setattr(lora, "give_back", counted)
+    monkeypatch.setattr(heal_module, "load_model", loaded)
+    steps = 3
+    asked = replace(quick, model=str(pruned("llama", "wanda")), steps=steps, save_every=steps)
+    gc.disable()
+    try:
+        api.heal(asked, tmp_path / "healed")
+    finally:
+        gc.enable()
+    assert len(seen) == 2
+    assert given[0] == 3 * (4 * steps)  # in each of three blocks: loss before, forward, recomputed, loss after
+    api.heal(replace(asked, checkpointing=False), tmp_path / "again")
+    assert given[0] == 3 * (4 * steps)
+
+
 class _Slow:
     """A tokenizer that knows no offsets."""
 
@@ -444,7 +488,10 @@ def test_without_an_evaluation_nothing_is_measured_and_nothing_claims_it(
         record = api.heal(asked, out)
     assert not {"ppl", "ppl_before", "loss", "loss_before", "ppl_protocol"} & record.keys()
     assert answer(record)[0].startswith("healed, perplexity not measured, ")
-    assert answer(record)[-1] == f"Next: secateur eval {out} --no-shift --against {record['model']}"
+    assert answer(record)[-2:] == [
+        f"Next: secateur eval {out} --text TEXT_FILE --no-shift --against {record['model']}",
+        "      TEXT_FILE: text that was not used for calibration or healing.",
+    ]
     assert "- perplexity, " not in (out / "README.md").read_text()
     rows = {Path(str(row.get("out"))).name: row for row in collect(api.find_records([file]))}
     assert rows["wanda-llama"].ppl is not None
@@ -507,8 +554,10 @@ def test_a_long_row_is_cut(tmp_path: Path) -> None:
 
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "x" * 500, "output": "y\x1b" * 300}]))
     first, second = shown_row(str(tmp_path / "rows.json"), Plain(), "plain", answers=True)  # type: ignore[arg-type]
-    assert len(first) < 260
-    assert " ... " in first
+    assert len(first) < 280
+    assert r"### Instruction:\nxxx" in first
+    assert r"xxx\n\n### Response:\ny" in first
+    assert first.count(" ... ") == 2
     assert "\x1b" not in second
     assert second.endswith('" and </s>')
 
@@ -534,11 +583,13 @@ def test_the_original_is_named_by_its_path(pruned: Callable[..., Path], quick: a
     second = api.heal(replace(quick, model=str(runs / "first")), tmp_path / "second" / "again")
     measured = api.evaluate(api.EvalRequest(str(runs / "first"), text=quick.text))
     assert {first["model"], second["model"], measured["model"]} == {dense}
-    assert answer(second)[-1] == f"Next: secateur eval {tmp_path / 'second' / 'again'} --no-shift --against {dense}"
+    again = f"Next: secateur eval {tmp_path / 'second' / 'again'} --text {quick.text}"
+    assert answer(second)[-1] == f"{again} --no-shift --against {dense}"
     plan = json.loads((runs / "first" / "secateur" / "plan.json").read_text())
     assert plan["model"] == Path(dense).name, "plans and cards hold no folders"
     for file in (tmp_path, runs, tmp_path / "second"):
         (file / "records.jsonl").write_text("{ broken\n")
     alone = api.evaluate(api.EvalRequest(str(folder), text=quick.text), records_file=tmp_path / "new.jsonl")
     assert alone["model"] == Path(dense).name
-    assert answer({**first, "model": Path(dense).name})[-1] == f"Next: secateur eval {runs / 'first'}"
+    (*_, last) = answer({**first, "model": Path(dense).name})
+    assert last == f"Next: secateur eval {runs / 'first'} --text {quick.text}"

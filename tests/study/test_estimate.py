@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from secateur import api
 from secateur.cli import app
+from secateur.study.estimate import start_seconds as _real_start_seconds
 
 
 def test_a_dry_sweep_names_the_runs_that_the_sweep_makes(
@@ -57,6 +58,7 @@ def test_a_dry_compare_says_what_it_leaves_out(saved: Callable[..., Path], ids_f
     assert "10.0% removed" in lines[4]
     assert lines[-1].startswith("2 runs in all, each measured. They would take ")
     assert lines[-1].endswith(" of disk. Nothing was written.")
+    assert "The last line counts 20 s for starting 4 processes: of the command, the dense model and each run." in lines
     told = CliRunner().invoke(app, [*asked, "--dry-run", "--verbose"]).stdout.splitlines()
     assert [line for line in told if line in ("dense", "magnitude-rows-0.1-params", "llm_pruner-0.1-params")]
     assert sum(line.startswith("  Expected, about: ") for line in told) == 3
@@ -65,6 +67,27 @@ def test_a_dry_compare_says_what_it_leaves_out(saved: Callable[..., Path], ids_f
     for command in (asked, ["sweep", str(saved("llama")), "--method", "magnitude", "--sparsity", "0.5"]):
         refused = CliRunner().invoke(app, command)
         assert (refused.exit_code, "--out DIR is missing" in refused.stderr) == (2, True)
+
+
+@pytest.fixture(autouse=True)
+def starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process is started: it would take seconds."""
+    monkeypatch.setattr("secateur.study.estimate.start_seconds", lambda *_: 5.0)
+
+
+def test_starting_the_process_of_each_run_is_in_the_sum(saved: Callable[..., Path], ids_file: str) -> None:
+    model = str(saved("llama"))
+    asked = api.CompareRequest(api.Request(model, ""), ["magnitude"], sparsities=[0.5, 0.6])
+    *_, known = api.estimate_compare(asked, api.EvalRequest(model, text=ids_file), starting=lambda *_: 7.0)
+    assert known["seconds_starting"] == 28.0
+    assert known["seconds_estimated"] > 28.0
+    *_, unknown = api.estimate_compare(asked, api.EvalRequest(model, text=ids_file), starting=lambda *_: None)
+    assert "seconds_starting" not in unknown
+    assert unknown["seconds_estimated"] < known["seconds_estimated"]
+
+
+def test_a_process_that_cannot_start_tells_no_time() -> None:
+    assert _real_start_seconds("no such model", None) is None
 
 
 def test_what_is_not_known_has_its_reason_below_the_table(saved: Callable[..., Path], ids_file: str) -> None:

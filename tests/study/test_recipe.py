@@ -245,9 +245,22 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
     assert status == 0, stderr
     assert "step 1 (prune)" in stdout
     assert "Nothing was written" in stdout
-    assert "step 4 (heal): no estimate before its model is there" in stdout
+    assert "step 2 (prune): no estimate before its model is there" in stdout
+    _, healing = stdout.split("step 4 (heal), on the model of the recipe, so at most:\n")
+    assert "Would train " in healing
+    assert "Expected, about: " in healing.split("step 5")[0]
     assert sorted(tmp_path.rglob("*")) == before
     assert run(recipe)[0] == 2, "--out is missing"
+
+
+def test_a_healing_whose_text_is_out_of_reach_has_the_reason(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise api.SecateurError("text 'c4' is out of reach")
+
+    monkeypatch.setattr("secateur.study.recipe.estimate_heal", unreachable)
+    status, stdout, stderr = run(recipe, "--dry-run")
+    assert status == 0, stderr
+    assert "step 4 (heal): no estimate: text 'c4' is out of reach" in stdout.splitlines()
 
 
 def test_against_can_be_left_out(recipe: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ NEXT, NOTE = "Next: ", "      "  # how the lines about the next command begin
 _WIDE = 100  # an upper end that many times the lower one says nothing
 _ROUGHLY = 2  # times a rough estimate: the work stays below
 _SEEN = 0.0005  # a share below this is shown as none
+_TEXT_FILE = "TEXT_FILE"  # stands for the name of a file that the user has to choose
 
 
 def answer(record: Record) -> list[str]:
@@ -66,7 +67,7 @@ def zeroed_share(record: Record) -> float:
 def _prune(record: Record) -> Iterator[str]:
     yield f"{_size(record)}, {_time(record)}"
     yield f"{_how(record)}. {_loading(record)}"
-    yield f"{NEXT}{_next('eval', record['out'], *_dense(record))}"
+    yield from _next_eval(record)
 
 
 def _dry_prune(record: Record) -> Iterator[str]:
@@ -76,7 +77,8 @@ def _dry_prune(record: Record) -> Iterator[str]:
         yield _size(record)
     if record.get("sparsity") and record.get("sparsity_of") not in (None, "parameters"):
         word = "zero" if record["sparsity_of"] == "weights" else "remove"
-        yield f"{record['method']} would {word} {_of(record['sparsity'], record['sparsity_of'])}."
+        why = f" ({record['size_note']})" if record.get("size_note") else ""
+        yield f"{record['method']} would {word} {_of(record['sparsity'], record['sparsity_of'])}{why}."
     yield _expected(record)
 
 
@@ -103,8 +105,9 @@ def _dry_heal(record: Record) -> Iterator[str]:
 def _expected(record: Record) -> str:
     """What the work would take; what is not known has its reason on the same line."""
     memory, disk = record.get("memory_bytes"), record.get("disk_bytes")
+    time = time_words(record)
     parts = [
-        time_words(record),
+        f"{time} on an idle machine" if time else "",
         "" if memory is None else f"{size_words(memory + record.get('resident_bytes', 0))} of memory",
         f"{size_words(disk)} of disk while it runs" if disk else "",
     ]
@@ -144,7 +147,7 @@ def _eval(record: Record) -> Iterator[str]:
             f"divergence {shift['kl']:.3f} nats a token"
         )
     if record.get("method") and not record.get("heal"):
-        yield f"{NEXT}{_next('heal', record['out'], '--out', record['out'] + '-healed')}"
+        yield f"{NEXT}{_next('heal', record['out'], *_file_text(record), '--out', record['out'] + '-healed')}"
         yield f"{NOTE}it trains for {HealRequest.steps:,} steps; with --dry-run it only says how long that takes."
 
 
@@ -154,9 +157,12 @@ def _heal(record: Record) -> Iterator[str]:
     else:
         change = _perplexities(record.get("ppl_before"), record["ppl"])
         yield f"perplexity {change} by healing ({_text(record)}), {_time(record)}"
+    if (learned := record["heal"].get("training_loss")) is not None:
+        before, after = learned
+        yield f"training loss {before:.2f} -> {after:.2f} on the same rows, in nats a token"
     yield f"{_size(record)}. {_how(record)}."
     if not record["heal"].get("keep_adapter"):  # an adapter alone is no model
-        yield f"{NEXT}{_next('eval', record['out'], *_dense(record))}"
+        yield from _next_eval(record)
 
 
 def _predict(record: Record) -> Iterator[str]:
@@ -278,7 +284,7 @@ def _of(share: float, quantity: str | None) -> str:
 def _loading(record: Record) -> str:
     if record["stock"]:
         return "A stock model: it loads as the original does."
-    return "Loads with trust_remote_code=True, or after import secateur."
+    return "Model and tokenizer load with trust_remote_code=True, or after import secateur."
 
 
 def _perplexities(before: float | None, after: float) -> str:
@@ -287,6 +293,30 @@ def _perplexities(before: float | None, after: float) -> str:
 
 def _next(command: str, *words: str) -> str:
     return shlex.join(["secateur", command, *words])
+
+
+def _next_eval(record: Record) -> Iterator[str]:
+    """The command that measures a result on the text in use, and what its placeholder stands for if it has one.
+
+    Without a text in use, a file as calibration text tells that the hub may be out of reach, where the default is.
+    """
+    heal = record.get("heal") or {}
+    given = record.get("measured_with") or {}
+    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    calibration = heal.get("calibration") or record.get("calibration") or {}
+    from_file = calibration.get("file_sha256") and record["model"] != "bundled"
+    wanted = not record.get("ppl_protocol") and bool(from_file)
+    if wanted:
+        options = ["--text", _TEXT_FILE]
+    yield f"{NEXT}{_next('eval', record['out'], *options, *_dense(record))}"
+    if wanted:
+        yield f"{NOTE}{_TEXT_FILE}: text that was not used for calibration{' or healing' if heal else ''}."
+
+
+def _file_text(record: Record) -> list[str]:
+    """The option that measures on the same text, where that is a file."""
+    spec = record["ppl_protocol"]["spec"]
+    return ["--text", spec] if Path(spec).expanduser().is_file() else []
 
 
 def _change(before: float, after: float) -> str:

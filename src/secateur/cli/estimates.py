@@ -9,7 +9,7 @@ from rich.table import Table
 
 from secateur.cli.answer import asked_words, how_much, time_words, unknown
 from secateur.core.records import Record
-from secateur.core.words import plural, size_words
+from secateur.core.words import plural, rough_duration_words, size_words
 
 _UNKNOWN = "unknown"
 
@@ -39,7 +39,10 @@ def estimates_table(found: Sequence[Record]) -> Table:
 def estimates_notes(found: Sequence[Record]) -> Iterator[str]:
     """Yield what the table cannot hold: what a time is of, and why something is not known; the disk comes last."""
     dense, *runs, together = found
-    yield "Each time is that of a run and of measuring its result."
+    yield "Each time is that of a run and of measuring its result, on an idle machine."
+    if starting := together.get("seconds_starting"):
+        words = f"{rough_duration_words(starting)} for starting {len(runs) + 2} processes"
+        yield f"The last line counts {words}: of the command, the dense model and each run."
     reasons: dict[str, list[str]] = {}
     for record in (dense, *runs):
         for what, why in unknown(record).items():
@@ -48,7 +51,7 @@ def estimates_notes(found: Sequence[Record]) -> Iterator[str]:
         yield f"{', '.join(names)}: {line}."
     alone = [run["seconds_estimated"] for run in runs]
     if together["seconds_estimated"] is not None and None not in alone:
-        pruning = together["seconds_estimated"] - together["seconds_measuring"]
+        pruning = together["seconds_estimated"] - together["seconds_measuring"] - together.get("seconds_starting", 0.0)
         if sum(alone) > pruning + 1:  # seconds; they are rounded
             yield "A gradual method passes through the lower sizes on its way, so the last line counts its longest run."
     disk = "" if together["disk_bytes"] is None else f" They would take {size_words(together['disk_bytes'])} of disk."
@@ -86,7 +89,8 @@ def _bytes(record: Record) -> int | None:
 def _sum(times: Sequence[Record], together: Record) -> str:
     known = [record["seconds_estimated"] for record in times if record["seconds_estimated"] is not None]
     if together["seconds_estimated"] is None:
-        return f"over {time_words({'seconds_estimated': sum(known)})}" if known else _UNKNOWN
+        over = sum(known) + together.get("seconds_starting", 0.0)
+        return f"over {time_words({'seconds_estimated': over})}" if known else _UNKNOWN
     rough = all(record.get("seconds_rough") for record in times)
     return time_words({**together, "seconds_rough": rough})
 

@@ -70,8 +70,13 @@ def _print(record: Record, *, verbose: bool) -> None:
         say(f"report: {record['out']}")
         return
     if record.get("dry_run"):
-        waits = ": no estimate before its model is there; it says how long it takes when it starts"
-        echo(f"{record['step']}{waits if record.get('waits') else ''}")
+        waits = (
+            f": no estimate: {record['why']}"
+            if record.get("why")
+            else ": no estimate before its model is there; it says how long it takes when it starts"
+        )
+        at_most = ", on the model of the recipe, so at most:"
+        echo(f"{record['step']}{waits if record.get('waits') else at_most if record.get('at_most') else ''}")
     if verbose:
         show(record_table(record))
     for line in answer(record):

@@ -78,7 +78,7 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
         **questions.facts,
         "requests": questions.tasks.requests(),
         "evaluation_tokens": models * sum(map(len, questions.windows)),
-        "memory_bytes": memory + models * _batch_memory(checkpoint, questions),
+        "memory_bytes": memory + models * perplexity_memory(checkpoint, questions.windows, questions.dtype),
         "resident_bytes": resident,
         "disk_bytes": 0,
         "seconds_estimated": None if seconds is None else round(reading + seconds, 2),
@@ -97,12 +97,12 @@ def _is_small(request: EvalRequest, questions: Questions) -> bool:
     return len(questions.windows) < _WARMED and (few or not request.tasks)
 
 
-def _batch_memory(checkpoint: Checkpoint, questions: Questions) -> int:
+def perplexity_memory(checkpoint: Checkpoint, windows: Sequence[Tensor], dtype: torch.dtype) -> int:
     """Return the bytes of what one batch has in memory at a time: logits, and the middle of an MLP."""
-    tokens = max(batch.numel() for batch in equal_batches(questions.windows))
+    tokens = max(batch.numel() for batch in equal_batches(windows))
     vocabulary = int(checkpoint.config.vocab_size)
     logits = 4 * min(tokens, positions_a_chunk(vocabulary)) * vocabulary
-    return 2 * logits + 4 * tokens * checkpoint.view().dims(0).ffn * questions.dtype.itemsize
+    return 2 * logits + 4 * tokens * checkpoint.view().dims(0).ffn * dtype.itemsize
 
 
 def _seconds(

@@ -5,6 +5,7 @@ Shape letters: S examples, T tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,6 +21,8 @@ from secateur.text.instructions import Instruction, Piece, chat_pieces, chat_tex
 from secateur.text.specs import read_instructions
 from secateur.text.tokens import tokenize
 from secateur.text.windows import IGNORE, common_length
+
+_MARKS = re.compile(r"(\n*### (?:Instruction|Input|Response):\n)")  # of the plain form
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def example(row: Instruction, tokenizer: PreTrainedTokenizerBase, form: str | No
 
 
 def shown_row(spec: str, tokenizer: PreTrainedTokenizerBase, form: str, *, answers: bool) -> list[str]:
-    """Return lines that show the first row of instruction data as text, cut, and with `answers` what is learned of it.
+    """Return lines that show the first row of instruction data as text, and with `answers` what is learned of it.
+
+    Long texts of its messages are cut in their middle; roles and special tokens are all there.
 
     Args:
         spec: `alpaca`, or a file of instructions.
@@ -99,7 +104,7 @@ def shown_row(spec: str, tokenizer: PreTrainedTokenizerBase, form: str, *, answe
         form: `chat` or `plain`.
         answers: whether the answers alone count in the loss.
     """
-    row = read_instructions(spec)[0]
+    row = _cut_row(read_instructions(spec)[0])
     pieces = chat_pieces(row, tokenizer) if answers and form == "chat" else row.plain
     text = chat_text(row, tokenizer) if form == "chat" else plain_text(row)
     form_words = "in the chat template" if form == "chat" else "in the plain form"
@@ -112,11 +117,31 @@ def shown_row(spec: str, tokenizer: PreTrainedTokenizerBase, form: str, *, answe
     return lines
 
 
-def _quoted(text: str, longest: int = 200) -> str:
-    """A text in one line, with its line breaks as \\n, cut in its middle."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    end = longest // 4
-    return f'"{plain}"' if len(plain) <= longest else f'"{plain[: longest - end - 5]} ... {plain[-end:]}"'
+def _cut_row(row: Instruction, longest: int = 160, least: int = 24) -> Instruction:
+    """A row with the texts of its messages cut, to share a length."""
+    each = max(least, longest // max(1, len(row.messages)))
+    messages = [{**message, "content": _cut(message["content"], each)} for message in row.messages]
+    plain = [("".join(_cut(part, each) for part in _MARKS.split(text)), answer) for text, answer in row.plain]
+    return Instruction(row.where, messages, plain)
+
+
+def _cut(text: str, longest: int) -> str:
+    """A text, cut in its middle if it is longer in one line; marks of the plain form are never cut."""
+    if _MARKS.fullmatch(text) or len(_one_line(text)) <= longest:
+        return text
+    half = longest // 2
+    while len(_one_line(text[:half] + text[-half:])) > longest and half > 1:
+        half -= 1
+    return f"{text[:half].rstrip()} ... {text[-half:].lstrip()}"
+
+
+def _one_line(text: str) -> str:
+    """A text in one line, with its line breaks as \\n."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _quoted(text: str) -> str:
+    return f'"{_one_line(text)}"'
 
 
 def _labelled(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from secateur.core.device import resolve_device
 from secateur.core.errors import reason
 from secateur.core.memory import resident_bytes
 from secateur.core.paths import to_path
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Clock, Phases, line, work_seconds
-from secateur.evaluate.estimate import perplexity_seconds
+from secateur.evaluate.estimate import perplexity_memory, perplexity_seconds
 from secateur.evaluate.passes import BLOCKS, Small, small_model, weights_memory
 from secateur.heal.heal import Prepared, check_request, prepare
 from secateur.heal.lora import add_adapters, need_peft, recompute
-from secateur.heal.tune import next_token_loss, train_step
+from secateur.heal.tune import LOOK_EVERY, next_token_loss, train_step
 from secateur.heal.watch import steps_watched
 from secateur.models.loss import TRAINED_POSITIONS, positions_a_chunk
 from secateur.requests import HealRequest
@@ -26,16 +27,24 @@ from secateur.requests import HealRequest
 _DEPTHS = (BLOCKS, 4)
 _SHORT_TOKENS = 32
 _DISK_BYTES_A_SECOND = 500e6
+_HOLES = 1.5  # times what all blocks keep: measured, what the allocator of a CPU takes for it
 _OPTIMISER_BYTES = 16  # of a trained parameter: itself, its gradient and two moments
 
 
-def estimate_heal(request: HealRequest, records_file: str | Path | None = None, clock: Clock = work_seconds) -> Record:
+def estimate_heal(
+    request: HealRequest,
+    records_file: str | Path | None = None,
+    clock: Clock = work_seconds,
+    *,
+    before: Mapping[str, Any] | None = None,
+) -> Record:
     """Return what `heal` would train and measure, and its memory, disk and time. Reads the texts, writes nothing.
 
     Args:
         request: what would be done.
         records_file: the records that may tell the calibration text; None is `records.jsonl` beside the checkpoint.
         clock: returns seconds.
+        before: what a plan would say, for a model that is not pruned yet: it stands for its result, which is smaller.
 
     Returns:
         A record with `dry_run`. `seconds_estimated` is None where nothing tells the time, and `seconds_unknown` says
@@ -47,8 +56,9 @@ def estimate_heal(request: HealRequest, records_file: str | Path | None = None, 
     started = clock()
     check_request(request)
     need_peft()
-    resident = resident_bytes(resolve_device(request.device))
-    prepared = prepare(request, to_path(records_file) or Path(request.model).absolute().parent / "records.jsonl")
+    records_file = to_path(records_file) or Path(request.model).absolute().parent / "records.jsonl"
+    prepared = prepare(request, records_file, before)
+    resident = resident_bytes(prepared.device)  # with the texts and the tokenizer, which the work keeps
     reading = clock() - started
     checkpoint, examples = prepared.checkpoint, prepared.examples
     blocks = checkpoint.view().blocks
@@ -91,9 +101,10 @@ def _trainable(prepared: Prepared) -> int:
 
 
 def _memory(prepared: Prepared) -> int:
-    """Return the bytes of memory: the model, the adapters, and what the way back needs of a step.
+    """Return the bytes of memory of the part that takes most: loading the model, measuring perplexity, or training.
 
-    With checkpointing that is what enters each block, and everything inside one block; without, the inside of all.
+    Training needs the model in the dtype of the work, the adapters, and what the way back needs of a step. With
+    checkpointing that is what enters each block, and everything inside one block; without, the inside of all.
     """
     request, checkpoint, width = prepared.request, prepared.checkpoint, prepared.dtype.itemsize
     view, vocabulary = checkpoint.view(), int(checkpoint.config.vocab_size)
@@ -105,8 +116,12 @@ def _memory(prepared: Prepared) -> int:
     if request.checkpointing:
         activations = view.blocks * tokens * dims.hidden * width + inside + max(masks)
     else:
-        activations = view.blocks * inside + sum(masks)
-    return weights_memory(checkpoint, prepared.dtype) + _trainable(prepared) * _OPTIMISER_BYTES + activations + logits
+        holes = _HOLES if prepared.device.type == "cpu" else 1.0
+        activations = round(holes * view.blocks * inside) + sum(masks)
+    weights = view.parameters() * width
+    training = weights + _trainable(prepared) * _OPTIMISER_BYTES + activations + logits
+    measuring = perplexity_memory(checkpoint, prepared.held_out, prepared.dtype) if prepared.held_out else 0
+    return max(weights_memory(checkpoint, prepared.dtype), weights + measuring, training)
 
 
 def _masks(prepared: Prepared) -> list[int]:
@@ -139,7 +154,8 @@ def _seconds(prepared: Prepared, clock: Clock) -> float:
             break
     whole = small.depth if small.checkpoint is not prepared.checkpoint else view.blocks
     step = line(points[0], points[-1], whole)
-    looks = min(steps_watched(request.batch), request.steps) * forward * step / points[-1][1]
+    rows = min(steps_watched(request.batch), request.steps) + min(LOOK_EVERY, request.save_every, request.steps)
+    looks = rows * forward * step / points[-1][1]
     written = 3 * view.parameters() * prepared.checkpoint.dtype.itemsize / _DISK_BYTES_A_SECOND
     if request.keep_adapter:
         return small.load_seconds + 2 * perplexity + looks + request.steps * step

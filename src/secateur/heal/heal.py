@@ -6,6 +6,7 @@ rank 8, alpha 16 (arXiv:2305.11627).
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from secateur.core import records
 from secateur.core.device import resolve_device, resolve_dtype
 from secateur.core.errors import SecateurError, UsageError
+from secateur.core.memory import give_back
 from secateur.core.paths import to_path
 from secateur.core.progress import say, track
 from secateur.core.timing import Clock
@@ -28,7 +30,7 @@ from secateur.evaluate.evaluate import announce, protocol_facts
 from secateur.evaluate.perplexity import perplexity
 from secateur.heal.data import Examples, answers_alone, shown_row
 from secateur.heal.lora import Adapters, add_adapters, find_targets, need_peft, recompute, zeroed_modules
-from secateur.heal.tune import SCHEDULES, Tuning, tune
+from secateur.heal.tune import SCHEDULES, Tuning, loss_after, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.pruned_config import stock_problem
@@ -84,6 +86,20 @@ class Prepared:
         if self.protocol is None:
             return {}
         return {"ppl_protocol": protocol_facts(self.protocol, self.held_out)}
+
+    @property
+    def measured_with(self) -> dict[str, Any]:
+        """The field `measured_with` of the record: the options of the evaluation that were given, for the next one."""
+        request = self.request
+        given = {
+            "text": request.text,
+            "protocol": request.protocol,
+            "eval-seqlen": request.eval_seqlen,
+            "limit": request.limit,
+            "text-field": None if request.text_field == HealRequest.text_field else request.text_field,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"measured_with": given} if given and self.protocol is not None else {}
 
     @property
     def zeroed(self) -> set[str]:
@@ -185,6 +201,7 @@ def heal(
         "model": records.original(prepared.plan["model"], Path(request.model), [records_file]),
         "healed": str(source.absolute()) if (source := Path(prepared.request.model)).is_dir() else str(source),
         **prepared.measured,
+        **prepared.measured_with,
         "device": settings["device"],
         "dtype": settings["dtype"],
         "seconds": round(spent().seconds, 3),
@@ -218,14 +235,19 @@ def check_request(request: HealRequest) -> None:
         raise UsageError(f"{option} {asked[given[0]]} says what to measure, and --no-eval measures nothing: drop one")
 
 
-def prepare(request: HealRequest, records_file: Path) -> Prepared:
+def prepare(request: HealRequest, records_file: Path, before: Mapping[str, Any] | None = None) -> Prepared:
     """Check a request against its model, and read its texts.
+
+    Args:
+        request: the request.
+        records_file: the records that may tell the calibration text.
+        before: what the plan would say, for an estimate on a model that is not pruned yet.
 
     Raises:
         UsageError, SecateurError: the request is wrong, or a text or the model cannot be read.
     """
     checkpoint = open_checkpoint(request.model)
-    plan = read_plan_json(checkpoint.folder)
+    plan = read_plan_json(checkpoint.folder) if before is None else dict(before)
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
         raise UsageError(
             f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; "
@@ -388,11 +410,13 @@ def _run(prepared: Prepared, settings: dict[str, Any], writer: CheckpointWriter)
         + ("perplexity is not measured" if before is None else f"perplexity before {perplexity_words(exp(before))}")
     )
     readings = tune(model, trainable, prepared.examples, how, writer.part(_TUNING))
+    after_training = loss_after(model, prepared.examples, how)
     done = {
         **settings,
         "lr": request.lr,
         "trainable": sum(p.numel() for p in trainable),
         "losses": [reading["loss"] for reading in _thinned(readings)],
+        "training_loss": [readings[0]["loss"], after_training],
     }
     rates = sorted({reading["lr"] for reading in readings}, reverse=True)
     heal_facts = done | ({"lrs": rates} if len(rates) > 1 else {})
@@ -404,6 +428,8 @@ def _run(prepared: Prepared, settings: dict[str, Any], writer: CheckpointWriter)
         facts = {"heal": heal_facts, "nonzero_after": _write_merged(prepared, adapters, writer)}
         _finish(prepared, facts, writer)
         del model, adapters, trainable
+        gc.collect()  # the forward of a module that was replaced refers to its module
+        give_back()
         after = None if before is None else perplexity(_reload(prepared, writer.out), prepared.held_out)
     if before is None or after is None:
         return facts

@@ -82,8 +82,9 @@ def tune(
     start = int(readings[-1]["step"]) if readings else 0
     before = _losses_before(model, examples, how, start)
     if not readings:
-        count = min(LOOK_EVERY, how.save_every, how.steps)
+        count = first_steps(how)
         readings.append({"step": 0, "loss": sum(before[:count]) / count, "lr": how.lr})
+        say(f"heal: loss {readings[0]['loss']:.3f} before training, on the rows of the first {plural(count, 'step')}")
         _check_finite(readings[0], trainable, 0)
     watch = Watch(before, [_tokens(examples, how, start + number) for number in range(len(before))])
     device, pace = model.device, _Pace(how, examples)
@@ -148,11 +149,27 @@ class _Pace:
                 say(f"heal: {size}, about {rough_duration_words(left)}")
 
 
-@torch.no_grad()
+def first_steps(how: Tuning) -> int:
+    """Return the number of steps whose rows the first reading is of, and `loss_after` too."""
+    return min(LOOK_EVERY, how.save_every, how.steps)
+
+
+def loss_after(model: PreTrainedModel, examples: Examples, how: Tuning) -> float:
+    """Return the loss of the trained model in nats a token, on the rows of the first reading."""
+    losses = _losses(model, examples, how, range(first_steps(how)), "heal: loss after")
+    return sum(losses) / len(losses)
+
+
 def _losses_before(model: PreTrainedModel, examples: Examples, how: Tuning, start: int) -> list[float]:
     """The losses in nats of the batches of the next steps, as many as are watched, before any of these steps."""
+    steps = range(start, min(how.steps, start + steps_watched(how.batch)))
+    return _losses(model, examples, how, steps, "heal: loss before")
+
+
+@torch.no_grad()
+def _losses(model: PreTrainedModel, examples: Examples, how: Tuning, steps: range, what: str) -> list[float]:
     losses = []
-    for step in track(range(start, min(how.steps, start + steps_watched(how.batch))), "heal: loss before"):
+    for step in track(steps, what):
         rows = rows_of_step(step, len(examples.ids_ST), how.batch, how.seed)
         losses.append(
             next_token_loss(model, examples.ids_ST[rows].to(model.device), examples.label_ST[rows].to(model.device))

@@ -55,7 +55,7 @@ def model_card(
         **_how_much(settings, facts, counted),
         "method": f"{settings['method']} ({', '.join(f'{k}={v}' for k, v in settings['options'].items())})",
         "modules": settings["modules"] or "all matrices of the blocks",
-        "weights that stay": "changed, to make up for those that went" if facts.get("updated") else "as they were",
+        "weights that stay": _weights_that_stay(facts),
         "calibration": f"{_text(calibration)}, seed {settings['seed']}" if calibration else "none needed",
     }
     if origin := _imported(checkpoint.folder):
@@ -102,6 +102,15 @@ def _how_much(settings: Mapping[str, Any], facts: Mapping[str, Any], counted: st
         done = "zeroed" if facts.get("sparsity_of") == "weights" else "removed"
         rows[counted.removeprefix("the ")] = f"{facts['sparsity_measured']:.1%} {done}"
     return rows | {"parameters": f"{after:,}" + (f", before {before:,}" if after != before else "")}
+
+
+def _weights_that_stay(facts: Mapping[str, Any]) -> str:
+    """Return what became of the weights that stay: by pruning, and by a healing that was merged."""
+    heal = facts.get("heal")
+    healed = heal is not None and not heal["keep_adapter"]
+    if facts.get("updated"):
+        return "changed, to make up for those that went" + (", and then by healing" if healed else "")
+    return "changed by healing" if healed else "as they were"
 
 
 def _imported(folder: Path) -> str | None:

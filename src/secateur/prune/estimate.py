@@ -21,7 +21,7 @@ from secateur.models.view import ModelView
 from secateur.plan.counts import removed_from_matrix
 from secateur.prune.calibration import read_labelled
 from secateur.prune.driver import warn_of_few_tokens
-from secateur.prune.prepare import Prepared, parameters_expected, prepare, say_expected
+from secateur.prune.prepare import Prepared, parameters_expected, prepare, say_expected, what_is_added
 from secateur.prune.rehearse import BLOCKS, rehearse
 from secateur.prune.settings import prepared_settings
 from secateur.text.specs import holds_ids
@@ -71,6 +71,7 @@ def estimate(prepared: Prepared, clock: Clock = work_seconds) -> Record:
         "dry_run": True,
         **prepared_settings(prepared, None),
         "sparsity_of": prepared.job.quantity.name,
+        **({"size_note": note} if (note := what_is_added(prepared)) else {}),
         "params_before": before,
         "params_after": after,
         "nonzero_after": None if after is None else after - zeroed,

@@ -181,12 +181,21 @@ def say_expected(prepared: Prepared) -> bool:
         return True
     tied = prepared.checkpoint.config.tie_word_embeddings
     if requested is None and prepared.job.rotates and (tied or removed <= 0):
-        why = "its tied head gets weights of its own, and adapters are added" if tied else "adapters are added"
+        why = what_is_added(prepared)
         sizes = f"{before:,} parameters become {after:,} ({-removed:+.1%})"
         run = f"{prepared.job.method.name} at sparsity {prepared.sparsity:.4g}"
         say(f"warning: {run}: {sizes}, since {why}{_instead(prepared)}")
         return True
     return False
+
+
+def what_is_added(prepared: Prepared) -> str | None:
+    """Return what a result has that the model has not, so that less is removed than the sparsity says; or None."""
+    if not (prepared.job.rotates and prepared.sparsity):
+        return None
+    if prepared.checkpoint.config.tie_word_embeddings:
+        return "its tied head gets weights of its own, and adapters are added"
+    return "adapters are added"
 
 
 def _instead(prepared: Prepared) -> str:

@@ -340,7 +340,7 @@ def settings(rows: Sequence[Row]) -> Table:
         Column(
             "Weights updated",
             lambda row: _updated(row),
-            "whether weights that stay were changed to make up for those that went",
+            "whether weights that stay were changed, by the pruning or by healing",
             text=True,
             optional=True,
         ),
@@ -380,7 +380,9 @@ def _measure(row: Row) -> str:
 
 
 def _updated(row: Row) -> Cell | None:
-    updated = None if row.dense else row.get("updated")
+    if row.dense:
+        return None
+    updated = True if row.get("heal") else row.get("updated")
     return None if updated is None else Cell(_as_text(updated))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from secateur.core.progress import say
@@ -14,6 +17,26 @@ from secateur.prune.prepare import prepare
 from secateur.requests import CompareRequest, EvalRequest, Request
 from secateur.study.compare import cells
 from secateur.study.sweep import sweep_requests
+
+Starting = Callable[[str, str | None], float | None]
+"""Returns the seconds that a new process takes before its work on a model begins; None where nothing tells."""
+_START = """
+import sys, time
+from secateur.models.load import build_skeleton, open_checkpoint
+from secateur.study import compare
+build_skeleton(open_checkpoint(sys.argv[1], sys.argv[2] or None).config)
+print(time.process_time())
+"""
+_AT_MOST = 120.0  # seconds to wait for it
+
+
+def start_seconds(model: str, revision: str | None) -> float | None:
+    """Start a process that loads the libraries and opens a model; return the seconds of processor that it took."""
+    command = [sys.executable, "-c", _START, model, revision or ""]
+    with suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_AT_MOST, check=True)
+        return float(done.stdout.split()[-1])
+    return None
 
 
 def estimate_sweep(
@@ -30,13 +53,17 @@ def estimate_sweep(
     yield from _estimates("sweep", request, sweep_requests(request, sparsities, ratios), measure)
 
 
-def estimate_compare(asked: CompareRequest, measure: EvalRequest) -> Iterator[Record]:
+def estimate_compare(
+    asked: CompareRequest, measure: EvalRequest, *, starting: Starting | None = None
+) -> Iterator[Record]:
     """Yield what `compare` would do: an estimate for each run, and a last record with the sums. Writes nothing.
 
-    Healing and timing are not in it: they have no model yet.
+    Healing and timing are not in it: they have no model yet. Each run has a process of its own, and starting these is
+    in the sum (`seconds_starting`).
 
     Args:
         asked, measure: as for `compare`.
+        starting: returns the seconds that such a process takes before its work; None measures it once.
 
     Raises:
         UsageError, SecateurError: as `compare` would say.
@@ -44,10 +71,18 @@ def estimate_compare(asked: CompareRequest, measure: EvalRequest) -> Iterator[Re
     todo = cells(asked)
     for note in todo.notes():
         say(note)
-    yield from _estimates("compare", asked.base, todo.runs, measure)
+    once = (starting or start_seconds)(asked.base.model, asked.base.revision)
+    starts = None if once is None else once * (2 + len(todo.runs))  # those of the command and of the dense model too
+    yield from _estimates("compare", asked.base, todo.runs, measure, starts)
 
 
-def _estimates(command: str, base: Request, requests: Mapping[str, Request], measure: EvalRequest) -> Iterator[Record]:
+def _estimates(
+    command: str,
+    base: Request,
+    requests: Mapping[str, Request],
+    measure: EvalRequest,
+    starts: float | None = None,
+) -> Iterator[Record]:
     dense = estimate_evaluate(replace(measure, model=base.model, revision=base.revision, against=None))
     against = 1 + (measure.against is not None)  # a run that is compared with the dense model runs that too
     yield {"run": "dense", **dense}
@@ -58,15 +93,16 @@ def _estimates(command: str, base: Request, requests: Mapping[str, Request], mea
     measuring = None if dense["seconds_estimated"] is None else dense["seconds_estimated"] * (1 + against * len(found))
     pruning = _together(requests, {name: record["seconds_estimated"] for name, record in found.items()})
     known = [record["memory_bytes"] is not None for record in found.values()]
-    written = [record["bytes_after"] for record in found.values()]
+    written, more = [record["bytes_after"] for record in found.values()], starts or 0.0
     yield {
         "command": command,
         "dry_run": True,
         "runs": len(found),
         "memory_bytes": max(map(_process_bytes, (dense, *found.values()))) if all(known) else None,
         "disk_bytes": None if None in written else sum(written),
-        "seconds_estimated": None if measuring is None or pruning is None else round(measuring + pruning, 1),
+        "seconds_estimated": None if measuring is None or pruning is None else round(measuring + pruning + more, 1),
         "seconds_measuring": measuring,
+        **({} if starts is None else {"seconds_starting": round(starts, 1)}),
     }
 
 

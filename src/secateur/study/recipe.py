@@ -27,6 +27,7 @@ from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
 from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
 from secateur.predict.find import find_records
+from secateur.plan.quantity import WEIGHTS
 from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
 from secateur.prune.run import prune
@@ -98,8 +99,8 @@ def run_recipe(
 def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Record]:
     """Yield what `--dry-run` prints: the estimate of each step that has one, and the settings of the others.
 
-    All steps are checked; nothing is written. An `eval` is estimated on the model of the recipe; a later `prune`
-    or `heal` has no estimate before its model is there.
+    All steps are checked; nothing is written. An `eval` and a `heal` are estimated on the model of the recipe, which
+    is larger than their own (`at_most`); a later `prune` has no estimate before its model is there.
     """
     checkpoint = _open(recipe)
     tasks = _tasks(recipe, checkpoint, Path(), device)
@@ -112,8 +113,36 @@ def estimate_recipe(recipe: Recipe, *, device: str | None = None) -> Iterator[Re
         elif task.step.kind == "eval":
             on_dense = replace(task.request, model=recipe.model, revision=recipe.revision, against=None)
             yield {"step": task.step.where, **estimate_evaluate(on_dense)}
+        elif task.step.kind == "heal":
+            yield _healing_at_most(recipe, checkpoint, tasks[:number], task)
         else:
             yield {"command": "run", "dry_run": True, "step": task.step.where, "waits": task.step.kind != "report"}
+
+
+def _healing_at_most(recipe: Recipe, checkpoint: Checkpoint, before: list[_Task], task: _Task) -> Record:
+    """Estimate a healing on the model of the recipe instead of the pruned one; if a text cannot be read, say why.
+
+    Matrices count as zeroed where a pruning before may zero weights: their adapters take more memory.
+    """
+    view = checkpoint.view()
+    prunings = [one.request for one in before if one.step.kind == "prune"]
+    jobs = [prepare(replace(request, model=recipe.model, revision=recipe.revision)) for request in prunings]
+    zeroes = any(job.job.quantity is WEIGHTS for job in jobs)
+    masks = {name: {"removed": 1} for name in view.family.matrices} if zeroes else {}
+    calibrations = [spec for job in jobs if (spec := job.calibration) is not None]
+    plan = {
+        "model": BUNDLED if task.bundled else recipe.model,
+        "calibration": {"spec": calibrations[-1]} if calibrations else None,
+        "blocks": [{"masks": masks}] * view.blocks,
+    }
+    model = recipe.model if recipe.model == BUNDLED else str(checkpoint.folder)
+    try:
+        found = estimate_heal(replace(task.request, model=model), before=plan)
+    except UsageError:
+        raise
+    except SecateurError as error:
+        return {"command": "run", "dry_run": True, "step": task.step.where, "waits": True, "why": str(error)}
+    return {"step": task.step.where, "at_most": True, **found}
 
 
 def _check(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task]) -> None:
