@@ -26,8 +26,8 @@ from secateur.heal.lora import find_targets, need_peft
 from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
 from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
-from secateur.predict.find import find_records
 from secateur.plan.quantity import WEIGHTS
+from secateur.predict.find import find_records
 from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
 from secateur.prune.run import prune
