@@ -232,7 +232,7 @@ _RELOAD = """
 import sys
 sys.modules["secateur"] = None  # stock transformers alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 prompt = tokenizer("The capital of France is", return_tensors="pt")
 print(repr(tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0][prompt.input_ids.shape[1]:])))
@@ -263,7 +263,7 @@ def table(out: Path, limit: int) -> None:
         rows.append(
             (
                 name,
-                f"{record.get('params_after', measured.get('params', 0)) / 1e6:.1f} M" if record else "",
+                f"{measured['params_after'] / 1e6:.1f} M",
                 f"{measured['ppl']:.2f}",
                 *(f"{score['acc']:.3f} ± {score['stderr']:.3f}" for score in scores),
                 f"{record['seconds']:.0f} s" if record else "",
