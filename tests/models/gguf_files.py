@@ -80,6 +80,9 @@ def write_gguf(
     keys: dict[str, Any] | None = None,
     without: tuple[str, ...] = (),
     extra: dict[str, np.ndarray[Any, Any]] | None = None,
+    kinds: dict[str, Kind] | None = None,
+    pre: str = "gpt-2",
+    tokenizer: dict[str, int | bool] | None = None,
 ) -> Path:
     """Write a model of a known architecture.
 
@@ -90,6 +93,9 @@ def write_gguf(
         keys: more keys of the architecture, without its name; None removes one.
         without: tensors to leave out.
         extra: more tensors.
+        kinds: tensor -> its type, where it is another one.
+        pre: how the tokenizer splits text.
+        tokenizer: more keys of the tokenizer, without `tokenizer.ggml.`.
     """
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
@@ -113,10 +119,10 @@ def write_gguf(
     if architecture == "gemma3":
         about |= {"attention.sliding_window": config.sliding_window}
     for key, value in {**about, **(keys or {})}.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-        if value is not None:
-            add[type(value)](f"{architecture}.{key}", value)
-    _add_tokenizer(writer)
+        _add_key(writer, f"{architecture}.{key}", value)
+    _add_tokenizer(writer, pre)
+    for key, value in (tokenizer or {}).items():
+        _add_key(writer, f"tokenizer.ggml.{key}", value)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     for name, tensor in model.state_dict().items():
         stored = stored_name(name, architecture)
@@ -126,7 +132,9 @@ def write_gguf(
             tensor = interleaved(tensor, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             tensor = tensor + 1
-        _add_tensor(writer, stored, tensor.float().numpy(), kind if tensor.dim() > 1 else Kind.F32)
+        _add_tensor(
+            writer, stored, tensor.float().numpy(), (kinds or {}).get(stored, kind if tensor.dim() > 1 else Kind.F32)
+        )
     for stored, numbers in (extra or {}).items():
         _add_tensor(writer, stored, numbers, Kind.F32)
     writer.write_header_to_file()
@@ -136,10 +144,22 @@ def write_gguf(
     return file
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    if value is not None:
+        add[type(value)](key, value)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     tokens = alphabet()
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     special, added, normal = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.NORMAL
     writer.add_token_types([special if t.startswith("<") else normal for t in tokens[:-1]] + [added])

@@ -127,17 +127,77 @@ def test_divisors_that_no_stretching_gives_are_refused(tmp_path: Path) -> None:
 
 
 def test_long_and_short_factors_of_phi3(tmp_path: Path) -> None:
-    half = 4
     factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, **factors}
     model = tiny_model("phi3", rope_parameters=dict(rope), original_max_position_embeddings=32)
     extra = {
         f"rope_factors_{name}.weight": np.array(factors[f"{name}_factor"], np.float32) for name in ("short", "long")
     }
-    assert len(factors["short_factor"]) == half
     keys = {"rope.scaling.original_context_length": 32}
     again, _ = imported(write_gguf(model, tmp_path / "m.gguf", keys=keys, extra=extra))
     torch.testing.assert_close(logits(again), logits(model))  # 40 tokens: the long factors count
+
+
+def test_short_factors_part_of_a_head_and_a_window_of_phi3(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "attention_factor": 1.25,
+        "original_max_position_embeddings": 48, "short_factor": [1.0, 3.0], "long_factor": [2.0, 9.0],
+    }  # fmt: skip
+    own = {"original_max_position_embeddings": 48, "sliding_window": 8}
+    model = tiny_model("phi3", rope_parameters=dict(rope), **own)
+    extra = {f"rope_factors_{n}.weight": np.array(rope[f"{n}_factor"], np.float32) for n in ("short", "long")}
+    keys = {
+        "rope.scaling.original_context_length": 48,
+        "rope.scaling.attn_factor": 1.25,
+        "attention.sliding_window": 8,
+    }
+    again, _ = imported(write_gguf(model, tmp_path / "m.gguf", keys=keys, extra=extra))
+    torch.testing.assert_close(logits(again), logits(model))  # 40 tokens of 48: the short factors count
+
+
+@pytest.mark.parametrize("pattern", [3, [True, False, True]], ids=["number", "list"])
+def test_windows_and_bases_of_gemma3_that_the_file_states(tmp_path: Path, pattern: Any) -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    if isinstance(pattern, list):
+        kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
+    rope = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    }
+    own = {"layer_types": kinds, "sliding_window": 8, "rope_parameters": rope, "final_logit_softcapping": None}
+    model = tiny_model("gemma3_text", tied=True, head_dim=16, query_pre_attn_scalar=16, **own)
+    keys = {"attention.sliding_window_pattern": pattern, "rope.freq_base_swa": 5000.0, "rope.scaling.factor": 8.0}
+    again, _ = imported(write_gguf(model, tmp_path / "m.gguf", keys=keys))  # a factor without a type is linear
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+    assert again.config.layer_types == kinds
+
+
+@pytest.mark.parametrize("window", [None, 0])
+def test_gemma3_without_a_window_attends_to_all(tmp_path: Path, window: int | None) -> None:
+    rope = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+    own = {"layer_types": ["full_attention"] * 3, "rope_parameters": rope, "final_logit_softcapping": None}
+    model = tiny_model("gemma3_text", tied=True, head_dim=16, query_pre_attn_scalar=16, **own)
+    again, _ = imported(write_gguf(model, tmp_path / "m.gguf", keys={"attention.sliding_window": window}))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_other_names_and_neutral_keys_of_real_files(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0}
+    model = tiny_model("qwen3", rope_parameters={**rope, "original_max_position_embeddings": 16})
+    keys = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16,
+        "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.yarn_attn_factor": 1.0,
+        "pooling_type": 3, "attention.causal": True, "expert_count": 0,
+    }  # fmt: skip
+    again, _ = imported(write_gguf(model, tmp_path / "m.gguf", keys=keys))
+    assert torch.equal(logits(again), logits(model))
+    gemma = tiny_model("gemma3_text", tied=True, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=None)
+    named = {"rope.freq_base": None, "rope.global.freq_base": 70000.0, "rope.local.freq_base": 7000.0}
+    other, _ = imported(write_gguf(gemma, tmp_path / "g.gguf", keys=named))
+    assert other.config.rope_parameters["full_attention"]["rope_theta"] == 70000.0
+    assert other.config.rope_parameters["sliding_attention"]["rope_theta"] == 7000.0
+    layout = {"tensor_data_layout": "Meta AI original pth"}
+    import_gguf(write_gguf(tiny_model("llama"), tmp_path / "l.gguf", keys=layout), tmp_path / "l")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +224,22 @@ def test_the_dtype_is_that_of_the_matrices(tmp_path: Path, kind: Kind, dtype: st
     assert str(again.dtype) == f"torch.{dtype}"
 
 
+def test_matrices_of_several_plain_types_become_float32(tmp_path: Path) -> None:
+    kinds = {"token_embd.weight": Kind.F32}
+    again, facts = imported(write_gguf(tiny_model("qwen2"), tmp_path / "m.gguf", kind=Kind.F16, kinds=kinds))
+    assert facts["dtype"] == "float32"
+    assert not facts["dequantised"]
+    assert again.dtype == torch.float32
+
+
+def test_heads_are_read_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", attention_bias=True)
+    for numbers in (100, 500):  # less than a head, and two heads
+        monkeypatch.setattr("secateur.models.gguf.tensors._PIECE_NUMBERS", numbers)
+        again, _ = imported(write_gguf(model, tmp_path / f"m{numbers}.gguf"))
+        assert torch.equal(logits(again), logits(model))
+
+
 def test_rows_are_read_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma3_text", tied=True)
     whole, _ = imported(write_gguf(model, tmp_path / "whole.gguf"))
@@ -184,6 +260,33 @@ def test_tokenizer_template_and_ids_survive(tmp_path: Path) -> None:
     assert "<think>" not in tokenizer.all_special_tokens
     about = json.loads((tmp_path / "m" / "generation_config.json").read_text())
     assert (about["bos_token_id"], about["eos_token_id"], about["pad_token_id"]) == (1, 2, 0)
+
+
+def test_a_tokenizer_beside_the_file_is_not_taken(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    file = write_gguf(tiny_model("llama"), tmp_path / "m.gguf")
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    imported(file)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "m")) == len(alphabet())
+
+
+def test_llama_3_takes_known_words_whole_and_begins_with_bos(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for name, keys, begins in (("absent", {}, [1]), ("said", {"add_bos_token": False}, [])):
+        imported(write_gguf(model, tmp_path / f"{name}.gguf", pre="llama-bpe", tokenizer=keys))
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert tokenizer("ab").input_ids == [*begins, alphabet().index("ab")]
+        content = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        assert content["model"]["ignore_merges"]
+    imported(write_gguf(model, tmp_path / "other.gguf", pre="qwen2"))
+    assert not json.loads((tmp_path / "other" / "tokenizer.json").read_text())["model"]["ignore_merges"]
+
+
+def test_all_tokens_that_end_a_turn_are_kept(tmp_path: Path) -> None:
+    ends = {"eot_token_id": 5, "eom_token_id": 2}
+    imported(write_gguf(tiny_model("llama"), tmp_path / "m.gguf", tokenizer=ends))
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["eos_token_id"] == [2, 5]
 
 
 def test_config_has_short_numbers(tmp_path: Path) -> None:
@@ -261,6 +364,14 @@ def test_wrong_dtype(file: Path) -> None:
         ({"expert_count": 8}, "mixture of 8 experts"),
         ({"logit_scale": 0.5}, "llama.logit_scale = 0.5"),
         ({"rope.scaling.type": "ntk", "rope.scaling.factor": 2.0}, "known: none, linear, yarn"),
+        ({"rope.scaling.type": "longrope"}, "known: none, linear, yarn"),
+        ({"rope.scaling.yarn_attn_factor": 2.0}, "llama.rope.scaling.yarn_attn_factor = 2.0"),
+        ({"attention.causal": False}, "llama.attention.causal = False"),
+        ({"attention.sliding_window": 8}, "llama.attention.sliding_window = 8"),
+        ({"attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
+        ({"attention.key_length": 8, "rope.dimension_count": 4}, "turn 4 of the 8 numbers of a head"),
+        ({"attention.head_count": 0}, "a size is a whole number above 0"),
+        ({"attention.key_length": [8, 4, 8]}, "unequal sizes"),
         ({"block_count": 2}, "does not have, first blk.2"),
         ({"block_count": 4}, "has no blk.3"),
         ({"feed_forward_length": 32}, "its metadata asks for"),
@@ -277,6 +388,49 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
     )
     extra = {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}
     assert "first blk.0.attn_q_norm.weight" in refusal(write_gguf(model, tmp_path / "n.gguf", extra=extra))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tensors", "keys", "says"),
+    [
+        ("llama", ["rope_factors_short", "rope_factors_long"], {}, "first rope_factors_short"),
+        ("qwen3", ["rope_factors_short", "rope_factors_long"], {}, "first rope_factors_short"),
+        ("phi3", ["rope_factors_short"], {}, "not the other of the two factors"),
+        ("phi3", [], {"rope.scaling.attn_factor": 1.5}, "attn_factor without rope_factors_short"),
+        ("phi3", ["rope_freqs"], {}, "first rope_freqs"),
+        ("llama", ["rope_freqs"], {"rope.scaling.factor": 4.0}, "stretches rotary positions twice"),
+        ("qwen2", [], {"rope.dimension_count": 4}, "turn 4 of the 8 numbers of a head"),
+    ],
+)
+def test_stretchings_that_do_not_belong(
+    tmp_path: Path, model_type: str, tensors: list[str], keys: dict[str, Any], says: str
+) -> None:
+    extra = {f"{name}.weight": np.ones(4, np.float32) for name in tensors}
+    assert says in refusal(write_gguf(tiny_model(model_type), tmp_path / "m.gguf", keys=keys, extra=extra))
+
+
+def test_biases_of_q_k_and_v_alone(tmp_path: Path) -> None:
+    model = tiny_model("llama", attention_bias=True)
+    without = tuple(f"blk.{block}.attn_output.bias" for block in range(3))
+    assert "o has none" in refusal(write_gguf(model, tmp_path / "m.gguf", without=without))
+
+
+def test_a_split_of_text_that_transformers_does_not_know(tmp_path: Path) -> None:
+    assert "splits text as 'deepseek-coder' does" in refusal(
+        write_gguf(tiny_model("llama"), tmp_path / "m.gguf", pre="deepseek-coder")
+    )
+
+
+def test_what_an_interrupted_import_left_is_no_obstacle(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = file.with_name("out.partial")
+    with monkeypatch.context() as patch:
+        patch.setattr(save.CheckpointWriter, "discard", lambda self: None)
+        patch.setattr(save.CheckpointWriter, "publish", lambda self, files: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            import_gguf(file, file.with_name("out"))
+    assert (left / "model.safetensors").is_file()
+    import_gguf(file, file.with_name("out"))
+    assert not left.exists()
 
 
 def bare(file: Path, architecture: str, **more: Any) -> Path:

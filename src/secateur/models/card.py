@@ -118,9 +118,12 @@ def _imported(folder: Path) -> str | None:
     file = folder / IMPORTED
     if not file.is_file():
         return None
-    about = json.loads(file.read_text("utf-8"))
-    done = "dequantised from" if about["dequantised"] else "imported from"
-    return f"{done} {about['file']} ({', '.join(about['stored'])})"
+    try:
+        about = json.loads(file.read_text("utf-8"))
+        done = "dequantised from" if about["dequantised"] else "imported from"
+        return f"{done} {about['file']} ({', '.join(about['stored'])})"
+    except (ValueError, KeyError, TypeError):  # somebody else changed the file
+        return None
 
 
 def _text(calibration: Mapping[str, Any]) -> str:

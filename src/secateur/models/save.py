@@ -241,9 +241,15 @@ def written_folder(out: Path, overwrite: bool, needed: int) -> Iterator[Path]:
         overwrite: replace it if it exists.
         needed: the bytes that it will need.
 
+    What an interrupted run of this kind left is removed: it cannot go on.
+
     Raises:
         UsageError, SecateurError: as for `CheckpointWriter`.
     """
+    refuse_existing(out, overwrite)
+    partial = partial_folder(out.absolute())
+    if (left := _read_journal(partial)) is not None and left.keys() <= {_SPENT}:
+        shutil.rmtree(partial)
     writer = CheckpointWriter(out, {}, resume=False, overwrite=overwrite, needed=needed)
     try:
         with writer.disk():

@@ -27,19 +27,30 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
-_EPSILONS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "layer_norm_eps"}
+_RMS_EPSILON, _EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 _ROPE = ("freq_base", "dimension_count", "scaling.type", "scaling.factor", "scaling.original_context_length")
+_BETAS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 _UNDERSTOOD = (
     *_SIZES,
-    *_EPSILONS,
     *(f"rope.{key}" for key in _ROPE),
+    *_BETAS,
     "rope.scaling.finetuned",  # says nothing about the function
     "attention.key_length",
     "attention.value_length",
-    "attention.causal",
     "vocab_size",  # the embedding says it
 )
-_NEUTRAL = {"expert_count": 0, "expert_used_count": 0, "attention.sliding_window": 0, "rope.scale_linear": 1}
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.sliding_window": (0,),
+    "attention.causal": (True, 1),
+    "rope.scale_linear": (1,),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "pooling_type": (0, 1, 3),  # none, mean, last: what is done with the hidden states
+    "tensor_data_layout": ("Meta AI original pth",),  # the order of the rows of q and k, which all files of llama have
+}
+"""Values of keys that change nothing."""
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
 STRETCHED = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -58,6 +69,9 @@ class Architecture:
         model_type: the type in config.json.
         fields: makes the fields of the configuration that `config_of` does not know, from the file and those it knows.
         keys: the keys of the metadata that `fields` reads.
+        tensors: the tensors that `fields` reads.
+        epsilon: the key of the epsilon of its norms, and its name in the configuration.
+        partly_turned: whether the rotary positions may turn a part of each head.
         permuted: whether the rows of q and k are in the order of llama.cpp, pairs side by side.
         norms_plus_one: whether the gains of norms are stored with the one that the model adds.
     """
@@ -65,6 +79,9 @@ class Architecture:
     model_type: str
     fields: Callable[[GgufFile, Fields], Fields]
     keys: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    epsilon: tuple[str, str] = (_RMS_EPSILON, "rms_norm_eps")
+    partly_turned: bool = False
     permuted: bool = False
     norms_plus_one: bool = False
 
@@ -79,11 +96,15 @@ def config_of(file: GgufFile) -> Fields:
     _refuse_experts(file)
     _refuse_unknown_keys(file, known)
     common: Fields = {name: _size(file, key) for key, name in _SIZES.items()}
-    common |= {name: file.get(key) for key, name in _EPSILONS.items() if file.get(key) is not None}
+    key, name = known.epsilon
+    common[name] = _needed(file, key)
     common["vocab_size"] = _tensor_shape(file, "token_embd.weight")[0]
     common["tie_word_embeddings"] = "output.weight" not in file.tensors
-    common["rope_parameters"] = {"rope_type": "default", "rope_theta": file.get("rope.freq_base", 10000.0)}
+    base = file.get("rope.freq_base", file.get("rope.global.freq_base", 10000.0))
+    common["rope_parameters"] = {"rope_type": "default", "rope_theta": base}
     common |= {ours: file.metadata.get(f"tokenizer.ggml.{theirs}") for theirs, ours in _IDS.items()}
+    if not known.partly_turned:
+        _refuse_partial_rotation(file, common)
     return {"model_type": known.model_type, **common, **known.fields(file, common)}
 
 
@@ -100,18 +121,31 @@ def architecture_of(file: GgufFile) -> Architecture:
     return KNOWN[file.architecture]
 
 
-def _size(file: GgufFile, key: str) -> int:
-    value = file.get(key, file.get("attention.head_count") if key == "attention.head_count_kv" else None)
+def _needed(file: GgufFile, key: str) -> Any:
+    value = file.get(key)
     if value is None:
         raise SecateurError(f"{file.path}: its metadata lacks {file.architecture}.{key}; convert the model again")
+    return value
+
+
+def _size(file: GgufFile, key: str, default: int | None = None) -> int:
+    """Return a size: a whole number above 0, the same in all blocks."""
+    if key == "attention.head_count_kv" and file.get(key) is None:
+        key = "attention.head_count"
+    value = _needed(file, key) if default is None else file.get(key, default)
     if isinstance(value, list):
         if len(set(value)) > 1:
             raise SecateurError(
                 f"{file.path}: its blocks have unequal sizes ({key}: {value}), which a {file.architecture} model of "
                 "transformers cannot hold; import the model that it was made from"
             )
-        value = value[0]
-    return int(value)
+        value = value[0] if value else 0
+    if not isinstance(value, int) or value < 1:
+        raise SecateurError(
+            f"{file.path}: its metadata says {file.architecture}.{key} = {value!r}, and a size is a whole number above "
+            "0; convert the model again"
+        )
+    return value
 
 
 def _tensor_shape(file: GgufFile, name: str) -> tuple[int, ...]:
@@ -131,7 +165,7 @@ def _refuse_unknown_keys(file: GgufFile, known: Architecture) -> None:
     prefix = f"{file.architecture}."
     for key, value in file.metadata.items():
         name = key.removeprefix(prefix)
-        if name == key or name in _UNDERSTOOD or name in known.keys or _NEUTRAL.get(name) == value:
+        if name == key or name in (*_UNDERSTOOD, known.epsilon[0], *known.keys) or value in _NEUTRAL.get(name, ()):
             continue
         raise SecateurError(
             f"{file.path}: its metadata says {key} = {value}, which secateur does not know for this architecture, so "
@@ -144,7 +178,18 @@ def _has(file: GgufFile, name: str) -> bool:
 
 
 def _head_width(file: GgufFile, common: Fields) -> int:
-    return int(file.get("attention.key_length", common["hidden_size"] // common["num_attention_heads"]))
+    return _size(file, "attention.key_length", max(1, common["hidden_size"] // common["num_attention_heads"]))
+
+
+def _refuse_partial_rotation(file: GgufFile, common: Fields) -> None:
+    width = _head_width(file, common)
+    turned = file.get("rope.dimension_count")
+    own_width = file.architecture == "llama" and file.get("attention.key_length") is None  # it states the width itself
+    if turned not in (None, width) and not own_width:
+        raise SecateurError(
+            f"{file.path}: rotary positions turn {turned} of the {width} numbers of a head, which a "
+            f"{file.architecture} model of transformers cannot hold"
+        )
 
 
 def _needs_whole_heads(file: GgufFile, common: Fields) -> None:
@@ -159,7 +204,11 @@ def _needs_whole_heads(file: GgufFile, common: Fields) -> None:
 
 
 def _llama(file: GgufFile, common: Fields) -> Fields:
-    width = int(file.get("attention.key_length", file.get("rope.dimension_count", _head_width(file, common))))
+    width = _size(file, "attention.key_length", file.get("rope.dimension_count", _head_width(file, common)))
+    if _has(file, "attn_q.bias") and not _has(file, "attn_output.bias"):
+        raise SecateurError(
+            f"{file.path}: q, k and v have biases and o has none, which a llama model of transformers cannot hold"
+        )
     return {
         "head_dim": width,
         "attention_bias": _has(file, "attn_q.bias"),
@@ -193,13 +242,20 @@ def _phi3(file: GgufFile, common: Fields) -> Fields:
     _needs_whole_heads(file, common)
     width = _head_width(file, common)
     rope = {**common["rope_parameters"], "partial_rotary_factor": file.get("rope.dimension_count", width) / width}
-    trained = int(file.get("rope.scaling.original_context_length", _PHI3_LENGTH))
-    if SHORT in file.tensors and LONG in file.tensors:
+    trained = _size(file, "rope.scaling.original_context_length", _PHI3_LENGTH)
+    found = [name for name in (SHORT, LONG) if name in file.tensors]
+    if len(found) == 1:
+        raise SecateurError(
+            f"{file.path}: has {found[0]} and not the other of the two factors; convert the model again"
+        )
+    if found:
         factors = {"short_factor": file.read(SHORT).tolist(), "long_factor": file.read(LONG).tolist()}
         rope |= {"rope_type": "longrope", "original_max_position_embeddings": trained, **factors}
         if (attention := file.get("rope.scaling.attn_factor")) is not None:
             rope["attention_factor"] = attention
     else:
+        if file.get("rope.scaling.attn_factor") not in (None, *_NEUTRAL["rope.scaling.attn_factor"]):
+            raise SecateurError(f"{file.path}: has rope.scaling.attn_factor without {SHORT}; convert the model again")
         rope = _scaled(file, rope, width)
     window = file.get("attention.sliding_window") or None
     return {"rope_parameters": rope, "original_max_position_embeddings": trained, "sliding_window": window}
@@ -207,15 +263,22 @@ def _phi3(file: GgufFile, common: Fields) -> Fields:
 
 def _gemma3(file: GgufFile, common: Fields) -> Fields:
     width, blocks = _head_width(file, common), common["num_hidden_layers"]
+    window = file.get("attention.sliding_window") or None
     every = file.get("attention.sliding_window_pattern", _GEMMA3_EVERY)
-    slides = every if isinstance(every, list) else [(block + 1) % every != 0 for block in range(blocks)]
+    if isinstance(every, list):
+        slides = [bool(slide) for slide in every]
+    else:
+        every = _size(file, "attention.sliding_window_pattern", _GEMMA3_EVERY)
+        slides = [(block + 1) % every != 0 for block in range(blocks)]
+    if window is None:
+        slides = [False] * blocks
     local = file.get("rope.freq_base_swa", file.get("rope.local.freq_base", _GEMMA3_LOCAL_BASE))
     whole_heads = common["hidden_size"] // common["num_attention_heads"]
     return {
         "head_dim": width,
         "query_pre_attn_scalar": whole_heads if blocks == _GEMMA3_27B_BLOCKS else width,
         "final_logit_softcapping": file.get("final_logit_softcapping"),
-        "sliding_window": file.get("attention.sliding_window"),
+        **({} if window is None else {"sliding_window": window}),
         "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
         "rope_parameters": {
             "full_attention": _scaled(file, common["rope_parameters"], width),
@@ -230,18 +293,28 @@ def _scaled(file: GgufFile, rope: Fields, head_width: int) -> Fields:
     Raises:
         SecateurError: another one.
     """
-    kind, factor = file.get("rope.scaling.type", "none"), file.get("rope.scaling.factor")
-    if STRETCHED in file.tensors:
-        return {**rope, **_llama3(file, rope["rope_theta"], head_width)}
-    if kind == "none" or factor in (None, 0, 1):
-        return rope
-    if kind not in ("linear", "yarn"):
+    factor = file.get("rope.scaling.factor")
+    kind = file.get("rope.scaling.type", "none" if factor is None else "linear")  # as llama.cpp reads it
+    if kind not in ("none", "linear", "yarn"):
         raise SecateurError(
             f"{file.path}: {file.architecture}.rope.scaling.type is {kind!r} (known: none, linear, yarn)"
         )
-    trained = file.get("rope.scaling.original_context_length")
-    length = {} if kind == "linear" or trained is None else {"original_max_position_embeddings": int(trained)}
-    return {**rope, "rope_type": kind, "factor": factor, **length}
+    stretches = kind != "none" and factor not in (None, 0, 1)
+    if STRETCHED in file.tensors and STRETCHED in architecture_of(file).tensors:
+        if stretches:
+            raise SecateurError(
+                f"{file.path}: stretches rotary positions twice, by {STRETCHED} and by {kind} scaling; "
+                "config.json can say one"
+            )
+        return {**rope, **_llama3(file, rope["rope_theta"], head_width)}
+    if not stretches:
+        return rope
+    more = {}
+    if kind == "yarn":
+        more = {name: file.get(key) for key, name in _BETAS.items() if file.get(key) is not None}
+        if (trained := file.get("rope.scaling.original_context_length")) is not None:
+            more["original_max_position_embeddings"] = int(trained)
+    return {**rope, "rope_type": kind, "factor": factor, **more}
 
 
 def _llama3(file: GgufFile, theta: float, head_width: int) -> Fields:
@@ -267,13 +340,18 @@ def _llama3(file: GgufFile, theta: float, head_width: int) -> Fields:
     )
 
 
-_LONG_KEYS = ("rope.scaling.attn_factor",)
 KNOWN: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", _llama, permuted=True),
+    "llama": Architecture("llama", _llama, tensors=(STRETCHED,), permuted=True),
     "qwen2": Architecture("qwen2", _qwen2),
     "qwen3": Architecture("qwen3", _qwen3),
-    "phi2": Architecture("phi", _phi2),
-    "phi3": Architecture("phi3", _phi3, ("attention.sliding_window", *_LONG_KEYS)),
+    "phi2": Architecture("phi", _phi2, epsilon=(_EPSILON, "layer_norm_eps"), partly_turned=True),
+    "phi3": Architecture(
+        "phi3",
+        _phi3,
+        ("attention.sliding_window", "rope.scaling.attn_factor"),
+        tensors=(SHORT, LONG),
+        partly_turned=True,
+    ),
     "gemma3": Architecture(
         "gemma3_text",
         _gemma3,
@@ -282,6 +360,7 @@ KNOWN: Mapping[str, Architecture] = {
             "attention.sliding_window_pattern",
             "rope.freq_base_swa",
             "rope.local.freq_base",
+            "rope.global.freq_base",
             "final_logit_softcapping",
         ),
         norms_plus_one=True,

@@ -205,7 +205,10 @@ class _Header:
             name = self._text()
             metadata[name] = self._value(self._number("I"), keep=not name.startswith(_NOT_KEPT))
         tensors = [self._tensor() for _ in range(count)]
-        start = -(-self._handle.tell() // (step := int(metadata.get("general.alignment", 32)))) * step
+        step = metadata.get("general.alignment", 32)
+        if not isinstance(step, int) or step < 1:
+            raise self.truncated()
+        start = -(-self._handle.tell() // step) * step
         return metadata, {
             name: self._placed(name, shape, kind, start + offset) for name, shape, kind, offset in tensors
         }
@@ -235,8 +238,11 @@ class _Header:
         kind, count = self._number("I"), self._number("Q")
         if kind in _SCALARS:
             code = _SCALARS[kind]
-            values = struct.unpack(f"<{count}{code}", self._take(count * struct.calcsize(f"<{code}")))
-            return list(map(_shortest, values) if kind == _FLOAT32 else values) if keep else None
+            stored = self._take(count * struct.calcsize(f"<{code}"))
+            if not keep:
+                return None
+            values = struct.unpack(f"<{count}{code}", stored)
+            return list(map(_shortest, values) if kind == _FLOAT32 else values)
         if keep:
             return [self._value(kind, keep=True) for _ in range(count)]
         for _ in range(count):

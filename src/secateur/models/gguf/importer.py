@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from secateur.core import records
 from secateur.core.errors import SecateurError, UsageError, reason
@@ -17,13 +17,13 @@ from secateur.core.progress import track
 from secateur.models.companions import IMPORTED
 from secateur.models.gguf.config import architecture_of, config_of
 from secateur.models.gguf.file import GgufFile, open_gguf
-from secateur.models.gguf.tensors import matching, natural_dtype, pieces
+from secateur.models.gguf.tensors import is_quantised, matching, natural_dtype, pieces
+from secateur.models.gguf.tokenizer import write_tokenizer
 from secateur.models.load import build_skeleton, open_checkpoint
 from secateur.models.save import refuse_inside, write_weights, written_folder
 
 Facts = dict[str, Any]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_PLAIN = {"F32", "F16", "BF16", "F64"}
 
 
 def import_gguf(path: Path, out: Path, *, dtype: str = "auto", overwrite: bool = False) -> Facts:
@@ -51,7 +51,8 @@ def import_gguf(path: Path, out: Path, *, dtype: str = "auto", overwrite: bool =
     names = matching(skeleton, file)
     chosen = natural_dtype(file, list(names.values())) if dtype == "auto" else _DTYPES[dtype]
     config.dtype = chosen
-    shapes = {name: tuple(skeleton.state_dict()[name].shape) for name in names}
+    state = skeleton.state_dict()
+    shapes = {name: tuple(state[name].shape) for name in names}
     params = sum(tensor.numel() for tensor in skeleton.parameters())
     facts = {
         "architecture": file.architecture,
@@ -59,12 +60,12 @@ def import_gguf(path: Path, out: Path, *, dtype: str = "auto", overwrite: bool =
         "params": params,
         "dtype": str(chosen).removeprefix("torch."),
         "stored": file.kinds(),
-        "dequantised": not set(file.kinds()) <= _PLAIN,
+        "dequantised": is_quantised(file),
         "bytes_before": path.stat().st_size,
     }
     with written_folder(out, overwrite, needed=params * chosen.itemsize) as folder:
         write_weights(folder, shapes, chosen, _read(file, names, skeleton, chosen))
-        _write_tokenizer(file, folder, config.max_position_embeddings)
+        write_tokenizer(file, folder, config.max_position_embeddings)
         _write_texts(file, folder, config, facts)
         checkpoint = open_checkpoint(str(folder), ignore_unknown=False)
         facts["bytes_after"] = checkpoint.weight_bytes()
@@ -100,22 +101,14 @@ def _read(
         yield name, pieces(file, stored, known, heads, dtype)
 
 
-def _write_tokenizer(file: GgufFile, folder: Path, length: int) -> None:
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        tokenizer.model_max_length = length
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        raise SecateurError(
-            f"{file.path}: transformers cannot make a tokenizer from its metadata ({reason(error)})"
-        ) from error
-
-
 def _write_texts(file: GgufFile, folder: Path, config: PreTrainedConfig, facts: Facts) -> None:
-    ids = {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    turn = file.metadata.get("tokenizer.ggml.eot_token_id")
-    if turn is not None and turn != ids["eos_token_id"]:
-        ids["eos_token_id"] = [ids["eos_token_id"], turn]
+    ends = [file.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    ids = {
+        "bos_token_id": getattr(config, "bos_token_id", None),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": getattr(config, "pad_token_id", None),
+    }
     GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
     config.save_pretrained(folder)
     (folder / IMPORTED).parent.mkdir()

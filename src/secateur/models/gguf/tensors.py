@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.core.errors import SecateurError
-from secateur.models.gguf.config import LONG, SHORT, STRETCHED, Architecture
+from secateur.models.gguf.config import Architecture, architecture_of
 from secateur.models.gguf.file import GgufFile
 
-_IN_CONFIG = {STRETCHED, SHORT, LONG}  # they went into the configuration
 _PIECE_NUMBERS = 1 << 21  # in memory at a time, in float32
 _QUERY, _KEY = ".attn_q.", ".attn_k."
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def matching(skeleton: PreTrainedModel, file: GgufFile) -> dict[str, str]:
@@ -45,7 +45,7 @@ def matching(skeleton: PreTrainedModel, file: GgufFile) -> dict[str, str]:
                 f"{list(tensor.shape)}; convert the model again"
             )
         found[name] = stored
-    if unused := [name for name in file.tensors if name not in {*found.values(), *_IN_CONFIG}]:
+    if unused := [name for name in file.tensors if name not in {*found.values(), *architecture_of(file).tensors}]:
         raise SecateurError(
             f"{file.path}: has {len(unused)} tensors that a {skeleton.config.model_type} model of transformers does "
             f"not have, first {unused[0]}; the imported model would compute something else"
@@ -66,12 +66,20 @@ def pieces(
         dtype: the dtype of the pieces.
     """
     tensor = file.tensors[stored]
-    permuted = next((count for kind, count in zip((_QUERY, _KEY), heads, strict=True) if kind in stored), 0)
-    if known.permuted and permuted:
+    counts = zip((_QUERY, _KEY), heads, strict=True)
+    permuted = next((count for kind, count in counts if kind in stored), 0) if known.permuted else 0
+    if permuted and len(tensor.shape) == 1:
         yield torch.from_numpy(in_halves(file.read(stored), permuted)).to(dtype)
         return
     step = max(1, _PIECE_NUMBERS // tensor.shape[-1])
+    if permuted:
+        width = tensor.rows // permuted
+        step = max(1, step // width) * width  # whole heads
     for start in range(0, tensor.rows, step):
+        if permuted:
+            rows = file.read(stored, start, start + step)
+            yield torch.from_numpy(in_halves(rows, len(rows) // width)).to(dtype)
+            continue
         numbers = torch.from_numpy(file.read(stored, start, start + step))
         if known.norms_plus_one and stored.endswith("norm.weight"):
             numbers = numbers - 1
@@ -91,6 +99,13 @@ def in_halves(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
 
 
 def natural_dtype(file: GgufFile, stored: Sequence[str]) -> torch.dtype:
-    """Return the dtype that loses nothing worth keeping: that of the matrices if all have one, else bfloat16."""
+    """Return the dtype of the matrices, float32 if they have several, and bfloat16 if any of them is quantised."""
     kinds = {file.tensors[name].kind.name for name in stored if len(file.tensors[name].shape) > 1}
-    return {"F32": torch.float32, "F16": torch.float16}.get(kinds.pop() if len(kinds) == 1 else "", torch.bfloat16)
+    if not kinds <= _PLAIN.keys():
+        return torch.bfloat16
+    return _PLAIN[kinds.pop()] if len(kinds) == 1 else torch.float32
+
+
+def is_quantised(file: GgufFile) -> bool:
+    """Whether any tensor of a file is stored in another way than as floating-point numbers."""
+    return not file.kinds().keys() <= _PLAIN.keys()
