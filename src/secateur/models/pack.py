@@ -42,7 +42,7 @@ from secateur.core.errors import SecateurError
 from secateur.core.progress import track
 from secateur.models.companions import TEMPLATES
 from secateur.models.load import open_checkpoint, packed_files, weight_files
-from secateur.models.save import OWN_FOLDER, refuse_inside, written_folder
+from secateur.models.save import DTYPES, OWN_FOLDER, dtype_name, header_bytes, refuse_inside, written_folder
 
 FORMAT, VERSION = "secateur-packed", 1
 _MODEL, _PACKED = "model", "packed"
@@ -194,7 +194,7 @@ class _Spool:
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         with (self.folder / f"spool-{size}.tmp").open("ab") as file:
             file.write(data.data)
-        self.entries.setdefault(size, {})[name] = (_dtype_name(tensor.dtype), list(tensor.shape), len(data))
+        self.entries.setdefault(size, {})[name] = (dtype_name(tensor.dtype), list(tensor.shape), len(data))
 
     def write(self, target: Path, metadata: Mapping[str, str]) -> None:
         """Write all tensors into one safetensors file, wider items first."""
@@ -204,33 +204,13 @@ class _Spool:
             for name, (dtype, shape, length) in self.entries[size].items():
                 header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + length]}
                 offset += length
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
         with target.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+            out.write(header_bytes(header))
             for size in sorted(self.entries, reverse=True):
                 spool = self.folder / f"spool-{size}.tmp"
                 with spool.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 22)
                 spool.unlink()
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, other in _DTYPES.items() if other == dtype)
 
 
 def _pack_file(file: Path, target: Path) -> Counter[str]:
@@ -272,7 +252,7 @@ def _unpack_file(file: Path, target: Path) -> None:
             suffixes = ("", "mask", *_KEPT, "values")
             parts = {s: handle.get_tensor(own) for s in suffixes if (own := f"{name}.{s}" if s else name) in names}
             tensor = decode(parts, tuple(entry["shape"]))
-            if tensor.dtype != _DTYPES.get(entry["dtype"]):
+            if tensor.dtype != DTYPES.get(entry["dtype"]):
                 raise ValueError(f"{name} is {tensor.dtype} and should be {entry['dtype']}")
             out.seek(begin + entry["data_offsets"][0])
             out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

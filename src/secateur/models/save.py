@@ -42,9 +42,20 @@ _SPENT = "seconds_spent"  # the entry of the journal that says what the parts of
 _DIGEST = "digest"
 _PART = "part-"
 ONE_FILE_UP_TO = 5 * 2**30
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The name of a dtype in safetensors -> the dtype."""
 _PIECE = 1 << 22
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 _saved: Callable[[], None] | None = None  # what is called after every whole file; see `CheckpointWriter.counting`
@@ -275,7 +286,7 @@ def write_weights(
         dtype: the dtype of all of them.
         tensors: the names, in the order of `shapes`, each with its numbers in pieces, row after row.
     """
-    stored = next(name for name, known in _DTYPES.items() if known == dtype)
+    stored = dtype_name(dtype)
     shards: list[dict[str, Any]] = [{}]
     offset = total = 0
     for name, shape in shapes.items():
@@ -290,7 +301,7 @@ def write_weights(
     coming = iter(tensors)
     for file, header in zip(names, shards, strict=True):
         with (folder / file).open("wb") as out:
-            out.write(_header_bytes({"__metadata__": {"format": "pt"}, **header}))
+            out.write(header_bytes({"__metadata__": {"format": "pt"}, **header}))
             for name in header:
                 came, parts = next(coming)
                 assert came == name, f"{came} came, and {name} was expected"
@@ -553,7 +564,12 @@ def _write_index(folder: Path, total: int, weight_map: Mapping[str, str]) -> Non
     _write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _header_bytes(header: Mapping[str, Any]) -> bytes:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype in safetensors."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
     """Return the beginning of a safetensors file; the format requires data aligned to 8 bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -576,7 +592,7 @@ def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], 
     has no padding.
     """
     order = sorted(
-        (-_ITEM_BYTES[e["dtype"]], number, *e["data_offsets"], name)
+        (-DTYPES[e["dtype"]].itemsize, number, *e["data_offsets"], name)
         for number, (header, _) in enumerate(headers)
         for name, e in header.items()
     )
@@ -585,7 +601,7 @@ def _concatenate(parts: Sequence[Path], headers: Sequence[tuple[dict[str, Any], 
     for _, number, start, end, name in order:
         joined[name] = {**headers[number][0][name], "data_offsets": [offset, offset + end - start]}
         offset += end - start
-    begin = _header_bytes(joined)
+    begin = header_bytes(joined)
     with target.open("wb") as out, ExitStack() as opened:
         handles = [opened.enter_context(part.open("rb")) for part in parts]
         digest = hashlib.sha256(begin)
