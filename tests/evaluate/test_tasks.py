@@ -28,7 +28,7 @@ from secateur.evaluate.continuations import score_continuations
 from secateur.evaluate.tasks import PRESETS, find_tasks
 from secateur.models.load import bundled_folder, load_model, open_checkpoint
 from secateur.predict.read import read_points
-from tests.tiny import LENGTH, some_ids, tiny_model
+from tests.tiny import LENGTH, MODEL_TYPES, some_ids, tiny_config, tiny_model
 
 CHOICES = [
     {"query": "import", "choices": ["os", "a long line of other words"], "gold": 0},
@@ -191,6 +191,33 @@ def test_scores_against_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not scores[1].greedy
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_choices_continue_from_one_cache_of_their_context(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores equal those of inputs alone, also where attention looks back at fewer tokens than the context has."""
+    model = tiny_model(
+        model_type, **({"sliding_window": 6} if hasattr(tiny_config(model_type), "sliding_window") else {})
+    )
+    contexts = some_ids(3, 23).tolist()
+    rests = some_ids(6, 7, seed=2).tolist()
+    rows = [
+        (context[:size], rest[: 2 + r])
+        for context, size in zip(contexts, (23, 22, 14), strict=True)
+        for r, rest in enumerate(rests)
+    ]
+    seen, real = [], continuations._hidden
+
+    def watched(model: Any, groups: Any) -> torch.Tensor:
+        seen.extend((len(group.inputs), group.shared) for group in groups)
+        return real(model, groups)
+
+    monkeypatch.setattr(continuations, "_hidden", watched)
+    scores = score_continuations(model, rows, "test")
+    assert seen == [(6, 20), (6, 20), (6, 12)]
+    assert [score_continuations(model, [row], "test")[0].logp for row in rows] == pytest.approx(
+        [score.logp for score in scores], abs=1e-4
+    )
+
+
 def test_an_accelerator_without_memory_gets_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     rows = [(row.tolist()[:10], row.tolist()[10:]) for row in some_ids(12, 12)]
@@ -207,6 +234,21 @@ def test_an_accelerator_without_memory_gets_smaller_batches(monkeypatch: pytest.
         [s.logp for s in expected], abs=1e-5
     )
     assert sizes == [3, 3, 3, 3]
+
+    rows = [(row.tolist()[:10], row.tolist()[10 : 12 + r]) for row in some_ids(4, 15) for r in range(3)]
+    expected, together, once = score_continuations(model, rows, "test"), [], continuations._hidden
+
+    def smaller(model: Any, groups: Any) -> torch.Tensor:
+        if len(groups) > 2:
+            raise torch.OutOfMemoryError("no")
+        together.append(len(groups))
+        return once(model, groups)
+
+    monkeypatch.setattr(continuations, "_hidden", smaller)
+    assert [s.logp for s in score_continuations(model, rows, "test")] == pytest.approx(
+        [s.logp for s in expected], abs=1e-5
+    )
+    assert together == [2, 2]
 
 
 def test_generation_without_memory_gets_smaller_batches(
@@ -264,16 +306,17 @@ def test_record_and_resumption_within_a_task(
     assert "precision" not in whole["tasks"]["tiny_choices"]
     assert "lm_eval" in whole["versions"]
 
-    monkeypatch.setattr(continuations, "_TOKENS_A_BATCH", {"cpu": 1})  # a sequence a batch
-    real, calls, stops = continuations.hidden_states, [], [4]
+    for budget in ("_TOKENS_A_BATCH", "CACHED_TOKENS"):  # a group of sequences a batch
+        monkeypatch.setattr(continuations, budget, {"cpu": 1})
+    real, calls, stops = continuations._hidden, [], [4]
 
-    def stop(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-        calls.append(ids_BT)
+    def stop(model: Any, groups: Any) -> torch.Tensor:
+        calls.append(groups)
         if len(calls) in stops:
             raise KeyboardInterrupt
-        return real(model, ids_BT)
+        return real(model, groups)
 
-    monkeypatch.setattr(continuations, "hidden_states", stop)
+    monkeypatch.setattr(continuations, "_hidden", stop)
     file = tmp_path / "again" / "records.jsonl"
     with pytest.raises(KeyboardInterrupt):
         api.evaluate(asked, records_file=file)
@@ -282,7 +325,8 @@ def test_record_and_resumption_within_a_task(
         broken.write('{"torn": [')
     before, stops[:] = len(calls), []
     again = api.evaluate(asked, records_file=file, resume=True)
-    assert len(calls) - before == 8 + 3 - 3, "the two classes are one token each, so they share their inputs"
+    # two questions are run with all their choices, one is too short for that; each has one input for both classes
+    assert len(calls) - before == 2 + 3 + 3 - 3
     for name, result in whole["tasks"].items():
         assert again["tasks"][name] == result
     assert again["key"] == whole["key"]

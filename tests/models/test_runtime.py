@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from secateur import api
+from secateur.evaluate.continuations import score_continuations
 from secateur.models import runtime
 from tests.tiny import FAMILY_TYPES, MODEL_TYPES, able, some_ids, tiny_model
 
@@ -124,6 +125,14 @@ def test_a_key_value_cache_gives_what_recomputation_gives(pruned: Callable[..., 
         model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=c) for c in (True, False)
     )
     assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_choices_of_tasks_continue_from_one_cache(pruned: Callable[..., Path], model_type: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned(model_type)).eval()
+    rows = [(c[:9], r[: 2 + i]) for c in some_ids(2, 9).tolist() for i, r in enumerate(some_ids(3, 5, seed=2).tolist())]
+    alone = [score_continuations(model, [row], "tasks")[0].logp for row in rows]
+    assert [score.logp for score in score_continuations(model, rows, "tasks")] == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -1,15 +1,15 @@
 """Log-probabilities of continuations after contexts. Tasks with choices are scored by them.
 
 Only the positions of the continuation reach the head. Equal inputs are run once: the choices of a task with one-token
-answers share their input. Long sequences go first. A batch that does not fit into the memory of an accelerator is
-halved.
+answers share their input. Inputs that share their context share its run too: the choices of a question continue from
+one cache of keys and values. A batch that does not fit into the memory of an accelerator is halved.
 
 Shape letters: B sequences, T tokens, D residual, V vocabulary, N positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,10 @@ from secateur.models.loss import head_of, hidden_states, positions_a_chunk
 from secateur.text.tokens import outside_vocabulary
 
 _TOKENS_A_BATCH = {"cpu": 2048, "cuda": 2**17}  # at the start
+CACHED_TOKENS = {"cpu": 2048, "cuda": 2**14}  # at most, at the start: their keys and values are in memory
+_STEP = 4  # the length of a shared beginning is a multiple: more of them have equal lengths, and run together
 
+Ids = tuple[int, ...]
 Row = tuple[Sequence[int], Sequence[int]]
 """The token ids of a context and of its continuation. Neither is empty."""
 
@@ -73,23 +76,25 @@ def score_continuations(
         SecateurError: a continuation is empty or longer than the model, or a score is not finite.
     """
     longest = int(model.config.max_position_embeddings)
-    inputs: dict[tuple[int, ...], list[int]] = {}
+    inputs: dict[Ids, list[int]] = {}
+    contexts: dict[Ids, dict[Ids, None]] = {}  # what is before the first prediction -> its inputs
     for place, (context, rest) in enumerate(rows):
         if not 0 < len(rest) <= longest or not context:
             raise SecateurError(
                 f"{description}: a continuation of {len(rest)} tokens after {len(context)} tokens of context cannot be "
                 f"scored; this model takes continuations of 1 to {longest} tokens, after at least one token of context"
             )
-        inputs.setdefault((*context, *rest)[-(longest + 1) : -1], []).append(place)
-    order = sorted(inputs, key=lambda ids: (-len(ids), ids))
+        ids = (*context, *rest)[-(longest + 1) : -1]
+        if ids not in inputs:
+            contexts.setdefault(ids[: -len(rest)], {})[ids] = None
+        inputs.setdefault(ids, []).append(place)
     score_of_row: dict[int, Score] = {}
 
-    def scored() -> Iterator[tuple[int, ...]]:
-        for batch in _batches(model, order):
+    def scored() -> Iterator[Ids]:
+        for batch in _batches(model, _groups(contexts, inputs, rows)):
             places = [(b, place) for b, ids in enumerate(batch.inputs) for place in inputs[ids]]
-            scores = _scores(
-                model, batch.hidden_BTD, [(b, len(batch.inputs[b]), rows[place][1]) for b, place in places]
-            )
+            queries = [(b, len(batch.inputs[b]) - batch.shared, rows[place][1]) for b, place in places]
+            scores = _scores(model, batch.hidden_BTD, queries)
             if any(score.logp != score.logp or abs(score.logp) == float("inf") for score in scores):
                 raise SecateurError(f"{description}: the model's logits hold NaN or infinity; try --dtype float32")
             score_of_row.update(zip((place for _, place in places), scores, strict=True))
@@ -97,38 +102,105 @@ def score_continuations(
                 done([place for _, place in places], scores)
             yield from batch.inputs
 
-    for _ in track(scored(), f"{description}: sequences", total=len(order)):
+    for _ in track(scored(), f"{description}: sequences", total=len(inputs)):
         pass
     return [score_of_row[place] for place in range(len(rows))]
 
 
+class _Group(NamedTuple):
+    """Inputs that are run together, and the number of tokens at their beginning that they share."""
+
+    inputs: tuple[Ids, ...]
+    shared: int
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of an input that are not shared."""
+        return max(map(len, self.inputs)) - self.shared
+
+
+def _groups(
+    contexts: Mapping[Ids, Iterable[Ids]], inputs: Mapping[Ids, Sequence[int]], rows: Sequence[Row]
+) -> list[_Group]:
+    """Group the inputs by context, long ones first; an input alone shares nothing."""
+    groups = []
+    for context, members in contexts.items():
+        same = tuple(sorted(members, key=lambda ids: (-len(ids), ids)))
+        # an input may be scored from an earlier position than the one that it came with first
+        first = min(len(ids) - len(rows[place][1]) for ids in same for place in inputs[ids])
+        shared = min(first, len(context)) // _STEP * _STEP
+        if len(same) > 1 and shared:
+            groups.append(_Group(same, shared))
+        else:
+            groups += [_Group((ids,), 0) for ids in same]
+    return sorted(groups, key=lambda group: (group.shared > 0, -group.shared, -group.longest, group.inputs))
+
+
 class _Batch(NamedTuple):
-    inputs: Sequence[tuple[int, ...]]
+    """Inputs, and the last hidden state after the tokens that are shared."""
+
+    inputs: Sequence[Ids]
+    shared: int
     hidden_BTD: Tensor
 
 
 @torch.inference_mode()
-def _batches(model: PreTrainedModel, order: Sequence[tuple[int, ...]]) -> Iterator[_Batch]:
-    """Run consecutive inputs in batches, and yield each with its last hidden state.
+def _batches(model: PreTrainedModel, order: Sequence[_Group]) -> Iterator[_Batch]:
+    """Run consecutive groups that share equally many tokens in batches.
 
     A resumed run forms the same batches as one that was not interrupted.
     """
-    budget = _TOKENS_A_BATCH.get(model.device.type, _TOKENS_A_BATCH["cpu"])
+    kind = model.device.type if model.device.type in _TOKENS_A_BATCH else "cpu"
+    limits = {False: _TOKENS_A_BATCH[kind], True: CACHED_TOKENS[kind]}
     start = 0
     while start < len(order):
-        length = len(order[start])
-        batch = order[start : start + max(1, budget // length)]
-        # padding on the right needs no mask: causal attention does not look there
-        ids_BT = torch.tensor([(*ids, *(0,) * (length - len(ids))) for ids in batch], device=model.device)
+        shared = order[start].shared
+        groups = _first_batch(order[start:], limits[shared > 0])
         try:
-            hidden_BTD = hidden_states(model, ids_BT)
+            hidden_BTD = _hidden(model, groups)
         except torch.OutOfMemoryError:
-            if len(batch) == 1:
+            if len(groups) == 1:
                 raise
-            budget = max(1, len(batch) // 2) * length
+            # as many tokens as half of these groups have
+            limits[shared > 0] = _tokens(groups[: len(groups) // 2])
             continue
-        start += len(batch)
-        yield _Batch(batch, hidden_BTD)
+        start += len(groups)
+        yield _Batch([ids for group in groups for ids in group.inputs], shared, hidden_BTD)
+
+
+def _first_batch(order: Sequence[_Group], limit: int) -> Sequence[_Group]:
+    """Return the first groups that share equally many tokens and have no more than `limit` in all; at least one."""
+    count, sequences = 1, len(order[0].inputs)
+    width = order[0].shared + order[0].longest
+    while count < len(order) and order[count].shared == order[0].shared:
+        sequences += len(order[count].inputs)
+        if sequences * width > limit:
+            break
+        count += 1
+    return order[:count]
+
+
+def _tokens(groups: Sequence[_Group]) -> int:
+    return sum(len(group.inputs) for group in groups) * (groups[0].shared + groups[0].longest)
+
+
+def _hidden(model: PreTrainedModel, groups: Sequence[_Group]) -> Tensor:
+    """Return the last hidden state of all inputs after their shared tokens, [B, T, D]."""
+    shared, length = groups[0].shared, groups[0].longest
+    # padding on the right needs no mask: causal attention does not look there
+    rest_BT = torch.tensor(
+        [(*ids[shared:], *(0,) * (shared + length - len(ids))) for group in groups for ids in group.inputs],
+        device=model.device,
+    )
+    if not shared:
+        return hidden_states(model, rest_BT)
+    first = torch.tensor([group.inputs[0][:shared] for group in groups], device=model.device)
+    cache = model.get_decoder()(input_ids=first, use_cache=True).past_key_values
+    cache.batch_select_indices(
+        torch.tensor([g for g, group in enumerate(groups) for _ in group.inputs], device=model.device)
+    )
+    out: Tensor = model.get_decoder()(input_ids=rest_BT, past_key_values=cache, use_cache=True).last_hidden_state
+    return out
 
 
 @torch.inference_mode()

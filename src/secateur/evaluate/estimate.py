@@ -21,6 +21,7 @@ from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Clock, Phases, work_seconds
 from secateur.evaluate.answers import Answers
+from secateur.evaluate.continuations import CACHED_TOKENS
 from secateur.evaluate.evaluate import Questions, dense_is_kept, prepare_questions
 from secateur.evaluate.passes import BLOCKS, Small, small_model, weights_memory
 from secateur.evaluate.perplexity import equal_batches, window_losses
@@ -69,6 +70,8 @@ def estimate_evaluate(request: EvalRequest, clock: Clock = work_seconds) -> Reco
     except Exception as error:  # whatever it is, a dry run only says that it has no estimate
         why = reason(error)
     memory = sum(weights_memory(each, questions.dtype) for each in (checkpoint, against) if each is not None)
+    if request.tasks:
+        memory += _cache_memory(checkpoint, questions)
     return {
         "command": "eval",
         "dry_run": True,
@@ -103,6 +106,14 @@ def perplexity_memory(checkpoint: Checkpoint, windows: Sequence[Tensor], dtype: 
     vocabulary = int(checkpoint.config.vocab_size)
     logits = 4 * min(tokens, positions_a_chunk(vocabulary)) * vocabulary
     return 2 * logits + 4 * tokens * checkpoint.view().dims(0).ffn * dtype.itemsize
+
+
+def _cache_memory(checkpoint: Checkpoint, questions: Questions) -> int:
+    """Return the bytes of the keys and values of contexts, from which the choices of a task continue."""
+    view = checkpoint.view()
+    features = sum(2 * dims.groups * dims.head_width for dims in map(view.dims, range(view.blocks)))
+    tokens = CACHED_TOKENS.get(questions.device.type, CACHED_TOKENS["cpu"])
+    return tokens * features * questions.dtype.itemsize
 
 
 def _seconds(
