@@ -109,7 +109,7 @@ def test_factors_are_the_second_moments_of_inputs_and_gradients(model_type: str,
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").backward()
     backward = Backward(view, windows, device=CPU, dtype=torch.float64)
     for block in backward.blocks():
-        factors = Factors(block, backward, "kfac", 0.01)
+        factors = Factors.measured(block, backward, "kfac", 0.01)
         if block.index == 1:
             found = factors["up"]
             break
@@ -148,7 +148,7 @@ def test_the_cut_is_the_model_whose_units_are_zero_and_costs_are_exact(model_typ
     assert torch.equal(with_cache, without)
     backward = Backward(view, windows, device=CPU, dtype=torch.float64)
     block = next(iter(backward.blocks()))
-    factors = Factors(block, backward, "kfac", 0.01)
+    factors = Factors.measured(block, backward, "kfac", 0.01)
     alive = {space: torch.ones(count, dtype=torch.bool) for space, count in units.units(view, block.index).items()}
     costs = units.unit_costs(block, factors, alive)
     for space, name, unit, size in (
@@ -410,15 +410,44 @@ def test_a_sweep_is_one_run_with_the_bytes_of_separate_ones_and_goes_on_after_a_
 
 
 def test_the_schedule_of_a_lower_sparsity_is_the_first_part_of_that_of_a_higher_one() -> None:
-    assert llm_surgeon.left(0.05, 0) == [0.0125, 0.025, 0.0375, 0.05]
+    paper = llm_surgeon.LLMSurgeon().step
+    assert llm_surgeon.left(0.05, 0, paper) == [0.0125, 0.025, 0.0375, 0.05]
     for k in range(1, 80):
-        assert len(llm_surgeon.left(k / 80, 0) or ()) == k
-        assert llm_surgeon.left(0.99, 0, [k / 80]) == (llm_surgeon.left(0.99, 0) or [])[k:]
-    assert llm_surgeon.left(0.03, 0, [0.0125, 0.02]) == [0.025, 0.03]
-    assert llm_surgeon.left(0.03, 0, [0.0125, 0.03]) == []
-    assert llm_surgeon.left(0.03, 0, [0.0375]) is None
-    assert llm_surgeon.left(0.4, 2, [0.1]) is None
-    assert llm_surgeon.left(0.4, 2, [0.2]) == [0.4]
+        assert len(llm_surgeon.left(k / 80, 0, paper) or ()) == k
+        assert llm_surgeon.left(0.99, 0, paper, [k / 80]) == (llm_surgeon.left(0.99, 0, paper) or [])[k:]
+    assert llm_surgeon.left(0.03, 0, paper, [0.0125, 0.02]) == [0.025, 0.03]
+    assert llm_surgeon.left(0.03, 0, paper, [0.0125, 0.03]) == []
+    assert llm_surgeon.left(0.03, 0, paper, [0.0375]) is None
+    assert llm_surgeon.left(0.2, 0, 1 / 16) == [0.0625, 0.125, 0.1875, 0.2]
+    assert llm_surgeon.left(0.3, 0, 1 / 16, [0.0625, 0.125, 0.1875, 0.2]) == [0.25, 0.3]
+    assert llm_surgeon.left(0.3, 0, 1.0) == [0.3]
+    assert llm_surgeon.left(0.4, 2, paper, [0.1]) is None
+    assert llm_surgeon.left(0.4, 2, paper, [0.2]) == [0.4]
+
+
+@pytest.mark.parametrize("pattern", ["rows", "unstructured"])
+def test_factors_without_room_are_measured_again_to_the_same_bytes(
+    pattern: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = api.Request(
+        str(saved("llama")), "llm_surgeon", sparsity=0.2, calibration=ids_file, options={"shots": 2, "pattern": pattern}
+    )
+    passes, real = [], shots.Shots._backward
+
+    def counted(self: Any, windows: Tensor) -> Any:
+        passes.append(len(self.told))
+        return real(self, windows)
+
+    monkeypatch.setattr(shots.Shots, "_backward", counted)
+    api.prune(request, tmp_path / "kept")
+    assert passes == [0, 1]
+    passes.clear()
+    monkeypatch.setattr(shots, "_room", lambda _: 100)
+    api.prune(request, tmp_path / "again")
+    assert passes == [0, 0, 1, 1]
+    assert (tmp_path / "kept" / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_state_that_is_past_the_sparsity_is_left_alone(
@@ -443,6 +472,7 @@ def test_what_cannot_be_done_is_refused(saved: Callable[..., Path], windows: Ten
         ({}, "--sparsity 0.99 would empty a block: .* at most 0."),
         ({"options": {"curvature": "hessian"}}, r"unknown curvature 'hessian' \(allowed: kfac, diagonal, identity\)"),
         ({"options": {"shots": -1}}, "shots is -1"),
+        ({"options": {"step": 0.0}}, "step is 0; it is the sparsity of a shot, above 0"),
         ({"options": {"damping": 0.0}}, "damping is 0; it must be above 0"),
         ({"pattern": "columns"}, "pattern 'columns' is not allowed, since pattern rows removes columns too"),
         (

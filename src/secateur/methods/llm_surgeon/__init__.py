@@ -27,7 +27,8 @@ changes what stays.
 
 Differences from the authors' code: rows and columns are removed, not zeroed, so a unit goes from the matrices that give
 it and from the one that reads it at once, where theirs go one by one; factors are summed block by block, on the way
-back, and in a second pass where weights are updated, so that those of one block are in memory at a time; Cholesky
+back, and those of one block are in memory at a time: for the updates they are kept on disk, or summed again where half
+of its free space does not hold them; Cholesky
 factors in place of eigenvectors; units compete by their cost a parameter (`rank=cost`: by their cost); every space of a
 block keeps at least one unit; no LoRA between shots. Ties: the unit or weight of the earlier block goes first.
 
@@ -62,7 +63,7 @@ REMOVES = PARAMETERS
 GRADIENTS = True
 TRAINS = True
 DEMO: list[dict[str, object]] = []
-SHOTS_A_WHOLE = 80  # the paper has 40 for one half
+STEP = 1 / 80  # the paper has 40 shots for one half
 _SHOTS = "llm_surgeon: shots"
 _EDGE = 1e-9  # k / 80 times 80 may not be quite k
 
@@ -72,9 +73,11 @@ class LLMSurgeon:
     """Options.
 
     Attributes:
-        shots: the number of steps of the removal, each with new gradients; 0 takes the paper's number: 40 for a
-            sparsity of 0.5, and in proportion for others. 8 are much quicker and no worse on the bundled model:
-            perplexity 17.73 against 18.39 at 50% (docs/lab-log.md).
+        shots: the number of steps of the removal, each with new gradients; 0 takes as many as `step` says. 8 are much
+            quicker than the paper's and no worse on the bundled model: perplexity 17.73 against 18.39 at 50%
+            (docs/lab-log.md).
+        step: where `shots` is 0, the sparsity that each shot adds; a sweep passes through the lower sparsities on its
+            way to the highest. 0.0125 is the paper's: 40 shots for a sparsity of 0.5.
         update: update the weights that stay, to compensate for those that are removed; false is K-OBD.
         curvature: `kfac`, `diagonal` (the diagonals of the same factors), or `identity` (magnitude).
         damping: the damping of the factors, in units of their mean diagonal.
@@ -83,6 +86,7 @@ class LLMSurgeon:
     """
 
     shots: int = 0
+    step: float = STEP
     update: bool = True
     curvature: str = "kfac"
     damping: float = 0.01
@@ -102,6 +106,8 @@ class LLMSurgeon:
             raise UsageError(
                 f"llm_surgeon: shots is {self.shots}; it is a count, at least 1, or 0 for the number in the paper"
             )
+        if not 0 < self.step <= 1:
+            raise UsageError(f"llm_surgeon: step is {self.step:g}; it is the sparsity of a shot, above 0 and at most 1")
         if not self.damping > 0:
             raise UsageError(
                 f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular"
@@ -155,8 +161,8 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
             view, run, curvature=options.curvature, damping=options.damping, update=options.update, pattern=pattern
         )
     sparsity = run.sparsity or max(rate for rates in view.rates for rate in rates.values())
-    work.load(lambda done: left(sparsity, options.shots, done) is not None)
-    remaining = left(sparsity, options.shots, work.done) or ()
+    work.load(lambda done: left(sparsity, options.shots, options.step, done) is not None)
+    remaining = left(sparsity, options.shots, options.step, work.done) or ()
     for share in track(remaining, _SHOTS, status=work.status):
         work.shot(data, share)
         work.save()
@@ -175,24 +181,25 @@ def rehearsal(options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[st
             f"with pattern {options.pattern} llm_surgeon adjusts the weights of each matrix in 5 to 110 iterations, "
             "and only the run itself shows how many"
         )
-    shots = len(left(sparsity, options.shots) or ())
+    shots = len(left(sparsity, options.shots, options.step) or ())
     return replace(options, shots=min(2, max(1, shots))), {_SHOTS: shots}
 
 
 def gradual(options: LLMSurgeon) -> bool:
-    """True with the paper's schedule, where a lower sparsity is a stop on the way to a higher one."""
+    """True with steps of `step`, where a lower sparsity is a stop on the way to a higher one."""
     return not options.shots
 
 
-def left(sparsity: float, shots: int, done: Sequence[float] = ()) -> list[float] | None:
+def left(sparsity: float, shots: int, step: float, done: Sequence[float] = ()) -> list[float] | None:
     """The sparsity after each shot that still has to be done.
 
     Args:
         sparsity: the sparsity after the last shot.
-        shots: the number of all shots; 0 is the paper's schedule in steps of 1/80, where a higher sparsity begins with
-            the same steps.
-        done: the sparsities after the shots that are done, if a run continues; with the paper's schedule the last one
-            may lie between two steps.
+        shots: the number of all shots; 0 is a schedule in steps of `step`, where a higher sparsity begins with the
+            same steps.
+        step: the sparsity that a shot adds.
+        done: the sparsities after the shots that are done, if a run continues; in steps of `step` the last one may lie
+            between two of them.
 
     Returns:
         The sparsities, or None if `done` does not belong to this schedule.
@@ -203,5 +210,6 @@ def left(sparsity: float, shots: int, done: Sequence[float] = ()) -> list[float]
     reached = done[-1] if done else 0.0
     if reached > sparsity:
         return None
-    steps = [shot / SHOTS_A_WHOLE for shot in range(1, math.ceil(SHOTS_A_WHOLE * sparsity - _EDGE))]
+    a_whole = 1 / step  # so that 3 steps of 0.0125 are 0.0375 exactly
+    steps = [shot / a_whole for shot in range(1, math.ceil(a_whole * sparsity - _EDGE))]
     return [*(step for step in steps if step > reached + _EDGE), *([sparsity] if sparsity > reached else [])]

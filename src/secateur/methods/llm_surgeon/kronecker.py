@@ -23,7 +23,7 @@ Shape letters: O outputs, I inputs of a matrix, N tokens, U units of C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from secateur.calibrate.backward import Backward
 from secateur.core.numbers import at_least_float32
+from secateur.models.family import Family
 from secateur.models.view import BlockView
 
 _COLUMNS = 512
@@ -147,50 +148,65 @@ def _fold(matrix: Tensor, keep: Tensor) -> Tensor:
     return torch.cholesky_solve(matrix[keep][:, ~keep], torch.linalg.cholesky(matrix[keep][:, keep]))
 
 
+@dataclass(frozen=True)
 class Factors:
     """The sums of x x^T and g g^T over the tokens of a block's matrices, float32 or better. Matrices with the same
     input share one A.
 
-    Args:
-        block: the current block of `backward`.
-        backward: the backward pass; the constructor runs it through the block.
+    Attributes:
+        family: the family of the model.
         kind: one of `CURVATURES`: the Kronecker factors, their diagonals alone, or identities (then a cost is half the
             square of a weight).
         damping: the amount added to each diagonal, in units of its mean.
+        tokens: the number of tokens.
+        sums: `a.NAME` and `g.NAME` -> a sum, for the matrix NAME.
     """
 
-    def __init__(self, block: BlockView, backward: Backward, kind: str, damping: float) -> None:
-        self._family, self._kind, self._damping = block.family, kind, damping
-        self._a: dict[str, Tensor] = {}
-        self._g: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = dict.fromkeys(block.names, 0)
-        listeners: Mapping[str, Callable[[Tensor, Tensor], None]] = {
-            name: partial(self._listen, name) for name in block.names
-        }
-        backward.retreat(block, listeners)
+    family: Family
+    kind: str
+    damping: float
+    tokens: int
+    sums: Mapping[str, Tensor]
 
-    def _listen(self, name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
-        self._tokens[name] += x_BTI.shape[0] * x_BTI.shape[1]
-        _add(self._g, name, g_BTO.flatten(0, -2))
-        if self._family.input_of(name) == name:
-            _add(self._a, name, x_BTI.flatten(0, -2))
+    @classmethod
+    def measured(cls, block: BlockView, backward: Backward, kind: str, damping: float) -> Factors:
+        """Run a backward pass through its current block, `block`, and return the sums."""
+        sums: dict[str, Tensor] = {}
+        tokens = dict.fromkeys(block.names, 0)
+
+        def listen(name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
+            tokens[name] += x_BTI.shape[0] * x_BTI.shape[1]
+            _add(sums, f"g.{name}", g_BTO.flatten(0, -2))
+            if block.family.input_of(name) == name:
+                _add(sums, f"a.{name}", x_BTI.flatten(0, -2))
+
+        backward.retreat(block, {name: partial(listen, name) for name in block.names})
+        (total,) = set(tokens.values())
+        return cls(block.family, kind, damping, total, sums)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the sums."""
+        return sum(t.numel() * t.element_size() for t in self.sums.values())
 
     def __getitem__(self, name: str) -> Curvature:
-        return Curvature(self._damped(self._g[name], name), self._damped(self._a[self._family.input_of(name)], name))
+        return Curvature(
+            self._damped(self.sums[f"g.{name}"]), self._damped(self.sums[f"a.{self.family.input_of(name)}"])
+        )
 
     def any(self) -> bool:
         """True if any gradient was not zero."""
-        return any(bool(total.any()) for total in self._g.values())
+        return any(bool(total.any()) for name, total in self.sums.items() if name.startswith("g."))
 
-    def _damped(self, total: Tensor, name: str) -> Tensor:
-        mean = total.double().cpu() / self._tokens[name]
-        if self._kind == "identity":
+    def _damped(self, total: Tensor) -> Tensor:
+        mean = total.double().cpu() / self.tokens
+        if self.kind == "identity":
             return torch.eye(len(mean), dtype=torch.float64)
-        if self._kind == "diagonal":
+        if self.kind == "diagonal":
             mean = mean.diagonal().diag()
         level = float(mean.diagonal().mean())
         # if all sums are zero, any positive definite matrix will do
-        mean.diagonal().add_(self._damping * level if level > 0 else 1e-30)
+        mean.diagonal().add_(self.damping * level if level > 0 else 1e-30)
         return mean
 
 

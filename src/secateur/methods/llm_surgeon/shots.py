@@ -10,13 +10,15 @@ Shape letters: S windows, T tokens.
 from __future__ import annotations
 
 import json
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward
@@ -28,6 +30,8 @@ from secateur.models.save import disk, save_whole
 from secateur.models.view import BlockView, ModelView, TensorSource
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
+
+_IN_MEMORY = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,58 @@ class Overlay:
         return self.source.rows(name, which)
 
 
+class Kept:
+    """The factors of all blocks from the measurement of a shot to its changes, where there is room for them.
+
+    They lie beside the checkpoint of the run, a file for each block, and take at most half of the free disk; or in
+    memory if the run has no checkpoint, and take at most 1 GiB. Without room they are measured again.
+
+    Args:
+        file: the checkpoint of the run.
+        blocks: the number of blocks.
+    """
+
+    def __init__(self, file: Path | None, blocks: int) -> None:
+        self._file, self._blocks = file, blocks
+        self._factors: dict[int, Factors] = {}
+        self._fits = True
+
+    @property
+    def all(self) -> bool:
+        """True if the factors of all blocks are here."""
+        return len(self._factors) == self._blocks
+
+    def put(self, index: int, factors: Factors) -> None:
+        """Keep the factors of a block. The first block tells whether all of them have room."""
+        if not self._factors:
+            self._fits = factors.size * self._blocks <= _room(self._file)
+        if not self._fits:
+            return
+        if self._file is not None:
+            with disk(self._file.parent):
+                save_whole(self._place(index), dict(factors.sums))
+            factors = replace(factors, sums={})
+        self._factors[index] = factors
+
+    def take(self, index: int) -> Factors:
+        """Return the factors of a block, which are then here no more."""
+        factors = self._factors.pop(index)
+        if self._file is None:
+            return factors
+        place = self._place(index)
+        sums = load_file(place)
+        place.unlink()
+        return replace(factors, sums=sums)
+
+    def _place(self, index: int) -> Path:
+        assert self._file is not None
+        return self._file.with_name(f"{self._file.stem}-factors-{index:05}.safetensors")
+
+
+def _room(file: Path | None) -> int:
+    return _IN_MEMORY if file is None else shutil.disk_usage(file.parent).free // 2
+
+
 class Shots(ABC):
     """The model between two shots: its weights in the checkpoint's dtype, with removed ones at zero.
 
@@ -83,7 +139,7 @@ class Shots(ABC):
         self.overlay = Overlay(view.source, {})
         self.view = replace(view, source=self.overlay)
         self.told: list[dict[str, float]] = []
-        self._factors = partial(Factors, kind=curvature, damping=damping)
+        self._measured = partial(Factors.measured, kind=curvature, damping=damping)
 
     @property
     def done(self) -> list[float]:
@@ -127,11 +183,13 @@ class Shots(ABC):
             NotFiniteError: a loss or a gradient is NaN or infinite.
         """
         backward = self._backward(windows)
-        reacts = False
+        reacts, kept = False, Kept(self.run.state_file, self.view.blocks)
         for block in backward.blocks():
-            factors = self._factors(block, backward)
+            factors = self._measured(block, backward)
             self.measure(block, factors)
             reacts |= factors.any()
+            if self.update:
+                kept.put(block.index, factors)
             del factors
             give_back()
         if not reacts:
@@ -142,17 +200,21 @@ class Shots(ABC):
         self.choose(wanted)
         loss = backward.loss
         del backward
-        if self.update:
-            backward = self._backward(windows)
-            for block in backward.blocks():
-                factors = self._factors(block, backward)
-                self._changed(block, factors)
-                del factors
-                give_back()
-        else:
-            for block in self.view.iterate():
-                self._changed(block, None)
+        for block, again in self._blocks_with_factors(windows, kept):
+            self._changed(block, again)
+            del again
+            give_back()
         self.told.append({"wanted": wanted, "loss": loss, "removed": self.removed})
+
+    def _blocks_with_factors(self, windows: Tensor, kept: Kept) -> Iterator[tuple[BlockView, Factors | None]]:
+        """Yield each block with its factors, as they were measured; None if weights are not updated."""
+        if not self.update or kept.all:
+            for block in self.view.iterate():
+                yield block, kept.take(block.index) if self.update else None
+            return
+        backward = self._backward(windows)
+        for block in backward.blocks():
+            yield block, self._measured(block, backward)
 
     def _backward(self, windows: Tensor) -> Backward:
         return Backward(self.view, windows, device=self.run.device, dtype=self.run.dtype, spill=self.run.spill)
