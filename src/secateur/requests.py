@@ -82,6 +82,7 @@ class EvalRequest(_Settings):
         seqlen: the length of a window in tokens; None takes the length of the protocol.
         tasks: names of tasks of lm-eval, or presets of them; `cloze` is built in.
         limit: use only the first N windows, and the first N items of each task.
+        items: use only the first N items of each task; None takes `limit`.
         against, against_revision: the dense model to compare with, and its hub revision.
         shift: with `against`, also measure how the behaviour shifted; False compares perplexities alone.
         include_path: a folder of task files for lm-eval.
@@ -93,6 +94,7 @@ class EvalRequest(_Settings):
     seqlen: int | None = None
     tasks: Sequence[str] = ()
     limit: int | None = None
+    items: int | None = None
     against: str | None = None
     against_revision: str | None = None
     shift: bool = True
@@ -101,6 +103,11 @@ class EvalRequest(_Settings):
     dtype: str = "auto"
     text_field: str = "text"
     include_path: str | Path | None = None
+
+    @property
+    def items_a_task(self) -> int | None:
+        """The number of items of each task to use; None is all."""
+        return self.limit if self.items is None else self.items
 
 
 @dataclass(frozen=True)

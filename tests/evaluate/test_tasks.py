@@ -20,7 +20,7 @@ from secateur import api
 from secateur.cli import app
 from secateur.core import records
 from secateur.core.errors import SecateurError
-from secateur.evaluate import continuations
+from secateur.evaluate import continuations, evaluate
 from secateur.evaluate.answers import Answers
 from secateur.evaluate.classification import classification_scores
 from secateur.evaluate.cloze import cloze_items
@@ -331,8 +331,17 @@ def test_record_and_resumption_within_a_task(
         assert again["tasks"][name] == result
     assert again["key"] == whole["key"]
     calls.clear()
+
+    def again_measured(*_: Any, **__: Any) -> None:
+        raise AssertionError("the perplexity was measured before")
+
+    monkeypatch.setattr(evaluate, "perplexity", again_measured)
     wider = api.evaluate(replace(asked, tasks=("tiny_choices", "tiny_pairs")), records_file=file, resume=True)
+    assert (wider["ppl"], wider["loss"]) == (whole["ppl"], whole["loss"])
     assert len(calls) == 4, "what was answered before is not asked again"
+    assert wider["tasks"]["tiny_pairs"]["n"] == 2
+    fewer = api.evaluate(replace(asked, tasks=("tiny_pairs",), items=1), records_file=file, resume=True)
+    assert (fewer["tasks"]["tiny_pairs"]["n"], fewer["ppl_protocol"]["windows"]) == (1, 3)
     assert wider["tasks"]["tiny_choices"] == whole["tasks"]["tiny_choices"]
 
 

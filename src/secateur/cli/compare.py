@@ -58,6 +58,7 @@ def compare(
     prompt_form: opt.PromptForm = Request.prompt_form,
     include_path: opt.IncludePath = None,
     limit: opt.Limit = EvalRequest.limit,
+    items: opt.Items = EvalRequest.items,
     spill: opt.Spill = Request.spill,
     stock_only: opt.StockOnly = Request.stock_only,
     ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,

@@ -21,6 +21,7 @@ def evaluate(
     tasks: opt.Tasks = opt.NO_TASKS,
     include_path: opt.IncludePath = None,
     limit: opt.Limit = EvalRequest.limit,
+    items: opt.Items = EvalRequest.items,
     against: Annotated[
         str | None,
         Option(metavar="DENSE", help="Also measure the dense model, and how the behaviour shifted from it."),

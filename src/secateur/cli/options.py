@@ -101,6 +101,7 @@ _EVAL_SEQLEN = "Tokens in a window of the evaluation text. Default: that of the 
 EvalSeqlen = Annotated[int | None, Option("--eval-seqlen", help=_EVAL_SEQLEN)]
 EvalOrSeqlen = Annotated[int | None, Option("--eval-seqlen", "--seqlen", help=_EVAL_SEQLEN)]
 Limit = Annotated[int | None, Option(help="Only the first N windows and items.")]
+Items = Annotated[int | None, Option(help="Only the first N items of each task. Default: --limit.")]
 AgainstDense = Annotated[bool, Option("--against-dense", help="Also measure the shift from the dense model.")]
 
 # The run.

@@ -96,7 +96,7 @@ def _quarter(number: int) -> int:
 
 def _is_small(request: EvalRequest, questions: Questions) -> bool:
     """Whether all there is to measure is so little that nothing of it is measured twice."""
-    few = request.limit is not None and request.limit < _WARMED
+    few = request.items_a_task is not None and request.items_a_task < _WARMED
     return len(questions.windows) < _WARMED and (few or not request.tasks)
 
 
@@ -174,9 +174,10 @@ def _tasks_seconds(request: EvalRequest, small: Small, questions: Questions) -> 
 
     total = 0.0
     for name in request.tasks:
-        limit = _ITEMS if request.limit is None else min(_ITEMS, _quarter(request.limit))
+        items = request.items_a_task
+        limit = _ITEMS if items is None else min(_ITEMS, _quarter(items))
         few = find_tasks([name], request.include_path, limit)
-        if request.limit is None or request.limit >= _WARMED:
+        if items is None or items >= _WARMED:
             run(find_tasks([name], request.include_path, 1))  # the first one is slower
         counts = few.requests()
         seconds = small.seconds(partial(run, few))

@@ -92,9 +92,10 @@ def prepare_questions(request: EvalRequest, checkpoint: Checkpoint, *, bundled: 
         SecateurError: text, tasks or tokenizer cannot be read, or do not fit the model.
     """
     check_limit(request.limit)
+    check_limit(request.items, "--items")
     protocol = find_protocol(request.protocol, request.text, bundled=bundled)
     seqlen = window_length(protocol, request.seqlen, checkpoint.max_length())
-    tasks = find_tasks(request.tasks, request.include_path, request.limit)
+    tasks = find_tasks(request.tasks, request.include_path, request.items_a_task)
     tokenizer = _tokenizer(checkpoint, needed=bool(request.tasks) or not holds_ids(protocol.spec))
     windows = checked_windows(
         protocol,
@@ -132,7 +133,8 @@ def evaluate(
     Args:
         request: what to measure.
         records_file: where the record goes; None is `records.jsonl` in the folder's parent.
-        resume: go on with an interrupted run; a run that is in the records already is not repeated.
+        resume: go on with an interrupted run; a run that is in the records already is not repeated, nor are parts of it
+            that an evaluation with other tasks measured.
         known: take the numbers of an earlier evaluation of a dense model, if the cache has them (see `kept.py`).
         announced: whether the user knows already what is measured; False says it first.
 
@@ -172,15 +174,20 @@ def evaluate(
     both = None if dense is None or against is None or not request.shift else (dense, against)
     task_results = _run_tasks(tasks, (model, checkpoint), both, tokenizer, records_file.parent, resume)
     progress = _progress_file(records_file, key, resume)
-    measured = perplexity(model, windows, progress=progress)
+    perplexity_key = _perplexity_key(checkpoint, questions)
+    before = kept(perplexity_key) if known else None
+    if resume and before is None:
+        before = _recorded(records_file, perplexity_key)
+    measured = perplexity(model, windows, progress=progress).facts if before is None else _perplexity(before)
     identity = _identity(request, checkpoint, plan, model, records_file)
     record: records.Record = {
         "command": "eval",
         "version": records.version(),
         **identity,
-        **measured.facts,
+        **measured,
         **facts,
         "key": key,
+        "ppl_key": perplexity_key,
         "tasks": task_results,
         **(
             _against(request, questions, model, against, dense, measured_before)
@@ -194,7 +201,7 @@ def evaluate(
     records.append(records_file, record)
     if kept_key is not None and against is None:
         keep(kept_key, record)
-        keep(_perplexity_key(checkpoint, questions), dict(measured.facts))
+        keep(perplexity_key, dict(measured))
     progress.unlink(missing_ok=True)
     if plan is not None and Path(request.model).is_dir():
         card.note_measurement(checkpoint.folder, record)
@@ -239,6 +246,18 @@ def _known_dense(model: str, plan: dict[str, Any] | None, questions: Questions) 
 def dense_is_kept(against: Checkpoint, questions: Questions) -> bool:
     """Return True if the perplexity of the dense model is in the cache, so that it is not measured again."""
     return kept(_perplexity_key(against, questions)) is not None
+
+
+def _recorded(records_file: Path, perplexity_key: str) -> records.Record | None:
+    """Return a record of the same perplexity beside other tasks; None if there is none."""
+    if not records_file.is_file():
+        return None
+    earlier = [r for r in records.read([records_file]) if r.get("ppl_key") == perplexity_key]
+    return earlier[-1] if earlier else None
+
+
+def _perplexity(record: records.Record) -> dict[str, float]:
+    return {name: record[name] for name in ("ppl", "loss")}
 
 
 def _perplexity_key(checkpoint: Checkpoint, questions: Questions) -> str:

@@ -141,10 +141,10 @@ def evaluation_windows(
     return windows[: protocol.windows]
 
 
-def check_limit(limit: int | None) -> None:
-    """Raise UsageError for a number of windows below 1."""
+def check_limit(limit: int | None, option: str = "--limit") -> None:
+    """Raise UsageError for a number of windows or items below 1."""
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: at least 1 is needed; leave it out to use everything")
+        raise UsageError(f"{option} {limit}: at least 1 is needed; leave it out to use everything")
 
 
 def checked_windows(
