@@ -58,6 +58,7 @@ from secateur.prune.job import make_job
 from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
 from secateur.prune.run import prune
 from secateur.recipe.read import Recipe, read_recipe
+from secateur.reconstruct.reconstruct import reconstruct
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
 from secateur.requests import (
@@ -67,6 +68,7 @@ from secateur.requests import (
     GenerateRequest,
     HealRequest,
     ModulesRequest,
+    ReconstructRequest,
     Request,
 )
 from secateur.study.compare import Compared, compare
@@ -91,6 +93,7 @@ __all__ = [
     "ModulesRequest",
     "Plan",
     "Recipe",
+    "ReconstructRequest",
     "Request",
     "SecateurError",
     "UsageError",
@@ -132,6 +135,7 @@ __all__ = [
     "read_plan",
     "read_recipe",
     "read_windows",
+    "reconstruct",
     "run_recipe",
     "study_disp_llm",
     "study_modules",

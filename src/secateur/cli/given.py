@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.requests import BenchRequest, EvalRequest, GenerateRequest, HealRequest, Request
+from secateur.requests import BenchRequest, EvalRequest, GenerateRequest, HealRequest, ReconstructRequest, Request
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,6 +39,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
     ("prune", Request): {},
     ("eval", EvalRequest): {},
     ("heal", HealRequest): {},
+    ("reconstruct", ReconstructRequest): {},
     ("generate", GenerateRequest): {},
     ("bench", BenchRequest): {"batches": "--batch has them"},
     ("sweep", Request): {**_SEVERAL, "params_removed": "--params-removed has several"},

@@ -294,7 +294,7 @@ def summary(
     taken = [
         record
         for record in records.read([records_file or out / "records.jsonl"])
-        if record.get("command") in ("prune", "heal", "bench") and record.get("out") in places
+        if record.get("command") in ("prune", *records.CHANGES, "bench") and record.get("out") in places
     ]
     both, model = named([*taken, *found]), shown(asked.base.model)
     main = group(collect(both))[0]
