@@ -56,8 +56,8 @@ from secateur.prune.driver import pruned_blocks, whole_model_plan
 from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
-from secateur.prune.run import prune
 from secateur.recipe.read import Recipe, read_recipe
+from secateur.reconstruct.prune import prune
 from secateur.reconstruct.reconstruct import reconstruct
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict

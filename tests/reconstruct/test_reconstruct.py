@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur import api
+from secateur.core import records
 from secateur.core.errors import UsageError
 from secateur.models.load import open_checkpoint
 from secateur.models.view import ModelView
 from secateur.reconstruct import fit as fitting
 from secateur.reconstruct.fit import How
+from secateur.reconstruct.prune import reconstruction_of
 from secateur.reconstruct.targets import DenseStream, Places, places
 from tests.tiny import FAMILY_TYPES, able, some_ids
 
@@ -228,3 +231,75 @@ def test_wrong_requests(pruned: Callable[..., Path], saved: Callable[..., Path],
         with pytest.raises(UsageError, match=message):
             api.reconstruct(api.ReconstructRequest(**asked), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop", [(), ("plan-00001",), ("block-00001",)])
+def test_prune_with_reconstruction_is_both_in_turn(
+    stop: tuple[str, ...],
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    interrupted_at: Callable[..., AbstractContextManager[None]],
+) -> None:
+    plain = api.Request(str(saved("llama")), "wanda", sparsity=0.5, calibration=ids_file)
+    request = replace(plain, reconstruct=True)
+    api.prune(plain, tmp_path / "apart" / "pruned")
+    second = replace(reconstruction_of(request), model=str(tmp_path / "apart" / "pruned"))
+    apart = api.reconstruct(second, tmp_path / "apart" / "out")
+    if stop:
+        with interrupted_at(*stop):
+            api.prune(request, tmp_path / "out")
+        with pytest.raises(UsageError, match="go on with --resume"):
+            api.prune(request, tmp_path / "out")
+    record = api.prune(request, tmp_path / "out", resume=bool(stop))
+    assert (record["command"], record["reconstruct"]) == ("reconstruct", apart["reconstruct"])
+    assert record["seconds_before"] > 0
+    one, other = (place / "out" / "model.safetensors" for place in (tmp_path, tmp_path / "apart"))
+    assert one.read_bytes() == other.read_bytes()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", "records.jsonl", "apart", "dense-llama", Path(ids_file).name}
+    assert [r["command"] for r in records.read([tmp_path / "records.jsonl"])] == ["reconstruct"]
+    assert api.prune(request, tmp_path / "out", resume=True) == record
+    with pytest.raises(UsageError, match="had sparsity"):
+        api.prune(replace(request, sparsity=0.6), tmp_path / "out", resume=True)
+
+
+def test_the_recipe_of_a_result_has_both_steps_and_gives_the_same_bytes(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(ids_file).parent)
+    folder = saved("llama")
+    request = api.Request(str(folder), "wanda", sparsity=0.5, calibration=ids_file, reconstruct=True)
+    api.prune(request, tmp_path / "out")
+    recipe = api.read_recipe(tmp_path / "out", model=str(folder))
+    assert [step.kind for step in recipe.steps] == ["prune", "reconstruct"]
+    *_, last = api.run_recipe(recipe, tmp_path / "again")
+    assert last["same"] is True
+
+
+def test_a_comparison_has_results_before_and_after(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    base = api.Request(str(saved("llama")), "", calibration=ids_file, samples=6, reconstruct=True)
+    asked = api.CompareRequest(base, ["wanda"], sparsities=[0.5])
+    found = api.compare(asked, tmp_path / "out", api.EvalRequest("", text=ids_file))
+    assert [record.get("method") for record in found.records] == [None, "wanda", "wanda"]
+    assert [bool(record.get("reconstruct")) for record in found.records] == [False, False, True]
+    assert not found.cells.notes()
+    assert found.table is not None
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert "wanda + reconstruction" in page
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} >= {
+        "wanda-unstructured-0.5",
+        "wanda-unstructured-0.5-reconstructed",
+    }
+
+
+def test_a_sweep_of_reconstructed_results_is_a_series_of_its_own(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    request = api.Request(str(saved("llama")), "wanda", calibration=ids_file, reconstruct=True)
+    measured = list(api.sweep(request, [0.3, 0.5], tmp_path, api.EvalRequest("", text=ids_file)))
+    assert [Path(record["out"]).name for record in measured[1:]] == [
+        "wanda-0.3-reconstructed",
+        "wanda-0.5-reconstructed",
+    ]
+    assert all(record["reconstruct"] for record in measured[1:])

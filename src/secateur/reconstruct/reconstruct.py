@@ -68,7 +68,7 @@ class Prepared:
         windows, seqlen = self.windows_ST.shape
         held_out = max(1, round(self.request.held_out * windows))
         together = max(1, _TOKENS_AT_ONCE // seqlen)
-        batch = max(1, self.request.batch // seqlen)
+        batch = min(max(1, self.request.batch // seqlen), windows - held_out)
         return How(
             self.request.steps, batch, min(together, batch), self.request.lr, held_out=held_out, seed=self.request.seed
         )
@@ -91,6 +91,7 @@ def reconstruct(
     resume: bool = False,
     overwrite: bool = False,
     records_file: str | Path | None = None,
+    before: records.Record | None = None,
     clock: Clock = time.perf_counter,
 ) -> records.Record:
     """Train the blocks of a pruned checkpoint towards those of the dense model, and write the result to `out`.
@@ -101,6 +102,7 @@ def reconstruct(
         resume: continue an interrupted run after the last block that it finished; the result is the same.
         overwrite: replace the content of `out`.
         records_file: the file that the record is appended to; None is `records.jsonl` in the parent of `out`.
+        before: the record of a pruning that belongs to this run, whose time and memory count too.
         clock: returns seconds. Those of the record are of all parts of a run that was interrupted and resumed.
 
     Returns:
@@ -120,8 +122,8 @@ def reconstruct(
     prepared = prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
-    if finished and (before := _finished(prepared, out, settings, records_file, overwrite)) is not None:
-        return before
+    if finished and (done := _finished(prepared, out, settings, records_file, overwrite)) is not None:
+        return done
     writer = CheckpointWriter(
         out,
         {"reconstruct": settings, "source": identity(prepared.checkpoint), "dense": identity(prepared.dense)},
@@ -145,9 +147,11 @@ def reconstruct(
         "reconstructed": str(source.absolute()) if (source := Path(request.model)).is_dir() else str(source),
         "device": settings["device"],
         "seconds": round(spent().seconds, 3),
+        **({} if before is None else {"seconds_before": round(before["seconds"] + before.get("seconds_before", 0), 3)}),
         "seconds_by": watch.rounded(),
+        **{name: True for name in ("seconds_at_least",) if (before or {}).get(name)},
         **writer.before.facts,
-        "peak_rss_bytes": records.peak_rss_bytes(),
+        "peak_rss_bytes": max(records.peak_rss_bytes(), (before or {}).get("peak_rss_bytes", 0)),
         "versions": records.versions(),
         "out": str(out),
     }

@@ -30,9 +30,9 @@ from secateur.plan.quantity import WEIGHTS
 from secateur.predict.find import find_records
 from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
-from secateur.prune.run import prune
 from secateur.recipe.fields import WRITES
 from secateur.recipe.read import Recipe, Step, written_recipe
+from secateur.reconstruct.prune import prune
 from secateur.reconstruct.reconstruct import check_request as check_reconstruct
 from secateur.reconstruct.reconstruct import reconstruct
 from secateur.text.protocols import find_protocol
