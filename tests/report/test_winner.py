@@ -86,6 +86,14 @@ def test_one_that_landed_far_from_the_level_does_not_win_it() -> None:
     assert "not compared since more than two points away: b (15.0%)" in said
 
 
+def test_several_that_landed_far_away_are_no_level_of_their_own() -> None:
+    far = (removed("magnitude", 0.29, 9e6, 0.25), removed("wanda", 0.291, 8e5, 0.25))
+    found = compared(*THREE, *far)
+    assert [entry.label for entry in found[0].entries] == ["llm_pruner", "shortgpt", "slicegpt"]
+    assert [label for label, _ in found[0].astray] == ["magnitude", "wanda"]
+    assert len(found) == 1
+
+
 def test_an_infinite_perplexity_was_measured_and_comes_last() -> None:
     found = compared(removed("a", 0.25, 20.0, 0.25), removed("b", 0.25, None, 0.25))[0]
     assert [entry.label for entry in found.entries] == ["a", "b"]

@@ -237,7 +237,8 @@ def _run(curve: Series, row: Row, *, removed: bool) -> _Run | None:
 def _asked_alike(runs: Sequence[_Run]) -> tuple[list[_Group], list[_Run]]:
     """A group for each level that two series were asked for, and the runs that are in none.
 
-    A run that was not asked for such a level joins the nearest, if it reached it within NEAR.
+    A run that was not asked for such a level joins the nearest, if it reached it within NEAR. One that was asked for it
+    and landed too far away is in none, and stands in no group of its own.
     """
     asked: dict[float, list[_Run]] = {}
     for run in runs:
@@ -249,7 +250,7 @@ def _asked_alike(runs: Sequence[_Run]) -> tuple[list[_Group], list[_Run]]:
         compared = near or members
         if _several(members):
             groups[level] = _Group(compared, level, [run for run in members if run not in compared])
-    placed = {id(run) for group in groups.values() for run in group.runs}
+    placed = {id(run) for group in groups.values() for run in [*group.runs, *group.astray]}
     left: list[_Run] = []
     for run in runs:
         if id(run) in placed:
