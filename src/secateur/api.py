@@ -53,10 +53,10 @@ from secateur.predict.read import read_points
 from secateur.prune.allocation.allocate import allocate
 from secateur.prune.calibration import draw_windows, read_windows
 from secateur.prune.driver import pruned_blocks, whole_model_plan
-from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
 from secateur.recipe.read import Recipe, read_recipe
+from secateur.reconstruct.estimate import estimate, estimate_reconstruct
 from secateur.reconstruct.prune import prune
 from secateur.reconstruct.reconstruct import reconstruct
 from secateur.report.modules import read_studies as read_module_studies
@@ -108,6 +108,7 @@ __all__ = [
     "estimate_evaluate",
     "estimate_heal",
     "estimate_recipe",
+    "estimate_reconstruct",
     "estimate_study_disp_llm",
     "estimate_study_modules",
     "estimate_sweep",

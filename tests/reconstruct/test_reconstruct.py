@@ -303,3 +303,21 @@ def test_a_sweep_of_reconstructed_results_is_a_series_of_its_own(
         "wanda-0.5-reconstructed",
     ]
     assert all(record["reconstruct"] for record in measured[1:])
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    pruned: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    folder = pruned("llama", "narrower")
+    before = sorted(tmp_path.rglob("*"))
+    request = api.ReconstructRequest(str(folder), calibration=ids_file, **QUICK)
+    record = api.estimate_reconstruct(request)
+    assert (record["blocks"], record["batch"], record["calibration_tokens"]) == (3, 80, 120)
+    assert 0 < record["seconds_estimated"] < 60
+    assert record["memory_bytes"] > 2 * 120 * 32 * 4
+    asked = api.Request(str(tmp_path / "dense-llama"), "wanda", sparsity=0.5, calibration=ids_file)
+    alone, both = (api.estimate(api.prepare(replace(asked, reconstruct=more))) for more in (False, True))
+    assert both["seconds_estimated"] > alone["seconds_estimated"]
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UsageError, match="--reconstruct learns from a text"):
+        api.estimate(api.prepare(replace(asked, method="magnitude", calibration=None, reconstruct=True)))

@@ -102,6 +102,13 @@ def _dry_heal(record: Record) -> Iterator[str]:
     yield _expected(record)
 
 
+def _dry_reconstruct(record: Record) -> Iterator[str]:
+    size = f"{record['steps']:,} steps of {record['batch']:,} tokens"
+    text = f"{record['calibration_tokens']:,} tokens of {shown(record['calibration'])}"
+    yield f"Would train each of {record['blocks']} blocks for {size}, on {text}."
+    yield _expected(record)
+
+
 def _expected(record: Record) -> str:
     """What the work would take; what is not known has its reason on the same line."""
     memory, disk = record.get("memory_bytes"), record.get("disk_bytes")
@@ -220,6 +227,7 @@ _ANSWERS = {
     "predict": _predict,
     "dry run of prune": _dry_prune,
     "dry run of eval": _dry_eval,
+    "dry run of reconstruct": _dry_reconstruct,
     "dry run of heal": _dry_heal,
 }
 

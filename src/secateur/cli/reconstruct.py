@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -9,6 +10,7 @@ from typer import Argument, Option
 from secateur.cli import options as opt
 from secateur.cli.console import RESUME, command, print_record
 from secateur.cli.given import given
+from secateur.core.errors import UsageError
 from secateur.requests import ReconstructRequest
 
 _TEXTS = "builtin, wikitext2, c4, alpaca, a file, or task:NAME"
@@ -16,7 +18,7 @@ _TEXTS = "builtin, wikitext2, c4, alpaca, a file, or task:NAME"
 
 def reconstruct(
     model: Annotated[str, Argument(metavar="DIR", help="A checkpoint that 'secateur prune' wrote.")],
-    out: opt.OutFolder,
+    out: Annotated[Path | None, Option(help="The folder to write.")] = None,
     dense: Annotated[
         str | None, Option(metavar="MODEL", help="The model it was pruned from. Default: the one that its plan names.")
     ] = ReconstructRequest.dense,
@@ -44,6 +46,7 @@ def reconstruct(
     text_field: opt.TextField = ReconstructRequest.text_field,
     prompt_form: opt.PromptForm = ReconstructRequest.prompt_form,
     include_path: opt.IncludePath = None,
+    dry_run: opt.DryRun = False,
     records: opt.Records = None,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
@@ -56,5 +59,10 @@ def reconstruct(
         request = given(ReconstructRequest, "reconstruct", locals())
         from secateur.cli.quiet_api import api
 
-        record = api.reconstruct(request, out, resume=resume, overwrite=overwrite, records_file=records)
+        if dry_run:
+            record = api.estimate_reconstruct(request, records or (out and out.absolute().parent / "records.jsonl"))
+        elif out is None:
+            raise UsageError("--out DIR is missing: the folder to write (or --dry-run)")
+        else:
+            record = api.reconstruct(request, out, resume=resume, overwrite=overwrite, records_file=records)
         print_record(record, as_json=json, verbose=verbose)

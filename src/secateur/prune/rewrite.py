@@ -13,28 +13,23 @@ from secateur.models.load import Checkpoint
 from secateur.models.pruned_config import stock_problem
 from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, CheckpointWriter, plan_file
 from secateur.models.view import ModelView
-from secateur.plan.plan import plan_json, read_plan_json
+from secateur.plan.plan import plan_json
 from secateur.plan.quantity import words_of
 from secateur.text.files import file_hash
 from secateur.text.specs import NAMED, TASK
 
 
-def plan_of(checkpoint: Checkpoint, model: str, does: str) -> dict[str, Any]:
-    """Return the plan of a pruned checkpoint.
+def checked_plan(plan: Mapping[str, Any] | None, model: str, does: str) -> dict[str, Any]:
+    """Return the plan of a pruned checkpoint, if it says what it was pruned from.
 
     Args:
-        checkpoint: the checkpoint.
-        model: its name, as it was given.
+        plan: the plan; None where the checkpoint has none.
+        model: the name of the checkpoint, as it was given.
         does: what the command does, for the message, such as `heal mends`.
 
     Raises:
         UsageError: secateur did not prune it.
     """
-    return checked_plan(read_plan_json(checkpoint.folder), model, does)
-
-
-def checked_plan(plan: Mapping[str, Any] | None, model: str, does: str) -> dict[str, Any]:
-    """Return a plan if it says what a checkpoint was pruned from; see `plan_of`."""
     if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
         raise UsageError(
             f"'{model}' has no plan of secateur's: {does} what 'secateur prune' made; give the folder that it wrote"

@@ -27,7 +27,7 @@ from secateur.models.save import CheckpointWriter, Spent, differing_from_plan, i
 from secateur.models.view import BlockView
 from secateur.plan.plan import read_plan_json
 from secateur.prune.calibration import say_form, windows_of
-from secateur.prune.rewrite import calibration_of, finish, plan_of, weight_parts
+from secateur.prune.rewrite import calibration_of, checked_plan, finish, weight_parts
 from secateur.prune.settings import identity, refuse_out
 from secateur.prune.write import block_part
 from secateur.recipe.write import recipe_text
@@ -174,18 +174,20 @@ def check_request(request: ReconstructRequest) -> None:
         check_spec(request.calibration)
 
 
-def prepare(request: ReconstructRequest, records_file: Path) -> Prepared:
+def prepare(request: ReconstructRequest, records_file: Path, before: Mapping[str, Any] | None = None) -> Prepared:
     """Check a request against its models, and read its text.
 
     Args:
         request: the request.
         records_file: the records that may tell the dense model and the calibration text.
+        before: what the plan would say, for an estimate on a model that is not pruned yet.
 
     Raises:
         UsageError, SecateurError: the request is wrong, or a text or a model cannot be read.
     """
     checkpoint = open_checkpoint(request.model)
-    plan = plan_of(checkpoint, request.model, "reconstruct mends")
+    found = read_plan_json(checkpoint.folder) if before is None else before
+    plan = checked_plan(found, request.model, "reconstruct mends")
     dense = _dense(request, plan, records_file)
     check_fits(checkpoint, dense, plan, request.model)
     bundled = plan["model"] == BUNDLED

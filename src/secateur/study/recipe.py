@@ -28,10 +28,10 @@ from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
 from secateur.plan.quantity import WEIGHTS
 from secateur.predict.find import find_records
-from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
 from secateur.recipe.fields import WRITES
 from secateur.recipe.read import Recipe, Step, written_recipe
+from secateur.reconstruct.estimate import estimate
 from secateur.reconstruct.prune import prune
 from secateur.reconstruct.reconstruct import check_request as check_reconstruct
 from secateur.reconstruct.reconstruct import reconstruct
