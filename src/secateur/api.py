@@ -53,11 +53,12 @@ from secateur.predict.read import read_points
 from secateur.prune.allocation.allocate import allocate
 from secateur.prune.calibration import draw_windows, read_windows
 from secateur.prune.driver import pruned_blocks, whole_model_plan
-from secateur.prune.estimate import estimate
 from secateur.prune.job import make_job
 from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
-from secateur.prune.run import prune
 from secateur.recipe.read import Recipe, read_recipe
+from secateur.reconstruct.estimate import estimate, estimate_reconstruct
+from secateur.reconstruct.prune import prune
+from secateur.reconstruct.reconstruct import reconstruct
 from secateur.report.modules import read_studies as read_module_studies
 from secateur.report.modules import verdict
 from secateur.requests import (
@@ -67,6 +68,7 @@ from secateur.requests import (
     GenerateRequest,
     HealRequest,
     ModulesRequest,
+    ReconstructRequest,
     Request,
 )
 from secateur.study.compare import Compared, compare
@@ -91,6 +93,7 @@ __all__ = [
     "ModulesRequest",
     "Plan",
     "Recipe",
+    "ReconstructRequest",
     "Request",
     "SecateurError",
     "UsageError",
@@ -105,6 +108,7 @@ __all__ = [
     "estimate_evaluate",
     "estimate_heal",
     "estimate_recipe",
+    "estimate_reconstruct",
     "estimate_study_disp_llm",
     "estimate_study_modules",
     "estimate_sweep",
@@ -132,6 +136,7 @@ __all__ = [
     "read_plan",
     "read_recipe",
     "read_windows",
+    "reconstruct",
     "run_recipe",
     "study_disp_llm",
     "study_modules",

@@ -46,6 +46,8 @@ class Request(_Settings):
             the Alpaca project), or `auto`: chat where the tokenizer has a template, and plain for the text `alpaca`.
         at_least: with `params_removed`, take the smallest step that removes at least that much, not the nearest step.
         ignore_unknown: skip tensors in the files that the model does not have, instead of raising an error.
+        reconstruct: then train the result block by block towards the dense model (`ReconstructRequest` has the
+            settings), on the same text.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Request(_Settings):
     at_least: bool = False
     prompt_form: str = "auto"
     ignore_unknown: bool = False
+    reconstruct: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,44 @@ class HealRequest(_Settings):
     limit: int | None = None
     device: str = "auto"
     dtype: str = "auto"
+    text_field: str = "text"
+    include_path: str | Path | None = None
+    prompt_form: str = "auto"
+
+
+@dataclass(frozen=True)
+class ReconstructRequest(_Settings):
+    """The settings of `reconstruct`, with the defaults of the command line.
+
+    Attributes:
+        model: the folder of a checkpoint that secateur wrote.
+        dense, dense_revision: the model that it was pruned from, and its hub revision; None takes the one that the plan
+            names.
+        calibration: a text SPEC; None takes the calibration text of the pruning.
+        samples, seqlen: the number of windows and their length in tokens; None is min(512, the model's maximum).
+        steps: the number of optimiser steps for each block.
+        batch: tokens a step, in whole windows; at most all windows that are learned from.
+        lr: the highest learning rate, in units of the root mean square of each tensor.
+        held_out: the share of the windows that tells which state of a block is the best; nothing is learned from them.
+        spill: keep the two residual streams in files instead of memory.
+        include_path: a folder of task files for lm-eval, for `task:NAME`.
+        prompt_form: how rows of instructions become text, as in `Request`; on the calibration text of the pruning,
+            `auto` takes the form that it had there.
+    """
+
+    model: str
+    dense: str | None = None
+    dense_revision: str | None = None
+    calibration: str | None = None
+    samples: int = 128
+    seqlen: int | None = None
+    steps: int = 100
+    batch: int = 4096
+    lr: float = 0.02
+    held_out: float = 0.1
+    seed: int = 0
+    spill: bool = False
+    device: str = "auto"
     text_field: str = "text"
     include_path: str | Path | None = None
     prompt_form: str = "auto"

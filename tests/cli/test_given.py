@@ -30,6 +30,7 @@ VALUES = {
 NEEDS = {
     "prune": ["--dry-run"],
     "heal": ["--dry-run"],
+    "reconstruct": ["--dry-run"],
     "compare": ["--heal", "--bench", "--dry-run"],
     "sweep": ["--params-removed", "0.2", "--dry-run"],
     "study modules": ["--dry-run"],

@@ -200,6 +200,12 @@ class Stream:
         for start in range(0, len(self._windows), self._batch):
             yield slice(start, min(start + self._batch, len(self._windows)))
 
+    def arguments(self, index: int, windows: int) -> dict[str, Any]:
+        """Return the other arguments that block `index` receives, for any number of windows at a time."""
+        if windows not in self._arguments:
+            self._arguments[windows] = self._capture(windows)
+        return self._arguments[windows][index]
+
     def batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Yield the rows of each batch of windows, with the other arguments that block `index` receives."""
         for rows in self.slices():

@@ -22,6 +22,7 @@ from secateur.cli import (
     pack,
     predict,
     prune,
+    reconstruct,
     run,
     study,
     sweep,
@@ -43,6 +44,7 @@ app.command(name="eval", cls=SwitchCommand)(evaluate.evaluate)
 app.command(cls=SwitchCommand)(generate.generate)
 app.command(cls=MethodCommand)(sweep.sweep)
 app.command()(compare.compare)
+app.command(cls=SwitchCommand)(reconstruct.reconstruct)
 app.command(cls=SwitchCommand)(heal.heal)
 app.command()(run.run)
 app.command()(predict.predict)

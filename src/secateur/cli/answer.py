@@ -102,6 +102,13 @@ def _dry_heal(record: Record) -> Iterator[str]:
     yield _expected(record)
 
 
+def _dry_reconstruct(record: Record) -> Iterator[str]:
+    size = f"{record['steps']:,} steps of {record['batch']:,} tokens"
+    text = f"{record['calibration_tokens']:,} tokens of {shown(record['calibration'])}"
+    yield f"Would train each of {record['blocks']} blocks for {size}, on {text}."
+    yield _expected(record)
+
+
 def _expected(record: Record) -> str:
     """What the work would take; what is not known has its reason on the same line."""
     memory, disk = record.get("memory_bytes"), record.get("disk_bytes")
@@ -165,6 +172,18 @@ def _heal(record: Record) -> Iterator[str]:
         yield from _next_eval(record)
 
 
+def _reconstruct(record: Record) -> Iterator[str]:
+    blocks = record["reconstruct"]["blocks"]
+    before, after = (sum(block[name] for block in blocks) / len(blocks) for name in ("before", "after"))
+    mended = sum(block["step"] > 0 for block in blocks)
+    yield (
+        f"{mended} of {len(blocks)} blocks mended: their mean error on held-out text {before:.4f} -> {after:.4f}, "
+        f"{_time(record)}"
+    )
+    yield f"{_size(record)}. {_how(record)}."
+    yield from _next_eval(record)
+
+
 def _predict(record: Record) -> Iterator[str]:
     what = "perplexity" if record["metric"] == "ppl" else f"accuracy on {record['metric']}"
     value = "ppl" if record["metric"] == "ppl" else "acc"
@@ -203,10 +222,12 @@ _ANSWERS = {
     "import": _import,
     "prune": _prune,
     "eval": _eval,
+    "reconstruct": _reconstruct,
     "heal": _heal,
     "predict": _predict,
     "dry run of prune": _dry_prune,
     "dry run of eval": _dry_eval,
+    "dry run of reconstruct": _dry_reconstruct,
     "dry run of heal": _dry_heal,
 }
 
@@ -269,7 +290,8 @@ def _removed(share: float) -> str:
 def _how(record: Record) -> str:
     """The method, and how much it was told to remove of what it removes from."""
     share, quantity = record.get("sparsity_measured"), record.get("sparsity_of")
-    healed = ", then healed with LoRA" if record.get("heal") else ""
+    healed = ", reconstructed" if record.get("reconstruct") else ""
+    healed += ", then healed with LoRA" if record.get("heal") else ""
     done = "zeroed" if quantity == "weights" else "removed"
     return f"{record['method']}{'' if share is None else f' {done} {_of(share, quantity)}'}{healed}"
 
@@ -303,7 +325,8 @@ def _next_eval(record: Record) -> Iterator[str]:
     heal = record.get("heal") or {}
     given = record.get("measured_with") or {}
     options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    calibration = heal.get("calibration") or record.get("calibration") or {}
+    learned = record.get("reconstruct") or {}
+    calibration = heal.get("calibration") or learned.get("calibration") or record.get("calibration") or {}
     from_file = calibration.get("file_sha256") and record["model"] != "bundled"
     wanted = not record.get("ppl_protocol") and bool(from_file)
     if wanted:

@@ -59,6 +59,7 @@ def compare(
     include_path: opt.IncludePath = None,
     limit: opt.Limit = EvalRequest.limit,
     items: opt.Items = EvalRequest.items,
+    reconstruct: opt.Reconstruct = Request.reconstruct,
     spill: opt.Spill = Request.spill,
     stock_only: opt.StockOnly = Request.stock_only,
     ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,

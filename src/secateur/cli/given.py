@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.requests import BenchRequest, EvalRequest, GenerateRequest, HealRequest, Request
+from secateur.requests import BenchRequest, EvalRequest, GenerateRequest, HealRequest, ReconstructRequest, Request
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,12 +33,14 @@ _PASS = (
     *("method", "sparsity", "params_removed", "at_least", "modules", "pattern", "options", "seed", "revision"),
     *("device", "dtype", "text_field", "include_path", "spill", "stock_only", "ignore_unknown"),
     "prompt_form",
+    "reconstruct",
 )
 
 LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
     ("prune", Request): {},
     ("eval", EvalRequest): {},
     ("heal", HealRequest): {},
+    ("reconstruct", ReconstructRequest): {},
     ("generate", GenerateRequest): {},
     ("bench", BenchRequest): {"batches": "--batch has them"},
     ("sweep", Request): {**_SEVERAL, "params_removed": "--params-removed has several"},
@@ -62,6 +64,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
         **_SEVERAL,
         **_ZEROES,
         "modules": "--kinds has them",
+        "reconstruct": "the cells are masks on one model in memory",
         "spill": "the cells share one model in memory",
         "stock_only": "no checkpoint is written",
     },
@@ -73,6 +76,7 @@ LEFT_OUT: Mapping[tuple[str, type], Mapping[str, str]] = {
         "method": "it is a study of one method",
         "modules": "the method has none",
         "pattern": "the method has none",
+        "reconstruct": "the study is of what learning the gates alone gives",
         "stock_only": "no result is a stock architecture",
     },
     ("study disp-llm", EvalRequest): _DENSE_REVISION,

@@ -81,6 +81,12 @@ PromptForm = Annotated[
         "template, but plain for the text alpaca.",
     ),
 ]
+Reconstruct = Annotated[
+    bool,
+    Option(
+        "--reconstruct", help="Then mend the result block by block, towards the dense model (`secateur reconstruct`)."
+    ),
+]
 Spill = Annotated[bool, Option("--spill", help="Keep calibration activations on disk instead of in memory.")]
 
 # What is measured.

@@ -42,6 +42,7 @@ def prune(
     text_field: opt.TextField = Request.text_field,
     prompt_form: opt.PromptForm = Request.prompt_form,
     include_path: opt.IncludePath = None,
+    reconstruct: opt.Reconstruct = Request.reconstruct,
     spill: opt.Spill = Request.spill,
     stock_only: opt.StockOnly = Request.stock_only,
     ignore_unknown: opt.IgnoreUnknown = Request.ignore_unknown,

@@ -159,7 +159,7 @@ def original(name: str, folder: Path, places: Iterable[Path]) -> str:
 
     Args:
         name: the name in the plan.
-        folder: the result; of a healed one, the checkpoint that was healed is asked too.
+        folder: the result; of one that was changed after pruning, the checkpoint before is asked too.
         places: files of records. Those beside each folder are read too.
 
     Returns:
@@ -169,12 +169,13 @@ def original(name: str, folder: Path, places: Iterable[Path]) -> str:
     while (folder := folder.absolute()) not in asked:
         asked.add(folder)
         here = dict.fromkeys([*files, folder.parent / "records.jsonl"])
-        found = [_last_if_readable(file, command, folder) for file in here for command in ("prune", "heal")]
+        found = [_last_if_readable(file, command, folder) for file in here for command in ("prune", *CHANGES)]
         models = [str(record["model"]) for record in found if record is not None and record.get("model")]
         for model in models:
             if shown(model) == name and Path(model).expanduser().is_dir():
                 return model
-        folder = next((Path(str(r["healed"])) for r in found if r is not None and r.get("healed")), folder)
+        sources = [r[field] for r in found if r is not None for field in CHANGES.values() if r.get(field)]
+        folder = Path(str(sources[0])) if sources else folder
     return name
 
 
@@ -189,7 +190,7 @@ def _last_if_readable(file: Path, command: str, out: Path) -> Record | None:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("command", "model", "method", "modules", "pattern", "device", "dtype", "out", "version"), str),
     **dict.fromkeys(
-        ("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", "heal", "versions", "weights"), dict
+        ("options", "calibration", "ppl_protocol", "tasks", "learning", "shift", *CHANGES, "versions", "weights"), dict
     ),
     **dict.fromkeys(
         (

@@ -38,7 +38,7 @@ from secateur.text.windows import ids_hash
 _FROM_PLAN = (
     "model", "model_revision", "method", "options", "seed", "sparsity", "sparsity_of", "sparsity_measured", "modules",
     "pattern", "pruning_ratio", "pruning_ratio_blocks", "params_removed", "params_before", "params_after",
-    "nonzero_after", "zero_rows", "updated", "calibration", "heal",
+    "nonzero_after", "zero_rows", "updated", "calibration", "reconstruct", "heal",
 )  # fmt: skip
 
 

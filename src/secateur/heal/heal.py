@@ -33,11 +33,7 @@ from secateur.heal.lora import Adapters, add_adapters, find_targets, need_peft, 
 from secateur.heal.tune import SCHEDULES, Tuning, loss_after, tune
 from secateur.models import card, runtime
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
-from secateur.models.pruned_config import stock_problem
 from secateur.models.save import (
-    OWN_FOLDER,
-    PLAN_PATH,
-    PLAN_TENSORS,
     RECIPE_PATH,
     CheckpointWriter,
     Spent,
@@ -47,17 +43,16 @@ from secateur.models.save import (
     plan_file,
     same_run,
 )
-from secateur.models.view import ModelView
-from secateur.plan.plan import damaged, plan_json, read_plan_json
-from secateur.plan.quantity import words_of
+from secateur.plan.plan import damaged, read_plan_json
 from secateur.prune.calibration import say_form, windows_of
+from secateur.prune.rewrite import calibration_of, checked_plan, finish, texts, weight_parts
 from secateur.prune.settings import identity, refuse_out
 from secateur.recipe.read import written_recipe
 from secateur.recipe.write import recipe_text
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, check_limit, checked_windows, find_protocol, window_length
-from secateur.text.specs import NAMED, TASK, check_spec, holds_ids, prompt_form, same_text
+from secateur.text.specs import TASK, check_spec, holds_ids, prompt_form, same_text
 from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
 
@@ -247,12 +242,7 @@ def prepare(request: HealRequest, records_file: Path, before: Mapping[str, Any] 
         UsageError, SecateurError: the request is wrong, or a text or the model cannot be read.
     """
     checkpoint = open_checkpoint(request.model)
-    plan = read_plan_json(checkpoint.folder) if before is None else dict(before)
-    if plan is None or not {"model", "calibration", "blocks"} <= plan.keys():
-        raise UsageError(
-            f"'{request.model}' has no plan of secateur's: heal mends what 'secateur prune' made; "
-            "give the folder that it wrote"
-        )
+    plan = checked_plan(read_plan_json(checkpoint.folder) if before is None else before, request.model, "heal mends")
     targets = find_targets(checkpoint.view(), request.targets)
     if request.rank > (widest := checkpoint.config.hidden_size):
         raise UsageError(
@@ -262,7 +252,7 @@ def prepare(request: HealRequest, records_file: Path, before: Mapping[str, Any] 
     bundled = plan["model"] == BUNDLED
     spec = (
         request.calibration
-        or _same_calibration(plan, Path(request.model), records_file)
+        or calibration_of(plan, Path(request.model), records_file)
         or ("builtin" if bundled else None)
     )
     if spec is None:
@@ -324,30 +314,6 @@ def _held_out(request: HealRequest, checkpoint: Checkpoint, *, bundled: bool) ->
 
 def _seqlen(request: HealRequest, longest: int) -> int:
     return min(1024, longest) if request.seqlen is None else request.seqlen
-
-
-def _same_calibration(plan: dict[str, Any], folder: Path, records_file: Path) -> str | None:
-    """The text that a checkpoint was pruned with; None if pruning needed none.
-
-    The plan holds the name of a file alone; the record holds its path.
-
-    Raises:
-        UsageError: the file is missing, or its content has changed.
-    """
-    calibration = plan["calibration"] or {}
-    spec = calibration.get("spec")
-    if spec is None or spec.startswith(TASK) or spec.partition("@")[0] in NAMED:
-        return None if spec is None else str(spec)
-    places = [records_file, folder.absolute().parent / "records.jsonl"]
-    pruned = next(filter(None, (records.last(place, "prune", folder.absolute()) for place in places)), {})
-    known = calibration.get("file_sha256")
-    for place in (spec, str((pruned.get("calibration") or {}).get("spec"))):
-        if Path(place).expanduser().is_file() and known in (None, file_hash(place)):
-            return place
-    raise UsageError(
-        f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, "
-        "or another text"
-    )
 
 
 def _finished(
@@ -426,7 +392,7 @@ def _run(prepared: Prepared, settings: dict[str, Any], writer: CheckpointWriter)
         _write_adapter(prepared, adapters, facts, writer)
     else:
         facts = {"heal": heal_facts, "nonzero_after": _write_merged(prepared, adapters, writer)}
-        _finish(prepared, facts, writer)
+        finish(checkpoint, prepared.plan, facts, writer, partial(_recipe, prepared))
         del model, adapters, trainable
         gc.collect()  # the forward of a module that was replaced refers to its module
         give_back()
@@ -464,7 +430,7 @@ def _write_merged(prepared: Prepared, adapters: Adapters, writer: CheckpointWrit
     """Write every tensor, with its update if it has one, block by block; returns the number of nonzero weights."""
     view = prepared.checkpoint.view()
     nonzero = 0
-    for part, names in track(list(_parts(view).items()), "heal: merging"):
+    for part, names in track(list(weight_parts(view).items()), "heal: merging"):
         tensors = {}
         for name in names:
             tensor, path = view.source.read(name), name.removesuffix(".weight")
@@ -476,30 +442,6 @@ def _write_merged(prepared: Prepared, adapters: Adapters, writer: CheckpointWrit
         )
         writer.write(part, tensors)
     return nonzero
-
-
-def _parts(view: ModelView) -> dict[str, list[str]]:
-    """Part of the checkpoint -> names of its tensors; the same parts, in the same order, as in `prune`."""
-    names, prefixes = view.source.names(), [view.block_prefix(index) for index in range(view.blocks)]
-    blocks = {
-        f"block-{index:05}": [name for name in names if name.startswith(prefix)]
-        for index, prefix in enumerate(prefixes)
-    }
-    return {f"outer-{name}": [name] for name in view.outer_names()} | blocks
-
-
-def _finish(prepared: Prepared, facts: dict[str, Any], writer: CheckpointWriter) -> None:
-    checkpoint, view = prepared.checkpoint, prepared.checkpoint.view()
-    problem = stock_problem(view.raw_config, view.family, [view.dims(index) for index in range(view.blocks)])
-    files = _words(prepared, facts, problem)
-    if problem:
-        files[f"{runtime.MODULE}.py"] = Path(runtime.__file__).read_text("utf-8")
-    if (plan_tensors := plan_file(checkpoint.folder, PLAN_TENSORS)) is not None:
-        with writer.disk():
-            (writer.partial / OWN_FOLDER).mkdir(exist_ok=True)
-            (writer.partial / OWN_FOLDER / PLAN_TENSORS).write_bytes(plan_tensors.read_bytes())
-    recipe = partial(_recipe, prepared)
-    writer.finish(list(_parts(view)), [], view.raw_config, checkpoint.folder, files, recipe)
 
 
 def _recipe(prepared: Prepared, weights: Mapping[str, str]) -> str:
@@ -514,20 +456,10 @@ def _recipe(prepared: Prepared, weights: Mapping[str, str]) -> str:
     return recipe_text("heal", request, resolved, prepared.checkpoint, str(prepared.device), weights)
 
 
-def _words(prepared: Prepared, facts: dict[str, Any], problem: str | None) -> dict[str, str]:
-    """The texts of the plan and the card: the facts of the pruning, and those of the healing."""
-    plan = {**prepared.plan, **facts}
-    content = {key: value for key, value in plan.items() if key not in ("format", "blocks")}
-    return {
-        "README.md": card.model_card(prepared.checkpoint, plan, plan, problem, words_of(plan.get("sparsity_of"))),
-        PLAN_PATH: plan_json(content, plan["blocks"]),
-    }
-
-
 def _write_adapter(prepared: Prepared, adapters: Adapters, facts: dict[str, Any], writer: CheckpointWriter) -> None:
     """Write the adapter in peft's own form; `PeftModel.from_pretrained(model, OUT)` adds it to its checkpoint."""
     adapters.peft.peft_config["default"].base_model_name_or_path = str(prepared.checkpoint.folder.absolute())
     with writer.disk():
         adapters.peft.save_pretrained(writer.partial, safe_serialization=True)
     weights = {file.name: str(file_hash(str(file))) for file in sorted(writer.partial.glob("adapter*.safetensors"))}
-    writer.publish({**_words(prepared, facts, None), RECIPE_PATH: _recipe(prepared, weights)})
+    writer.publish({**texts(prepared.checkpoint, prepared.plan, facts, None), RECIPE_PATH: _recipe(prepared, weights)})

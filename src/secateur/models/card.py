@@ -40,7 +40,7 @@ def model_card(
     """Return the README.md of a checkpoint. Equal runs give equal text, without folder names of this machine.
 
     Args:
-        checkpoint: the original, or the checkpoint that was healed.
+        checkpoint: the original, or the checkpoint that was changed after pruning.
         settings: the settings that decided the result; `model` is the original.
         facts: the facts about the result.
         not_stock: the reason why the result is no stock architecture, or None.
@@ -60,6 +60,11 @@ def model_card(
     }
     if origin := _imported(checkpoint.folder):
         rows["base weights"] = origin
+    if mended := facts.get("reconstruct"):
+        rows["reconstructed"] = (
+            f"block by block towards the dense model, {mended['steps']} steps of {mended['batch']:,} tokens a block "
+            f"from {_text(mended['calibration'])}, seed {mended['seed']}"
+        )
     if heal := facts.get("heal"):
         rows["healed"] = (
             f"LoRA of rank {heal['rank']}, alpha {heal['alpha']:g}, on {heal['targets']}, "
@@ -105,7 +110,7 @@ def _how_much(settings: Mapping[str, Any], facts: Mapping[str, Any], counted: st
 
 
 def _weights_that_stay(facts: Mapping[str, Any]) -> str:
-    """Return what became of the weights that stay: by pruning, and by a healing that was merged."""
+    """Return what became of the weights that stay: by pruning and reconstruction, and by a healing that was merged."""
     heal = facts.get("heal")
     healed = heal is not None and not heal["keep_adapter"]
     if facts.get("updated"):

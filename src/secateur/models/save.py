@@ -372,7 +372,7 @@ def disk(folder: Path) -> Iterator[None]:
 
 def clean(folder: Path) -> None:
     """Remove the temporary files of the run from a finished folder. The journal goes last: it marks what to clean."""
-    for pattern in (f"{_PART}*", "scratch.bin", "*.tmp", JOURNAL):
+    for pattern in (f"{_PART}*", "scratch*.bin", "*.tmp", JOURNAL):
         for leftover in folder.glob(pattern):
             leftover.unlink()
 

@@ -54,7 +54,7 @@ def points_of_records(
             f"the dense model's {name} is not among the records: run 'secateur eval {model}' under the same protocol"
         )
     points, skipped = _pruned_points(pruned, name, read)
-    warnings = [*(f"{_place(record)}: was healed; left out" for record in healed), *skipped]
+    warnings = [*(f"{_place(record)}: was changed after pruning; left out" for record in healed), *skipped]
     about = (
         {key: pruned[0].get(key) for key in ("model", "method", "pattern", "options")}
         if pruned
@@ -62,7 +62,7 @@ def points_of_records(
     )
     tasks = (with_value[-1].get("tasks") or {}) if with_value else {}
     about["chance"] = tasks.get(name.partition(":")[0], {}).get("chance")
-    about["sweep"] = _sweep(pruned[-1], found, _others(pruned[-1])) if pruned and not pruned[-1].get("heal") else None
+    about["sweep"] = _sweep(pruned[-1], found, _others(pruned[-1])) if pruned and not _changed(pruned[-1]) else None
     return name, base, points, about, warnings
 
 
@@ -89,14 +89,19 @@ def _evaluations(found: list[Record]) -> list[Record]:
 
 
 def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
-    """The records without healed ones, and the healed ones; if all are healed, they stay, and none is left out.
+    """The records without healed and reconstructed ones, and those; if all are, they stay, and none is left out.
 
     A law of pruning must not mix in recovery.
     """
-    healed = [record for record in pruned if record.get("heal")]
+    healed = [record for record in pruned if _changed(record)]
     if len(healed) == len(pruned):
         return pruned, []
-    return [record for record in pruned if not record.get("heal")], healed
+    return [record for record in pruned if not _changed(record)], healed
+
+
+def _changed(record: Record) -> bool:
+    """Whether a checkpoint was changed after it was pruned."""
+    return any(record.get(command) for command in records.CHANGES)
 
 
 def _points_each(pruned: list[Record], metric: str, read: Callable[[Record], Point | None], found: list[Record]) -> str:

@@ -14,16 +14,17 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from secateur.core.errors import UsageError, unknown
-from secateur.requests import EvalRequest, HealRequest, Request
+from secateur.requests import EvalRequest, HealRequest, ReconstructRequest, Request
 
 KINDS: Mapping[str, type[Any] | None] = {
     "prune": Request,
+    "reconstruct": ReconstructRequest,
     "heal": HealRequest,
     "eval": EvalRequest,
     "report": None,
 }
 """Step -> the request of its command; `report` has no options."""
-WRITES = ("prune", "heal")  # the steps that write a checkpoint
+WRITES = ("prune", "reconstruct", "heal")  # the steps that write a checkpoint
 ELSEWHERE = {
     "model": "a step works on the result of the step before it, the first one on the model at the top of the recipe",
     "revision": "it is that of the model: write it at the top of the recipe",
@@ -33,10 +34,15 @@ ELSEWHERE = {
     ),
 }
 """What is no option of a step, and why."""
-PLACES = ("calibration", "text", "against", "include_path")
+PLACES = ("calibration", "text", "against", "dense", "include_path")
 """Fields that may name a file or a folder; a relative one is looked up beside the recipe."""
 SET = "set"
-OPTION_OF = {"prune": {"options": SET}, "heal": {"evaluate": "eval"}, "eval": {"seqlen": "eval_seqlen"}}
+OPTION_OF: Mapping[str, Mapping[str, str]] = {
+    "prune": {"options": SET},
+    "reconstruct": {},
+    "heal": {"evaluate": "eval"},
+    "eval": {"seqlen": "eval_seqlen"},
+}
 """Step -> field -> option, where the names differ."""
 _SECOND_NAMES = {("eval", "seqlen"): "eval_seqlen"}  # as on the command line
 

@@ -13,10 +13,10 @@ from functools import partial
 from importlib.resources import files
 from typing import Any
 
-from secateur.core.records import Record
+from secateur.core.records import CHANGES, Record, source_of
 from secateur.report import words
 from secateur.report.published import PublishedTable, published
-from secateur.report.rows import Group, Row, as_number, seconds_of, source_of, task_names, took_longer
+from secateur.report.rows import Group, Row, as_number, changed, seconds_of, task_names, took_longer
 from secateur.report.series import NEAR, by_perplexity
 from secateur.report.tables import Cell, Column, Table, table
 
@@ -160,7 +160,7 @@ def _method(row: Row) -> str:
 
 
 def _updated(row: Row) -> bool:
-    return bool(row.get("updated") or row.get("heal"))
+    return bool(row.get("updated") or changed(row))
 
 
 def _zeroed(row: Row) -> Cell | None:
@@ -187,13 +187,17 @@ def _mean(row: Row, tasks: Sequence[str]) -> Cell | None:
 
 
 def _cost(row: Row, records: Sequence[Record]) -> tuple[float | None, float | None, bool]:
-    """Seconds, the largest resident set in bytes, and whether it took longer; healing includes the pruning before."""
-    taken = [row.pruning]
-    if row.get("heal"):
-        healing = [r for r in records if r.get("command") == "heal" and r.get("out") == row.get("out")][-1:]
-        places = {str(r["out"]) for r in records if r.get("out")}
-        sources = {source_of(record, places) for record in healing} - {None}
-        taken = healing + [r for r in records if r.get("command") == "prune" and r.get("out") in sources][-1:]
+    """Seconds, the largest resident set in bytes, and whether it took longer, with all that came before a change."""
+    taken, place = list[Record](), row.get("out")
+    places = {str(r["out"]) for r in records if r.get("out")}
+    for command in [command for command in reversed(CHANGES) if row.get(command)]:  # from the last one back
+        change = [r for r in records if r.get("command") == command and r.get("out") == place][-1:]
+        taken += change
+        place = source_of(change[0], places) if change else None
+    if taken:
+        taken += [r for r in records if r.get("command") == "prune" and r.get("out") == place][-1:]
+    else:
+        taken = [row.pruning]
     seconds, peaks = (
         [v for record in taken if (v := value(record)) is not None]
         for value in (seconds_of, lambda r: as_number(r.get("peak_rss_bytes")))
@@ -255,7 +259,7 @@ def _beside(row: Row) -> list[tuple[str, PublishedTable]]:
     for printed in _tables():
         for line in printed.rows:
             entry = dict(zip(printed.columns, line, strict=True))
-            if not _same_method(str(entry.get("method", "")), method, healed=bool(row.get("heal"))) or not _same_ratio(
+            if not _same_method(str(entry.get("method", "")), method, healed=changed(row)) or not _same_ratio(
                 entry, row
             ):
                 continue

@@ -55,9 +55,10 @@ def pictures(rows: Sequence[Row]) -> list[Picture]:
     for row in rows:
         if row.dense or (ppl := row.cost) is None or row.get("modules"):
             continue
-        method, pattern, healed = str(row.get("method")).partition(" + ")[0], row.get("pattern"), bool(row.get("heal"))
+        pattern, healed = row.get("pattern"), bool(row.get("heal"))
+        method, *added = [part for part in str(row.get("method")).split(" + ") if part != "LoRA"]
         if ratio := row.number("pruning_ratio"):
-            name = " ".join(filter(None, (method, pattern)))
+            name = " + ".join([" ".join(filter(None, (method, pattern))), *added])
             removed.append(_Point(row, name, ratio, f"{100 * ratio:.3g}%", ppl, healed))
         elif pattern and row.sparsity:
             where = f"{pattern}, {row.sparsity:.0%} of the weights"

@@ -20,6 +20,7 @@ from secateur.report.rows import (
     Protocol,
     Row,
     as_number,
+    changed,
     checkpoints,
     seconds_of,
     task_names,
@@ -382,7 +383,7 @@ def _measure(row: Row) -> str:
 def _updated(row: Row) -> Cell | None:
     if row.dense:
         return None
-    updated = True if row.get("heal") else row.get("updated")
+    updated = True if changed(row) else row.get("updated")
     return None if updated is None else Cell(_as_text(updated))
 
 

@@ -33,10 +33,12 @@ from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.pattern import parse_pattern
 from secateur.prune.prepare import prepare
 from secateur.prune.run import STATES, prune
+from secateur.reconstruct.prune import reconstruction_of
+from secateur.reconstruct.reconstruct import reconstruct
 from secateur.report.compare import Comparison, comparison, markdown, winner
 from secateur.report.rows import collect, group
-from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, Request
-from secateur.study.sweep import point_name, take_over
+from secateur.requests import BenchRequest, CompareRequest, EvalRequest, HealRequest, ReconstructRequest, Request
+from secateur.study.sweep import RECONSTRUCTED, point_name, take_over
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class Cells:
     failed: dict[str, str] = field(default_factory=dict)
     untimed: dict[str, str] = field(default_factory=dict)
     unhealed: dict[str, str] = field(default_factory=dict)
+    unmended: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """What was not run, timed or healed, and why, a line a reason."""
@@ -64,6 +67,7 @@ class Cells:
         for what, missing in {
             "run": self.refused | self.failed,
             "timed": self.untimed,
+            "reconstructed": self.unmended,
             "healed": self.unhealed,
         }.items():
             for label, reason in missing.items():
@@ -72,7 +76,8 @@ class Cells:
 
     def incomplete(self) -> list[str]:
         """The runs of which a part failed, in their order."""
-        return [label for label in self.runs if label in self.failed | self.untimed | self.unhealed]
+        parts = self.failed | self.untimed | self.unhealed | self.unmended
+        return [label for label in self.runs if any(part == label or part.startswith(f"{label}-") for part in parts)]
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ def cells(asked: CompareRequest) -> Cells:
             modules=None,
             options=options,
             at_least=False,
+            reconstruct=False,
         )
         attempts = _attempts(base, asked, own)
         for label, (request, guessed) in attempts.items():
@@ -231,7 +237,9 @@ def run(
     """
     out = out.absolute()
     records_file = records_file or out / "records.jsonl"
-    for label in [label + part for label in todo.runs for part in (("", _HEALED) if asked.heal else ("",))]:
+    mended = f"-{RECONSTRUCTED}" if asked.base.reconstruct else ""
+    parts = dict.fromkeys(["", mended, *([_HEALED, mended + _HEALED] if asked.heal else [])])
+    for label in [label + part for label in todo.runs for part in parts]:
         if not (resume and plan_file(out / label)):
             refuse_existing(out / label, overwrite)
     if not resume:
@@ -250,13 +258,20 @@ def run(
         if asked.bench is not None:
             with _noted(todo.untimed, label, "was not timed"):
                 _bench(asked.bench, asked.base.model, target, records_file, resume)
-        if asked.heal is not None:
-            healed = out / (label + _HEALED)
-            again = replace(asked.heal, model=str(target))
-            with _noted(todo.unhealed, label, "was not healed"):
-                yield _finished_here(healed, resume)(
-                    _heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite
+        if mended:
+            better, how = out / (label + mended), replace(reconstruction_of(request), model=str(target))
+            with _noted(todo.unmended, label, "was not reconstructed"):
+                yield _finished_here(better, resume)(
+                    _reconstruct, how, better, replace(asking, model=str(better)), records_file, resume, overwrite
                 )
+        if asked.heal is not None:
+            for source in dict.fromkeys([label] if label in todo.unmended else [label, label + mended]):
+                healed = out / (source + _HEALED)
+                again = replace(asked.heal, model=str(out / source))
+                with _noted(todo.unhealed, source, "was not healed"):
+                    yield _finished_here(healed, resume)(
+                        _heal, again, healed, replace(asking, model=str(healed)), records_file, resume, overwrite
+                    )
     rmtree(out / STATES, ignore_errors=True)
 
 
@@ -294,7 +309,7 @@ def summary(
     taken = [
         record
         for record in records.read([records_file or out / "records.jsonl"])
-        if record.get("command") in ("prune", "heal", "bench") and record.get("out") in places
+        if record.get("command") in ("prune", *records.CHANGES, "bench") and record.get("out") in places
     ]
     both, model = named([*taken, *found]), shown(asked.base.model)
     main = group(collect(both))[0]
@@ -359,6 +374,14 @@ def _prune(
 ) -> Record:
     _quiet()
     prune(request, target, resume=resume, overwrite=overwrite, records_file=records_file, states=target.parent / STATES)
+    return evaluate(measure, records_file=records_file, resume=resume)
+
+
+def _reconstruct(
+    request: ReconstructRequest, target: Path, measure: EvalRequest, records_file: Path, resume: bool, overwrite: bool
+) -> Record:
+    _quiet()
+    reconstruct(request, target, resume=resume, overwrite=overwrite, records_file=records_file)
     return evaluate(measure, records_file=records_file, resume=resume)
 
 

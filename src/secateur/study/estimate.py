@@ -12,8 +12,8 @@ from secateur.core.progress import say
 from secateur.core.records import Record
 from secateur.evaluate.estimate import estimate_evaluate
 from secateur.methods import find_method
-from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
+from secateur.reconstruct.estimate import estimate
 from secateur.requests import CompareRequest, EvalRequest, Request
 from secateur.study.compare import cells
 from secateur.study.sweep import sweep_requests
@@ -73,7 +73,8 @@ def estimate_compare(
         say(note)
     once = (starting or start_seconds)(asked.base.model, asked.base.revision)
     starts = None if once is None else once * (2 + len(todo.runs))  # those of the command and of the dense model too
-    yield from _estimates("compare", asked.base, todo.runs, measure, starts)
+    runs = {name: replace(request, reconstruct=asked.base.reconstruct) for name, request in todo.runs.items()}
+    yield from _estimates("compare", asked.base, runs, measure, starts, results=1 + asked.base.reconstruct)
 
 
 def _estimates(
@@ -82,6 +83,7 @@ def _estimates(
     requests: Mapping[str, Request],
     measure: EvalRequest,
     starts: float | None = None,
+    results: int = 1,
 ) -> Iterator[Record]:
     dense = estimate_evaluate(replace(measure, model=base.model, revision=base.revision, against=None))
     against = 1 + (measure.against is not None)  # a run that is compared with the dense model runs that too
@@ -90,7 +92,11 @@ def _estimates(
     for name, request in requests.items():
         found[name] = estimate(prepare(request))
         yield {"run": name, **found[name]}
-    measuring = None if dense["seconds_estimated"] is None else dense["seconds_estimated"] * (1 + against * len(found))
+    measuring = (
+        None
+        if dense["seconds_estimated"] is None
+        else dense["seconds_estimated"] * (1 + results * against * len(found))
+    )
     pruning = _together(requests, {name: record["seconds_estimated"] for name, record in found.items()})
     known = [record["memory_bytes"] is not None for record in found.values()]
     written, more = [record["bytes_after"] for record in found.values()], starts or 0.0

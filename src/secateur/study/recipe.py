@@ -6,7 +6,7 @@ folders `1-prune` and `2-heal`, `records.jsonl`, and `report.html`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,11 +28,13 @@ from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
 from secateur.plan.quantity import WEIGHTS
 from secateur.predict.find import find_records
-from secateur.prune.estimate import estimate
 from secateur.prune.prepare import prepare
-from secateur.prune.run import prune
 from secateur.recipe.fields import WRITES
 from secateur.recipe.read import Recipe, Step, written_recipe
+from secateur.reconstruct.estimate import estimate
+from secateur.reconstruct.prune import prune
+from secateur.reconstruct.reconstruct import check_request as check_reconstruct
+from secateur.reconstruct.reconstruct import reconstruct
 from secateur.text.protocols import find_protocol
 
 RECORDS, REPORT = "records.jsonl", "report.html"
@@ -171,6 +173,16 @@ def _check(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task]) -> None:
                 find_protocol(request.protocol, request.text, bundled=task.bundled)
                 if request.calibration is None and not (has_text or task.bundled):
                     raise UsageError("calibration is missing: the text to heal on (the pruning itself needs none)")
+            elif task.step.kind == "reconstruct":
+                check_reconstruct(request)
+                resolve_device(request.device)
+                if not pruned:
+                    raise UsageError(
+                        "reconstruct mends what prune made: put a prune step before it, or give a model that secateur "
+                        "pruned"
+                    )
+                if request.calibration is None and not (has_text or task.bundled):
+                    raise UsageError("calibration is missing: the text to learn from (the pruning itself needs none)")
             elif task.step.kind == "eval":
                 prepare_questions(request, checkpoint, bundled=task.bundled)
 
@@ -224,7 +236,7 @@ def _tasks(recipe: Recipe, checkpoint: Checkpoint, out: Path, device: str | None
             measures = step.kind == "eval" or (step.kind == "heal" and request.evaluate)
             if built_in and not bundled and measures and not (request.text or request.protocol):
                 changes["text"] = "builtin"
-            if built_in and not bundled and step.kind == "heal" and not request.calibration:
+            if built_in and not bundled and step.kind in ("heal", "reconstruct") and not request.calibration:
                 changes["calibration"] = next(
                     (t.request.calibration for t in tasks[::-1] if t.step.kind == "prune"), None
                 )
@@ -250,8 +262,8 @@ def _do(task: _Task, out: Path, *, resume: bool, overwrite: bool) -> Record:
     if task.step.kind == "eval":
         return evaluate(task.request, records_file=file, resume=resume)
     assert task.out is not None
-    work = prune if task.step.kind == "prune" else heal
-    return work(task.request, task.out, resume=resume, overwrite=overwrite, records_file=file)
+    works: dict[str, Callable[..., Record]] = {"prune": prune, "reconstruct": reconstruct, "heal": heal}
+    return works[task.step.kind](task.request, task.out, resume=resume, overwrite=overwrite, records_file=file)
 
 
 def _compared(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task], out: Path) -> Record:

@@ -13,9 +13,12 @@ from secateur.evaluate.evaluate import evaluate
 from secateur.methods import find_method
 from secateur.models.save import is_finished, partial_folder, plan_file
 from secateur.prune.prepare import prepare
-from secateur.prune.run import STATES, prune
+from secateur.prune.run import STATES
 from secateur.prune.settings import refuse_out
+from secateur.reconstruct.prune import prune
 from secateur.requests import EvalRequest, Request
+
+RECONSTRUCTED = "reconstructed"
 
 
 def sweep(
@@ -120,4 +123,6 @@ def point_name(request: Request, sparsity: float) -> str:
     """The folder name of one point of a sweep."""
     options = [f"{name}={value}" for name, value in sorted(request.options.items())]
     parts = [request.method, (request.pattern or "").replace(":", "of"), *options, f"{sparsity:g}"]
+    if request.reconstruct:
+        parts.append(RECONSTRUCTED)
     return "-".join(part for part in parts if part)
