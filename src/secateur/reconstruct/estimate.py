@@ -88,15 +88,16 @@ def estimate_reconstruct(
     }
 
 
-def estimate(pruning: Pruning) -> Record:
+def estimate(pruning: Pruning, clock: Clock = work_seconds) -> Record:
     """Return what `prune` would do, with the reconstruction after it where that is asked for.
 
     The reconstruction is estimated on the dense model, whose blocks are the largest that the result may have.
 
     Args:
         pruning: the prune, checked.
+        clock: returns seconds.
     """
-    record = estimate_prune(pruning)
+    record = estimate_prune(pruning, clock)
     request = pruning.request
     if not request.reconstruct:
         return record
@@ -109,7 +110,7 @@ def estimate(pruning: Pruning) -> Record:
         "calibration": {"spec": pruning.calibration} if pruning.calibration else None,
         "blocks": [{}] * pruning.checkpoint.view().blocks,
     }
-    mended = estimate_reconstruct(replace(reconstruction_of(request), model=request.model), before=plan)
+    mended = estimate_reconstruct(replace(reconstruction_of(request), model=request.model), clock=clock, before=plan)
     seconds, more = record["seconds_estimated"], mended["seconds_estimated"]
     memory = record["memory_bytes"]
     return {
