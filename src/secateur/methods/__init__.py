@@ -56,6 +56,10 @@ class Method:
         both = self.says.plan_block is not None
         return self.says.plan_model is not None and (not both or bool(getattr(options, "whole_model", False)))
 
+    def keeps_tied(self, options: Any) -> bool:
+        """Return True if a tied head stays tied where the residual stream is rotated, by the option `keeps_tied`."""
+        return bool(getattr(options, "keeps_tied", False))
+
     def by_rows(self, options: Any) -> bool:
         """Return True if it removes the same number of weights from each row, with the pattern `unstructured`."""
         return self.says.by_rows is not None and self.says.by_rows(options)

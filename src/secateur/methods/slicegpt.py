@@ -34,6 +34,7 @@ from torch import Tensor
 
 from secateur.calibrate.statistics import SecondMoment
 from secateur.core.errors import HopelessError, UsageError
+from secateur.models.canonical import why_not_tied
 from secateur.models.view import BlockDims, ModelView, Residual
 from secateur.plan.plan import Place
 from secateur.plan.quantity import WIDTH
@@ -59,6 +60,9 @@ class SliceGPT:
         orientation: the basis inside the first kept subspace: `pca`, or `random` (from the seed; it spreads outliers
             over all features).
         adapters: the form of the adapters: `aligned` (small), or `dense` (the authors' form).
+        head: what becomes of a head that is the embedding: `own` gives it rows of its own in the last basis, as the
+            authors' code does; or it stays `tied`: one table of the first width for both, and a map to it from the last
+            basis.
     """
 
     round: int = 8
@@ -67,12 +71,14 @@ class SliceGPT:
     slice_head: bool = False
     orientation: str = "pca"
     adapters: str = "aligned"
+    head: str = "own"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("signal", ("residual", "normed")),
             ("orientation", ("pca", "random")),
             ("adapters", ("aligned", "dense")),
+            ("head", ("own", "tied")),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"slicegpt: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
@@ -84,13 +90,21 @@ class SliceGPT:
                 " as 0.99 (0 means that --sparsity decides)"
             )
 
+    @property
+    def keeps_tied(self) -> bool:
+        """Whether a head that is the embedding stays it."""
+        return self.head == "tied"
+
 
 def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
     """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: no sparsity is given, or both a sparsity and `energy`, or no direction would be left.
+        UsageError: no sparsity is given, or both a sparsity and `energy`, or no direction would be left; or the head of
+            this model cannot stay tied.
     """
+    if options.keeps_tied and (why := why_not_tied(view)) is not None:
+        raise UsageError(f"slicegpt: head=tied: {why}; leave out --set head=tied")
     if options.energy:
         if sparsity is not None:
             raise UsageError(
