@@ -113,7 +113,7 @@ def make_job(
         method.says.check(view, sparsity, options)
     rotates = method.says.plan_place is not None and sparsity != 0
     nothing: Rates = tuple({} for _ in range(view.blocks))
-    canonical = partial(canonical_view, view, dtype, tied=method.keeps_tied(options))
+    canonical = partial(canonical_view, view, dtype, tied=method.keeps_tied(view, options))
     return Job(canonical() if rotates else view, method, options, nothing, sparsity or 0.0, seed)
 
 

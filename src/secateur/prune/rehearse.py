@@ -197,7 +197,7 @@ def _small(prepared: Prepared, kept: Sequence[int]) -> Prepared:
     job = prepared.job
     checkpoint = miniature(prepared.checkpoint, kept)
     stock = checkpoint.view()
-    tied = job.method.keeps_tied(job.options)
+    tied = job.method.keeps_tied(stock, job.options)
     view = canonical_view(stock, prepared.checkpoint.dtype, tied=tied) if job.rotates else stock
     sparsity = job.sparsity
     if sparsity:
