@@ -276,7 +276,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     if len(plan.blocks) != view.blocks:
         raise SecateurError(f"the plan is for {len(plan.blocks)} blocks, the model has {view.blocks}")
     if plan.rotates:
-        view = canonical_view(view, model.dtype)
+        view = canonical_view(view, model.dtype, tied=_keeps_tied(view, plan))
     state = {name: cut_outer(view, name, plan.blocks[0], plan.blocks[-1]) for name in view.outer_names()}
     dims: list[BlockDims] = []
     for block, block_plan in zip(view.iterate(), plan.blocks, strict=True):
@@ -296,6 +296,12 @@ def cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         else pruned_class(view.raw_config["model_type"].removeprefix(PRUNED_PREFIX)).config_class
     )
     return _assemble(config_class.from_dict(content), state, model)
+
+
+def _keeps_tied(view: ModelView, plan: Plan) -> bool:
+    """Whether a plan was made for a model whose tied head stays tied."""
+    name, options = plan.settings.get("method"), plan.settings.get("options") or {}
+    return name is not None and find_method(name).keeps_tied(view, find_method(name).options(options))
 
 
 def _assemble(config: Any, state: dict[str, Tensor], like: PreTrainedModel) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from secateur import api
 from secateur.calibrate.statistics import SecondMoment
 from secateur.calibrate.stream import Stream
+from secateur.core.errors import UsageError
 from secateur.core.timing import Stopwatch
 from secateur.methods import find_method
 from secateur.methods.slicegpt import plan_place, sizes_left, width_after
@@ -544,3 +545,53 @@ def test_a_residual_that_is_not_finite_is_named(saved: Callable[..., Path], ids_
     with pytest.raises(api.SecateurError, match="block 1, after attention: the residual stream is not finite"):
         api.prune(api.Request(str(folder), "slicegpt", sparsity=0.25, calibration=ids_file), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+TIED = [t for t in able("slicegpt", FAMILY_TYPES) if t not in ("opt", "phi")]  # these centre the residual stream
+
+
+@pytest.mark.parametrize("model_type", TIED)
+def test_a_head_that_stays_tied_is_the_best_map_to_the_embedding(
+    model_type: str, windows: torch.Tensor, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    folder = saved(model_type, tied=True)
+    request = api.Request(
+        str(folder), "slicegpt", sparsity=0.25, calibration=ids_file, options={"round": 1, "head": "tied"}
+    )
+    record = api.prune(request, tmp_path / "out")
+    assert record["params_after"] == api.estimate(api.prepare(request))["params_after"]
+    assert (
+        record["params_after"]
+        < api.estimate(api.prepare(replace(request, options={"round": 1, "head": "own"})))["params_after"]
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert not any(name.startswith("lm_head") for name in load_file(tmp_path / "out" / "model.safetensors"))
+    dense = tiny_model(model_type, tied=True)
+    plan = api.plan(dense, "slicegpt", windows, sparsity=0.25, round=1, head="tied")
+    in_memory = api.cut(dense, plan)
+    torch.testing.assert_close(model(some_ids()).logits, in_memory(some_ids()).logits, rtol=1e-4, atol=1e-4)
+    first, last = (plan.blocks[0].places["enter"].basis_DW, plan.blocks[-1].places["leave"].basis_DW)
+    assert first is not None
+    assert last is not None
+    table, gain = dense.get_input_embeddings().weight.double(), dense.get_decoder().norm.weight.double()
+    naive = torch.linalg.lstsq(table @ first.double(), (table * gain) @ last.double()).solution
+    torch.testing.assert_close(in_memory.get_decoder().norm.map.weight.double(), naive, rtol=1e-4, atol=1e-5)
+    ids = some_ids(2, 12)
+    start = model(ids[:, :7], use_cache=True)
+    rest = model(ids[:, 7:], past_key_values=start.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([start.logits, rest], 1), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", TIED)
+def test_at_full_width_a_tied_head_changes_nothing(model_type: str, windows: torch.Tensor) -> None:
+    dense = tiny_model(model_type, tied=True)
+    rotated = api.cut(dense, api.plan(dense, "slicegpt", windows, energy=0.999999999, head="tied", round=32))
+    torch.testing.assert_close(rotated(some_ids()).logits, dense(some_ids()).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_that_cannot_stay_tied_is_refused(windows: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match=r"head=tied: .*: its head is not tied to the embedding"):
+        api.plan(tiny_model("llama"), "slicegpt", windows, sparsity=0.25, head="tied")
+    with pytest.raises(UsageError, match=r"head=tied: .*: the mean is taken from its embedding"):
+        api.plan(tiny_model("opt", tied=True), "slicegpt", windows, sparsity=0.25, head="tied")

@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur import api
 from secateur.cut import dims_after
 from secateur.methods.llm_surgeon.units import removed_parameters
-from secateur.models.canonical import canonical_view
+from secateur.models.canonical import canonical_view, why_not_tied
 from secateur.models.family import ROTATE
 from secateur.models.load import open_checkpoint
 from secateur.models.parameters import block_cost, block_parameters, count_parameters, mean_block, unit_parameters
@@ -171,7 +171,8 @@ def test_a_sliced_residual(options: str, model: Any, windows: Tensor, tmp_path: 
     if api.view_model(model).family.why_not(ROTATE):
         pytest.skip("the residual stream of this family cannot be sliced")
     cut = api.cut(model, api.plan(model, "slicegpt", windows, **SLICED[options]))
-    view, sliced = canonical_view(api.view_model(model), model.dtype), api.view_model(cut)
+    dense, sliced = api.view_model(model), api.view_model(cut)
+    view = canonical_view(dense, model.dtype, tied=why_not_tied(dense) is None)
     after = [sliced.dims(index) for index in range(sliced.blocks)]
     first = after[0].residual
     assert (first.skips[0] == "dense") == options.startswith("dense"), "the adapters that are meant"

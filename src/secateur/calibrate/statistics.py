@@ -90,6 +90,11 @@ class SecondMoment:
             self._sum_II[start:end, start:] += (x_NI[:, start:end].t() @ x_NI[:, start:]).to(self._sum_II.device)
         self.tokens += len(x_NI)
 
+    def join(self, other: SecondMoment, weight: float) -> None:
+        """Add another moment, scaled so that its trace is `weight` times the trace here."""
+        scale = weight * float(self._sum_II.trace() / other._sum_II.trace())
+        self._sum_II += scale * other._sum_II.to(self._sum_II.device)
+
     def finite(self) -> bool:
         """Return True if no NaN or infinity has been added."""
         return bool(torch.isfinite(self._sum_II).all())

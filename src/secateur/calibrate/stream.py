@@ -185,6 +185,10 @@ class Stream:
                     listener(hidden_BTD.flatten(0, -2))
                 self.hidden_STD[rows] = hidden_BTD
 
+    def of_first(self, windows: int) -> Stream:
+        """Return a stream of the first windows alone, from the embeddings on, in memory."""
+        return Stream(self.view, self._windows[:windows], device=self.device, dtype=self.dtype)
+
     @torch.inference_mode()
     def show(self, listener: Listener) -> None:
         """Call `listener` with the residual stream at the current block, [B·T, D] for each batch."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
+from secateur.models.canonical import mapping
 from secateur.models.spaces import COLUMNS, RESIDUAL_READERS, ROWS
 from secateur.models.view import BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan, Place
@@ -61,12 +62,32 @@ def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tenso
     shape = view.source.shape(name)
     if len(shape) == 1:
         return view.source.read(name).to(view.dtype)
+    if name.rpartition(".")[0] == mapping(view.family):
+        return _tied_map(view, first, last).to(view.dtype)
     place = first if name.rpartition(".")[0] in view.family.embeddings else last
     rotated = torch.empty(shape[0], place.width, dtype=view.dtype)
     for start in range(0, shape[0], _ROWS):
         rows = view.source.rows(name, slice(start, start + _ROWS))
         rotated[start : start + _ROWS] = rows @ _basis(place, rows)
     return rotated
+
+
+def _tied_map(view: ModelView, first: Place, last: Place) -> Tensor:
+    """The map M [W of the first place, W of the last] before a tied head: the table E' = E B gives the logits E' M u.
+
+    Those of the dense model are E G Q u, with the canonical map G and the last basis Q. M is their least-squares
+    solution over all rows of the table, (E'^T E')^-1 E'^T E G Q.
+    """
+    table = f"{view.family.embeddings[0]}.weight"
+    basis_DW = _basis(first, torch.empty(0, dtype=torch.float64))
+    hidden = basis_DW.shape[0]
+    gram_DD = torch.zeros(hidden, hidden, dtype=torch.float64)
+    for start in range(0, view.source.shape(table)[0], _ROWS):
+        rows_ND = view.source.rows(table, slice(start, start + _ROWS)).double()
+        gram_DD += rows_ND.t() @ rows_ND
+    read_DW = view.source.read(f"{mapping(view.family)}.weight").double() @ _basis(last, gram_DD)
+    left_WD = basis_DW.t() @ gram_DD
+    return torch.linalg.lstsq(left_WD @ basis_DW, left_WD @ read_DW, driver="gelsd").solution.float()
 
 
 def _basis(place: Place, like: Tensor) -> Tensor:

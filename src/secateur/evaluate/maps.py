@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.core.records import Record
+from secateur.models.canonical import mapping
 from secateur.models.family import MLP
 from secateur.models.runtime import is_index_map
 from secateur.models.spaces import COLUMNS, QUERY_HEADS, ROWS
@@ -49,7 +50,7 @@ class Map:
     Attributes:
         name: canonical: `embed`, `norm_attention`, `q` ... `down`, `norm_final`, `head`; else the last part of the
             module's name. The adapters of a sliced model are `skip_attention` and `skip_mlp`, or `skip` in a parallel
-            block.
+            block, and `skip_head` before a tied head.
         module: its path in the model, or in the block for maps of blocks; for adapters the path of the tensor.
         kind: `product`, `lookup` (an embedding), `scale` (the gain of a norm), or `other` (a tensor the family does not
             describe).
@@ -258,7 +259,11 @@ class _Shapes:
             if f"{self.family.final_norm}.weight" in self.unclaimed
             else []
         )
-        return [*norm, last]
+        joined = mapping(self.family)
+        to_table = (
+            [self._map("skip_head", joined, "product", ("d", "d"))] if f"{joined}.weight" in self.unclaimed else []
+        )
+        return [*norm, *to_table, last]
 
     def others(self) -> list[Map]:
         """Return the tensors that the family does not describe. They count in their own sizes, as not touched by d."""

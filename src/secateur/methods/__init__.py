@@ -23,6 +23,7 @@ from typing import Any
 from secateur.core.docstrings import attributes
 from secateur.core.errors import UsageError, unknown
 from secateur.methods.contract import Says, read_contract
+from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
 from secateur.plan.quantity import UNITS, WEIGHTS, Quantity
 
@@ -55,6 +56,10 @@ class Method:
         """Return True if it plans all blocks at once: it has no other way, or the option `whole_model` is set."""
         both = self.says.plan_block is not None
         return self.says.plan_model is not None and (not both or bool(getattr(options, "whole_model", False)))
+
+    def keeps_tied(self, view: ModelView, options: Any) -> bool:
+        """Return True if the head of a model is the embedding, and stays it where the residual stream is rotated."""
+        return self.says.keeps_tied is not None and self.says.keeps_tied(view, options)
 
     def by_rows(self, options: Any) -> bool:
         """Return True if it removes the same number of weights from each row, with the pattern `unstructured`."""

@@ -71,6 +71,21 @@ class LastPlace(Protocol):
     def __call__(self, before: Place, options: Any, /) -> Place | None: ...
 
 
+class JoinEnds(Protocol):
+    """Join to the second moment of the embeddings that of what a tied head reads, so that one basis serves both.
+
+    `leaving` is a second moment of the normed residual after the last block, times the gain of the last norm.
+    """
+
+    def __call__(self, entering: Any, leaving: Any, options: Any, /) -> None: ...
+
+
+class KeepsTied(Protocol):
+    """Return whether the head of a model is the embedding, and stays it when the residual stream is rotated."""
+
+    def __call__(self, view: ModelView, options: Any, /) -> bool: ...
+
+
 class Check(Protocol):
     """Refuse impossible requests before the work begins, with UsageError or SecateurError.
 
@@ -153,6 +168,7 @@ class Says:
         plan_model: see `PlanModel`. If `plan_block` is defined too, the property `whole_model` of the options chooses
             between them.
         new_moment, last_place: see `NewMoment`, `LastPlace`.
+        keeps_tied, join_ends: see `KeepsTied`, `JoinEnds`; the second is needed beside the first.
         check: see `Check`.
         sizes_left: see `SizesLeft`. Needed where REMOVES is WIDTH or HEADS.
         notice: see `Notice`.
@@ -180,6 +196,8 @@ class Says:
     plan_model: PlanModel | None = None
     new_moment: NewMoment | None = None
     last_place: LastPlace | None = None
+    keeps_tied: KeepsTied | None = None
+    join_ends: JoinEnds | None = None
     check: Check | None = None
     sizes_left: SizesLeft | None = None
     notice: Notice | None = None
@@ -277,6 +295,8 @@ def _check_whole(where: str, says: Says) -> None:
     for name in ("new_moment", "last_place", "sizes_left"):
         if says.plan_place is not None and getattr(says, name) is None:
             raise UsageError(f"{where} lacks {name}, which plan_place needs beside it (methods/contract.py)")
+    if says.keeps_tied is not None and says.join_ends is None:
+        raise UsageError(f"{where} lacks join_ends, which keeps_tied needs beside it (methods/contract.py)")
     if says.REMOVES is not None and says.REMOVES.needs_sizes and says.sizes_left is None:
         raise UsageError(
             f"{where} lacks sizes_left, which a sparsity of {says.REMOVES.name} needs (methods/contract.py)"

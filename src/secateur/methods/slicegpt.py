@@ -13,6 +13,11 @@ Width: floor((1 - s) D), rounded down to a multiple of `round`. The sparsity tha
 is rotated, and sliced only with `slice_head`. Parallel blocks (Phi) have one place and one adapter a block. Norms
 divide by the original D.
 
+A head that is the embedding stays it (`head=auto`), which neither the paper nor the authors' code does: one table E B
+serves both. The first basis B then comes from two second moments, of what enters the blocks and of what the dense head
+reads (`join_ends`). A map M leads from the last basis to the table: of all maps the one whose logits E B M u are
+nearest to E G Q u, with the gain G and the last basis Q (`cut/rotate.py`).
+
 Differences from the authors' code:
 - No mean is subtracted where the model has RMSNorm, and the model's own epsilon is used.
 - Each half of a block runs once, not twice.
@@ -34,6 +39,7 @@ from torch import Tensor
 
 from secateur.calibrate.statistics import SecondMoment
 from secateur.core.errors import HopelessError, UsageError
+from secateur.models.canonical import why_not_tied
 from secateur.models.view import BlockDims, ModelView, Residual
 from secateur.plan.plan import Place
 from secateur.plan.quantity import WIDTH
@@ -41,6 +47,7 @@ from secateur.plan.quantity import WIDTH
 CALIBRATION = "wikitext2"
 REMOVES = WIDTH
 _TOKENS_A_DIRECTION = 10  # fewer calibration tokens for each direction of the residual stream are few; see `few_tokens`
+_LEAVING = 3.0  # the weight of what a tied head reads beside what enters the blocks; see docs/lab-log.md
 DEMO = [{"sparsities": [0.1, 0.25, 0.4], "heal": True}]
 
 
@@ -59,6 +66,9 @@ class SliceGPT:
         orientation: the basis inside the first kept subspace: `pca`, or `random` (from the seed; it spreads outliers
             over all features).
         adapters: the form of the adapters: `aligned` (small), or `dense` (the authors' form).
+        head: what becomes of a head that is the embedding: it stays `tied` (one table of the first width for both, and
+            a map to it from the last basis), or it gets rows of its `own` in the last basis, as in the authors' code,
+            and the model grows by a table; `auto` keeps it tied where that can be.
     """
 
     round: int = 8
@@ -67,12 +77,14 @@ class SliceGPT:
     slice_head: bool = False
     orientation: str = "pca"
     adapters: str = "aligned"
+    head: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("signal", ("residual", "normed")),
             ("orientation", ("pca", "random")),
             ("adapters", ("aligned", "dense")),
+            ("head", ("auto", "tied", "own")),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"slicegpt: unknown {name} '{getattr(self, name)}' (allowed: {', '.join(allowed)})")
@@ -85,12 +97,20 @@ class SliceGPT:
             )
 
 
+def keeps_tied(view: ModelView, options: SliceGPT) -> bool:
+    """Return whether the head is the embedding and stays it."""
+    return options.head == "tied" or (options.head == "auto" and why_not_tied(view) is None)
+
+
 def check(view: ModelView, sparsity: float | None, options: SliceGPT) -> None:
     """Refuse impossible requests before the work begins.
 
     Raises:
-        UsageError: no sparsity is given, or both a sparsity and `energy`, or no direction would be left.
+        UsageError: no sparsity is given, or both a sparsity and `energy`, or no direction would be left; or the head of
+            this model cannot stay tied.
     """
+    if options.head == "tied" and (why := why_not_tied(view)) is not None:
+        raise UsageError(f"slicegpt: head=tied: {why}; leave out --set head=tied")
     if options.energy:
         if sparsity is not None:
             raise UsageError(
@@ -125,6 +145,11 @@ def width_after(hidden: int, sparsity: float, options: SliceGPT) -> int:
 def new_moment(hidden: int, device: torch.device, options: SliceGPT) -> SecondMoment:
     """Make the statistic that the driver collects at every place."""
     return SecondMoment(hidden, device, normed=options.signal == "normed")
+
+
+def join_ends(entering: SecondMoment, leaving: SecondMoment, options: SliceGPT) -> None:
+    """Let the first basis serve a tied head too: it must span what enters the blocks and what the head reads."""
+    entering.join(leaving, _LEAVING)
 
 
 def plan_place(moment: SecondMoment, before: Place | None, sparsity: float, options: SliceGPT, seed: int) -> Place:

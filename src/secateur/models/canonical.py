@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.core.errors import SecateurError
 from secateur.core.numbers import at_least_float32
-from secateur.models.family import ROTATE, check_can
+from secateur.models.family import ROTATE, Family, check_can
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import pruned_config
 from secateur.models.view import ModelView, Residual
@@ -33,16 +33,18 @@ from secateur.models.view import ModelView, Residual
 _ROWS = 1 << 12  # rows of a matrix that are converted to float32 at a time for a sum
 
 
-def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
+def canonical_view(view: ModelView, dtype: torch.dtype, *, tied: bool = False) -> ModelView:
     """Return the model in canonical form; its tensors are computed when they are read, in float32 or better.
 
     Args:
         view: a stock model, or a pruned model whose residual stream is whole.
         dtype: the dtype of the weights after a cut.
+        tied: the head stays the embedding; a map, which is the gain of the final norm, comes before it.
 
     Raises:
         SecateurError: the residual stream is already rotated, or models of this family cannot be rotated.
     """
+    assert not (tied and why_not_tied(view)), "the method checks it"
     check_can(view.family, ROTATE, view.name)
     hidden = int(view.config.hidden_size)
     if (residual := view.dims(0).residual) is not None:
@@ -53,14 +55,31 @@ def canonical_view(view: ModelView, dtype: torch.dtype) -> ModelView:
     whole = Residual((hidden, hidden), (hidden, hidden), (None,) * len(view.family.norms))
     dims = [replace(view.dims(index), residual=whole) for index in range(view.blocks)]
     content = pruned_config(
-        {**view.raw_config, "tie_word_embeddings": False, "pruned_residual": _description(view)},
+        {
+            **view.raw_config,
+            "tie_word_embeddings": tied,
+            "pruned_residual": {**_description(view), **({"tied": True} if tied else {})},
+        },
         view.family,
         dims,
         stock=False,
     )
     config = CONFIG_MAPPING[content["model_type"]].from_dict(content)
-    shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
+    skeleton = build_skeleton(config)
+    doubled = set(skeleton.all_tied_weights_keys) if tied else set()
+    shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items() if name not in doubled}
     return replace(view, config=config, raw_config=content, source=CanonicalSource(view, shapes), dtype=dtype)
+
+
+def why_not_tied(view: ModelView) -> str | None:
+    """Return why the head of a model cannot stay tied when its residual stream is rotated, or None."""
+    if not view.config.tie_word_embeddings:
+        return f"{view.name}: its head is not tied to the embedding, so it is rotated on its own"
+    if view.family.norm.centred:
+        return (
+            f"{view.name}: the mean is taken from its embedding, not from its head, so that they cannot stay one table"
+        )
+    return None
 
 
 def _description(view: ModelView) -> dict[str, Any]:
@@ -78,6 +97,11 @@ def _description(view: ModelView) -> dict[str, Any]:
         "reader_bias": f"{view.block_prefix(0)}{family.norms[0]}.bias" in stored,
         "head_bias": bool({f"{family.final_norm}.bias", f"{family.head}.bias"} & stored),
     }
+
+
+def mapping(family: Family) -> str:
+    """Return the path of the map before a tied head."""
+    return f"{family.final_norm}.map"
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,9 @@ class CanonicalSource:
             )
         if kind == "weight" and (path == family.head or path in family.embeddings):
             return self.rows(name, slice(None))
+        if path == mapping(family):
+            gain_D = self._gain(family.final_norm)
+            return torch.eye(self.shapes[name][0]) if gain_D is None else gain_D.diag()
         return self._reader(path, kind, family.final_norm) if path == family.head else self._stored(name)
 
     def rows(self, name: str, which: slice | Tensor) -> Tensor:

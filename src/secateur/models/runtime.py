@@ -11,7 +11,8 @@ In a model with a narrower residual stream (SliceGPT, arXiv:2401.15024), `config
 Each entry of `pruned_widths` then has more fields: `"attention": [in, out]` and `"mlp": [in, out]`, the widths of the
 residual that attention and MLP read and write, and `"skips"`, the forms of the two residual connections (one in a
 parallel block). The modules inside a block are the stock ones. The parts between them change: norms have no gain, and a
-`Skip` leads from one basis of the residual to the next.
+`Skip` leads from one basis of the residual to the next. With `"tied"` the head is the embedding, and the last norm is a
+`MappedNorm`.
 
 Where gains are stored with an offset, as w of 1 + w (Gemma), `pruned_residual` has `"norm"`: that offset, the epsilon,
 and whether norms subtract the mean.
@@ -76,6 +77,18 @@ class UnitNorm(nn.Module):
     def extra_repr(self) -> str:
         """Return the text that `print(model)` shows."""
         return f"{self.width}, scale={self.scale:.4g}, eps={self.epsilon:.3g}"
+
+
+class MappedNorm(nn.Module):
+    """The last norm of a sliced model whose head is the embedding: a `UnitNorm`, then a map to that basis."""
+
+    def __init__(self, norm: UnitNorm, width: int) -> None:
+        super().__init__()
+        self.norm, self.map = norm, nn.Linear(norm.width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [..., leave] to [..., enter], which the table of the embedding reads."""
+        return self.map(self.norm(hidden))  # type: ignore[no-any-return]
 
 
 class Skip(nn.Module):
@@ -407,8 +420,13 @@ def _rotate_outer(model: nn.Module, config: Any) -> None:
             nn.Parameter(torch.empty(table.num_embeddings, parts["enter"])),
             parts["enter"],
         )
-    model.set_submodule(parts["final_norm"], UnitNorm(parts["leave"], config.hidden_size, parts["epsilon"]))
-    _resize_linear(model, parts["head"], parts["leave"], None, bias=parts["head_bias"])
+    norm, reads = UnitNorm(parts["leave"], config.hidden_size, parts["epsilon"]), parts["leave"]
+    if parts.get("tied"):
+        model.set_submodule(parts["final_norm"], MappedNorm(norm, parts["enter"]))
+        reads = parts["enter"]
+    else:
+        model.set_submodule(parts["final_norm"], norm)
+    _resize_linear(model, parts["head"], reads, None, bias=parts["head_bias"])
 
 
 def _stock_block(

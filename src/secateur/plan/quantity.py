@@ -38,6 +38,7 @@ class Subject:
         options: the options that were given, as NAME=VALUE, for messages.
         ranked: True if the units of all blocks are ranked together, so that blocks lose different numbers of units.
         sizes_left: sparsity -> the sizes of all blocks; None if they depend on the calibration text.
+        tied: whether a tied head stays tied where the residual stream is rotated.
     """
 
     view: ModelView
@@ -47,6 +48,7 @@ class Subject:
     options: str = ""
     ranked: bool = False
     sizes_left: Callable[[float], Sequence[BlockDims] | None] = lambda _: None
+    tied: bool = False
 
     def rates(self, sparsity: float | None) -> Rates:
         """The sparsity of each matrix."""
@@ -60,7 +62,7 @@ class Subject:
     @cached_property
     def canonical(self) -> ModelView:
         """The model with a residual stream that may be narrowed."""
-        return canonical_view(self.view, torch.float32)
+        return canonical_view(self.view, torch.float32, tied=self.tied)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from secateur.calibrate.statistics import Statistics
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import NotFiniteError
 from secateur.core.memory import give_back
-from secateur.core.progress import say
+from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
+from secateur.models.canonical import mapping
 from secateur.models.view import BlockView
 from secateur.plan.plan import BlockPlan, Place
 from secateur.plan.run import Run
@@ -27,6 +29,7 @@ from secateur.prune.job import Job
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
 _LARGE_BYTES = 1 << 25
+_TOKENS_A_DIRECTION = 10  # are enough for a second moment
 Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
 
 
@@ -118,7 +121,8 @@ def _rotated_blocks(
         _check_weights(block)
         # the place before the first block follows the embeddings; later it is where the block before ended
         if enter is None:
-            enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch)
+            leaving = partial(_leaving, job, stream, watch) if job.method.keeps_tied(view, job.options) else None
+            enter = plan.places["enter"] if plan else _choose(job, None, stream.show, "the embeddings", watch, leaving)
         places, run = {"enter": enter}, None
         for half, name in _HALVES[halves]:
             before = places["between"] if name == "leave" and halves == 2 else enter
@@ -154,10 +158,34 @@ def _last_place(job: Job, before: Place) -> Place | None:
     return job.method.says.last_place(before, job.options)
 
 
+def _leaving(job: Job, stream: Stream, watch: Stopwatch) -> Any:
+    """Return the second moment of what a tied head reads in the dense model, from some of the windows."""
+    assert job.method.says.new_moment is not None
+    view, (windows, seqlen, hidden) = job.view, stream.hidden_STD.shape
+    moment = job.method.says.new_moment(hidden, torch.device("cpu"), job.options)
+    few = stream.of_first(min(windows, -(-_TOKENS_A_DIRECTION * hidden // seqlen)))
+    for index in track(range(view.blocks), f"{job.method.name}: blocks on the way to the head"):
+        with watch("forward"):
+            few.advance(view.block(index))
+        give_back()
+    map_DD = view.source.read(f"{mapping(view.family)}.weight").to(stream.device, stream.dtype)
+    epsilon = view.family.norm.epsilon_of(view.config)
+    few.show(lambda x_ND: moment.update(rms_norm(x_ND, x_ND.shape[-1:], eps=epsilon) @ map_DD.t()))
+    return moment
+
+
 def _choose(
-    job: Job, before: Place | None, run: Callable[[Callable[[Tensor], None]], None], where: str, watch: Stopwatch
+    job: Job,
+    before: Place | None,
+    run: Callable[[Callable[[Tensor], None]], None],
+    where: str,
+    watch: Stopwatch,
+    leaving: Callable[[], Any] | None = None,
 ) -> Place:
-    """Run a part of the network, sum the second moment of the residual after it, and let the method choose a place."""
+    """Run a part of the network, sum the second moment of the residual after it, and let the method choose a place.
+
+    `leaving` returns the second moment of what a tied head reads, which then counts too.
+    """
     says = job.method.says
     assert says.plan_place is not None
     assert says.new_moment is not None
@@ -175,6 +203,9 @@ def _choose(
             f"{where}: the residual stream is not finite (NaN or infinity); the checkpoint is damaged, "
             "or its dtype is too narrow: try --dtype float32"
         )
+    if leaving is not None:
+        assert says.join_ends is not None
+        says.join_ends(moment, leaving(), job.options)
     with watch("eigenproblems"):
         place = says.plan_place(moment, before, job.sparsity or 0.0, job.options, job.seed)
     assert place.basis_DW is not None

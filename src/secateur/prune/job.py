@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def make_job(
         method.says.check(view, sparsity, options)
     rotates = method.says.plan_place is not None and sparsity != 0
     nothing: Rates = tuple({} for _ in range(view.blocks))
-    return Job(canonical_view(view, dtype) if rotates else view, method, options, nothing, sparsity or 0.0, seed)
+    canonical = partial(canonical_view, view, dtype, tied=method.keeps_tied(view, options))
+    return Job(canonical() if rotates else view, method, options, nothing, sparsity or 0.0, seed)
 
 
 def _job_of_matrices(

@@ -160,6 +160,7 @@ def _subject(view: ModelView, method: Method, options: Any, given: Mapping[str, 
         options=", ".join(f"{name}={value}" for name, value in given.items()),
         ranked=method.whole_model(options),
         sizes_left=(lambda _: None) if sizes_left is None else partial(sizes_left, view, options),
+        tied=method.keeps_tied(view, options),
     )
 
 

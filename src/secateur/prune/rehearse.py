@@ -197,7 +197,8 @@ def _small(prepared: Prepared, kept: Sequence[int]) -> Prepared:
     job = prepared.job
     checkpoint = miniature(prepared.checkpoint, kept)
     stock = checkpoint.view()
-    view = canonical_view(stock, prepared.checkpoint.dtype) if job.rotates else stock
+    tied = job.method.keeps_tied(stock, job.options)
+    view = canonical_view(stock, prepared.checkpoint.dtype, tied=tied) if job.rotates else stock
     sparsity = job.sparsity
     if sparsity:
         sparsity = sparsity_of_part(job.quantity, prepared.checkpoint.view(), stock, sparsity)
