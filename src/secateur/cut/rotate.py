@@ -87,7 +87,8 @@ def _tied_map(view: ModelView, first: Place, last: Place) -> Tensor:
         gram_DD += rows_ND.t() @ rows_ND
     read_DW = view.source.read(f"{mapping(view.family)}.weight").double() @ _basis(last, gram_DD)
     left_WD = basis_DW.t() @ gram_DD
-    return torch.linalg.lstsq(left_WD @ basis_DW, left_WD @ read_DW, driver="gelsd").solution.float()
+    map_WW: Tensor = torch.linalg.lstsq(left_WD @ basis_DW, left_WD @ read_DW, driver="gelsd").solution
+    return map_WW.float()
 
 
 def _basis(place: Place, like: Tensor) -> Tensor:
