@@ -62,6 +62,9 @@ class InputNorm:
         return self.square_I.sqrt()
 
 
+TOKENS_A_DIRECTION = 10  # are enough for the second moment of a residual stream
+
+
 class SecondMoment:
     """The sum of x^T x over all tokens, [I, I]: products of whole batches in float32 or better, summed in float64.
 

@@ -213,7 +213,7 @@ class Stream:
     def batches(self, index: int) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Yield the rows of each batch of windows, with the other arguments that block `index` receives."""
         for rows in self.slices():
-            yield rows, self._arguments[rows.stop - rows.start][index]
+            yield rows, self.arguments(index, rows.stop - rows.start)
 
     @torch.no_grad()  # not inference mode, since these tensors may enter a graph (`backward.py`)
     def _capture(self, batch: int) -> list[dict[str, Any]]:

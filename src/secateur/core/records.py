@@ -22,6 +22,12 @@ Record = dict[str, Any]
 # Commands that change a pruned checkpoint and measure it before and after, each with the field that names its source.
 CHANGES = {"heal": "healed", "reconstruct": "reconstructed"}
 
+
+def changed(record: Record) -> bool:
+    """Whether a checkpoint was changed after it was pruned."""
+    return any(record.get(command) for command in CHANGES)
+
+
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from secateur.core.errors import SecateurError
-from secateur.models.canonical import mapping
 from secateur.models.spaces import COLUMNS, RESIDUAL_READERS, ROWS
 from secateur.models.view import BlockView, ModelView, Residual
 from secateur.plan.plan import BlockPlan, Place
@@ -62,7 +61,7 @@ def rotate_outer(view: ModelView, name: str, first: Place, last: Place) -> Tenso
     shape = view.source.shape(name)
     if len(shape) == 1:
         return view.source.read(name).to(view.dtype)
-    if name.rpartition(".")[0] == mapping(view.family):
+    if name.rpartition(".")[0] == view.family.tied_map:
         return _tied_map(view, first, last).to(view.dtype)
     place = first if name.rpartition(".")[0] in view.family.embeddings else last
     rotated = torch.empty(shape[0], place.width, dtype=view.dtype)
@@ -85,7 +84,7 @@ def _tied_map(view: ModelView, first: Place, last: Place) -> Tensor:
     for start in range(0, view.source.shape(table)[0], _ROWS):
         rows_ND = view.source.rows(table, slice(start, start + _ROWS)).double()
         gram_DD += rows_ND.t() @ rows_ND
-    read_DW = view.source.read(f"{mapping(view.family)}.weight").double() @ _basis(last, gram_DD)
+    read_DW = view.source.read(f"{view.family.tied_map}.weight").double() @ _basis(last, gram_DD)
     left_WD = basis_DW.t() @ gram_DD
     map_WW: Tensor = torch.linalg.lstsq(left_WD @ basis_DW, left_WD @ read_DW, driver="gelsd").solution
     return map_WW.float()

@@ -44,6 +44,15 @@ class Score(NamedTuple):
     greedy: bool
 
 
+def cached_tokens(device: torch.device) -> int:
+    """Return the most tokens whose keys and values are in memory on a device."""
+    return _of_device(CACHED_TOKENS, device)
+
+
+def _of_device(budgets: Mapping[str, int], device: torch.device) -> int:
+    return budgets.get(device.type, budgets["cpu"])
+
+
 def known_ids(
     ids: list[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str
 ) -> list[int]:
@@ -150,8 +159,7 @@ def _batches(model: PreTrainedModel, order: Sequence[_Group]) -> Iterator[_Batch
 
     A resumed run forms the same batches as one that was not interrupted.
     """
-    kind = model.device.type if model.device.type in _TOKENS_A_BATCH else "cpu"
-    limits = {False: _TOKENS_A_BATCH[kind], True: CACHED_TOKENS[kind]}
+    limits = {False: _of_device(_TOKENS_A_BATCH, model.device), True: cached_tokens(model.device)}
     start = 0
     while start < len(order):
         shared = order[start].shared

@@ -21,7 +21,7 @@ from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Clock, Phases, work_seconds
 from secateur.evaluate.answers import Answers
-from secateur.evaluate.continuations import CACHED_TOKENS
+from secateur.evaluate.continuations import cached_tokens
 from secateur.evaluate.evaluate import Questions, dense_is_kept, prepare_questions
 from secateur.evaluate.passes import BLOCKS, Small, small_model, weights_memory
 from secateur.evaluate.perplexity import equal_batches, window_losses
@@ -112,8 +112,7 @@ def _cache_memory(checkpoint: Checkpoint, questions: Questions) -> int:
     """Return the bytes of the keys and values of contexts, from which the choices of a task continue."""
     view = checkpoint.view()
     features = sum(2 * dims.groups * dims.head_width for dims in map(view.dims, range(view.blocks)))
-    tokens = CACHED_TOKENS.get(questions.device.type, CACHED_TOKENS["cpu"])
-    return tokens * features * questions.dtype.itemsize
+    return cached_tokens(questions.device) * features * questions.dtype.itemsize
 
 
 def _seconds(

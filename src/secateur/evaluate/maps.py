@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from secateur.core.records import Record
-from secateur.models.canonical import mapping
 from secateur.models.family import MLP
 from secateur.models.runtime import is_index_map
 from secateur.models.spaces import COLUMNS, QUERY_HEADS, ROWS
@@ -259,7 +258,7 @@ class _Shapes:
             if f"{self.family.final_norm}.weight" in self.unclaimed
             else []
         )
-        joined = mapping(self.family)
+        joined = self.family.tied_map
         to_table = (
             [self._map("skip_head", joined, "product", ("d", "d"))] if f"{joined}.weight" in self.unclaimed else []
         )

@@ -31,28 +31,36 @@ from secateur.evaluate.perplexity import perplexity
 from secateur.heal.data import Examples, answers_alone, shown_row
 from secateur.heal.lora import Adapters, add_adapters, find_targets, need_peft, recompute, zeroed_modules
 from secateur.heal.tune import SCHEDULES, Tuning, loss_after, tune
-from secateur.models import card, runtime
+from secateur.models import card
 from secateur.models.load import BUNDLED, Checkpoint, load_model, open_checkpoint
 from secateur.models.save import (
     RECIPE_PATH,
     CheckpointWriter,
     Spent,
     differing,
-    differing_from_plan,
     is_finished,
     plan_file,
-    same_run,
 )
 from secateur.plan.plan import damaged, read_plan_json
-from secateur.prune.calibration import say_form, windows_of
-from secateur.prune.rewrite import calibration_of, checked_plan, finish, texts, weight_parts
+from secateur.prune.calibration import windows_of
+from secateur.prune.rewrite import (
+    check_seqlen,
+    checked_plan,
+    finish,
+    finished_record,
+    texts,
+    training_form,
+    training_text,
+    weight_parts,
+)
 from secateur.prune.settings import identity, refuse_out
+from secateur.prune.write import count
 from secateur.recipe.read import written_recipe
 from secateur.recipe.write import recipe_text
 from secateur.requests import HealRequest
 from secateur.text.files import file_hash
 from secateur.text.protocols import Protocol, check_limit, checked_windows, find_protocol, window_length
-from secateur.text.specs import TASK, check_spec, holds_ids, prompt_form, same_text
+from secateur.text.specs import check_spec, holds_ids, same_text
 from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
 
@@ -250,24 +258,15 @@ def prepare(request: HealRequest, records_file: Path, before: Mapping[str, Any] 
             "the width of the model"
         )
     bundled = plan["model"] == BUNDLED
-    spec = (
-        request.calibration
-        or calibration_of(plan, Path(request.model), records_file)
-        or ("builtin" if bundled else None)
-    )
-    if spec is None:
-        raise UsageError("--calibration SPEC is missing: the text to heal on (the pruning itself needed none)")
-    if request.include_path is not None and not spec.startswith(TASK):
-        folder = f"--include-path {request.include_path} says where task files are"
-        raise UsageError(f"{folder}: heal on a task too, --calibration task:NAME")
+    spec = training_text(request, plan, records_file, "heal on")
     longest = checkpoint.max_length()
     seqlen = _seqlen(request, longest)
-    if not 1 < seqlen <= longest:
-        raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
+    check_seqlen(seqlen, longest)
     protocol, held_out = _held_out(request, checkpoint, bundled=bundled) if request.evaluate else (None, [])
     if protocol is not None and same_text(spec, protocol.spec):
         say(f"warning: '{spec}' is healed on and evaluated on; the perplexity will look too good")
-    form = _form(request, checkpoint, spec, plan)
+    text_field = None if request.completion_only else request.text_field  # answers are in fields of their own
+    form = training_form(request, checkpoint, spec, plan, text_field)
     if form is not None:
         for line in shown_row(spec, checkpoint.tokenizer(), form, answers=request.completion_only):
             say(line)
@@ -283,18 +282,6 @@ def prepare(request: HealRequest, records_file: Path, before: Mapping[str, Any] 
     device = resolve_device(request.device)
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
     return Prepared(request, checkpoint, plan, targets, spec, device, dtype, protocol, held_out, examples, form)
-
-
-def _form(request: HealRequest, checkpoint: Checkpoint, spec: str, plan: dict[str, Any]) -> str | None:
-    """The form in which instructions become text; on the text of the pruning, the form that it had there."""
-    asked = request.prompt_form
-    if request.calibration is None and asked == "auto":
-        asked = (plan["calibration"] or {}).get("form") or asked
-    text_field = None if request.completion_only else request.text_field  # answers are in fields of their own
-    form = prompt_form(spec, asked, checkpoint.tokenizer, text_field)
-    if asked == "auto":
-        say_form(spec, form, checkpoint)
-    return form
 
 
 def _held_out(request: HealRequest, checkpoint: Checkpoint, *, bundled: bool) -> tuple[Protocol, list[Tensor]]:
@@ -320,22 +307,10 @@ def _finished(
     prepared: Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
 ) -> records.Record | None:
     """The record of a run that is already complete; None if it must run again."""
-    written_plan = read_plan_json(out)
-    assert written_plan is not None
-    pruned = {key: value for key, value in prepared.plan.items() if key not in ("heal", "nonzero_after")}
-    if not same_run(
-        out,
-        differing_from_plan(written_plan.get("heal") or {}, settings) or differing_from_plan(written_plan, pruned),
-        overwrite,
-    ):
-        return None
-    record = records.last(records_file, "heal", out)
+    new = ("heal", "nonzero_after")
+    record = finished_record("heal", prepared.plan, settings, out, records_file, overwrite=overwrite, new=new)
     if record is None:
-        raise SecateurError(
-            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', "
-            "or start again with --overwrite"
-        )
-    say(f"{out}: already there")
+        return None
     if prepared.measured and "ppl_protocol" not in record:
         say(f"warning: its record has no perplexity; 'secateur eval {out}' measures it")
     elif prepared.measured and (difference := differing(record["ppl_protocol"], prepared.measured["ppl_protocol"])):
@@ -437,9 +412,7 @@ def _write_merged(prepared: Prepared, adapters: Adapters, writer: CheckpointWrit
             tensors[name] = (
                 adapters.merged(path, tensor) if path in adapters.layers and name.endswith(".weight") else tensor
             )
-        nonzero += sum(
-            int(tensor.count_nonzero()) for name, tensor in tensors.items() if not runtime.is_index_map(name)
-        )
+        nonzero += count(tensors)["nonzero"]
         writer.write(part, tensors)
     return nonzero
 

@@ -37,7 +37,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from secateur.calibrate.statistics import SecondMoment
+from secateur.calibrate.statistics import TOKENS_A_DIRECTION, SecondMoment
 from secateur.core.errors import HopelessError, UsageError
 from secateur.models.canonical import why_not_tied
 from secateur.models.view import BlockDims, ModelView, Residual
@@ -46,7 +46,6 @@ from secateur.plan.quantity import WIDTH
 
 CALIBRATION = "wikitext2"
 REMOVES = WIDTH
-_TOKENS_A_DIRECTION = 10  # fewer calibration tokens for each direction of the residual stream are few; see `few_tokens`
 _LEAVING = 3.0  # the weight of what a tied head reads beside what enters the blocks; see docs/lab-log.md
 DEMO = [{"sparsities": [0.1, 0.25, 0.4], "heal": True}]
 
@@ -226,7 +225,7 @@ def few_tokens(view: ModelView, tokens: int, options: SliceGPT) -> str | None:
     the factors are 0.47 and 1.73. Neighbouring tokens are not independent, so more of them are better still.
     """
     hidden = view.config.hidden_size
-    if tokens >= (enough := _TOKENS_A_DIRECTION * hidden):
+    if tokens >= (enough := TOKENS_A_DIRECTION * hidden):
         return None
     return (
         f"slicegpt: {tokens:,} calibration tokens are few to find the weak ones of {hidden:,} directions (the width),"

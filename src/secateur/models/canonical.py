@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.core.errors import SecateurError
 from secateur.core.numbers import at_least_float32
-from secateur.models.family import ROTATE, Family, check_can
+from secateur.models.family import ROTATE, check_can
 from secateur.models.load import build_skeleton
 from secateur.models.pruned_config import pruned_config
 from secateur.models.view import ModelView, Residual
@@ -99,11 +99,6 @@ def _description(view: ModelView) -> dict[str, Any]:
     }
 
 
-def mapping(family: Family) -> str:
-    """Return the path of the map before a tied head."""
-    return f"{family.final_norm}.map"
-
-
 @dataclass(frozen=True)
 class CanonicalSource:
     """The tensors of the canonical form, computed from the tensors of a view when they are read. A `TensorSource`.
@@ -141,7 +136,7 @@ class CanonicalSource:
             )
         if kind == "weight" and (path == family.head or path in family.embeddings):
             return self.rows(name, slice(None))
-        if path == mapping(family):
+        if path == family.tied_map:
             gain_D = self._gain(family.final_norm)
             return torch.eye(self.shapes[name][0]) if gain_D is None else gain_D.diag()
         return self._reader(path, kind, family.final_norm) if path == family.head else self._stored(name)

@@ -147,6 +147,11 @@ class Family:
             raise ValueError(f"family {self.name}: cannot names {sorted(unknown)[0]!r}; it knows {', '.join(_WORDS)}")
 
     @property
+    def tied_map(self) -> str:
+        """The path of the map before a tied head, in a model whose residual stream is rotated."""
+        return f"{self.final_norm}.map"
+
+    @property
     def one_norm(self) -> bool:
         """Whether attention and MLP read the same normed residual."""
         return len(self.norms) == 1

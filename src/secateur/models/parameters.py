@@ -93,7 +93,7 @@ def count_parameters(view: ModelView, after: Sequence[BlockDims | None]) -> int:
     total = sum(block_parameters(view, index, dims) for index, dims in kept)
     for name in view.outer_names():
         shape, path = view.source.shape(name), name.rpartition(".")[0]
-        if path == f"{view.family.final_norm}.map":  # before a tied head, see `canonical.mapping`
+        if path == view.family.tied_map:
             total += enters * leaves
             continue
         total += shape[0] * ends[path] if path in ends and len(shape) == 2 else math.prod(shape)

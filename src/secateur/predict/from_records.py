@@ -62,7 +62,9 @@ def points_of_records(
     )
     tasks = (with_value[-1].get("tasks") or {}) if with_value else {}
     about["chance"] = tasks.get(name.partition(":")[0], {}).get("chance")
-    about["sweep"] = _sweep(pruned[-1], found, _others(pruned[-1])) if pruned and not _changed(pruned[-1]) else None
+    about["sweep"] = (
+        _sweep(pruned[-1], found, _others(pruned[-1])) if pruned and not records.changed(pruned[-1]) else None
+    )
     return name, base, points, about, warnings
 
 
@@ -93,15 +95,10 @@ def _without_healed(pruned: list[Record]) -> tuple[list[Record], list[Record]]:
 
     A law of pruning must not mix in recovery.
     """
-    healed = [record for record in pruned if _changed(record)]
+    healed = [record for record in pruned if records.changed(record)]
     if len(healed) == len(pruned):
         return pruned, []
-    return [record for record in pruned if not _changed(record)], healed
-
-
-def _changed(record: Record) -> bool:
-    """Whether a checkpoint was changed after it was pruned."""
-    return any(record.get(command) for command in records.CHANGES)
+    return [record for record in pruned if not records.changed(record)], healed
 
 
 def _points_each(pruned: list[Record], metric: str, read: Callable[[Record], Point | None], found: list[Record]) -> str:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from secateur.calibrate.statistics import Statistics
+from secateur.calibrate.statistics import TOKENS_A_DIRECTION, Statistics
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import NotFiniteError
 from secateur.core.memory import give_back
 from secateur.core.progress import say, track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
-from secateur.models.canonical import mapping
 from secateur.models.view import BlockView
 from secateur.plan.plan import BlockPlan, Place
 from secateur.plan.run import Run
@@ -29,7 +28,6 @@ from secateur.prune.job import Job
 
 _HALVES = {1: (("attention_half", "leave"),), 2: (("attention_half", "between"), ("mlp_half", "leave"))}
 _LARGE_BYTES = 1 << 25
-_TOKENS_A_DIRECTION = 10  # are enough for a second moment
 Finished = Callable[[int], tuple[BlockView, BlockPlan] | None]
 
 
@@ -163,12 +161,12 @@ def _leaving(job: Job, stream: Stream, watch: Stopwatch) -> Any:
     assert job.method.says.new_moment is not None
     view, (windows, seqlen, hidden) = job.view, stream.hidden_STD.shape
     moment = job.method.says.new_moment(hidden, torch.device("cpu"), job.options)
-    few = stream.of_first(min(windows, -(-_TOKENS_A_DIRECTION * hidden // seqlen)))
+    few = stream.of_first(min(windows, -(-TOKENS_A_DIRECTION * hidden // seqlen)))
     for index in track(range(view.blocks), f"{job.method.name}: blocks on the way to the head"):
         with watch("forward"):
             few.advance(view.block(index))
         give_back()
-    map_DD = view.source.read(f"{mapping(view.family)}.weight").to(stream.device, stream.dtype)
+    map_DD = view.source.read(f"{view.family.tied_map}.weight").to(stream.device, stream.dtype)
     epsilon = view.family.norm.epsilon_of(view.config)
     few.show(lambda x_ND: moment.update(rms_norm(x_ND, x_ND.shape[-1:], eps=epsilon) @ map_DD.t()))
     return moment

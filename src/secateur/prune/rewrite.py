@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.core import records
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
+from secateur.core.progress import say
 from secateur.models import card, runtime
-from secateur.models.load import Checkpoint
+from secateur.models.load import BUNDLED, Checkpoint
 from secateur.models.pruned_config import stock_problem
-from secateur.models.save import OWN_FOLDER, PLAN_PATH, PLAN_TENSORS, CheckpointWriter, plan_file
+from secateur.models.save import (
+    OWN_FOLDER,
+    PLAN_PATH,
+    PLAN_TENSORS,
+    CheckpointWriter,
+    differing_from_plan,
+    plan_file,
+    same_run,
+)
 from secateur.models.view import ModelView
-from secateur.plan.plan import plan_json
+from secateur.plan.plan import plan_json, read_plan_json
 from secateur.plan.quantity import words_of
+from secateur.prune.calibration import say_form
+from secateur.requests import HealRequest, ReconstructRequest
 from secateur.text.files import file_hash
-from secateur.text.specs import NAMED, TASK
+from secateur.text.specs import NAMED, TASK, prompt_form
 
 
 def checked_plan(plan: Mapping[str, Any] | None, model: str, does: str) -> dict[str, Any]:
@@ -59,6 +70,92 @@ def calibration_of(plan: dict[str, Any], folder: Path, records_file: Path) -> st
         f"--calibration SPEC is missing: it was pruned with '{spec}', which is not here (any more); name that file, "
         "or another text"
     )
+
+
+def training_text(request: HealRequest | ReconstructRequest, plan: dict[str, Any], records_file: Path, to: str) -> str:
+    """Return the text SPEC to train on: the given one, that of the pruning, or the built-in one for its model.
+
+    Args:
+        request: what was asked for.
+        plan: the plan of the checkpoint.
+        records_file: records that may tell where the text of the pruning is.
+        to: what the text is for, for messages: `heal on`.
+
+    Raises:
+        UsageError: there is none, it is not where it was, or `include_path` has nothing to do with it.
+    """
+    bundled = "builtin" if plan["model"] == BUNDLED else None
+    spec = request.calibration or calibration_of(plan, Path(request.model), records_file) or bundled
+    if spec is None:
+        raise UsageError(f"--calibration SPEC is missing: the text to {to} (the pruning itself needed none)")
+    if request.include_path is not None and not spec.startswith(TASK):
+        folder = f"--include-path {request.include_path} says where task files are"
+        raise UsageError(f"{folder}: {to} a task too, --calibration task:NAME")
+    return spec
+
+
+def training_form(
+    request: HealRequest | ReconstructRequest,
+    checkpoint: Checkpoint,
+    spec: str,
+    plan: Mapping[str, Any],
+    text_field: str | None,
+) -> str | None:
+    """Return the form in which instructions become text; on the text of the pruning, the form that it had there."""
+    asked = request.prompt_form
+    if request.calibration is None and asked == "auto":
+        asked = (plan["calibration"] or {}).get("form") or asked
+    form = prompt_form(spec, asked, checkpoint.tokenizer, text_field)
+    if asked == "auto":
+        say_form(spec, form, checkpoint)
+    return form
+
+
+def check_seqlen(seqlen: int, longest: int) -> None:
+    """Raise UsageError for a window that is longer than the model knows, or shorter than two tokens."""
+    if not 1 < seqlen <= longest:
+        raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
+
+
+def finished_record(
+    command: str,
+    plan: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    out: Path,
+    records_file: Path,
+    *,
+    overwrite: bool,
+    new: Sequence[str],
+) -> records.Record | None:
+    """Return the record of a run that is complete already; None if it must run again.
+
+    Args:
+        command: the command, which is also the field of the plan that has its settings.
+        plan: the plan of the checkpoint that the run starts from.
+        settings: the settings of this run.
+        out: the result.
+        records_file: the file that should have its record.
+        overwrite: a result of other settings may be replaced.
+        new: the fields of the plan that the command changes.
+
+    Raises:
+        UsageError: the result belongs to another run, and may not be replaced.
+        SecateurError: its record is missing.
+    """
+    written = read_plan_json(out)
+    assert written is not None
+    before = {key: value for key, value in plan.items() if key not in new}
+    difference = differing_from_plan(written.get(command) or {}, settings) or differing_from_plan(written, before)
+    if not same_run(out, difference, overwrite):
+        return None
+    record = records.last(records_file, command, out)
+    if record is None:
+        raise SecateurError(
+            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', "
+            "or start again with --overwrite"
+        )
+    say(f"{out}: already there")
+    return record
 
 
 def weight_parts(view: ModelView) -> dict[str, list[str]]:

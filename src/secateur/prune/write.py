@@ -89,7 +89,7 @@ def prune_blocks(
                     writer.write(_basis_part(block.index), plan.bases())
                 writer.write(plan_part(block.index), plan.tensors(), plan.summary())
             if not plan.dropped and not writer.has(part):
-                note = _count(block.tensors) | {
+                note = count(block.tensors) | {
                     "matrices": block.matrix_parameters() + _added(block),
                     "zero_rows": block.zero_rows(),
                 }
@@ -115,7 +115,7 @@ def write_outer(prepared: Prepared, writer: CheckpointWriter, watch: Stopwatch, 
         with watch("files"):
             if not writer.has(part):
                 tensors = {name: cut_outer(view, name, *totals.ends)}
-                writer.write(part, tensors, _count(tensors))
+                writer.write(part, tensors, count(tensors))
                 del tensors
             totals.add(writer.read_note(part))
         parts.append(part)
@@ -131,7 +131,8 @@ def _added(block: BlockView) -> int:
     )
 
 
-def _count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def count(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the numbers of parameters and of those that are not zero, `parameters` and `nonzero`."""
     counted = [tensor for name, tensor in tensors.items() if not runtime.is_index_map(name)]
     return {"parameters": sum(t.numel() for t in counted), "nonzero": sum(int(t.count_nonzero()) for t in counted)}
 

@@ -19,6 +19,7 @@ from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Clock, Phases, work_seconds
 from secateur.models.load import BUNDLED, Checkpoint
+from secateur.models.view import ModelView
 from secateur.prune.estimate import estimate as estimate_prune
 from secateur.prune.prepare import Prepared as Pruning
 from secateur.reconstruct.fit import How, fit
@@ -68,7 +69,7 @@ def estimate_reconstruct(
             seconds = _seconds(prepared, clock)
     except Exception as error:  # whatever it is, a dry run only says that it has no estimate
         why = reason(error)
-    buffers = 2 * prepared.windows_ST.numel() * _width(prepared) * _FLOAT
+    buffers = 2 * prepared.windows_ST.numel() * int(prepared.dense.config.hidden_size) * _FLOAT
     return {
         "command": "reconstruct",
         "dry_run": True,
@@ -123,10 +124,6 @@ def estimate(pruning: Pruning, clock: Clock = work_seconds) -> Record:
     }
 
 
-def _width(prepared: Prepared) -> int:
-    return int(prepared.dense.config.hidden_size)
-
-
 def _memory(prepared: Prepared) -> int:
     """Return the bytes of one block in training, and of what a few windows keep for the way back."""
     view = prepared.checkpoint.view()
@@ -151,7 +148,7 @@ def _seconds(prepared: Prepared, clock: Clock) -> float:
         for model in (prepared.checkpoint, prepared.dense)
     )
     view = prepared.checkpoint.view()
-    stream, index = _stream(prepared.checkpoint, prepared, how.together + 1), view.blocks - 1
+    stream = _stream(prepared.checkpoint, prepared, how.together + 1)
     block = stream.view.block(0)
     arguments = {size: stream.arguments(0, size) for size in {how.together, 1}}
     short = How(1, how.together, how.together, looks=1, held_out=1, seed=how.seed)
@@ -168,10 +165,9 @@ def _seconds(prepared: Prepared, clock: Clock) -> float:
                 short,
             )
             times.append(now() - begun)
-    share = view.matrix_parameters() / max(1, sum(o * i for o, i in view.matrix_shapes(index).values()))
     a_step = min(times[1:]) * how.batch / how.together
     looks = (how.looks + 1) * forward / 2 * how.held_out / len(windows)
-    return forward + share * how.steps * a_step + looks
+    return forward + _depth(view) * how.steps * a_step + looks
 
 
 def _stream(checkpoint: Checkpoint, prepared: Prepared, windows: int) -> Stream:
@@ -190,5 +186,9 @@ def _forward_seconds(checkpoint: Checkpoint, prepared: Prepared, windows: int, n
         begun = now()
         stream.advance(stream.view.block(0))
         times.append(now() - begun)
-    last = max(1, sum(o * i for o, i in view.matrix_shapes(view.blocks - 1).values()))
-    return min(times) * view.matrix_parameters() / last
+    return min(times) * _depth(view)
+
+
+def _depth(view: ModelView) -> float:
+    """Return the blocks of a model, counted in its last one."""
+    return view.matrix_parameters() / max(1, sum(o * i for o, i in view.matrix_shapes(view.blocks - 1).values()))

@@ -70,6 +70,11 @@ class Fitted:
     step: int
     tensors: Mapping[str, Tensor]
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """All but the tensors."""
+        return {"before": self.before, "after": self.after, "step": self.step}
+
 
 def fit(
     module: nn.Module, dtypes: Mapping[str, torch.dtype], run: Run, target: Target, windows: int, how: How

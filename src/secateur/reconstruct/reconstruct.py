@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,29 @@ from secateur.core import records
 from secateur.core.device import resolve_device
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.paths import to_path
-from secateur.core.progress import say, track
+from secateur.core.progress import track
 from secateur.core.timing import Clock, Stopwatch
-from secateur.models import runtime
-from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
-from secateur.models.save import CheckpointWriter, Spent, differing_from_plan, is_finished, same_run
+from secateur.models.load import Checkpoint, open_checkpoint
+from secateur.models.save import CheckpointWriter, Spent, is_finished
 from secateur.models.view import BlockView
 from secateur.plan.plan import read_plan_json
-from secateur.prune.calibration import say_form, windows_of
-from secateur.prune.rewrite import calibration_of, checked_plan, finish, weight_parts
+from secateur.prune.calibration import windows_of
+from secateur.prune.rewrite import (
+    check_seqlen,
+    checked_plan,
+    finish,
+    finished_record,
+    training_form,
+    training_text,
+    weight_parts,
+)
 from secateur.prune.settings import identity, refuse_out
-from secateur.prune.write import block_part
+from secateur.prune.write import block_part, count
 from secateur.recipe.write import recipe_text
 from secateur.reconstruct.blocks import reconstructed_blocks
 from secateur.reconstruct.fit import Fitted, How
 from secateur.requests import ReconstructRequest
-from secateur.text.specs import TASK, check_spec, holds_ids, prompt_form
+from secateur.text.specs import check_spec, holds_ids
 from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
 
@@ -122,8 +129,11 @@ def reconstruct(
     prepared = prepare(request, records_file)
     refuse_out(out, prepared.checkpoint, prepared.spec, records_file)
     settings = prepared.settings()
-    if finished and (done := _finished(prepared, out, settings, records_file, overwrite)) is not None:
-        return done
+    if finished:
+        new = ("reconstruct", "nonzero_after", "updated")
+        done = finished_record("reconstruct", prepared.plan, settings, out, records_file, overwrite=overwrite, new=new)
+        if done is not None:
+            return done
     writer = CheckpointWriter(
         out,
         {"reconstruct": settings, "source": identity(prepared.checkpoint), "dense": identity(prepared.dense)},
@@ -147,16 +157,24 @@ def reconstruct(
         "reconstructed": str(source.absolute()) if (source := Path(request.model)).is_dir() else str(source),
         "device": settings["device"],
         "seconds": round(spent().seconds, 3),
-        **({} if before is None else {"seconds_before": round(before["seconds"] + before.get("seconds_before", 0), 3)}),
         "seconds_by": watch.rounded(),
-        **{name: True for name in ("seconds_at_least",) if (before or {}).get(name)},
         **writer.before.facts,
-        "peak_rss_bytes": max(records.peak_rss_bytes(), (before or {}).get("peak_rss_bytes", 0)),
+        "peak_rss_bytes": records.peak_rss_bytes(),
+        **({} if before is None else _with_pruning(before)),
         "versions": records.versions(),
         "out": str(out),
     }
     records.append(records_file, record)
     return record
+
+
+def _with_pruning(before: records.Record) -> dict[str, Any]:
+    """Return the fields of a record that count the pruning before it too."""
+    return {
+        "seconds_before": round(before["seconds"] + before.get("seconds_before", 0), 3),
+        **({"seconds_at_least": True} if before.get("seconds_at_least") else {}),
+        "peak_rss_bytes": max(records.peak_rss_bytes(), before.get("peak_rss_bytes", 0)),
+    }
 
 
 def check_request(request: ReconstructRequest) -> None:
@@ -190,27 +208,11 @@ def prepare(request: ReconstructRequest, records_file: Path, before: Mapping[str
     plan = checked_plan(found, request.model, "reconstruct mends")
     dense = _dense(request, plan, records_file)
     check_fits(checkpoint, dense, plan, request.model)
-    bundled = plan["model"] == BUNDLED
-    spec = (
-        request.calibration
-        or calibration_of(plan, Path(request.model), records_file)
-        or ("builtin" if bundled else None)
-    )
-    if spec is None:
-        raise UsageError("--calibration SPEC is missing: the text to learn from (the pruning itself needed none)")
-    if request.include_path is not None and not spec.startswith(TASK):
-        folder = f"--include-path {request.include_path} says where task files are"
-        raise UsageError(f"{folder}: learn from a task too, --calibration task:NAME")
+    spec = training_text(request, plan, records_file, "learn from")
     longest = min(checkpoint.max_length(), dense.max_length())
     seqlen = min(_LONGEST, longest) if request.seqlen is None else request.seqlen
-    if not 1 < seqlen <= longest:
-        raise UsageError(f"--seqlen {seqlen} is outside [2, {longest}], the lengths this model knows")
-    asked = request.prompt_form
-    if request.calibration is None and asked == "auto":
-        asked = (plan["calibration"] or {}).get("form") or asked
-    form = prompt_form(spec, asked, checkpoint.tokenizer, request.text_field)
-    if asked == "auto":
-        say_form(spec, form, checkpoint)
+    check_seqlen(seqlen, longest)
+    form = training_form(request, checkpoint, spec, plan, request.text_field)
     windows_ST = windows_of(
         checkpoint,
         spec,
@@ -263,35 +265,6 @@ def check_fits(checkpoint: Checkpoint, dense: Checkpoint, plan: Mapping[str, Any
             )
 
 
-def _finished(
-    prepared: Prepared, out: Path, settings: dict[str, Any], records_file: Path, overwrite: bool
-) -> records.Record | None:
-    """Return the record of a run that is already complete; None if it must run again."""
-    written_plan = read_plan_json(out)
-    assert written_plan is not None
-    new = ("reconstruct", "nonzero_after", "updated")
-    pruned = {key: value for key, value in prepared.plan.items() if key not in new}
-    if not same_run(
-        out,
-        differing_from_plan(_decided(written_plan.get("reconstruct") or {}), settings)
-        or differing_from_plan(written_plan, pruned),
-        overwrite,
-    ):
-        return None
-    record = records.last(records_file, "reconstruct", out)
-    if record is None:
-        raise SecateurError(
-            f"'{out}' is finished, but {records_file} has no record of it; measure it with 'secateur eval {out}', "
-            "or start again with --overwrite"
-        )
-    say(f"{out}: already there")
-    return record
-
-
-def _decided(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name != "blocks"}
-
-
 def _run(prepared: Prepared, settings: Mapping[str, Any], writer: CheckpointWriter, watch: Stopwatch) -> dict[str, Any]:
     """Fit and write every block that is not written yet; return the facts for the record."""
     checkpoint, view = prepared.checkpoint, prepared.checkpoint.view()
@@ -320,9 +293,7 @@ def _run(prepared: Prepared, settings: Mapping[str, Any], writer: CheckpointWrit
         part = block_part(block.index)
         if not writer.has(part):
             tensors = {view.block_prefix(block.index) + name: tensor for name, tensor in block.tensors.items()}
-            fields = {name: value for name, value in asdict(replace(fitted, tensors={})).items() if name != "tensors"}
-            count = sum(int(t.count_nonzero()) for name, t in tensors.items() if not runtime.is_index_map(name))
-            writer.write(part, tensors, {"fitted": fields, "nonzero": count})
+            writer.write(part, tensors, {"fitted": fitted.facts, **count(tensors)})
         note = writer.read_note(part)
         blocks.append(note["fitted"])
         nonzero += note["nonzero"]
@@ -330,7 +301,7 @@ def _run(prepared: Prepared, settings: Mapping[str, Any], writer: CheckpointWrit
     for part, names in weight_parts(view).items():
         if part.startswith("outer-"):
             tensors = {name: view.source.read(name) for name in names}
-            nonzero += sum(int(tensor.count_nonzero()) for tensor in tensors.values())
+            nonzero += count(tensors)["nonzero"]
             if not writer.has(part):
                 writer.write(part, tensors)
     facts = {"reconstruct": {**settings, "blocks": blocks}, "nonzero_after": nonzero, "updated": True}

@@ -19,6 +19,7 @@ from typing import Any
 from secateur.core.errors import SecateurError
 from secateur.core.records import CHANGES as CHANGES
 from secateur.core.records import Record, model_of, to_json, zeroes
+from secateur.core.records import changed as changed_record
 from secateur.core.records import source_of as source_of
 
 PROTOCOL = ("name", "spec", "seqlen", "windows", "tokens", "bos", "tail", "join", "sha256")
@@ -167,7 +168,7 @@ def _protocol_of(measuring: Record) -> Protocol | None:
 
 def changed(row: Row) -> bool:
     """Whether the model was changed after it was pruned (healed)."""
-    return any(row.measuring.get(command) for command in CHANGES)
+    return changed_record(row.measuring)
 
 
 def as_number(value: Any) -> float | None:

@@ -165,26 +165,31 @@ def _check(recipe: Recipe, checkpoint: Checkpoint, tasks: list[_Task]) -> None:
                 check_request(request)
                 need_peft()
                 resolve_device(request.device)
-                if not pruned:
-                    raise UsageError(
-                        "heal mends what prune made: put a prune step before it, or give a model that secateur pruned"
-                    )
+                _check_pruned(task.step.kind, pruned=pruned)
                 find_targets(checkpoint.view(), request.targets)
                 find_protocol(request.protocol, request.text, bundled=task.bundled)
-                if request.calibration is None and not (has_text or task.bundled):
-                    raise UsageError("calibration is missing: the text to heal on (the pruning itself needs none)")
+                _check_text(task, "heal on", has_text=has_text)
             elif task.step.kind == "reconstruct":
                 check_reconstruct(request)
                 resolve_device(request.device)
-                if not pruned:
-                    raise UsageError(
-                        "reconstruct mends what prune made: put a prune step before it, or give a model that secateur "
-                        "pruned"
-                    )
-                if request.calibration is None and not (has_text or task.bundled):
-                    raise UsageError("calibration is missing: the text to learn from (the pruning itself needs none)")
+                _check_pruned(task.step.kind, pruned=pruned)
+                _check_text(task, "learn from", has_text=has_text)
             elif task.step.kind == "eval":
                 prepare_questions(request, checkpoint, bundled=task.bundled)
+
+
+def _check_pruned(kind: str, *, pruned: bool) -> None:
+    """Raise UsageError if a step that mends a pruned model has none."""
+    if not pruned:
+        raise UsageError(
+            f"{kind} mends what prune made: put a prune step before it, or give a model that secateur pruned"
+        )
+
+
+def _check_text(task: _Task, to: str, *, has_text: bool) -> None:
+    """Raise UsageError if a step that trains has no text; `to` says what for, and `has_text` if the pruning had one."""
+    if task.request.calibration is None and not (has_text or task.bundled):
+        raise UsageError(f"calibration is missing: the text to {to} (the pruning itself needs none)")
 
 
 def _plan(checkpoint: Checkpoint) -> dict[str, Any]:

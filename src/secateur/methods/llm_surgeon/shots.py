@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward
@@ -79,7 +79,7 @@ class Kept:
     def __init__(self, file: Path | None, blocks: int) -> None:
         self._file, self._blocks = file, blocks
         self._factors: dict[int, Factors] = {}
-        self._fits = True
+        self._fits: bool | None = None
 
     @property
     def all(self) -> bool:
@@ -88,13 +88,13 @@ class Kept:
 
     def put(self, index: int, factors: Factors) -> None:
         """Keep the factors of a block. The first block tells whether all of them have room."""
-        if not self._factors:
+        if self._fits is None:
             self._fits = factors.size * self._blocks <= _room(self._file)
         if not self._fits:
             return
         if self._file is not None:
             with disk(self._file.parent):
-                save_whole(self._place(index), dict(factors.sums))
+                save_file(dict(factors.sums), self._place(index))  # of this run alone, so it needs no digest
             factors = replace(factors, sums={})
         self._factors[index] = factors
 
