@@ -120,13 +120,19 @@ def test_a_dry_run_says_why_less_is_removed_than_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tied", "why"),
-    [(True, "its tied head gets weights of its own, and adapters are added"), (False, "adapters are added")],
+    ("tied", "head", "why"),
+    [
+        (True, "own", "its tied head gets weights of its own, and adapters are added"),
+        (True, "auto", "its head stays the embedding, a map before it and adapters are added"),
+        (False, "auto", "adapters are added"),
+    ],
 )
-def test_a_dry_slice_says_what_is_added(tied: bool, why: str, saved: Callable[..., Path], ids_file: str) -> None:
+def test_a_dry_slice_says_what_is_added(
+    tied: bool, head: str, why: str, saved: Callable[..., Path], ids_file: str
+) -> None:
     model = saved("llama", tied=tied)
     asked = ["prune", model, "--sparsity", 0.5, "--calibration", ids_file, "--dry-run", "--method"]
-    assert f"of the residual width ({why})." in run(*asked, "slicegpt", "--set", "round=1")
+    assert f"of the residual width ({why})." in run(*asked, "slicegpt", "--set", "round=1", "--set", f"head={head}")
     assert "(" not in run(*asked, "magnitude").splitlines()[1]
 
 

@@ -319,5 +319,11 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     alone, both = (api.estimate(api.prepare(replace(asked, reconstruct=more))) for more in (False, True))
     assert both["seconds_estimated"] > alone["seconds_estimated"]
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(UsageError, match="--reconstruct learns from a text"):
-        api.estimate(api.prepare(replace(asked, method="magnitude", calibration=None, reconstruct=True)))
+
+
+def test_a_missing_text_is_refused_before_the_pruning(saved: Callable[..., Path], tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), "magnitude", sparsity=0.5, reconstruct=True)
+    for do in (lambda: api.estimate(api.prepare(request)), lambda: api.prune(request, tmp_path / "out")):
+        with pytest.raises(UsageError, match="--reconstruct learns from a text"):
+            do()
+    assert {path.name for path in tmp_path.iterdir()} == {"dense-llama"}

@@ -180,8 +180,7 @@ def say_expected(prepared: Prepared) -> bool:
         hint = "" if prepared.request.at_least or removed > requested else "; --at-least takes the next one"
         say(f"warning: --params-removed {requested:g}: only whole units can go, and {step} removes {removed:.1%}{hint}")
         return True
-    tied = prepared.checkpoint.config.tie_word_embeddings
-    if requested is None and prepared.job.rotates and (tied or removed <= 0):
+    if requested is None and prepared.job.rotates and (_gets_a_head(prepared) or removed <= 0):
         why = what_is_added(prepared)
         sizes = f"{before:,} parameters become {after:,} ({-removed:+.1%})"
         run = f"{prepared.job.method.name} at sparsity {prepared.sparsity:.4g}"
@@ -194,9 +193,16 @@ def what_is_added(prepared: Prepared) -> str | None:
     """Return what a result has that the model has not, so that less is removed than the sparsity says; or None."""
     if not (prepared.job.rotates and prepared.sparsity):
         return None
-    if prepared.checkpoint.config.tie_word_embeddings:
+    if _gets_a_head(prepared):
         return "its tied head gets weights of its own, and adapters are added"
+    if prepared.subject.tied:
+        return "its head stays the embedding, a map before it and adapters are added"
     return "adapters are added"
+
+
+def _gets_a_head(prepared: Prepared) -> bool:
+    """Return whether a head that is the embedding gets a table of its own."""
+    return bool(prepared.checkpoint.config.tie_word_embeddings) and not prepared.subject.tied
 
 
 def _instead(prepared: Prepared) -> str:

@@ -11,19 +11,19 @@ import torch
 
 from secateur.calibrate.miniature import miniature
 from secateur.calibrate.stream import TOKENS_A_BATCH, Stream
-from secateur.core.errors import UsageError, reason
+from secateur.core.errors import reason
 from secateur.core.machine import synchronize
 from secateur.core.memory import resident_bytes
 from secateur.core.paths import to_path
 from secateur.core.progress import observed, say
 from secateur.core.records import Record
 from secateur.core.timing import Clock, Phases, work_seconds
-from secateur.models.load import BUNDLED, Checkpoint
+from secateur.models.load import Checkpoint
 from secateur.models.view import ModelView
 from secateur.prune.estimate import estimate as estimate_prune
 from secateur.prune.prepare import Prepared as Pruning
 from secateur.reconstruct.fit import How, fit
-from secateur.reconstruct.prune import reconstruction_of
+from secateur.reconstruct.prune import check_text, reconstruction_of
 from secateur.reconstruct.reconstruct import Prepared, check_request, prepare
 from secateur.requests import ReconstructRequest
 
@@ -102,10 +102,7 @@ def estimate(pruning: Pruning, clock: Clock = work_seconds) -> Record:
     request = pruning.request
     if not request.reconstruct:
         return record
-    if pruning.calibration is None and request.calibration is None and request.model != BUNDLED:
-        raise UsageError(
-            "--reconstruct learns from a text, and this method needs none: name one with --calibration SPEC"
-        )
+    check_text(pruning)
     plan: dict[str, Any] = {
         "model": request.model,
         "calibration": {"spec": pruning.calibration} if pruning.calibration else None,

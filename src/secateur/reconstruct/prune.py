@@ -16,6 +16,7 @@ from secateur.core.errors import UsageError
 from secateur.core.paths import to_path
 from secateur.core.progress import say
 from secateur.core.torchrun import launched
+from secateur.models.load import BUNDLED
 from secateur.models.save import (
     differing_from_plan,
     is_finished,
@@ -27,7 +28,7 @@ from secateur.models.save import (
 from secateur.plan.plan import read_plan_json
 from secateur.prune import run as pruning
 from secateur.prune.calibration import read_windows
-from secateur.prune.prepare import prepare
+from secateur.prune.prepare import Prepared, prepare
 from secateur.prune.settings import prepared_settings
 from secateur.reconstruct.reconstruct import check_request, reconstruct
 from secateur.requests import ReconstructRequest, Request
@@ -62,6 +63,7 @@ def prune(
     records_file = to_path(records_file) or out.parent / "records.jsonl"
     mended = reconstruction_of(request)
     check_request(mended)
+    check_text(prepare(replace(request, reconstruct=False)))
     if is_finished(out, resume=resume, overwrite=overwrite) and _same(request, out, overwrite):
         say(f"{out}: already there")
         if (record := records.last(records_file, "reconstruct", out)) is not None:
@@ -83,6 +85,15 @@ def prune(
     shutil.rmtree(pruned)
     notes.unlink(missing_ok=True)
     return record
+
+
+def check_text(pruning: Prepared) -> None:
+    """Raise UsageError if neither the pruning nor the request names a text for the reconstruction after it."""
+    request = pruning.request
+    if pruning.calibration is None and request.calibration is None and request.model != BUNDLED:
+        raise UsageError(
+            "--reconstruct learns from a text, and this method needs none: name one with --calibration SPEC"
+        )
 
 
 def reconstruction_of(request: Request) -> ReconstructRequest:
