@@ -1,0 +1,257 @@
+"""Search: give every block the widths that cost the model least, for exactly the parameters that should go.
+
+One pass of gradients makes a library: for each block the order in which its feed-forward units and its key-value heads
+would go, and what the removal of each number of them costs (`removal.py`: optimal brain surgery with the
+Kronecker-factored Fisher information of arXiv:2312.17244, on the columns that read the units). A search over the
+library finds the cheapest mix for a budget (`budget.py`), and a forward pass through the pruned model then sets the
+columns that stay to the least-squares best. The library serves any number of budgets: `sweep` and `compare` make it
+once.
+
+What is taken from where: structured removal of columns with an update of the rest (OSSCAR, arXiv:2403.12983), a library
+of blocks at several widths and a search over their mix (Tyr-the-Pruner, arXiv:2503.09657; EvoPress, arXiv:2410.14649).
+They score a mix by running it; here costs add up, so the best mix follows at once. Evolution by measured divergence
+from there, 120 steps, found nothing that held on other text, and neither did more than one pass of gradients
+(docs/lab-log.md).
+
+The sparsity is the fraction of the parameters of the whole model to remove. Every block keeps at least one unit of each
+kind. The loss is that of the text's own next tokens (the empirical Fisher), or of the answers with the text of a task.
+
+Shape letters: S windows, T tokens, O outputs, I inputs of a matrix, U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.backward import Backward, check_reacts
+from secateur.calibrate.statistics import SecondMoment
+from secateur.calibrate.stream import Stream
+from secateur.core.errors import UsageError
+from secateur.core.memory import give_back
+from secateur.core.progress import say, track
+from secateur.cut.block import cut_block
+from secateur.methods.search.budget import Curve, curve, spend, spend_alike
+from secateur.methods.search.removal import Removal, damped, removal, without
+from secateur.models.family import HEADS, check_can
+from secateur.models.parameters import unit_parameters
+from secateur.models.spaces import MEMBERS
+from secateur.models.view import BlockView, ModelView
+from secateur.plan.plan import BlockPlan
+from secateur.plan.quantity import PARAMETERS
+from secateur.plan.run import Run
+
+CALIBRATION = "wikitext2"
+REMOVES = PARAMETERS
+GRADIENTS = True
+DEMO = [{"sparsities": [0.2]}]
+
+Lost = Mapping[str, int]
+"""The units that a block loses, by space."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Options.
+
+    Attributes:
+        update: set the columns that stay to make up for those that go.
+        uniform: give all blocks the same widths; the result is then a stock model.
+        multiple: keep a multiple of so many feed-forward units in each block that loses any, as fast kernels and
+            quantised files want (32 or 256).
+        damping: added to the diagonals of both moments, in units of their mean.
+        rounds: in how many rounds all units of a block would go; after each, costs are those of what is left.
+    """
+
+    update: bool = True
+    uniform: bool = False
+    multiple: int = 1
+    damping: float = 0.01
+    rounds: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("multiple", "rounds"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"search: {name} is {getattr(self, name)}; it is a count of at least 1")
+        if not self.damping > 0:
+            raise UsageError(f"search: damping is {self.damping:g}; it must be above 0, since moments may be singular")
+
+
+def check(view: ModelView, sparsity: float, options: Search) -> None:
+    """Refuse impossible requests before the work begins.
+
+    Raises:
+        UsageError: the sparsity would empty a block; or `uniform` is asked of blocks that differ.
+        SecateurError: heads of this family cannot be removed.
+    """
+    check_can(view.family, HEADS, view.name)
+    if options.uniform and any(view.dims(index) != view.dims(0) for index in range(view.blocks)):
+        raise UsageError(f"search: uniform: the blocks of {view.name} have different widths already; leave out uniform")
+    most = sum(_most(view, index, options) for index in range(view.blocks)) / view.parameters()
+    if sparsity > most:
+        raise UsageError(
+            f"search: --sparsity {sparsity:g} would empty a block: each keeps a key-value head and "
+            f"{_least(options)}, so at most {most:.4f} of the parameters can be removed; use --sparsity "
+            f"{int(most * 100) / 100:g} or less"
+        )
+
+
+def never_stock(options: Search) -> str | None:
+    """Say why the result is not a stock model; None with `uniform`."""
+    return None if options.uniform else "it gives every block its own widths (--set uniform=true does not)"
+
+
+def gradual(options: Search) -> bool:
+    """True: the library of one run serves the next."""
+    return True
+
+
+def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> tuple[BlockPlan, ...]:
+    """Make the library on windows `data` [S, T], search it for the budget, and fit what stays.
+
+    Raises:
+        HopelessError: all gradients are zero.
+        NotFiniteError: a loss or a gradient is NaN or infinite.
+    """
+    measured = run.once(lambda: _library(view, data, options, run))
+    library = [
+        {space: Removal(measured[f"{index}.{space}.order"], measured[f"{index}.{space}.cost"]) for space in MEMBERS}
+        for index in range(view.blocks)
+    ]
+    lost = search(view, library, run.sparsity, options)
+    expected = sum(
+        float(library[index][space].cost_U[count]) for index, of in enumerate(lost) for space, count in of.items()
+    )
+    run.notes["expected_loss"] = round(expected, 4)
+    say(f"search: to second order, the loss of a token rises by {expected:.4f} nats")
+    keep = [_kept(library[index], of) for index, of in enumerate(lost)]
+    return _fitted(view, data, keep, options, run)
+
+
+def _library(view: ModelView, windows: Tensor, options: Search, run: Run) -> dict[str, Tensor]:
+    """Return the removals of all blocks, as `INDEX.SPACE.order` and `INDEX.SPACE.cost`."""
+    backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, spill=run.spill)
+    found: dict[str, Tensor] = {}
+    for block in backward.blocks():
+        for space, one in removals(block, backward, options).items():
+            found |= {f"{block.index}.{space}.order": one.order_U, f"{block.index}.{space}.cost": one.cost_U}
+        give_back()
+    check_reacts("search", [tensor for name, tensor in found.items() if name.endswith("cost")])
+    return found
+
+
+def removals(block: BlockView, backward: Backward, options: Search) -> dict[str, Removal]:
+    """Run a backward pass through its current block, `block`; return the removal of the units of each space."""
+    inputs, outputs = {}, {}
+    for members in MEMBERS.values():
+        rows, columns = block.matrix(members.reader).shape
+        inputs[members.reader] = SecondMoment(columns, backward.gradient_STD.device)
+        outputs[members.reader] = SecondMoment(rows, backward.gradient_STD.device)
+
+    def listen(name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
+        inputs[name].update(x_BTI.flatten(0, 1))
+        outputs[name].update(g_BTO.flatten(0, 1))
+
+    backward.retreat(block, {name: partial(listen, name) for name in inputs})
+    found = {}
+    for space, members in MEMBERS.items():
+        a, g = inputs[members.reader], outputs[members.reader]
+        found[space] = removal(
+            block.matrix(members.reader),
+            damped(a.sum_II / a.tokens, options.damping),
+            damped(g.sum_II / backward.targets, options.damping),
+            block.dims.units()[space],
+            options.rounds,
+        )
+    return found
+
+
+def search(view: ModelView, library: list[dict[str, Removal]], sparsity: float, options: Search) -> list[Lost]:
+    """Return the units that each block loses, for the least cost at which `sparsity` of the parameters go."""
+    budget = sparsity * view.parameters()
+    if options.uniform:
+        alike = []
+        for space in MEMBERS:
+            cost_U = torch.stack([of[space].cost_U for of in library]).sum(0)
+            parameters = sum(unit_parameters(view, index, space) for index in range(view.blocks))
+            alike.append(curve(cost_U, parameters, _multiple(space, options)))
+        counts = dict(zip(MEMBERS, spend_alike(alike, budget), strict=True))
+        return [counts] * view.blocks
+    places = [(index, space) for index in range(view.blocks) for space in MEMBERS]
+    curves = [_curve(view, library, index, space, options) for index, space in places]
+    lost: list[dict[str, int]] = [{} for _ in library]
+    for (index, space), count in zip(places, spend(curves, budget), strict=True):
+        lost[index][space] = count
+    return list(lost)
+
+
+def _curve(view: ModelView, library: list[dict[str, Removal]], index: int, space: str, options: Search) -> Curve:
+    return curve(library[index][space].cost_U, unit_parameters(view, index, space), _multiple(space, options))
+
+
+def _multiple(space: str, options: Search) -> int:
+    return options.multiple if space == "ffn" else 1
+
+
+def _kept(removals: Mapping[str, Removal], lost: Lost) -> dict[str, Tensor]:
+    """Return the units that stay, by space, int32 ascending; spaces that lose nothing are left out."""
+    return {
+        space: removals[space].order_U[count:].sort().values.to(torch.int32) for space, count in lost.items() if count
+    }
+
+
+def _fitted(
+    view: ModelView, windows: Tensor, keep: list[dict[str, Tensor]], options: Search, run: Run
+) -> tuple[BlockPlan, ...]:
+    """Return the plans, with the columns that stay fitted on the stream of the pruned model."""
+    stream = Stream(view, windows, device=run.device, dtype=run.dtype, spill=run.spill) if options.update else None
+    plans = []
+    for block in track(view.iterate(), "search: blocks fitted", view.blocks):
+        of = {space: block.dims.units()[space] for space in keep[block.index]}
+        plan = BlockPlan(block.index, keep=keep[block.index], of=of)
+        if stream is not None:
+            if plan.keep:
+                plan = BlockPlan(
+                    block.index, keep=plan.keep, of=of, updates=_updates(block, stream, plan.keep, options)
+                )
+            if block.index < view.blocks - 1:
+                stream.advance(cut_block(block, plan))
+        plans.append(plan)
+        del block
+        give_back()
+    return tuple(plans)
+
+
+def _updates(block: BlockView, stream: Stream, keep: Mapping[str, Tensor], options: Search) -> dict[str, Tensor]:
+    """Return the matrices that read units which go, with new weights in the columns that stay."""
+    moments = {}
+    for space in keep:
+        name = MEMBERS[space].reader
+        moments[name] = SecondMoment(block.matrix(name).shape[1], stream.device)
+    stream.observe(block, {block.family.matrices[name]: moment.update for name, moment in moments.items()})
+    made = {}
+    for space, keep_K in keep.items():
+        name = MEMBERS[space].reader
+        weight_OI, units = block.matrix(name), block.dims.units()[space]
+        stays_U = torch.zeros(units, dtype=torch.bool).index_fill_(0, keep_K.long(), True)
+        stays_I = stays_U.repeat_interleave(weight_OI.shape[1] // units)
+        a_II = damped(moments[name].sum_II / moments[name].tokens, options.damping)
+        made[name] = without(weight_OI, a_II, stays_I).to(block.dtype or weight_OI.dtype)
+    return made
+
+
+def _most(view: ModelView, index: int, options: Search) -> int:
+    """Return the number of parameters that a block can lose."""
+    units = view.dims(index).units()
+    return sum(
+        unit_parameters(view, index, space) * max(0, units[space] - min(units[space], _multiple(space, options)))
+        for space in MEMBERS
+    )
+
+
+def _least(options: Search) -> str:
+    return "a feed-forward unit" if options.multiple == 1 else f"{options.multiple} feed-forward units"

@@ -1,0 +1,110 @@
+"""How many units each block loses, so that the parameters that go reach the budget at the least cost.
+
+The costs of blocks add up (to second order, and as if blocks did not interact). The cheapest mix then has one price
+for all: every block and space removes the number k that is lowest in
+
+    cost(k) - price * parameters(k)
+
+and the price is the lowest that reaches the budget: no mix that removes as many parameters costs less (Everett's
+theorem on Lagrange multipliers, Operations Research 11, 1963). What the last step of the price took too much is then
+given back, the units that cost most for each parameter first. Numbers inside a dent of a curve that is not convex are
+never chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_HALVINGS = 200
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a space of a block can lose.
+
+    Attributes:
+        cost_K: the costs of the choices, float64, the first 0 for nothing.
+        removed_K: the units that each choice removes, ascending from 0.
+        parameters: of one unit.
+    """
+
+    cost_K: Tensor
+    removed_K: Tensor
+    parameters: int
+
+    def cheapest(self, price: float) -> int:
+        """Return the choice that is lowest in cost minus price times parameters; of equal ones the smallest."""
+        return int((self.cost_K - price * self.parameters * self.removed_K).argmin())
+
+
+def curve(cost_U: Tensor, parameters: int, multiple: int = 1) -> Curve:
+    """Return the choices of a space that keeps a multiple of `multiple` units, or all."""
+    units = len(cost_U)
+    removed_K = torch.tensor([k for k in range(units) if k == 0 or (units - k) % multiple == 0])
+    return Curve(cost_U[removed_K], removed_K, parameters)
+
+
+def spend(curves: Sequence[Curve], budget: float) -> list[int]:
+    """Return the units that each curve removes.
+
+    Args:
+        curves: the choices.
+        budget: the parameters that have to go; the result removes as many or more, by less than one choice where the
+            curves are convex.
+    """
+
+    def removed(choices: Sequence[int]) -> int:
+        return sum(int(c.removed_K[k]) * c.parameters for c, k in zip(curves, choices, strict=True))
+
+    def at(price: float) -> list[int]:
+        return [c.cheapest(price) for c in curves]
+
+    low, high = 0.0, 1.0
+    while removed(at(high)) < budget:
+        low, high = high, high * 4
+        if high > 1e300:  # the caller checks that the budget can be met
+            return [len(c.removed_K) - 1 for c in curves]
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if removed(at(middle)) >= budget else (middle, high)
+    choices = at(high)
+    surplus = removed(choices) - budget
+    while (back := _dearest(curves, choices, surplus)) is not None:
+        before = removed(choices)
+        choices[back] -= 1
+        surplus -= before - removed(choices)
+    return [int(c.removed_K[k]) for c, k in zip(curves, choices, strict=True)]
+
+
+def _dearest(curves: Sequence[Curve], choices: Sequence[int], surplus: float) -> int | None:
+    """Return the curve whose last step costs most a parameter, of those that the surplus pays for; None without one."""
+    best, dearest = -1.0, None
+    for number, (c, k) in enumerate(zip(curves, choices, strict=True)):
+        if k == 0:
+            continue
+        parameters = int(c.removed_K[k] - c.removed_K[k - 1]) * c.parameters
+        price = float(c.cost_K[k] - c.cost_K[k - 1]) / parameters
+        if parameters <= surplus and price > best:
+            best, dearest = price, number
+    return dearest
+
+
+def spend_alike(curves: Sequence[Curve], budget: float) -> list[int]:
+    """Return the units that two spaces remove from every block, at the least cost that meets the budget.
+
+    Args:
+        curves: the choices of the two spaces, with the costs and parameters of all blocks together.
+        budget: the parameters that have to go.
+    """
+    first, second = curves
+    best, found = float("inf"), [len(c.removed_K) - 1 for c in curves]
+    for k in range(len(first.removed_K)):
+        missing = budget - int(first.removed_K[k]) * first.parameters
+        enough = (second.removed_K * second.parameters >= missing).nonzero()
+        if len(enough) and (cost := float(first.cost_K[k] + second.cost_K[enough[0, 0]])) < best:
+            best, found = cost, [k, int(enough[0, 0])]
+    return [int(c.removed_K[k]) for c, k in zip(curves, found, strict=True)]
