@@ -52,6 +52,7 @@ from secateur.predict import find as predict_find
 from secateur.predict.read import read_points
 from secateur.prune.allocation.allocate import allocate
 from secateur.prune.calibration import draw_windows, read_windows
+from secateur.prune.default import with_method
 from secateur.prune.driver import pruned_blocks, whole_model_plan
 from secateur.prune.job import make_job
 from secateur.prune.prepare import options_given, prepare, subject_and_sparsity
@@ -145,6 +146,7 @@ __all__ = [
     "unpack",
     "verdict",
     "view_model",
+    "with_method",
     "write_report",
 ]
 

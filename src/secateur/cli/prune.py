@@ -22,7 +22,7 @@ _SHORT = ("result", "results", "needs")  # the facts of every method in the list
 def prune(
     model: opt.Model,
     out: Annotated[Path | None, Option(help="The folder to write.")] = None,
-    method: Annotated[str, Option(metavar="NAME", help=opt.METHOD)] = "",
+    method: Annotated[str, Option(metavar="NAME", help=f"{opt.METHOD} Default: {opt.NO_METHOD}")] = Request.method,
     sparsity: Annotated[float | None, Option(help="The fraction to remove, in [0, 1).")] = Request.sparsity,
     params_removed: Annotated[
         float | None,
@@ -56,11 +56,10 @@ def prune(
 ) -> None:
     """Prune a model and write the result."""
     with command(debug, resume=RESUME, several=not dry_run):
-        if not method:
-            raise UsageError("--method M is missing: the name of a method (`secateur methods` lists them)")
         request = given(Request, "prune", locals(), options=settings(options))
         from secateur.cli.quiet_api import api
 
+        request = api.with_method(request)
         if dry_run:
             record = api.estimate(api.prepare(request))
         elif out is None:

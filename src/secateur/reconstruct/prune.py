@@ -28,6 +28,7 @@ from secateur.models.save import (
 from secateur.plan.plan import read_plan_json
 from secateur.prune import run as pruning
 from secateur.prune.calibration import read_windows
+from secateur.prune.default import with_method
 from secateur.prune.prepare import Prepared, prepare
 from secateur.prune.settings import prepared_settings
 from secateur.reconstruct.reconstruct import check_request, reconstruct
@@ -46,7 +47,8 @@ def prune(
     """Prune a model and write the result to `out`, reconstructed if `request.reconstruct` says so.
 
     Args:
-        request, out, resume, overwrite, records_file, how: as for `secateur.prune.run.prune`.
+        request, out, resume, overwrite, records_file, how: as for `secateur.prune.run.prune`; a request without a
+            method gets one (`prune.default`).
 
     Returns:
         The record: of `prune`, or of `reconstruct` with the time and the memory of both.
@@ -54,6 +56,7 @@ def prune(
     Raises:
         UsageError, SecateurError: the run failed; `out` then holds nothing that looks like a result.
     """
+    request = with_method(request)
     again: dict[str, Any] = {"resume": resume, "overwrite": overwrite}
     if not request.reconstruct:
         return pruning.prune(request, out, records_file=records_file, **again, **how)

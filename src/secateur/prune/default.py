@@ -1,0 +1,38 @@
+"""The method of a prune that names none: what is best within minutes by the tables of docs/which-method.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from secateur.core.errors import UsageError
+from secateur.core.progress import say
+from secateur.plan.pattern import parse_pattern
+from secateur.requests import Request
+
+SMALLER, ZEROS = "search", "sparsegpt"
+
+
+def with_method(request: Request) -> Request:
+    """Return a request that names no method with one, and with reconstruction; any other request as it is.
+
+    A share of all parameters takes `search` (with equal widths for `stock_only`), a pattern of zeros `sparsegpt`. What
+    was chosen is said.
+
+    Raises:
+        UsageError: the request says neither.
+    """
+    if request.method:
+        return request
+    if request.pattern is not None and not parse_pattern(request.pattern).structured:
+        method, what = ZEROS, "zeros"
+        options = request.options
+    elif request.params_removed is not None and request.pattern is None:
+        method, what = SMALLER, "a smaller model"
+        options = {"uniform": True, **request.options} if request.stock_only else request.options
+    else:
+        raise UsageError(
+            "--method M is missing: name one (`secateur methods` lists them), or say what you want: --params-removed R "
+            "for a smaller model, --pattern 2:4 or --pattern unstructured --sparsity S for zeros"
+        )
+    say(f"no --method: {method}, then reconstruct, the best for {what} by docs/which-method.md; --dry-run has the time")
+    return replace(request, method=method, options=options, reconstruct=True)

@@ -1,0 +1,49 @@
+"""A prune that names no method: what it takes, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secateur import api
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "options"),
+    [
+        ({"params_removed": 0.3}, "search", {}),
+        ({"params_removed": 0.3, "stock_only": True}, "search", {"uniform": True}),
+        ({"pattern": "2:4"}, "sparsegpt", {}),
+        ({"pattern": "unstructured", "sparsity": 0.5}, "sparsegpt", {}),
+    ],
+)
+def test_what_is_asked_for_tells_the_method(
+    asked: dict[str, Any], method: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = api.with_method(api.Request("model", **asked))
+    assert (found.method, found.options, found.reconstruct) == (method, options, True)
+    assert f"no --method: {method}, then reconstruct" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [{}, {"sparsity": 0.5}, {"pattern": "rows", "params_removed": 0.3}])
+def test_a_request_that_says_neither_is_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(
+        api.UsageError, match=r"--method M is missing: name one .* or say what you want: --params-removed R"
+    ):
+        api.with_method(api.Request("model", **asked))
+
+
+def test_a_method_that_is_named_stays() -> None:
+    request = api.Request("model", "magnitude", params_removed=0.3)
+    assert api.with_method(request) is request
+
+
+def test_the_result_is_smaller_and_mended(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    request = api.Request(str(saved("llama")), params_removed=0.3, calibration=ids_file, samples=6)
+    record = api.prune(request, tmp_path / "out")
+    assert (record["command"], record["method"]) == ("reconstruct", "search")
+    assert record["pruning_ratio"] == pytest.approx(0.3, abs=0.01)
+    assert api.prune(request, tmp_path / "out", resume=True) == record
