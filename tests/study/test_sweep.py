@@ -1,4 +1,4 @@
-"""A sweep, or a comparison, whose point was interrupted goes on under its new options."""
+"""A sweep, or a comparison: what its points share, and how an interrupted point goes on under new options."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from secateur import api
 from secateur.cli import app
+from secateur.plan import run as run_module
 from secateur.study import compare
 
 FEW, MORE = "steps=2", "steps=80"
@@ -94,3 +95,36 @@ def test_what_is_measured_is_said_once_and_first(
     assert status == 0, stderr
     told = "measuring perplexity on ids.npy (protocol text, 2 windows of 20 tokens); --text, --protocol, --eval-seqlen"
     assert [line.startswith(told) for line in stderr.splitlines()] == [True] + [False] * stderr.rstrip().count("\n")
+
+
+@pytest.mark.parametrize("by", ["sparsities", "ratios"])
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [("search", [0.1, 0.3]), ("llm_pruner", [0.1, 0.2]), ("heads", [0.2, 0.4]), ("shortgpt", [0.3, 0.5])],
+)
+def test_what_is_measured_once_serves_every_point(
+    method: str,
+    sizes: list[float],
+    by: str,
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured, save = [], run_module.save_whole
+    monkeypatch.setattr(run_module, "save_whole", lambda *given: measured.append(given[0]) or save(*given))
+    if method == "heads" and by == "ratios":
+        sizes = [size / 10 for size in sizes]
+    request = api.Request(str(saved("llama", blocks=4)), method, calibration=ids_file)
+    given = {"sparsities": [], "ratios": [], by: sizes}
+    found = list(
+        api.sweep(
+            request, given["sparsities"], tmp_path / "s", api.EvalRequest("", text=ids_file), ratios=given["ratios"]
+        )
+    )
+    assert len(measured) == 1
+    assert not (tmp_path / "s" / "gradual").exists()
+    asked = {"sparsity" if by == "sparsities" else "params_removed": sizes[-1]}
+    api.prune(api.Request(request.model, method, calibration=ids_file, **asked), tmp_path / "alone")
+    alone, last = (folder / "model.safetensors" for folder in (tmp_path / "alone", Path(found[-1]["out"])))
+    assert alone.read_bytes() == last.read_bytes()

@@ -53,7 +53,7 @@ def estimates_notes(found: Sequence[Record]) -> Iterator[str]:
     if together["seconds_estimated"] is not None and None not in alone:
         pruning = together["seconds_estimated"] - together["seconds_measuring"] - together.get("seconds_starting", 0.0)
         if sum(alone) > pruning + 1:  # seconds; they are rounded
-            yield "A gradual method passes through the lower sizes on its way, so the last line counts its longest run."
+            yield "A gradual method does its work once for all sizes, so the last line counts its longest run."
     disk = "" if together["disk_bytes"] is None else f" They would take {size_words(together['disk_bytes'])} of disk."
     yield f"{plural(len(runs), 'run')} in all, each measured.{disk} Nothing was written."
 

@@ -66,7 +66,7 @@ class Method:
         return self.says.by_rows is not None and self.says.by_rows(options)
 
     def gradual(self, options: Any) -> bool:
-        """Return True if a run to a higher sparsity passes through the lower ones."""
+        """Return True if a run may go on from the state of a run at a lower sparsity."""
         return self.says.gradual is not None and self.says.gradual(options)
 
     def options(self, given: Mapping[str, Any]) -> Any:

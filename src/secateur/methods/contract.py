@@ -127,7 +127,10 @@ class ByRows(Protocol):
 
 
 class Gradual(Protocol):
-    """Return True if a run to a higher sparsity passes through lower ones, and may go on from `run.state_file`."""
+    """Return True if a run may go on from the `run.state_file` of a run at a lower sparsity.
+
+    Either it passes through the lower sparsity, or what was measured (`run.once`) serves both.
+    """
 
     def __call__(self, options: Any, /) -> bool: ...
 

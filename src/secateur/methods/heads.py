@@ -95,6 +95,11 @@ def check(view: ModelView, sparsity: float, options: Heads) -> None:
         )
 
 
+def gradual(options: Heads) -> bool:
+    """Return True: the scores of one run serve the next."""
+    return True
+
+
 def plan_model(view: ModelView, data: Tensor, options: Heads, run: Run) -> tuple[BlockPlan, ...]:
     """Measure the importance of the heads on windows `data` [S, T], and remove the least important.
 

@@ -167,6 +167,11 @@ def rehearsal(options: LLMPruner, sparsity: float) -> tuple[LLMPruner, dict[str,
     return replace(options, keep_first=0, keep_last=0), {}
 
 
+def gradual(options: LLMPruner) -> bool:
+    """Return True: the scores of one run serve the next."""
+    return True
+
+
 def plan_model(view: ModelView, data: Tensor, options: LLMPruner, run: Run) -> tuple[BlockPlan, ...]:
     """Score the units on windows `data` [S, T], and choose those to remove.
 

@@ -88,6 +88,11 @@ def rehearsal(options: ShortGPT, sparsity: float) -> tuple[ShortGPT, dict[str, i
     return replace(options, first=0, last=0), {}
 
 
+def gradual(options: ShortGPT) -> bool:
+    """Return True: the influences of one run serve the next."""
+    return True
+
+
 def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> tuple[BlockPlan, ...]:
     """Measure the influence of every block on windows `data` [S, T], and drop the blocks of the lowest.
 

@@ -40,7 +40,7 @@ from secateur.prune.work import make_checkpoint
 from secateur.prune.write import LEARNING, new_writer
 from secateur.requests import Request
 
-STATES = "gradual"  # the folder beside the results with the saved states of a gradual method, shared by its runs
+STATES = "gradual"  # the folder beside the results with the saved states of gradual methods, shared by their runs
 _ALLOCATION = "allocation"  # the part that holds the chosen sparsity of each matrix
 
 
@@ -65,8 +65,8 @@ def prune(
         resume: continue an interrupted run; do not touch the result of a finished one.
         overwrite: replace the content of `out`.
         records_file: the file to append the record to; None takes `records.jsonl` in the parent of `out`.
-        states: a folder where a gradual method saves its state for a higher sparsity, and finds the state of a lower
-            one; the caller removes it. None: the run shares no state.
+        states: a folder where a gradual method (`methods.contract.Gradual`) saves its state for a higher sparsity, and
+            finds the state of a lower one; the caller removes it. None: the run shares no state.
         clock: returns seconds. Those of the record are of all parts of a run that was interrupted and resumed.
 
     Raises:
@@ -201,7 +201,7 @@ def _shared_state(prepared: Prepared, settings: Mapping[str, Any], states: Path)
     ):
         return None
     shared = {
-        **{name: value for name, value in settings.items() if name != "sparsity"},
+        **{name: value for name, value in settings.items() if name not in ("sparsity", "params_removed")},
         "source": identity(prepared.checkpoint),
     }
     with disk(states.parent):

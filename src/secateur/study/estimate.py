@@ -117,7 +117,7 @@ def _process_bytes(record: Record) -> int:
 
 
 def _together(requests: Mapping[str, Request], seconds: Mapping[str, float | None]) -> float | None:
-    """Return the seconds of all prunes; of a gradual method the longest, which passes through the others."""
+    """Return the seconds of all prunes; of a gradual method the longest, which does the work of all."""
     alone, gradual = 0.0, dict[str, float]()
     for name, request in requests.items():
         if (once := seconds[name]) is None:

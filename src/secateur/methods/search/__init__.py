@@ -106,7 +106,7 @@ def never_stock(options: Search) -> str | None:
 
 
 def gradual(options: Search) -> bool:
-    """True: the library of one run serves the next."""
+    """Return True: the library of one run serves the next."""
     return True
 
 
