@@ -57,9 +57,14 @@ def reconstructed_blocks(
             targets.advance(place.after, block)
         done = finished(index)
         if done is None:
+            del block  # a block in training takes memory enough
             with watch("fit"):
-                found = _fitted(stream, targets, block, len(windows), how)
+                found = _fitted(stream, targets, index, len(windows), how)
+            give_back()
+            with watch("files"):
+                block = pruned.block(index)
             done = replace(block, tensors={**block.tensors, **found.tensors}), found
+            del found
         del block
         give_back()
         if index < pruned.blocks - 1:
@@ -71,20 +76,23 @@ def reconstructed_blocks(
         give_back()
 
 
-def _fitted(stream: Stream, targets: DenseStream, block: BlockView, windows: int, how: How) -> Fitted:
+def _fitted(stream: Stream, targets: DenseStream, index: int, windows: int, how: How) -> Fitted:
+    """Return what becomes of a block of the pruned model."""
+    block = stream.view.block(index)
+    dims, dtypes = block.dims, {name: tensor.dtype for name, tensor in block.tensors.items()}
     sizes = {
         min(how.together, how.batch),
         how.batch % how.together,
         min(how.together, how.held_out),
         how.held_out % how.together,
     }
-    arguments = {size: stream.arguments(block.index, size) for size in sizes - {0}}
+    arguments = {size: stream.arguments(index, size) for size in sizes - {0}}
 
     def run(module: nn.Module, rows: Tensor) -> Tensor:
-        entering_BTD = stream.hidden_STD[rows, :, : block.dims.enters].to(stream.device)
+        entering_BTD = stream.hidden_STD[rows, :, : dims.enters].to(stream.device)
         out: Tensor = module(entering_BTD, **arguments[len(rows)])
         return out
 
     with stream.loaded(block, forward_only=False) as module:
-        dtypes = {name: tensor.dtype for name, tensor in block.tensors.items()}
-        return fit(module, dtypes, run, targets.target, windows, replace(how, seed=how.seed + block.index))
+        del block  # the module has its weights, in float32
+        return fit(module, dtypes, run, targets.target, windows, replace(how, seed=how.seed + index))

@@ -91,13 +91,15 @@ def fit(
     trained = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
     for p in trained.values():
         p.requires_grad_(True)
-    masks = {name: mask for name, p in trained.items() if (mask := _zeros(p)) is not None}
+        if p.dim() > 1 and bool((p == 0).any()):
+            p.register_post_accumulate_grad_hook(_keep_zeros)
     held_out = torch.arange(windows - how.held_out, windows)
     before = best = _error(module, run, target, held_out, how)
     step_of_best, kept = 0, {}
     optimiser = torch.optim.Adam(
         [{"params": [p], "lr": how.lr * _scale(p), "most": how.lr * _scale(p)} for p in trained.values()],
         betas=(0.9, 0.95),
+        fused=True,  # in place, without temporaries
     )
     looks = {round(how.steps * look / how.looks) for look in range(1, how.looks + 1)}
     for step in range(how.steps):
@@ -110,14 +112,12 @@ def fit(
             loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, keep in masks.items():
-                trained[name].mul_(keep)
         if step + 1 in looks:
-            stored = {name: p.detach().to(dtypes[name]) for name, p in trained.items()}
+            stored = {name: p.detach().to(dtypes[name], copy=True) for name, p in trained.items()}
             error = _error(module, run, target, held_out, how, stored)
             if error < best:
-                best, step_of_best, kept = error, step + 1, {name: t.clone() for name, t in stored.items()}
+                best, step_of_best, kept = error, step + 1, stored
+            del stored
     return Fitted(before, best, step_of_best, kept)
 
 
@@ -147,12 +147,10 @@ def _error(
     return total / len(rows)
 
 
-def _zeros(parameter: Tensor) -> Tensor | None:
-    """Return where a matrix is not zero, or None where it is nowhere zero or no matrix."""
-    if parameter.dim() < 2:
-        return None
-    keep = parameter.detach() != 0
-    return None if bool(keep.all()) else keep
+def _keep_zeros(matrix: Tensor) -> None:
+    """Drop the gradient of the zeros of a matrix: Adam then leaves them as they are, to the bit."""
+    assert matrix.grad is not None
+    matrix.grad.masked_fill_(matrix.detach() == 0, 0)
 
 
 def _scale(parameter: Tensor) -> float:

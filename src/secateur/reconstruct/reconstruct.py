@@ -46,7 +46,7 @@ from secateur.text.tokens import check_ids
 from secateur.text.windows import calibration_facts
 
 _LONGEST = 512  # tokens in a window by default
-_TOKENS_AT_ONCE = 1024  # of a window or more: what the gradients of a block are computed for at a time
+_TOKENS_AT_ONCE = 512  # of a window or more: what the gradients of a block are computed for at a time
 
 _SCRATCH = ("scratch-dense.bin", "scratch-pruned.bin")  # the residual streams
 
