@@ -20,6 +20,7 @@ TRUE: dict[str, tuple[float, ...]] = {
     "ratio": (-1.08, 0.96),
     "theory": (-1.0, 1.0),
     "log-linear": (2.3, 0.4),
+    "log-slope": (2.3, 0.0),
     "power": (1.7, -0.2),
     "quadratic": (0.8, 4.0),
     "exponential": (0.3, 5.0),
@@ -29,7 +30,7 @@ TRUE: dict[str, tuple[float, ...]] = {
     "linear": (-0.8, 1.02),
 }
 DENSE = {"ppl": 5.47, "acc": 0.78}
-EXACT = {"ratio", "theory", "log-linear", "power", "log-ratio", "proportional", "linear"}
+EXACT = {"ratio", "theory", "log-linear", "log-slope", "power", "log-ratio", "proportional", "linear"}
 every_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 
 
@@ -64,6 +65,7 @@ def test_formula_is_the_curve(law: Law) -> None:
         "ratio": lambda s: math.exp(ln / (c[0] * s + c[1])),
         "theory": lambda s: math.exp(ln / (1 - s)),
         "log-linear": lambda s: v0 * math.exp(c[0] * s + c[1]),
+        "log-slope": lambda s: v0 * math.exp(c[0] * s),
         "power": lambda s: math.exp(ln / (math.exp(c[1]) * (1 - s) ** c[0])),
         "quadratic": lambda s: v0 * math.exp(c[0] * s + c[1] * s * s),
         "exponential": lambda s: v0 * math.exp(c[0] * (math.exp(c[1] * s) - 1) / c[1]),
@@ -224,6 +226,7 @@ def test_each_form_wins_on_its_own_data(law: Law) -> None:
     best = judge(law.kind, S, curve(law), DENSE[law.kind])[0]
     nested = {
         "theory": {"theory", "ratio", "power"},
+        "log-slope": {"log-slope", "log-linear", "quadratic", "exponential", "phase"},
         "proportional": {"proportional", "log-ratio"},
     }  # the wider form is exact there too
     assert best.law.name in nested.get(law.name, {law.name})

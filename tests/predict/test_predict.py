@@ -142,7 +142,7 @@ def test_records_and_csv_and_api_agree(sweep: Path, tmp_path: Path) -> None:
 def test_every_rival_is_there_with_its_held_out_error(sweep: Path) -> None:
     answer = ask(sweep)
     names = [rival["law"] for rival in answer["rivals"]]
-    assert set(names) == {"ratio", "theory", "log-linear", "power", "quadratic", "exponential", "phase"}
+    assert set(names) == {"ratio", "theory", "log-linear", "log-slope", "power", "quadratic", "exponential", "phase"}
     assert names[0] == answer["best"] == "ratio"
     phase = next(rival for rival in answer["rivals"] if rival["law"] == "phase")
     assert (phase["fitted"], phase["heldout_rmse"], phase["heldout_points"]) == (
@@ -232,7 +232,7 @@ def test_text_answer(sweep: Path) -> None:
 
 def test_the_first_line_has_the_spread_over_laws_and_the_range_that_was_measured(sweep: Path) -> None:
     inside, outside = ask(sweep, "--at", "0.25,0.8")["predictions"]
-    rivals = {"exponential", "power", "log-linear", "quadratic"}  # fitted, and judged on held-out points
+    rivals = {"exponential", "power", "log-linear", "log-slope", "quadratic"}  # fitted, and judged on held-out points
     for entry in (inside, outside):
         laws = [ask(sweep, "--law", law, "--at", entry["sparsity"])["predictions"][0]["ppl"] for law in rivals]
         assert entry["other_laws"] == [min(laws), max(laws)]
@@ -667,7 +667,9 @@ def test_the_plot_is_written_and_the_same_twice(sweep: Path, tmp_path: Path) -> 
     assert other.read_bytes() != first.read_bytes()
 
 
-@pytest.mark.parametrize("law", ["ratio", "theory", "log-linear", "power", "quadratic", "exponential", "phase"])
+@pytest.mark.parametrize(
+    "law", ["ratio", "theory", "log-linear", "log-slope", "power", "quadratic", "exponential", "phase"]
+)
 def test_every_law_can_be_drawn(law: str, sweep: Path, tmp_path: Path) -> None:
     ask(sweep, "--law", law, "--plot", tmp_path / "law.png")
     assert (tmp_path / "law.png").stat().st_size > 10_000

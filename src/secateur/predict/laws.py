@@ -351,6 +351,15 @@ LAWS: tuple[Law, ...] = (
         LOG,
     ),
     LinearLaw(
+        "log-slope",
+        "ppl",
+        "ln PPL - ln PPL0 = a s",
+        "0 <= s < 1",
+        "a rival form: log-linear through the dense model; one point determines it",
+        LOG,
+        b=0.0,
+    ),
+    LinearLaw(
         "power",
         "ppl",
         "ln PPL0 / ln PPL = exp(b) (1 - s)^a",

@@ -46,6 +46,7 @@ _RIVALS = {
     "ratio": (_LAW, "-"),
     "theory": (_CLAIM, "--"),
     "log-linear": (COLOURS[2], "-."),
+    "log-slope": (COLOURS[2], ":"),
     "power": (COLOURS[3], ":"),
     "quadratic": (COLOURS[5], ":"),
     "exponential": (COLOURS[4], "--"),
