@@ -2,15 +2,15 @@
 
 One pass of gradients makes a library: for each block the order in which its feed-forward units and its key-value heads
 would go, and what the removal of each number of them costs (`removal.py`: optimal brain surgery with a
-Kronecker-factored Fisher information, on the columns that read the units). A search over the library finds the cheapest mix for a budget (`budget.py`), and a forward pass through the pruned model then sets the
-columns that stay to the least-squares best. The library serves any number of budgets: `sweep` and `compare` make it
-once.
+Kronecker-factored Fisher information, on the columns that read the units). A search over the library finds the cheapest
+mix for a budget (`budget.py`), and a forward pass through the pruned model then sets the columns that stay to the
+least-squares best. The library serves any number of budgets: `sweep` and `compare` make it once.
 
 No paper describes this method; these have its parts: a library of blocks at several widths and a search over their mix
 (Tyr-the-Pruner, arXiv:2503.09657; EvoPress, arXiv:2410.14649), the removal of columns with an update of the rest
-(OSSCAR, arXiv:2403.12983), the factors (LLM Surgeon, arXiv:2312.17244). The first two score a mix by running it; here costs add up, so the best mix follows at once. Evolution by measured divergence
-from there, 120 steps, found nothing that held on other text, and neither did more than one pass of gradients
-(docs/lab-log.md).
+(OSSCAR, arXiv:2403.12983), the factors (LLM Surgeon, arXiv:2312.17244). The first two score a mix by running it; here
+costs add up, so the best mix follows at once. Evolution by measured divergence from there, 120 steps, found nothing
+that held on other text, and neither did more than one pass of gradients (docs/lab-log.md).
 
 The sparsity is the fraction of the parameters of the whole model to remove. Every block keeps at least one unit of each
 kind. The loss is that of the text's own next tokens (the empirical Fisher), or of the answers with the text of a task.
