@@ -122,7 +122,7 @@ def test_a_dry_run_counts_zeros_as_the_method_does(method: str, dense: Path, ids
             r"the first step that reaches it removes \d+\.\d%",
         ),
         (
-            ["--method", "slicegpt", "--sparsity", 0.1, "--set", "round=1"],
+            ["--method", "slicegpt", "--sparsity", 0.1, "--set", "round=1", "--set", "head=own"],
             r"slicegpt at sparsity 0\.1: [\d,]+ parameters",
         ),
     ],
