@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur import api
 from secateur.methods import search as method
-from secateur.methods.search.budget import curve, spend, spend_alike
+from secateur.methods.search.budget import Curve, curve, spend, spend_alike
 from secateur.methods.search.removal import damped, removal, without
 from secateur.models.spaces import MEMBERS
 from secateur.plan.run import Run
@@ -82,7 +82,7 @@ def test_units_that_nothing_feels_go_first_at_no_cost() -> None:
     found = removal(weight_OI, a_II, g_OO, 6, rounds=6)
     assert int(found.order_U[0]) == 3
     assert float(found.cost_U[1]) == pytest.approx(0, abs=1e-12)
-    nothing = removal(weight_OI, a_II, damped(torch.zeros(4, 4), 0.01) * 0 + torch.eye(4) * 1e-30, 6, rounds=6)
+    nothing = removal(weight_OI, a_II, damped(torch.zeros(4, 4), 0.01), 6, rounds=6)
     assert float(nothing.cost_U.max()) < 1e-20
 
 
@@ -115,6 +115,22 @@ def test_no_mix_that_removes_a_unit_more_costs_less(budget: int) -> None:
     assert budget <= removed(found) < budget + max(sizes)
     more = [counts for counts in product(range(5), repeat=3) if removed(counts) >= budget + max(sizes) - 1]
     assert cost(found) <= min(map(cost, more)) + 1e-12
+
+
+def test_a_dent_in_a_curve_is_no_trap() -> None:
+    dented = Curve(torch.tensor([0.0, 10, 11, 12], dtype=torch.float64), torch.arange(4), 1)
+    straight = Curve(torch.tensor([0.0, 5, 10, 15], dtype=torch.float64), torch.arange(4), 1)
+    assert spend([dented, straight], 1) == [0, 1]
+    assert spend([dented, straight], 2) == [0, 2]
+    assert spend([dented, straight], 3) == [3, 0]
+
+
+def test_gradients_that_are_all_zero_are_refused(windows: Tensor) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.norm").weight.zero_()
+    with pytest.raises(api.SecateurError, match="search: all gradients are zero"):
+        api.plan(model, "search", windows, sparsity=0.3)
 
 
 def test_widths_can_be_multiples_and_equal() -> None:
@@ -171,19 +187,22 @@ def test_the_budget_is_met_to_the_unit(
     assert record["expected_loss"] > 0
 
 
-def test_equal_widths_are_a_stock_model(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "name"), [("llama", "LlamaForCausalLM"), ("opt", "OPTForCausalLM")])
+def test_equal_widths_are_a_stock_model(
+    model_type: str, name: str, saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
     request = api.Request(
-        str(saved("llama")),
+        str(saved(model_type)),
         "search",
-        params_removed=0.3,
+        params_removed=0.2,
         calibration=ids_file,
         options={"uniform": True, "multiple": 8},
         stock_only=True,
     )
     record = api.prune(request, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert type(model).__name__ == "LlamaForCausalLM"
-    assert model.config.intermediate_size % 8 == 0
+    assert type(model).__name__ == name
+    assert getattr(model.config, "intermediate_size" if model_type == "llama" else "ffn_dim") % 8 == 0
     assert sum(p.numel() for p in model.parameters()) == record["params_after"]
 
 

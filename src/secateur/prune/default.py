@@ -35,4 +35,5 @@ def with_method(request: Request) -> Request:
             "for a smaller model, --pattern 2:4 or --pattern unstructured --sparsity S for zeros"
         )
     say(f"no --method: {method}, then reconstruct, the best for {what} by docs/which-method.md; --dry-run has the time")
-    return replace(request, method=method, options=options, reconstruct=True)
+    mended = request.params_removed != 0  # at 0 there is nothing to mend
+    return replace(request, method=method, options=options, reconstruct=mended)

@@ -3,8 +3,8 @@
 One pass of gradients makes a library: for each block the order in which its feed-forward units and its key-value heads
 would go, and what the removal of each number of them costs (`removal.py`: optimal brain surgery with a
 Kronecker-factored Fisher information, on the columns that read the units). A search over the library finds the cheapest
-mix for a budget (`budget.py`), and a forward pass through the pruned model then sets the columns that stay to the
-least-squares best. The library serves any number of budgets: `sweep` and `compare` make it once.
+mix for a budget (`budget.py`), and a forward pass then sets the columns that stay to the least-squares best for
+what the pruned blocks before give. The library serves any number of budgets: `sweep` and `compare` make it once.
 
 No paper describes this method; these have its parts: a library of blocks at several widths and a search over their mix
 (Tyr-the-Pruner, arXiv:2503.09657; EvoPress, arXiv:2410.14649), the removal of columns with an update of the rest
@@ -20,6 +20,7 @@ Shape letters: S windows, T tokens, O outputs, I inputs of a matrix, U units.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,7 @@ from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
 from secateur.plan.run import Run
 
+_ROUNDING = 1e-3  # of a parameter, so that a share of the model that is a whole number stays that number
 CALIBRATION = "wikitext2"
 REMOVES = PARAMETERS
 GRADIENTS = True
@@ -135,16 +137,20 @@ def _library(view: ModelView, windows: Tensor, options: Search, run: Run) -> dic
     """Return the removals of all blocks, as `INDEX.SPACE.order` and `INDEX.SPACE.cost`."""
     backward = Backward(view, windows, device=run.device, dtype=run.dtype, labels=run.labels, spill=run.spill)
     found: dict[str, Tensor] = {}
+    felt: list[Tensor] = []
     for block in backward.blocks():
-        for space, one in removals(block, backward, options).items():
+        for space, one in removals(block, backward, options, felt).items():
             found |= {f"{block.index}.{space}.order": one.order_U, f"{block.index}.{space}.cost": one.cost_U}
         give_back()
-    check_reacts("search", [tensor for name, tensor in found.items() if name.endswith("cost")])
+    check_reacts("search", felt)
     return found
 
 
-def removals(block: BlockView, backward: Backward, options: Search) -> dict[str, Removal]:
-    """Run a backward pass through its current block, `block`; return the removal of the units of each space."""
+def removals(block: BlockView, backward: Backward, options: Search, felt: list[Tensor]) -> dict[str, Removal]:
+    """Run a backward pass through its current block, `block`; return the removal of the units of each space.
+
+    `felt` receives the mean squares of the gradients: where they are zero, nothing that the matrix gives is felt.
+    """
     inputs, outputs = {}, {}
     for members in MEMBERS.values():
         rows, columns = block.matrix(members.reader).shape
@@ -158,7 +164,8 @@ def removals(block: BlockView, backward: Backward, options: Search) -> dict[str,
     backward.retreat(block, {name: partial(listen, name) for name in inputs})
     found = {}
     for space, members in MEMBERS.items():
-        a, g = inputs[members.reader], outputs[members.reader]
+        a, g = inputs.pop(members.reader), outputs.pop(members.reader)
+        felt.append(g.sum_II.diagonal().clone())
         found[space] = removal(
             block.matrix(members.reader),
             damped(a.sum_II / a.tokens, options.damping),
@@ -171,13 +178,14 @@ def removals(block: BlockView, backward: Backward, options: Search) -> dict[str,
 
 def search(view: ModelView, library: list[dict[str, Removal]], sparsity: float, options: Search) -> list[Lost]:
     """Return the units that each block loses, for the least cost at which `sparsity` of the parameters go."""
-    budget = sparsity * view.parameters()
+    budget = math.ceil(sparsity * view.parameters() - _ROUNDING)
+    spaces = _spaces(view, options)
     if options.uniform:
         alike = []
         for space in MEMBERS:
             cost_U = torch.stack([of[space].cost_U for of in library]).sum(0)
             parameters = sum(unit_parameters(view, index, space) for index in range(view.blocks))
-            alike.append(curve(cost_U, parameters, _multiple(space, options)))
+            alike.append(curve(cost_U if space in spaces else cost_U[:1], parameters, _multiple(space, options)))
         counts = dict(zip(MEMBERS, spend_alike(alike, budget), strict=True))
         return [counts] * view.blocks
     places = [(index, space) for index in range(view.blocks) for space in MEMBERS]
@@ -248,8 +256,13 @@ def _most(view: ModelView, index: int, options: Search) -> int:
     units = view.dims(index).units()
     return sum(
         unit_parameters(view, index, space) * max(0, units[space] - min(units[space], _multiple(space, options)))
-        for space in MEMBERS
+        for space in _spaces(view, options)
     )
+
+
+def _spaces(view: ModelView, options: Search) -> tuple[str, ...]:
+    """Return the spaces that may lose units: not the heads where the stock model could not have fewer of them."""
+    return tuple(space for space in MEMBERS if space == "ffn" or not options.uniform or view.family.stock_heads)
 
 
 def _least(options: Search) -> str:

@@ -7,8 +7,8 @@ for all: every block and space removes the number k that is lowest in
 
 and the price is the lowest that reaches the budget: no mix that removes as many parameters costs less (Everett's
 theorem on Lagrange multipliers, Operations Research 11, 1963). What the last step of the price took too much is then
-given back, the units that cost most for each parameter first. Numbers inside a dent of a curve that is not convex are
-never chosen.
+given back, the units that cost most for each parameter first. Where a curve is not convex that step may be large. So
+the mix just below the budget is filled up too, by the cheapest next units, and the cheaper of the two is taken.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class Curve:
     cost_K: Tensor
     removed_K: Tensor
     parameters: int
+
+    def step(self, k: int) -> int:
+        """Return the parameters that choice k removes beyond choice k - 1."""
+        return int(self.removed_K[k] - self.removed_K[k - 1]) * self.parameters
 
     def cheapest(self, price: float) -> int:
         """Return the choice that is lowest in cost minus price times parameters; of equal ones the smallest."""
@@ -71,13 +75,32 @@ def spend(curves: Sequence[Curve], budget: float) -> list[int]:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if removed(at(middle)) >= budget else (middle, high)
-    choices = at(high)
-    surplus = removed(choices) - budget
-    while (back := _dearest(curves, choices, surplus)) is not None:
-        before = removed(choices)
-        choices[back] -= 1
-        surplus -= before - removed(choices)
+
+    def trimmed(choices: list[int]) -> list[int]:
+        surplus = removed(choices) - budget
+        while (back := _dearest(curves, choices, surplus)) is not None:
+            choices[back] -= 1
+            surplus -= curves[back].step(choices[back] + 1)
+        return choices
+
+    def filled(choices: list[int]) -> list[int]:
+        while removed(choices) < budget:
+            choices[_cheapest_step(curves, choices)] += 1
+        return choices
+
+    # where the price jumps over a dent of a curve, going on from below may be cheaper than coming back from above
+    mixes = [trimmed(at(high)), trimmed(filled(at(low)))]
+    choices = min(mixes, key=lambda mix: sum(float(c.cost_K[k]) for c, k in zip(curves, mix, strict=True)))
     return [int(c.removed_K[k]) for c, k in zip(curves, choices, strict=True)]
+
+
+def _cheapest_step(curves: Sequence[Curve], choices: Sequence[int]) -> int:
+    """Return the curve whose next step costs least a parameter."""
+    prices = [
+        float(c.cost_K[k + 1] - c.cost_K[k]) / c.step(k + 1) if k + 1 < len(c.removed_K) else float("inf")
+        for c, k in zip(curves, choices, strict=True)
+    ]
+    return min(range(len(prices)), key=lambda number: prices[number])
 
 
 def _dearest(curves: Sequence[Curve], choices: Sequence[int], surplus: float) -> int | None:
@@ -86,9 +109,8 @@ def _dearest(curves: Sequence[Curve], choices: Sequence[int], surplus: float) ->
     for number, (c, k) in enumerate(zip(curves, choices, strict=True)):
         if k == 0:
             continue
-        parameters = int(c.removed_K[k] - c.removed_K[k - 1]) * c.parameters
-        price = float(c.cost_K[k] - c.cost_K[k - 1]) / parameters
-        if parameters <= surplus and price > best:
+        price = float(c.cost_K[k] - c.cost_K[k - 1]) / c.step(k)
+        if c.step(k) <= surplus and price > best:
             best, dearest = price, number
     return dearest
 

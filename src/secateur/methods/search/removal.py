@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_NOTHING = 1e-30
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -40,11 +42,13 @@ class Removal:
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
-    """Return a second moment in float64 with `damping` times its mean diagonal added to its diagonal."""
+    """Return a second moment in float64 with `damping` times its mean diagonal added to its diagonal.
+
+    One that is all zero becomes tiny, so that what it weighs costs nothing.
+    """
     moment = moment.double().cpu().clone()
     level = float(moment.diagonal().mean())
-    # where all is zero, any positive definite matrix will do
-    moment.diagonal().add_(damping * level if level > 0 else 1.0)
+    moment.diagonal().add_(damping * level if level > 0 else _NOTHING)
     return moment
 
 
