@@ -7,15 +7,20 @@ only starts others stays small (Linux counts the peak of a parent into the peak 
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -145,6 +150,16 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_after_imports(*modules: str) -> int:
+    """The peak of this process once transformers' LLaMA and these modules are imported, which are no part of a figure."""
+    before = peak_rss()
+    for name in ("transformers.models.llama.modeling_llama", *modules):
+        importlib.import_module(name)
+    baseline = peak_rss()
+    assert baseline > before, "the parent's peak hides that of the imports"
+    return baseline
+
+
 def matrix_rate(seconds: float = 1.0) -> float:
     """FLOP/s of float32 products of [2048, 1024] by [1024, 1024], on as many threads as torch takes by itself."""
     import torch
@@ -157,6 +172,20 @@ def matrix_rate(seconds: float = 1.0) -> float:
             torch.matmul(left, right, out=out)
             done += 1
     return done * 2 * 2048 * 1024 * 1024 / spent
+
+
+def rms(errors: Iterable[float]) -> float:
+    """The root mean square."""
+    squares = [float(error) ** 2 for error in errors]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def finish(axes: Axes, title: str) -> None:
+    """Give a figure its title, grid and legend."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from _common import BILLION, SMALL, Shape, peak_rss, run_child, table, write_ids, write_llama
+from _common import BILLION, SMALL, Shape, peak_after_imports, peak_rss, run_child, table, write_ids, write_llama
 
 MEGA = 1e6
 
@@ -110,14 +110,10 @@ def _child_write(model: str, ids: str, shape: dict[str, Any], samples: int, seql
 
 
 def _child_prune(model: str, ids: str, out: str, method: str, sparsity: float, options: dict[str, Any]) -> None:
-    before = peak_rss()
-    import transformers.models.llama.modeling_llama  # noqa: F401  # imports are no part of the figure
-
+    baseline = peak_after_imports("secateur.prune.run")
     from secateur.prune.run import prune
     from secateur.requests import Request
 
-    baseline = peak_rss()
-    assert baseline > before, "the parent's peak hides that of the imports"
     started = time.perf_counter()
     prune(
         Request(model=model, method=method, sparsity=sparsity, calibration=ids, device="cpu", options=options),

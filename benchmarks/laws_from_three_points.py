@@ -22,13 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import table
+from _common import finish, rms, table
 from matplotlib.figure import Figure
 
 from secateur import api
@@ -39,10 +38,8 @@ from secateur.predict.points import Points
 from secateur.predict.read import read_points
 from secateur.predict.select import judge
 from secateur.report.looks import COLOURS, MARKERS
-from secateur.report.plots import GRID
 
 THREE = 3
-Chosen = Callable[[Points], np.ndarray]
 
 
 def apart(points: Points) -> np.ndarray:
@@ -62,10 +59,6 @@ def error_of(law: Law, points: Points, chosen: np.ndarray) -> float | None:
     if fitted is None or not len(rest):
         return None
     return rms(log_errors(points.values[rest], fitted.predict(points.s[rest])))
-
-
-def rms(errors: Sequence[float] | np.ndarray) -> float:
-    return float(np.sqrt(np.square(np.asarray(errors, dtype=np.float64)).mean()))
 
 
 def coverage(law: Law, points: Points) -> tuple[int, int]:
@@ -125,12 +118,13 @@ def shown(value: float | None, digits: int = 3) -> str:
 
 def best_three(points: Points) -> Fit | None:
     """The law that three points far apart make the best of."""
-    laws = [law for law in laws_of(points.kind) if error_of(law, points, apart(points)) is not None and law.free]
-    if not laws:
-        return None
-    law = min(laws, key=lambda law: error_of(law, points, apart(points)) or math.inf)
     at = apart(points)
-    return fit(law, points.s[at], points.values[at], points.dense)
+    errors = {law.name: error_of(law, points, at) for law in laws_of(points.kind) if law.free}
+    known = {name: error for name, error in errors.items() if error is not None}
+    if not known:
+        return None
+    best = find_law(min(known, key=lambda name: known[name]), points.kind)
+    return fit(best, points.s[at], points.values[at], points.dense)
 
 
 def draw(found: dict[str, Points], file: Path) -> None:
@@ -147,10 +141,7 @@ def draw(found: dict[str, Points], file: Path) -> None:
             grid = np.linspace(0, points.s[-1], 200)
             axes.plot(grid, np.log(fitted.predict(grid) / points.dense), color=colour, linewidth=1)
     axes.set(xlabel="sparsity s, of what the method removes from", ylabel="ln(PPL / PPL0)", xlim=(0, None))
-    axes.set_title("Laws fitted to three points (circled)", fontsize=10, loc="left")
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    finish(axes, "Laws fitted to three points (circled)")
     figure.savefig(file)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _common import finish, rms
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ from secateur.predict.choose import choose
 from secateur.predict.points import Points
 from secateur.predict.read import read_points
 from secateur.predict.spectrum import C_UNFITTED, Costs, fit_constant, measure_costs
-from secateur.report.plots import COLOURS, GRID, MARKERS
+from secateur.report.plots import COLOURS, MARKERS
 
 SPARSITIES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 ONE = 0.2  # the sparsity whose point scales the spectrum
@@ -82,10 +83,6 @@ def measure(subject: Subject, out: Path) -> tuple[Points, Costs]:
     return read_points([folder], "ppl"), measure_costs(api.prepare(replace(request, sparsity=0.5)))
 
 
-def rms(errors: list[float]) -> float:
-    return math.sqrt(sum(error * error for error in errors) / len(errors))
-
-
 def spectrum_error(points: Points, costs: Costs, constant: float) -> float:
     return rms(
         [
@@ -126,10 +123,7 @@ def draw(found: dict[str, tuple[Points, Costs]], file: Path) -> None:
         ylabel="measured ln(PPL / PPL0)",
         ylim=(1e-4, 6),
     )
-    axes.set_title("Perplexity after slicing against what the spectrum says, s = 0.05 to 0.5", fontsize=10, loc="left")
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    finish(axes, "Perplexity after slicing against what the spectrum says, s = 0.05 to 0.5")
     figure.savefig(file)
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from _common import BILLION, SMALL, Shape, peak_rss, run_child, table, write_ids, write_llama
+from _common import BILLION, SMALL, Shape, peak_after_imports, peak_rss, run_child, table, write_ids, write_llama
 
 COPIES, BESIDE = 5, 0.3e9  # of a block in float32; bytes
 GROWTH = 1.03  # of the peak, when the depth doubles
@@ -91,14 +91,10 @@ def _child_prune(model: str, ids: str, out: str) -> None:
 
 
 def _child_reconstruct(model: str, dense: str, ids: str, out: str) -> None:
-    before = peak_rss()
-    import transformers.models.llama.modeling_llama  # noqa: F401  # imports are no part of the figure
-
+    baseline = peak_after_imports("secateur.reconstruct.reconstruct")
     from secateur.reconstruct.reconstruct import reconstruct
     from secateur.requests import ReconstructRequest
 
-    baseline = peak_rss()
-    assert baseline > before, "the parent's peak hides that of the imports"
     started = time.perf_counter()
     request = ReconstructRequest(model, dense, calibration=ids, steps=STEPS, batch=BATCH, device="cpu")
     reconstruct(request, Path(out))
