@@ -203,7 +203,7 @@ def test_targets_are_in_the_coordinates_of_a_sliced_model(
     ]
     stream = DenseStream(*views, windows, device=torch.device("cpu"), dtype=torch.float32)
     for index in range(3):
-        stream.advance(index + 1, views[1].block(index))
+        stream.advance(index + 1, index)
         assert stream._basis is not None
         basis = chosen.blocks[index].places["leave"].basis_DW
         assert basis is not None

@@ -51,21 +51,17 @@ def reconstructed_blocks(
         targets = DenseStream(dense, pruned, windows, device=device, dtype=torch.float32, spill=files[0])
         stream = Stream(pruned, windows, device=device, dtype=torch.float32, spill=files[1])
     for index, place in enumerate(places(kept, dense.blocks)):
-        with watch("files"):
-            block = pruned.block(index)
         with watch("forward"):
-            targets.advance(place.after, block)
+            targets.advance(place.after, index)
         done = finished(index)
         if done is None:
-            del block  # a block in training takes memory enough
             with watch("fit"):
                 found = _fitted(stream, targets, index, len(windows), how)
             give_back()
             with watch("files"):
                 block = pruned.block(index)
             done = replace(block, tensors={**block.tensors, **found.tensors}), found
-            del found
-        del block
+            del block, found
         give_back()
         if index < pruned.blocks - 1:
             with watch("forward"):

@@ -60,6 +60,7 @@ class DenseStream:
     """
 
     def __init__(self, dense: ModelView, pruned: ModelView, windows: Tensor, **how: Any) -> None:
+        self._pruned = pruned
         residual = pruned.dims(0).residual
         self._rotated = residual is not None and not residual.selected
         self._dense = canonical_view(dense, torch.float32) if self._rotated else dense
@@ -69,13 +70,13 @@ class DenseStream:
             self._basis = _of_embeddings(dense, pruned)
         self._index = 0
 
-    def advance(self, after: int, block: BlockView) -> None:
-        """Carry the stream to the block `after`, where `block` of the pruned model ends."""
-        for index in range(self._index, after):
-            dense = self._dense.block(index)
+    def advance(self, after: int, index: int) -> None:
+        """Carry the stream to the block `after`, where block `index` of the pruned model ends."""
+        for number in range(self._index, after):
+            dense = self._dense.block(number)
             self._stream.advance(dense)
-            if self._rotated and index == after - 1:
-                self._basis = _of_block(dense, block)
+            if self._rotated and number == after - 1:
+                self._basis = _of_block(dense, self._pruned.block(index))
             del dense
             give_back()
         self._index = after
