@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur import api
+from secateur.calibrate.statistics import damped
 from secateur.methods import search as method
 from secateur.methods.search.budget import Curve, curve, spend, spend_alike
-from secateur.methods.search.removal import damped, removal, without
+from secateur.methods.search.removal import removal, without
 from secateur.models.spaces import MEMBERS
 from secateur.plan.run import Run
 from tests.layouts import layout_of

@@ -62,6 +62,7 @@ class InputNorm:
         return self.square_I.sqrt()
 
 
+_NOTHING = 1e-30  # on a diagonal: positive definite still
 TOKENS_A_DIRECTION = 10  # are enough for the second moment of a residual stream
 
 
@@ -108,6 +109,17 @@ class SecondMoment:
         for start, end in self._panels:
             self._sum_II[end:, start:end] = self._sum_II[start:end, end:].t()
         return self._sum_II
+
+
+def damped(moment_II: Tensor, damping: float) -> Tensor:
+    """Return a second moment in float64 on the CPU, with `damping` times its mean diagonal added to its diagonal.
+
+    One that is all zero becomes tiny, so that what it weighs costs nothing. What is given may be changed.
+    """
+    moment_II = moment_II.double().cpu()
+    level = float(moment_II.diagonal().mean())
+    moment_II.diagonal().add_(damping * level if level > 0 else _NOTHING)
+    return moment_II
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from secateur.models.runtime import SELECT_FIRST
 from secateur.models.spaces import INNER, MEMBERS, RESIDUAL_WRITERS
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import PARAMETERS
+from secateur.plan.quantity import PARAMETERS, check_removable
 from secateur.plan.run import Run
 from secateur.plan.selection import keep_units
 from secateur.plan.structures import SELECTIONS, Structures, find_structures
@@ -149,12 +149,8 @@ def check(view: ModelView, sparsity: float, options: LLMPruner) -> None:
             f"llm_pruner: keep_first and keep_last leave none of {view.blocks} blocks to prune; lower them"
         )
     most = sum(_most(view, index) for index in inside) / view.parameters()
-    if sparsity > most:
-        raise UsageError(
-            f"llm_pruner: --sparsity {sparsity:g} would empty a block: each of blocks {inside.start} to"
-            f" {inside.stop - 1} keeps a key-value head and a feed-forward unit, so at most {most:.4f} of the"
-            f" parameters can be removed; use --sparsity {int(most * 100) / 100:g} or less"
-        )
+    blocks = f"each of blocks {inside.start} to {inside.stop - 1}"
+    check_removable("llm_pruner", sparsity, most, f"{blocks} keeps a key-value head and a feed-forward unit, so")
 
 
 def never_stock(options: LLMPruner) -> str | None:

@@ -336,6 +336,25 @@ BLOCKS = Quantity(
 QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS)}
 
 
+def check_removable(method: str, sparsity: float, most: float, left: str) -> None:
+    """Refuse a share of all parameters that would empty a block.
+
+    Args:
+        method: its name.
+        sparsity: the share that is to go.
+        most: the largest share that can go.
+        left: what stays, for the message: `with one unit left of each kind,`.
+
+    Raises:
+        UsageError: the share is too large.
+    """
+    if sparsity > most:
+        raise UsageError(
+            f"{method}: --sparsity {sparsity:g} would empty a block: {left} at most {most:.4f} of the parameters can "
+            f"be removed; use --sparsity {int(most * 100) / 100:g} or less"
+        )
+
+
 def sparsity_of_part(quantity: Quantity, whole: ModelView, part: ModelView, sparsity: float) -> float:
     """Return the sparsity of a model with some of the blocks of another one that takes as much from each block.
 

@@ -54,7 +54,7 @@ from secateur.models.spaces import SPACES
 from secateur.models.view import ModelView
 from secateur.plan.pattern import parse_pattern
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import PARAMETERS
+from secateur.plan.quantity import PARAMETERS, check_removable
 from secateur.plan.run import Run
 
 QUICK = {"shots": 1}
@@ -130,12 +130,7 @@ def check(view: ModelView, sparsity: float, options: LLMSurgeon) -> None:
             "sparsity"
         )
     most = removed_parameters(view, [dict.fromkeys(SPACES, 1)] * view.blocks) / view.parameters()
-    if sparsity > most:
-        raise UsageError(
-            f"llm_surgeon: --sparsity {sparsity:g} would empty a block: with one unit left of each kind, at most "
-            f"{most:.4f} of the parameters can be removed; use "
-            f"--sparsity {int(most * 100) / 100:g} or less"
-        )
+    check_removable("llm_surgeon", sparsity, most, "with one unit left of each kind,")
 
 
 def never_stock(options: LLMSurgeon) -> str | None:

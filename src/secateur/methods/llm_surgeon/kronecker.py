@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward
+from secateur.calibrate.statistics import damped
 from secateur.core.numbers import at_least_float32
 from secateur.models.family import Family
 from secateur.models.view import BlockView
@@ -204,10 +205,7 @@ class Factors:
             return torch.eye(len(mean), dtype=torch.float64)
         if self.kind == "diagonal":
             mean = mean.diagonal().diag()
-        level = float(mean.diagonal().mean())
-        # if all sums are zero, any positive definite matrix will do
-        mean.diagonal().add_(self.damping * level if level > 0 else 1e-30)
-        return mean
+        return damped(mean, self.damping)
 
 
 def _add(sums: dict[str, Tensor], name: str, x_NI: Tensor) -> None:

@@ -21,28 +21,28 @@ Shape letters: S windows, T tokens, O outputs, I inputs of a matrix, U units.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts
-from secateur.calibrate.statistics import SecondMoment
+from secateur.calibrate.statistics import SecondMoment, damped
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import UsageError
 from secateur.core.memory import give_back
 from secateur.core.progress import say, track
 from secateur.cut.block import cut_block
-from secateur.methods.search.budget import Curve, curve, spend, spend_alike
-from secateur.methods.search.removal import Removal, damped, removal, without
+from secateur.methods.search.budget import curve, spend, spend_alike
+from secateur.methods.search.removal import Removal, removal, without
 from secateur.models.family import HEADS, check_can
 from secateur.models.parameters import unit_parameters
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import PARAMETERS
+from secateur.plan.quantity import PARAMETERS, check_removable
 from secateur.plan.run import Run
 
 _ROUNDING = 1e-3  # of a parameter, so that a share of the model that is a whole number stays that number
@@ -93,12 +93,9 @@ def check(view: ModelView, sparsity: float, options: Search) -> None:
     if options.uniform and any(view.dims(index) != view.dims(0) for index in range(view.blocks)):
         raise UsageError(f"search: uniform: the blocks of {view.name} have different widths already; leave out uniform")
     most = sum(_most(view, index, options) for index in range(view.blocks)) / view.parameters()
-    if sparsity > most:
-        raise UsageError(
-            f"search: --sparsity {sparsity:g} would empty a block: each keeps a key-value head and "
-            f"{_least(options)}, so at most {most:.4f} of the parameters can be removed; use --sparsity "
-            f"{int(most * 100) / 100:g} or less"
-        )
+    heads = "a key-value head" if "groups" in _spaces(view, options) else "its heads"
+    units = "a feed-forward unit" if options.multiple == 1 else f"{options.multiple} feed-forward units"
+    check_removable("search", sparsity, most, f"each keeps {heads} and {units}, so")
 
 
 def never_stock(options: Search) -> str | None:
@@ -139,44 +136,41 @@ def _library(view: ModelView, windows: Tensor, options: Search, run: Run) -> dic
     found: dict[str, Tensor] = {}
     felt: list[Tensor] = []
     for block in backward.blocks():
-        for space, one in removals(block, backward, options, felt).items():
+        for space, (a, g) in _moments(block, backward).items():
+            felt.append(g.sum_II.diagonal().clone())  # where it is zero, nothing that the matrix gives is felt
+            one = removal(
+                block.matrix(MEMBERS[space].reader),
+                damped(a.sum_II / a.tokens, options.damping),
+                damped(g.sum_II / backward.targets, options.damping),
+                block.dims.units()[space],
+                options.rounds,
+            )
             found |= {f"{block.index}.{space}.order": one.order_U, f"{block.index}.{space}.cost": one.cost_U}
         give_back()
     check_reacts("search", felt)
     return found
 
 
-def removals(block: BlockView, backward: Backward, options: Search, felt: list[Tensor]) -> dict[str, Removal]:
-    """Run a backward pass through its current block, `block`; return the removal of the units of each space.
+def _moments(block: BlockView, backward: Backward) -> dict[str, tuple[SecondMoment, SecondMoment]]:
+    """Run a backward pass through its current block, `block`.
 
-    `felt` receives the mean squares of the gradients: where they are zero, nothing that the matrix gives is felt.
+    Returns:
+        Space -> the second moments of the inputs of the matrix that reads it, and of the gradients of its outputs.
     """
-    inputs, outputs = {}, {}
-    for members in MEMBERS.values():
-        rows, columns = block.matrix(members.reader).shape
-        inputs[members.reader] = SecondMoment(columns, backward.gradient_STD.device)
-        outputs[members.reader] = SecondMoment(rows, backward.gradient_STD.device)
 
-    def listen(name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
-        inputs[name].update(x_BTI.flatten(0, 1))
-        outputs[name].update(g_BTO.flatten(0, 1))
+    def listen(space: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
+        for moment, values in zip(moments[space], (x_BTI, g_BTO), strict=True):
+            moment.update(values.flatten(0, 1))
 
-    backward.retreat(block, {name: partial(listen, name) for name in inputs})
-    found = {}
+    moments, device = {}, backward.gradient_STD.device
     for space, members in MEMBERS.items():
-        a, g = inputs.pop(members.reader), outputs.pop(members.reader)
-        felt.append(g.sum_II.diagonal().clone())
-        found[space] = removal(
-            block.matrix(members.reader),
-            damped(a.sum_II / a.tokens, options.damping),
-            damped(g.sum_II / backward.targets, options.damping),
-            block.dims.units()[space],
-            options.rounds,
-        )
-    return found
+        outputs, inputs = block.matrix(members.reader).shape
+        moments[space] = SecondMoment(inputs, device), SecondMoment(outputs, device)
+    backward.retreat(block, {MEMBERS[space].reader: partial(listen, space) for space in moments})
+    return moments
 
 
-def search(view: ModelView, library: list[dict[str, Removal]], sparsity: float, options: Search) -> list[Lost]:
+def search(view: ModelView, library: list[dict[str, Removal]], sparsity: float, options: Search) -> Sequence[Lost]:
     """Return the units that each block loses, for the least cost at which `sparsity` of the parameters go."""
     budget = math.ceil(sparsity * view.parameters() - _ROUNDING)
     spaces = _spaces(view, options)
@@ -189,15 +183,14 @@ def search(view: ModelView, library: list[dict[str, Removal]], sparsity: float, 
         counts = dict(zip(MEMBERS, spend_alike(alike, budget), strict=True))
         return [counts] * view.blocks
     places = [(index, space) for index in range(view.blocks) for space in MEMBERS]
-    curves = [_curve(view, library, index, space, options) for index, space in places]
+    curves = [
+        curve(library[index][space].cost_U, unit_parameters(view, index, space), _multiple(space, options))
+        for index, space in places
+    ]
     lost: list[dict[str, int]] = [{} for _ in library]
     for (index, space), count in zip(places, spend(curves, budget), strict=True):
         lost[index][space] = count
-    return list(lost)
-
-
-def _curve(view: ModelView, library: list[dict[str, Removal]], index: int, space: str, options: Search) -> Curve:
-    return curve(library[index][space].cost_U, unit_parameters(view, index, space), _multiple(space, options))
+    return lost
 
 
 def _multiple(space: str, options: Search) -> int:
@@ -222,9 +215,7 @@ def _fitted(
         plan = BlockPlan(block.index, keep=keep[block.index], of=of)
         if stream is not None:
             if plan.keep:
-                plan = BlockPlan(
-                    block.index, keep=plan.keep, of=of, updates=_updates(block, stream, plan.keep, options)
-                )
+                plan = replace(plan, updates=_updates(block, stream, plan.keep, options))
             if block.index < view.blocks - 1:
                 stream.advance(cut_block(block, plan))
         plans.append(plan)
@@ -255,7 +246,7 @@ def _most(view: ModelView, index: int, options: Search) -> int:
     """Return the number of parameters that a block can lose."""
     units = view.dims(index).units()
     return sum(
-        unit_parameters(view, index, space) * max(0, units[space] - min(units[space], _multiple(space, options)))
+        unit_parameters(view, index, space) * (units[space] - min(units[space], _multiple(space, options)))
         for space in _spaces(view, options)
     )
 
@@ -263,7 +254,3 @@ def _most(view: ModelView, index: int, options: Search) -> int:
 def _spaces(view: ModelView, options: Search) -> tuple[str, ...]:
     """Return the spaces that may lose units: not the heads where the stock model could not have fewer of them."""
     return tuple(space for space in MEMBERS if space == "ffn" or not options.uniform or view.family.stock_heads)
-
-
-def _least(options: Search) -> str:
-    return "a feed-forward unit" if options.multiple == 1 else f"{options.multiple} feed-forward units"

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NOTHING = 1e-30
-
 
 @dataclass(frozen=True)
 class Removal:
@@ -39,17 +37,6 @@ class Removal:
 
     order_U: Tensor
     cost_U: Tensor
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """Return a second moment in float64 with `damping` times its mean diagonal added to its diagonal.
-
-    One that is all zero becomes tiny, so that what it weighs costs nothing.
-    """
-    moment = moment.double().cpu().clone()
-    level = float(moment.diagonal().mean())
-    moment.diagonal().add_(damping * level if level > 0 else _NOTHING)
-    return moment
 
 
 def removal(weight_OI: Tensor, a_II: Tensor, g_OO: Tensor, units: int, rounds: int) -> Removal:
