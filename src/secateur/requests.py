@@ -28,8 +28,8 @@ class Request(_Settings):
 
     Attributes:
         model: a local folder, a hub name, or `bundled`.
-        method: the name of a method. Without one, `params_removed` takes `search`, a pattern of zeros `sparsegpt`, both
-            with `reconstruct` (`prune.default.with_method`).
+        method: the name of a method. Without one, `params_removed` takes `search`, a pattern of zeros `sparsegpt` with
+            `refine=2`, both with `reconstruct` (`prune.default.with_method`).
         sparsity: the fraction to remove, in [0, 1). N:M implies it; `params_removed` or `modules` may replace it.
         params_removed: the pruning ratio to reach, over all parameters; instead of `sparsity`.
         modules: per-module sparsity, `NAME=S,...`.

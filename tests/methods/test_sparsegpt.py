@@ -196,6 +196,22 @@ def test_the_error_of_reconstruction_is_below_that_of_magnitude_on_average() -> 
     assert sum(ratios) / len(ratios) < 0.5
 
 
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_each_refinement_lowers_the_error(pattern: str, order: str) -> None:
+    x_NI, weight = correlated(200, 32, 3), torch.randn(16, 32, dtype=torch.float64)
+    x_NI[:, 5] = 0
+    errors, counts = [], []
+    for fits in (0, 1, 3):
+        keep, new = Alone(weight, x_NI, 0.5).prune(pattern=pattern, order=order, refine=fits)
+        assert not new[~keep].any()
+        errors.append(float((x_NI @ (weight - new).t()).square().sum()))
+        counts.append(keep.sum(1))
+    assert errors[0] > 1.02 * errors[1] > 1.02 * errors[2]
+    assert counts[0].equal(counts[1])
+    assert counts[0].equal(counts[2])
+
+
 def test_modules_that_are_not_named_stay_bit_identical(windows: torch.Tensor) -> None:
     model = tiny_model("phi3", dtype=torch.bfloat16)
     plan = api.plan(model, "sparsegpt", windows, modules="k=0.7,up=0,down=1", dtype=torch.float32)
@@ -225,6 +241,7 @@ def test_what_is_written_is_what_the_plan_names(saved: Callable[..., Path], ids_
         ({"pattern": "rows"}, "sparsegpt: pattern rows removes whole units"),
         ({"damping": "-1"}, "damping -1 is outside"),
         ({"blocksize": "0"}, "blocksize is 0; it is a number of columns"),
+        ({"refine": "-1"}, "refine is -1; it is a number of fits"),
         ({"order": "random"}, "unknown order 'random' .allowed: natural, activation"),
     ],
 )

@@ -16,8 +16,9 @@ from secateur import api
     [
         ({"params_removed": 0.3}, "search", {}),
         ({"params_removed": 0.3, "stock_only": True}, "search", {"uniform": True}),
-        ({"pattern": "2:4"}, "sparsegpt", {}),
-        ({"pattern": "unstructured", "sparsity": 0.5}, "sparsegpt", {}),
+        ({"pattern": "2:4"}, "sparsegpt", {"refine": 2}),
+        ({"pattern": "unstructured", "sparsity": 0.5}, "sparsegpt", {"refine": 2}),
+        ({"pattern": "2:4", "options": {"refine": 0}}, "sparsegpt", {"refine": 0}),
     ],
 )
 def test_what_is_asked_for_tells_the_method(
@@ -25,7 +26,10 @@ def test_what_is_asked_for_tells_the_method(
 ) -> None:
     found = api.with_method(api.Request("model", **asked))
     assert (found.method, found.options, found.reconstruct) == (method, options, True)
-    assert f"no --method: {method}, then reconstruct" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"no --method: {method}" in said
+    assert all(f"--set {name}={str(value).lower()}" in said for name, value in options.items())
+    assert ", then reconstruct" in said
 
 
 @pytest.mark.parametrize("asked", [{}, {"sparsity": 0.5}, {"pattern": "rows", "params_removed": 0.3}])

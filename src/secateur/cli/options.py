@@ -15,7 +15,7 @@ from secateur.requests import EvalRequest
 _PAPER = "Default: as in the method's paper"
 LENGTH = f"{_PAPER} or in the protocol, or 2048; at most the model's maximum."
 METHOD = "A method: `secateur methods` lists them, `secateur methods NAME` shows one with its options."
-NO_METHOD = "with --params-removed `search`, with a --pattern of zeros `sparsegpt`, and --reconstruct."
+NO_METHOD = "with --params-removed `search`, with a --pattern of zeros `sparsegpt` (refine=2), and --reconstruct."
 
 Model = Annotated[
     str,

@@ -23,6 +23,7 @@ Differences from the authors' code:
 - Matrices that are fused in the file are pruned one by one.
 - If a Hessian is not positive definite, the damping is multiplied by ten, with a warning, until it is.
 - The mean diagonal that scales the damping leaves out inputs that are always zero.
+- `refine` then fits the weights that stay by least squares, and swaps weights of a row (`plan/refine.py`).
 - `order=activation` settles the inputs with the most energy first, as GPTQ (arXiv:2210.17323) may; with N:M each group
   of M inputs stays together.
 
@@ -48,6 +49,7 @@ from secateur.models.view import BlockView
 from secateur.plan.counts import removed_weights
 from secateur.plan.pattern import Pattern, keep_highest, keep_n_of_m, parse_pattern
 from secateur.plan.plan import BlockPlan, Mask
+from secateur.plan.refine import refine
 
 CALIBRATION = "c4"
 STATISTICS = SecondMoment
@@ -70,12 +72,15 @@ class SparseGPT:
         blocksize: the number of columns decided together with pattern `unstructured`, and the number of columns settled
             before all later columns are updated.
         order: the order of the columns: `natural`, or `activation` (inputs with the most energy first).
+        refine: afterwards fit the weights that stay by least squares this many times, with swaps of weights between two
+            fits; 0 is the paper's.
     """
 
     pattern: str = "unstructured"
     damping: float = 0.01
     blocksize: int = 128
     order: str = "natural"
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if parse_pattern(self.pattern).structured:
@@ -92,6 +97,10 @@ class SparseGPT:
             raise UsageError(f"sparsegpt: blocksize is {self.blocksize}; it is a number of columns, at least 1")
         if self.order not in ("natural", "activation"):
             raise UsageError(f"sparsegpt: unknown order '{self.order}' (allowed: natural, activation)")
+        if self.refine < 0:
+            raise UsageError(
+                f"sparsegpt: refine is {self.refine}; it is a number of fits, such as 1 or 3; 0 turns it off"
+            )
 
 
 def plan_block(block: BlockView, statistics: Statistics[SecondMoment], options: SparseGPT) -> BlockPlan:
@@ -121,11 +130,11 @@ def _prune(
 ) -> list[tuple[str, Tensor, Tensor]]:
     """Return name, mask [O, I] and new weight [O, I] of every matrix whose inputs have this Hessian."""
     order_I = _order(hessian_II, pattern) if options.order == "activation" else None
-    hessian_II = hessian_II if order_I is None else hessian_II[order_I][:, order_I]
+    natural_II, hessian_II = hessian_II, hessian_II if order_I is None else hessian_II[order_I][:, order_I]
     dead_I = hessian_II.diagonal() == 0
     matrices = [at_least_float32(block.matrix(name)).to(hessian_II.device) for name in names]
     weight_IO = torch.cat([(w if order_I is None else w[:, order_I]).t() for w in matrices], dim=1)
-    factor_II, diagonal_I = _factor(hessian_II, options.damping, where)
+    factor_II, diagonal_I, damping = _factor(hessian_II, options.damping, where)
     parts = [len(w) for w in matrices]
     settle = _Columns(
         weight_IO,
@@ -134,23 +143,27 @@ def _prune(
         parts,
         [block.rates[name] for name in names],
     )
-    keep_OI = (
+    keeps_OI = (
         settle.by_group(pattern, options.blocksize) if pattern.kind == "n:m" else settle.by_block(options.blocksize)
     )
+    del settle, factor_II, diagonal_I
     # settling left W_0 - W in weight_IO: bring it and the mask back to the natural order of inputs
-    back_I = None if order_I is None else order_I.argsort()
+    back_I = slice(None) if order_I is None else order_I.argsort()
+    damped_II = _damp_(natural_II.clone(), damping).to(weight_IO) if options.refine else None
     results = []
-    for name, old_OI, keep, lost_IO in zip(
-        names, matrices, keep_OI.split(parts), weight_IO.split(parts, dim=1), strict=True
+    for name, old_OI, keep_OI, lost_IO in zip(
+        names, matrices, keeps_OI.split(parts), weight_IO.split(parts, dim=1), strict=True
     ):
-        keep, lost_OI = (keep, lost_IO.t()) if back_I is None else (keep[:, back_I], lost_IO.t()[:, back_I])
-        new_OI = (old_OI - lost_OI).to(block.matrix(name))
+        keep_OI, new_OI = keep_OI[:, back_I], old_OI - lost_IO.t()[:, back_I]
+        if damped_II is not None:
+            new_OI, keep_OI = refine(old_OI, new_OI, keep_OI, damped_II, options.refine, pattern.group)
+        new_OI = new_OI.to(block.matrix(name))
         if not torch.isfinite(new_OI).all():
             raise HopelessError(
                 f"{where}: the new weights of {name} are not finite in {new_OI.dtype}; more damping may help:"
                 " --set damping=0.1"
             )
-        results.append((name, keep, new_OI))
+        results.append((name, keep_OI, new_OI))
     return results
 
 
@@ -162,34 +175,41 @@ def _order(hessian_II: Tensor, pattern: Pattern) -> Tensor:
     return (groups_G[:, None] * size + torch.arange(size, device=groups_G.device)).flatten()
 
 
-def _factor(hessian_II: Tensor, damping: float, where: str) -> tuple[Tensor, Tensor]:
+def _damp_(hessian_II: Tensor, damping: float) -> Tensor:
+    """Add `damping` times the mean diagonal of the inputs that are not always zero; give the others that mean."""
+    diagonal_I = hessian_II.diagonal()
+    alive_I = diagonal_I > 0
+    mean = float(diagonal_I[alive_I].mean()) if alive_I.any() else 1.0
+    diagonal_I.add_(damping * mean).add_(mean * ~alive_I)
+    return hessian_II
+
+
+def _factor(hessian_II: Tensor, damping: float, where: str) -> tuple[Tensor, Tensor, float]:
     """Factor H = R R^T, in float64.
 
     Returns:
-        R [I, I] with every column divided by its diagonal entry (upper triangular, ones on the diagonal), and the
-        diagonal of R [I].
+        R [I, I] with every column divided by its diagonal entry (upper triangular, ones on the diagonal), the diagonal
+        of R [I], and the damping that was enough.
 
     Raises:
         HopelessError: H is not positive definite with any damping up to the largest one.
     """
-    diagonal_I = hessian_II.diagonal()
-    alive_I = diagonal_I > 0
-    if not alive_I.any():
+    if not (hessian_II.diagonal() > 0).any():
         say(
             f"{where} is zero: these inputs are zero on all of the calibration text, so it cannot tell which weights"
             " matter"
         )
-        return torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device), torch.ones_like(diagonal_I)
-    mean = float(diagonal_I[alive_I].mean())
+        identity_II = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
+        return identity_II, identity_II.diagonal().clone(), damping
     while damping <= _MOST_DAMPING:
-        damped_II = hessian_II.flip(0, 1)  # reverse the inputs, take the lower factor, reverse it back: that is R
-        damped_II.diagonal().add_(damping * mean).add_(mean * ~alive_I.flip(0))
+        # reverse the inputs, take the lower factor, reverse it back: that is R
+        damped_II = _damp_(hessian_II.clone(), damping).flip(0, 1)
         lower_II, info = torch.linalg.cholesky_ex(damped_II)
         pivot_I = lower_II.diagonal().square() / damped_II.diagonal()
         if not info and bool((pivot_I > _LEAST_PIVOT).all()):
             factor_II = lower_II.flip(0, 1)
             root_I = factor_II.diagonal().clone()
-            return factor_II.div_(root_I), root_I
+            return factor_II.div_(root_I), root_I, damping
         more = max(10 * damping, _LEAST_DAMPING)
         say(
             f"{where} is not positive definite with damping {damping:g}: trying {more:g}; more calibration tokens"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from secateur.core.errors import UsageError
 from secateur.core.progress import say
@@ -15,17 +17,18 @@ SMALLER, ZEROS = "search", "sparsegpt"
 def with_method(request: Request) -> Request:
     """Return a request that names no method with one, and with reconstruction; any other request as it is.
 
-    A share of all parameters takes `search` (with equal widths for `stock_only`), a pattern of zeros `sparsegpt`. What
-    was chosen is said.
+    A share of all parameters takes `search` (with equal widths for `stock_only`), a pattern of zeros `sparsegpt` with
+    `refine=2`. What was chosen is said.
 
     Raises:
         UsageError: the request says neither.
     """
     if request.method:
         return request
+    options: Mapping[str, Any]
     if request.pattern is not None and not parse_pattern(request.pattern).structured:
         method, what = ZEROS, "zeros"
-        options = request.options
+        options = {"refine": 2, **request.options}
     elif request.params_removed is not None and request.pattern is None:
         method, what = SMALLER, "a smaller model"
         options = {"uniform": True, **request.options} if request.stock_only else request.options
@@ -34,6 +37,7 @@ def with_method(request: Request) -> Request:
             "--method M is missing: name one (`secateur methods` lists them), or say what you want: --params-removed R "
             "for a smaller model, --pattern 2:4 or --pattern unstructured --sparsity S for zeros"
         )
-    say(f"no --method: {method}, then reconstruct, the best for {what} by docs/which-method.md; --dry-run has the time")
+    taken = " ".join([method, *(f"--set {name}={str(value).lower()}" for name, value in options.items())])
+    say(f"no --method: {taken}, then reconstruct, the best for {what} by docs/which-method.md; --dry-run has the time")
     mended = request.params_removed != 0  # at 0 there is nothing to mend
     return replace(request, method=method, options=options, reconstruct=mended)

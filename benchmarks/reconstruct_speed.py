@@ -1,0 +1,81 @@
+"""The time that reconstruction takes, beside the two forward passes of a Wanda prune, and beside its products.
+
+Prunes a randomly initialised LLaMA with Wanda at 50% on its default of 128 x 2,048 tokens, and reconstructs it at its
+default of 128 x 512 tokens and 100 steps of 4,096, in turns. Prints the median over the turns of
+
+- the seconds of reconstruction over those of Wanda's forward passes (both grow with the blocks alone);
+- the seconds of its matrix products (blocks forward, and three times that for a step) at the rate at which this machine
+  multiplies matrices, over those of reconstruction: the share of the floor.
+
+    python benchmarks/reconstruct_speed.py            some ten minutes on two cores
+    python benchmarks/reconstruct_speed.py --small    seconds: does it run at all; its figures mean little
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from _common import SMALL, Shape, matrix_rate, table, write_ids, write_llama
+
+SHAPE = replace(SMALL, hidden=576, ffn=1536, heads=9, kv_heads=3, blocks=2, dtype="float32")
+HELD_OUT, LOOKS = 0.1, 5  # the share of the windows, and how often their error is measured
+
+
+def products(shape: Shape, samples: int, seqlen: int, steps: int, batch: int) -> float:
+    """The floating-point operations of the matrix products of a reconstruction, attention among them."""
+    token = 2 * shape.block_parameters + 4 * seqlen * shape.hidden / 2  # causal: half of all pairs
+    tokens = samples * seqlen
+    passes = 2 * tokens + LOOKS * HELD_OUT * tokens + 3 * steps * min(batch, (1 - HELD_OUT) * tokens)
+    return shape.blocks * token * passes
+
+
+def turn(dense: Path, out: Path, wanda: tuple[int, int], fit: tuple[int, int], steps: int) -> tuple[float, float]:
+    """Return the seconds of Wanda's forward passes and of reconstruction."""
+    from secateur import api
+
+    for number, (samples, seqlen) in enumerate((wanda, fit)):
+        write_ids(out / f"ids{number}.npy", samples, seqlen, SHAPE.vocab, seed=number)
+    request = api.Request(str(dense), "wanda", sparsity=0.5, calibration=str(out / "ids0.npy"))
+    pruned = api.prune(request, out / "pruned", overwrite=True)
+    again = api.ReconstructRequest(str(out / "pruned"), calibration=str(out / "ids1.npy"), steps=steps)
+    return pruned["seconds_by"]["forward"], api.reconstruct(again, out / "mended", overwrite=True)["seconds"]
+
+
+def main() -> None:
+    """Run the benchmark, and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    small = parser.parse_args().small
+    repeats = 1 if small else parser.parse_args().repeats
+    wanda, fit, steps = ((16, 256), (16, 64), 5) if small else ((128, 2048), (128, 512), 100)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense"
+        write_llama(dense, SHAPE)
+        turns, rates = [], []
+        for _ in range(repeats):
+            rates.append(matrix_rate())
+            turns.append(turn(dense, Path(folder), wanda, fit, steps))
+    floor = [products(SHAPE, *fit, steps, 4096) / rate for rate in rates]
+    forward, mended = ([times[i] for times in turns] for i in (0, 1))
+    print(f"a random LLaMA, {SHAPE.blocks} blocks of width {SHAPE.hidden}; {repeats} turns, medians")
+    table(
+        ("", "seconds", "what"),
+        [
+            ("wanda, forward", f"{median(forward):.1f}", f"two passes over {wanda[0]} x {wanda[1]:,} tokens"),
+            ("reconstruct", f"{median(mended):.1f}", f"{fit[0]} x {fit[1]} tokens, {steps} steps of 4,096"),
+            ("its products", f"{median(floor):.1f}", f"at {median(rates) / 1e9:.0f} GFLOP/s"),
+        ],
+    )
+    ratio = median(m / f for m, f in zip(mended, forward, strict=True))
+    share = median(f / m for f, m in zip(floor, mended, strict=True))
+    print(f"reconstruct : forward passes of wanda = {ratio:.2f}; wanted: at most 3")
+    print(f"products : reconstruct = {share:.2f}")
+
+
+if __name__ == "__main__":
+    main()
