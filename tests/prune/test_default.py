@@ -40,6 +40,13 @@ def test_a_request_that_says_neither_is_refused(asked: dict[str, Any]) -> None:
         api.with_method(api.Request("model", **asked))
 
 
+def test_several_processes_need_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(api.UsageError, match="--method M is missing: under torchrun name one"):
+        api.with_method(api.Request("model", params_removed=0.3))
+
+
 def test_a_method_that_is_named_stays() -> None:
     request = api.Request("model", "magnitude", params_removed=0.3)
     assert api.with_method(request) is request

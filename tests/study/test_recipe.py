@@ -164,6 +164,7 @@ LATE = [
         "unknown option of wanda 'scop'; did you mean scope",
     ),
     ("  - prune: {method: slicegpt, sparsity: 0.5, set: {round: many}}", "round must be of type int, not 'many'"),
+    ("  - prune: {pattern: rows, params_removed: 0.3}", r"step 2 \(prune\): --method M is missing"),
     ("  - heal: {steps: 0}", r"step 2 \(heal\): --steps 0"),
     ("  - heal: {targets: attn}", "'attn' matches no linear module"),
     ("  - heal: {steps: 5}", r"step 2 \(heal\): calibration is missing"),
@@ -183,6 +184,17 @@ def test_every_step_is_checked_before_the_first_one_runs(step: str, message: str
     assert not out.exists()
     with pytest.raises(UsageError, match=message):
         next(api.estimate_recipe(api.read_recipe(recipe)))
+
+
+def test_a_step_without_a_method_takes_the_best_one(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(
+        "model: dense-llama\nsteps:\n  - prune: {params_removed: 0.3, calibration: ids.npy, samples: 6}\n"
+    )
+    status, stdout, stderr = run(recipe, "--out", tmp_path / "out", "--json")
+    assert status == 0, stderr
+    record = json.loads(stdout)["records"][0]
+    assert (record["command"], record["method"]) == ("reconstruct", "search")
+    assert "method: search" in (tmp_path / "out" / "1-prune" / RECIPE_PATH).read_text()
 
 
 def test_heal_needs_a_pruned_model(recipe: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.core.errors import UsageError
 from secateur.core.progress import say
+from secateur.core.torchrun import launched
 from secateur.plan.pattern import parse_pattern
 from secateur.requests import Request
 
@@ -21,10 +22,15 @@ def with_method(request: Request) -> Request:
     `refine=2`. What was chosen is said.
 
     Raises:
-        UsageError: the request says neither.
+        UsageError: the request says neither, or torchrun started this process.
     """
     if request.method:
         return request
+    if launched():
+        raise UsageError(
+            "--method M is missing: under torchrun name one whose work several processes share (`secateur methods`), "
+            "since the method of a prune that names none works in one process"
+        )
     options: Mapping[str, Any]
     if request.pattern is not None and not parse_pattern(request.pattern).structured:
         method, what = ZEROS, "zeros"

@@ -92,8 +92,11 @@ def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, fr
     request = KINDS[kind]
     if request is None:
         return None, frozenset()
-    if kind == "prune" and not values.get("method"):
-        raise UsageError(f"{where}: method is missing: the name of a method (`secateur methods` lists them)")
+    if kind == "prune" and not any(values.get(name) for name in ("method", "params_removed", "pattern")):
+        raise UsageError(
+            f"{where}: method is missing: the name of a method (`secateur methods` lists them); params_removed alone, "
+            "or a pattern of zeros, takes the best one"
+        )
     if SET in values:
         values[SET] = {str(name): _as_text(f"{where}: {SET}", name, v) for name, v in values[SET].items()}
     field_of = {option: name for name, option in OPTION_OF[kind].items()}

@@ -28,6 +28,7 @@ from secateur.models.save import plan_file, refuse_existing
 from secateur.plan.plan import read_plan_json
 from secateur.plan.quantity import WEIGHTS
 from secateur.predict.find import find_records
+from secateur.prune.default import with_method
 from secateur.prune.prepare import prepare
 from secateur.recipe.fields import WRITES
 from secateur.recipe.read import Recipe, Step, written_recipe
@@ -248,6 +249,8 @@ def _tasks(recipe: Recipe, checkpoint: Checkpoint, out: Path, device: str | None
             request = replace(request, **changes)
         if step.kind == "prune":
             bundled = model == BUNDLED
+            with _named(recipe, step):
+                request = with_method(request)
         if step.kind in WRITES:
             written += 1
             target = out / f"{written}-{step.kind}"
