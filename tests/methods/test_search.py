@@ -236,6 +236,21 @@ def test_the_update_brings_the_output_nearer(windows: Tensor) -> None:
     assert far[True] < far[False]
 
 
+def test_a_plan_is_the_same_whenever_it_is_asked_for(windows: Tensor) -> None:
+    view = api.view_model(tiny_model("llama"))
+    plans = method.plan_model(view, windows, method.Search(), Run(0.4, 0, CPU, torch.float32))
+    in_order = list(plans)
+    assert [plan.index for plan in in_order] == list(range(view.blocks))
+    for index in (-1, 0, view.blocks - 1):
+        again = plans[index]
+        expected = in_order[index]
+        assert again.index == expected.index
+        assert again.updates.keys() == expected.updates.keys() != set()
+        assert all(again.updates[name].equal(new) for name, new in expected.updates.items())
+    with pytest.raises(IndexError):
+        plans[view.blocks]
+
+
 def test_wrong_requests(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
     for how, message in (
         (

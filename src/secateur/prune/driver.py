@@ -83,10 +83,11 @@ def _cut_blocks(
     for index in range(job.view.blocks):
         done = finished(index)
         if done is None:
+            plan = None if plans is None else _planned(plans, index, watch)
             with watch("files"):
                 block = job.view.block(index, job.rates[index])
             _check_weights(block)
-            plan = plans[index] if plans else _plan_one(job, block, stream, watch)
+            plan = plan or _plan_one(job, block, stream, watch)
             with watch("selection"):
                 done = cut_block(block, plan), plan
             del block  # free the uncut weights
@@ -224,6 +225,12 @@ def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequ
     run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.state_file, job.notes, job.spill, job.labels)
     with watch("selection"):
         return job.method.says.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
+
+
+def _planned(plans: Sequence[BlockPlan], index: int, watch: Stopwatch) -> BlockPlan:
+    """Return a plan, which may be made only now."""
+    with watch("selection"):
+        return plans[index]
 
 
 def _plan_one(job: Job, block: BlockView, stream: Stream | None, watch: Stopwatch) -> BlockPlan:

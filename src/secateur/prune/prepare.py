@@ -236,8 +236,7 @@ def _check_stock(prepared: Prepared) -> None:
 def check_stock_plans(prepared: Prepared, plans: Sequence[BlockPlan]) -> None:
     """Raise HopelessError, before any cut, if plans of the whole model do not give a stock model."""
     view = prepared.job.view
-    kept = [plan for plan in plans if not plan.dropped]
-    sizes = [dims_after(view.dims(plan.index), plan) for plan in kept]
-    raw = drop_blocks(view.raw_config, view.config, [plan.index for plan in kept])
-    if problem := stock_problem(raw, view.family, sizes):
+    sizes = {plan.index: dims_after(view.dims(plan.index), plan) for plan in plans if not plan.dropped}
+    raw = drop_blocks(view.raw_config, view.config, list(sizes))
+    if problem := stock_problem(raw, view.family, list(sizes.values())):
         raise HopelessError(f"--stock-only: {problem}; no result was written")

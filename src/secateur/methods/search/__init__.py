@@ -24,6 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from secateur.calibrate.statistics import SecondMoment, damped
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import UsageError
 from secateur.core.memory import give_back
-from secateur.core.progress import say, track
+from secateur.core.progress import say
 from secateur.cut.block import cut_block
 from secateur.methods.search.budget import curve, spend, spend_alike
 from secateur.methods.search.removal import Removal, removal, without
@@ -108,7 +109,7 @@ def gradual(options: Search) -> bool:
     return True
 
 
-def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> tuple[BlockPlan, ...]:
+def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> Sequence[BlockPlan]:
     """Make the library on windows `data` [S, T], search it for the budget, and fit what stays.
 
     Raises:
@@ -127,7 +128,7 @@ def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> tupl
     run.notes["expected_loss"] = round(expected, 4)
     say(f"search: to second order, the loss of a token rises by {expected:.4f} nats")
     keep = [_kept(library[index], of) for index, of in enumerate(lost)]
-    return _fitted(view, data, keep, options, run)
+    return _Fitted(view, data, keep, options, run)
 
 
 def _library(view: ModelView, windows: Tensor, options: Search, run: Run) -> dict[str, Tensor]:
@@ -204,24 +205,54 @@ def _kept(removals: Mapping[str, Removal], lost: Lost) -> dict[str, Tensor]:
     }
 
 
-def _fitted(
-    view: ModelView, windows: Tensor, keep: list[dict[str, Tensor]], options: Search, run: Run
-) -> tuple[BlockPlan, ...]:
-    """Return the plans, with the columns that stay fitted on the stream of the pruned model."""
-    stream = Stream(view, windows, device=run.device, dtype=run.dtype, spill=run.spill) if options.update else None
-    plans = []
-    for block in track(view.iterate(), "search: blocks fitted", view.blocks):
-        of = {space: block.dims.units()[space] for space in keep[block.index]}
-        plan = BlockPlan(block.index, keep=keep[block.index], of=of)
-        if stream is not None:
+class _Fitted(Sequence[BlockPlan]):
+    """The plans, with the columns that stay fitted on the stream of the pruned model.
+
+    A plan is made when it is asked for, so that memory never holds the new weights of two blocks. The blocks before it
+    are fitted and run first; asked for in order, each is fitted once.
+
+    Args:
+        view: the dense model.
+        windows: token ids [S, T].
+        keep: the units that stay in each block.
+        options, run: the settings.
+    """
+
+    def __init__(
+        self, view: ModelView, windows: Tensor, keep: list[dict[str, Tensor]], options: Search, run: Run
+    ) -> None:
+        self._view, self._windows, self._keep, self._options, self._run = view, windows, keep, options, run
+        self._stream: Stream | None = None
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._keep)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int) or not -len(self) <= index < len(self):
+            raise IndexError(f"search: block {index} of {len(self)}")
+        index %= len(self)
+        if not self._options.update:
+            return self._plan(self._view.block(index))
+        if self._stream is None or index < self._next:
+            run, self._next = self._run, 0
+            self._stream = Stream(self._view, self._windows, device=run.device, dtype=run.dtype, spill=run.spill)
+        while True:
+            block = self._view.block(self._next)
+            plan = self._plan(block)
             if plan.keep:
-                plan = replace(plan, updates=_updates(block, stream, plan.keep, options))
-            if block.index < view.blocks - 1:
-                stream.advance(cut_block(block, plan))
-        plans.append(plan)
-        del block
-        give_back()
-    return tuple(plans)
+                plan = replace(plan, updates=_updates(block, self._stream, plan.keep, self._options))
+            if self._next < self._view.blocks - 1:
+                self._stream.advance(cut_block(block, plan))
+            self._next += 1
+            del block
+            give_back()
+            if self._next > index:
+                return plan
+
+    def _plan(self, block: BlockView) -> BlockPlan:
+        keep = self._keep[block.index]
+        return BlockPlan(block.index, keep=keep, of={space: block.dims.units()[space] for space in keep})
 
 
 def _updates(block: BlockView, stream: Stream, keep: Mapping[str, Tensor], options: Search) -> dict[str, Tensor]:
