@@ -24,7 +24,7 @@ from secateur.models.view import ModelView
 from secateur.reconstruct import fit as fitting
 from secateur.reconstruct.fit import How
 from secateur.reconstruct.prune import reconstruction_of
-from secateur.reconstruct.targets import DenseStream, Places, places
+from secateur.reconstruct.targets import DenseStream, ends
 from tests.tiny import FAMILY_TYPES, able, some_ids
 
 QUICK: dict[str, Any] = {"steps": 12, "batch": 80, "held_out": 0.34}
@@ -212,9 +212,9 @@ def test_targets_are_in_the_coordinates_of_a_sliced_model(
 
 
 def test_dropped_blocks_fall_to_their_neighbours() -> None:
-    assert places([0, 1, 2], 3) == [Places(0, 1), Places(1, 2), Places(2, 3)]
-    assert places([0, 3], 5) == [Places(0, 3), Places(3, 5)]
-    assert places([2, 3], 4) == [Places(0, 3), Places(3, 4)]
+    assert ends([0, 1, 2], 3) == [1, 2, 3]
+    assert ends([0, 3], 5) == [3, 5]
+    assert ends([2, 3], 4) == [3, 4]
 
 
 def test_wrong_requests(pruned: Callable[..., Path], saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

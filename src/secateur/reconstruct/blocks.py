@@ -17,7 +17,7 @@ from secateur.core.memory import give_back
 from secateur.core.timing import Stopwatch
 from secateur.models.view import BlockView, ModelView
 from secateur.reconstruct.fit import Fitted, How, fit
-from secateur.reconstruct.targets import DenseStream, places
+from secateur.reconstruct.targets import DenseStream, ends
 
 Finished = Callable[[int], tuple[BlockView, Fitted] | None]
 
@@ -50,9 +50,9 @@ def reconstructed_blocks(
     with watch("forward"):
         targets = DenseStream(dense, pruned, windows, device=device, dtype=torch.float32, spill=files[0])
         stream = Stream(pruned, windows, device=device, dtype=torch.float32, spill=files[1])
-    for index, place in enumerate(places(kept, dense.blocks)):
+    for index, end in enumerate(ends(kept, dense.blocks)):
         with watch("forward"):
-            targets.advance(place.after, index)
+            targets.advance(end, index)
         done = finished(index)
         if done is None:
             with watch("fit"):

@@ -13,7 +13,6 @@ Shape letters: D residual of the dense model, W residual of the pruned model, F 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,25 +27,16 @@ from secateur.models.view import BlockView, ModelView
 _ROWS = 1 << 15  # rows of an embedding that are enough to tell a basis
 
 
-@dataclass(frozen=True)
-class Places:
-    """Which blocks of the dense model a block of the pruned one stands for: those from `first` up to `after`."""
-
-    first: int
-    after: int
-
-
-def places(kept: list[int], blocks: int) -> list[Places]:
-    """Return for each block of the pruned model the blocks of the dense model that it stands for.
+def ends(kept: list[int], blocks: int) -> list[int]:
+    """Return for each block of the pruned model the block of the dense model before which its target lies.
 
     A block that was dropped falls to the one before it, and at the beginning to the first one that stays.
 
     Args:
-        kept: the indices of the blocks that stay.
-        blocks: the number of blocks of the dense model.
+        kept: the indices in the dense model of the blocks that stay.
+        blocks: the number of blocks of the dense model, which stands for its end.
     """
-    firsts, ends = [0, *kept[1:]], [*kept[1:], blocks]
-    return [Places(first, after) for first, after in zip(firsts, ends, strict=True)]
+    return [*kept[1:], blocks]
 
 
 class DenseStream:
