@@ -25,7 +25,7 @@ _STEPS = 10  # of conjugate gradients; from the weights of SparseGPT ten more ga
 _CANDIDATES = 32  # to go and to return, in each row; the pairs of the cheapest of both are compared
 _INPUTS_A_SWAP = 64  # a row of so many inputs may swap one pair between two fits
 _LEAST_GAIN = 1e-6  # as a share of the mean cost of a weight: a smaller gain is rounding error
-_PAIRS_AT_ONCE = 1 << 24
+_NUMBERS_AT_ONCE = 1 << 24  # of a piece of the rows, so that wide matrices need little memory
 
 
 def refine(
@@ -46,41 +46,49 @@ def refine(
         error than at the start.
     """
     hessian_II = hessian_II.to(before_OI)
-    weight_OI = fit(before_OI, weight_OI, keep_OI, hessian_II)
-    for _ in range(fits - 1):
-        weight_OI, keep_OI = swap(before_OI, weight_OI, keep_OI, hessian_II, group)
-        weight_OI = fit(before_OI, weight_OI, keep_OI, hessian_II)
-    return weight_OI, keep_OI
+    inputs = len(hessian_II)
+    rows = max(1, _NUMBERS_AT_ONCE // max(inputs * max(1, group), _CANDIDATES**2))
+    weights, masks = [], []
+    for before_RI, weight_RI, keep_RI in zip(
+        before_OI.split(rows), weight_OI.split(rows), keep_OI.split(rows), strict=True
+    ):
+        weight_RI = fit(before_RI, weight_RI, keep_RI, hessian_II)
+        for _ in range(fits - 1):
+            weight_RI, keep_RI = swap(before_RI, weight_RI, keep_RI, hessian_II, group)
+            weight_RI = fit(before_RI, weight_RI, keep_RI, hessian_II)
+        weights.append(weight_RI)
+        masks.append(keep_RI)
+    return torch.cat(weights), torch.cat(masks)
 
 
-def fit(before_OI: Tensor, weight_OI: Tensor, keep_OI: Tensor, hessian_II: Tensor, steps: int = _STEPS) -> Tensor:
+def fit(before_RI: Tensor, weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tensor, steps: int = _STEPS) -> Tensor:
     """Return the weights that stay, by least squares; the arguments are those of `refine`."""
     diagonal_I = hessian_II.diagonal()
-    residual_OI = ((before_OI - weight_OI) @ hessian_II).mul_(keep_OI)
-    found_OI, direction_OI = weight_OI.clone(), residual_OI / diagonal_I
-    energy_O = (residual_OI * direction_OI).sum(1, keepdim=True)
-    tiny = torch.finfo(energy_O.dtype).tiny
+    residual_RI = ((before_RI - weight_RI) @ hessian_II).mul_(keep_RI)
+    found_RI, direction_RI = weight_RI.clone(), residual_RI / diagonal_I
+    energy_R = (residual_RI * direction_RI).sum(1, keepdim=True)
+    tiny = torch.finfo(energy_R.dtype).tiny
     for _ in range(steps):
-        curved_OI = (direction_OI @ hessian_II).mul_(keep_OI)
-        step_O = energy_O / (direction_OI * curved_OI).sum(1, keepdim=True).clamp_min_(tiny)
-        found_OI.addcmul_(step_O, direction_OI)
-        residual_OI.addcmul_(step_O, curved_OI, value=-1)
-        scaled_OI = residual_OI / diagonal_I
-        next_O = (residual_OI * scaled_OI).sum(1, keepdim=True)
-        direction_OI.mul_(next_O / energy_O.clamp_min_(tiny)).add_(scaled_OI)
-        energy_O = next_O
-    better_O = _error(before_OI - found_OI, hessian_II) < _error(before_OI - weight_OI, hessian_II)
-    return torch.where(better_O[:, None], found_OI, weight_OI)
+        curved_RI = (direction_RI @ hessian_II).mul_(keep_RI)
+        step_R = energy_R / (direction_RI * curved_RI).sum(1, keepdim=True).clamp_min_(tiny)
+        found_RI.addcmul_(step_R, direction_RI)
+        residual_RI.addcmul_(step_R, curved_RI, value=-1)
+        scaled_RI = residual_RI / diagonal_I
+        next_R = (residual_RI * scaled_RI).sum(1, keepdim=True)
+        direction_RI.mul_(next_R / energy_R.clamp_min_(tiny)).add_(scaled_RI)
+        energy_R = next_R
+    better_R = _error(before_RI - found_RI, hessian_II) < _error(before_RI - weight_RI, hessian_II)
+    return torch.where(better_R[:, None], found_RI, weight_RI)
 
 
-def _error(lost_OI: Tensor, hessian_II: Tensor) -> Tensor:
-    return (lost_OI @ hessian_II).mul_(lost_OI).sum(1, dtype=torch.float64)
+def _error(lost_RI: Tensor, hessian_II: Tensor) -> Tensor:
+    return (lost_RI @ hessian_II).mul_(lost_RI).sum(1, dtype=torch.float64)
 
 
 def swap(
-    before_OI: Tensor,
-    weight_OI: Tensor,
-    keep_OI: Tensor,
+    before_RI: Tensor,
+    weight_RI: Tensor,
+    keep_RI: Tensor,
     hessian_II: Tensor,
     group: int = 0,
     *,
@@ -90,27 +98,13 @@ def swap(
     """Return the weights and the mask after swaps; see `refine`.
 
     Args:
-        before_OI, weight_OI, keep_OI, hessian_II, group: as for `refine`.
+        before_RI, weight_RI, keep_RI, hessian_II, group: as for `refine`.
         candidates: without groups, how many weights of a row may go and how many may return at each swap: those that
             are cheapest alone. With all inputs as candidates the best pair of the row is taken.
         most: the most swaps of a row; None takes one for each 64 inputs.
     """
-    inputs = weight_OI.shape[1]
-    most = max(1, inputs // _INPUTS_A_SWAP) if most is None else most
-    pairs = inputs * group if group else max(inputs, min(candidates, inputs) ** 2)
-    rows = max(1, _PAIRS_AT_ONCE // pairs)
-    pieces = zip(before_OI.split(rows), weight_OI.split(rows), keep_OI.split(rows), strict=True)
-    found = [
-        _swap_rows(before_RI, weight_RI, keep_RI, hessian_II, group, min(candidates, inputs), most)
-        for before_RI, weight_RI, keep_RI in pieces
-    ]
-    weights, masks = zip(*found, strict=True)
-    return torch.cat(weights), torch.cat(masks)
-
-
-def _swap_rows(
-    before_RI: Tensor, weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tensor, group: int, candidates: int, most: int
-) -> tuple[Tensor, Tensor]:
+    inputs = weight_RI.shape[1]
+    candidates, most = min(candidates, inputs), max(1, inputs // _INPUTS_A_SWAP) if most is None else most
     weight_RI, keep_RI, diagonal_I = weight_RI.clone(), keep_RI.clone(), hessian_II.diagonal()
     rows_R = torch.arange(len(weight_RI), device=weight_RI.device)
     owed_RI = (before_RI - weight_RI) @ hessian_II  # C
