@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from secateur.methods import search as method
 from secateur.methods.search.budget import Curve, curve, spend, spend_alike
 from secateur.methods.search.removal import removal, without
 from secateur.models.spaces import MEMBERS
+from secateur.plan.plan import BlockPlan, LaterPlans
 from secateur.plan.run import Run
 from tests.layouts import layout_of
 from tests.tiny import FAMILY_TYPES, tiny_model
@@ -249,6 +251,36 @@ def test_a_plan_is_the_same_whenever_it_is_asked_for(windows: Tensor) -> None:
         assert all(again.updates[name].equal(new) for name, new in expected.updates.items())
     with pytest.raises(IndexError):
         plans[view.blocks]
+    assert [plan.keep for plan in plans.outlines] == [plan.keep for plan in in_order]
+
+
+def test_each_block_is_fitted_once_and_the_weights_of_one_are_held(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    held: list[int] = []
+    fit = method._updates
+
+    def counted(*given: Any) -> Any:
+        held.append(sum(one() is not None for one in made))
+        found = fit(*given)
+        made.extend(weakref.ref(new) for new in found.values())
+        return found
+
+    monkeypatch.setattr(method, "_updates", counted)
+    options = {"uniform": True}
+    request = api.Request(
+        str(saved("llama")), "search", params_removed=0.3, calibration=ids_file, options=options, stock_only=True
+    )
+    api.prune(request, tmp_path / "out")
+    assert len(held) == len(api.read_plan(tmp_path / "out").blocks)
+    assert not any(held)
+
+
+def test_plans_are_made_by_their_number() -> None:
+    plans = LaterPlans([BlockPlan(0), BlockPlan(1)], BlockPlan)
+    assert [plan.index for plan in plans] == [0, 1]
+    assert plans[-1].index == 1
 
 
 def test_wrong_requests(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -199,18 +199,20 @@ def test_the_error_of_reconstruction_is_below_that_of_magnitude_on_average() -> 
 @pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_each_refinement_lowers_the_error(pattern: str, order: str) -> None:
-    x_NI = correlated(200, 32, 3)
+    x_NI, dead = correlated(200, 32, 3), [2, 5, 6, 9, 20, 21, 22, 31]
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    x_NI[:, 5] = 0
-    errors, counts = [], []
+    x_NI[:, dead] = 0
+    errors, counts, idle = [], [], []
     for fits in (0, 1, 3):
         keep, new = Alone(weight, x_NI, 0.5).prune(pattern=pattern, order=order, refine=fits)
         assert not new[~keep].any()
         errors.append(float((x_NI @ (weight - new).t()).square().sum()))
         counts.append(keep.sum(1))
+        idle.append(int(keep[:, dead].sum()))
     assert errors[0] > errors[1] > errors[2]
     assert counts[0].equal(counts[1])
     assert counts[0].equal(counts[2])
+    assert idle[2] <= idle[0], "a weight whose input is always zero does not come back"
 
 
 def test_modules_that_are_not_named_stay_bit_identical(windows: torch.Tensor) -> None:

@@ -35,7 +35,8 @@ def test_what_is_asked_for_tells_the_method(
 @pytest.mark.parametrize("asked", [{}, {"sparsity": 0.5}, {"pattern": "rows", "params_removed": 0.3}])
 def test_a_request_that_says_neither_is_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(
-        api.UsageError, match=r"--method M is missing: name one .* or say what you want: --params-removed R"
+        api.UsageError,
+        match=r"the method is missing .--method M.: name one .* or say what you want: --params-removed R",
     ):
         api.with_method(api.Request("model", **asked))
 
@@ -43,7 +44,7 @@ def test_a_request_that_says_neither_is_refused(asked: dict[str, Any]) -> None:
 def test_several_processes_need_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(api.UsageError, match="--method M is missing: under torchrun name one"):
+    with pytest.raises(api.UsageError, match=r"the method is missing .--method M.: under torchrun name one"):
         api.with_method(api.Request("model", params_removed=0.3))
 
 

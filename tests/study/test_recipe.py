@@ -164,7 +164,7 @@ LATE = [
         "unknown option of wanda 'scop'; did you mean scope",
     ),
     ("  - prune: {method: slicegpt, sparsity: 0.5, set: {round: many}}", "round must be of type int, not 'many'"),
-    ("  - prune: {pattern: rows, params_removed: 0.3}", r"step 2 \(prune\): --method M is missing"),
+    ("  - prune: {pattern: rows, params_removed: 0.3}", r"step 2 \(prune\): the method is missing"),
     ("  - heal: {steps: 0}", r"step 2 \(heal\): --steps 0"),
     ("  - heal: {targets: attn}", "'attn' matches no linear module"),
     ("  - heal: {steps: 5}", r"step 2 \(heal\): calibration is missing"),

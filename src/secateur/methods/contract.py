@@ -56,7 +56,7 @@ class PlanPlace(Protocol):
 class PlanModel(Protocol):
     """Plan all blocks at once. `data` are token ids [S, T], or None; `run` is `plan.run.Run`.
 
-    The driver asks for the plans in order, and keeps none: a sequence may make each when it is asked for.
+    The driver asks for the plans in order, and keeps none: `plan.LaterPlans` makes each when it is asked for.
     """
 
     def __call__(self, view: ModelView, data: Tensor | None, options: Any, run: Run, /) -> Sequence[BlockPlan]: ...

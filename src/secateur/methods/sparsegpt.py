@@ -63,6 +63,7 @@ DEMO = [
 ]
 _FEW = 16  # columns settled one by one before the rest of their decision is updated
 _LEAST_PIVOT = 1e-10  # as a share of the diagonal entry: a smaller pivot is rounding error
+_NOTHING = 1e-6  # of the mean diagonal: what a weight of an input that is always zero costs in a refinement
 _LEAST_DAMPING, _MOST_DAMPING = 1e-4, 1e4
 
 
@@ -102,9 +103,7 @@ class SparseGPT:
         if self.order not in ("natural", "activation"):
             raise UsageError(f"sparsegpt: unknown order '{self.order}' (allowed: natural, activation)")
         if self.refine < 0:
-            raise UsageError(
-                f"sparsegpt: refine is {self.refine}; it is a number of fits, such as 1 or 3; 0 turns it off"
-            )
+            raise UsageError(f"sparsegpt: refine is {self.refine}; it is a number of fits, such as 2; 0 turns it off")
 
 
 def plan_block(block: BlockView, statistics: Statistics[SecondMoment], options: SparseGPT) -> BlockPlan:
@@ -153,14 +152,19 @@ def _prune(
     del settle, factor_II, diagonal_I
     # settling left W_0 - W in weight_IO: bring it and the mask back to the natural order of inputs
     back_I = slice(None) if order_I is None else order_I.argsort()
-    damped_II = _damp_(natural_II.clone(), damping).to(weight_IO) if options.refine else None
+    dead_I = dead_I[back_I]
+    damped_II = None
+    if options.refine:
+        damped_II = _damp_(natural_II.clone(), damping).to(weight_IO)
+        damped_II.diagonal().masked_fill_(dead_I, _NOTHING * float(damped_II.diagonal().mean()))
     results = []
     for name, old_OI, keep_OI, lost_IO in zip(
         names, matrices, keeps_OI.split(parts), weight_IO.split(parts, dim=1), strict=True
     ):
         keep_OI, new_OI = keep_OI[:, back_I], old_OI - lost_IO.t()[:, back_I]
         if damped_II is not None:
-            new_OI, keep_OI = refine(old_OI, new_OI, keep_OI, damped_II, options.refine, pattern.group)
+            aim_OI = torch.where(dead_I, new_OI, old_OI)  # what becomes of a dead input is no error
+            new_OI, keep_OI = refine(aim_OI, new_OI, keep_OI, damped_II, options.refine, pattern.group)
         new_OI = new_OI.to(block.matrix(name))
         if not torch.isfinite(new_OI).all():
             raise HopelessError(
@@ -180,7 +184,7 @@ def _order(hessian_II: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _damp_(hessian_II: Tensor, damping: float) -> Tensor:
-    """Add `damping` times the mean diagonal of the inputs that are not always zero; give the others that mean."""
+    """Add `damping` times the mean diagonal of the inputs that are not always zero; give the others that mean too."""
     diagonal_I = hessian_II.diagonal()
     alive_I = diagonal_I > 0
     mean = float(diagonal_I[alive_I].mean()) if alive_I.any() else 1.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -353,6 +353,27 @@ class Plan:
         }
         if tensors:
             (folder / PLAN_TENSORS).write_bytes(save(tensors))
+
+
+class LaterPlans(Sequence[BlockPlan]):
+    """The plans of all blocks, whose new weights are made when a plan is asked for, so that memory holds those of one.
+
+    Attributes:
+        outlines: the plans without new weights.
+    """
+
+    def __init__(self, outlines: Sequence[BlockPlan], fill: Callable[[int], BlockPlan]) -> None:
+        """`fill` returns the whole plan of a block; it is quickest in order."""
+        self.outlines, self._fill = outlines, fill
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    def __iter__(self) -> Iterator[BlockPlan]:
+        return map(self._fill, range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._fill(range(len(self))[index])
 
 
 def plan_json(settings: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:

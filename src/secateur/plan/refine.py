@@ -6,8 +6,8 @@ H = X X^T (damped), where W_0 are the weights before pruning. The rows of W are 
 - `fit` solves for the weights that stay: (W_0 - W) H = 0 at every one of them. Each row has a system of its own, so
   all rows go by conjugate gradients together, one product with H a step, with the diagonal of H as preconditioner.
 - `swap` changes the mask of each row by exchanges of a weight that stays for one that does not, as SparseSwaps
-  (arXiv:2512.10922, section 3) does, with one difference: weights have been fitted and the one that returns takes
-  its best value, where theirs stay and return as they were. With C = (W_0 - W) H, to let p go and q return adds
+  (arXiv:2512.10922, section 3) does, with one difference: here weights are fitted, and the one that returns takes its
+  best value, where theirs keeps every weight at its old value. With C = (W_0 - W) H, to let p go and q return adds
 
       2 W_p C_p + W_p^2 H_pp - (C_q + W_p H_pq)^2 / H_qq                                   (for each row)
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STEPS = 10  # of conjugate gradients; from the weights of SparseGPT ten more gain less than a thousandth
+_STEPS = 10  # of conjugate gradients; from the weights of SparseGPT ten more gain two thousandths at most
 _CANDIDATES = 32  # to go and to return, in each row; the pairs of the cheapest of both are compared
 _INPUTS_A_SWAP = 64  # a row of so many inputs may swap one pair between two fits
 _LEAST_GAIN = 1e-6  # as a share of the mean cost of a weight: a smaller gain is rounding error
@@ -62,9 +62,16 @@ def refine(
 
 
 def fit(before_RI: Tensor, weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tensor, steps: int = _STEPS) -> Tensor:
-    """Return the weights that stay, by least squares; the arguments are those of `refine`."""
+    """Return the weights that stay, by least squares; the arguments are those of `refine`.
+
+    The default of `steps` is enough from the weights of SparseGPT; an ill-conditioned H and weights that make up for
+    nothing yet need more.
+    """
     diagonal_I = hessian_II.diagonal()
-    residual_RI = ((before_RI - weight_RI) @ hessian_II).mul_(keep_RI)
+    lost_RI = before_RI - weight_RI
+    residual_RI = lost_RI @ hessian_II
+    error_R = lost_RI.mul_(residual_RI).sum(1, dtype=torch.float64)
+    residual_RI.mul_(keep_RI)
     found_RI, direction_RI = weight_RI.clone(), residual_RI / diagonal_I
     energy_R = (residual_RI * direction_RI).sum(1, keepdim=True)
     tiny = torch.finfo(energy_R.dtype).tiny
@@ -77,12 +84,9 @@ def fit(before_RI: Tensor, weight_RI: Tensor, keep_RI: Tensor, hessian_II: Tenso
         next_R = (residual_RI * scaled_RI).sum(1, keepdim=True)
         direction_RI.mul_(next_R / energy_R.clamp_min_(tiny)).add_(scaled_RI)
         energy_R = next_R
-    better_R = _error(before_RI - found_RI, hessian_II) < _error(before_RI - weight_RI, hessian_II)
+    lost_RI = before_RI - found_RI
+    better_R = (lost_RI @ hessian_II).mul_(lost_RI).sum(1, dtype=torch.float64) < error_R
     return torch.where(better_R[:, None], found_RI, weight_RI)
-
-
-def _error(lost_RI: Tensor, hessian_II: Tensor) -> Tensor:
-    return (lost_RI @ hessian_II).mul_(lost_RI).sum(1, dtype=torch.float64)
 
 
 def swap(

@@ -28,8 +28,8 @@ def with_method(request: Request) -> Request:
         return request
     if launched():
         raise UsageError(
-            "--method M is missing: under torchrun name one whose work several processes share (`secateur methods`), "
-            "since the method of a prune that names none works in one process"
+            "the method is missing (--method M): under torchrun name one whose work several processes share (`secateur "
+            "methods`); the default methods work in one process only"
         )
     options: Mapping[str, Any]
     if request.pattern is not None and not parse_pattern(request.pattern).structured:
@@ -40,8 +40,8 @@ def with_method(request: Request) -> Request:
         options = {"uniform": True, **request.options} if request.stock_only else request.options
     else:
         raise UsageError(
-            "--method M is missing: name one (`secateur methods` lists them), or say what you want: --params-removed R "
-            "for a smaller model, --pattern 2:4 or --pattern unstructured --sparsity S for zeros"
+            "the method is missing (--method M): name one (`secateur methods` lists them), or say what you want: "
+            "--params-removed R for a smaller model, --pattern 2:4 or --pattern unstructured --sparsity S for zeros"
         )
     taken = " ".join([method, *(f"--set {name}={str(value).lower()}" for name, value in options.items())])
     say(f"no --method: {taken}, then reconstruct, the best for {what} by docs/which-method.md; --dry-run has the time")

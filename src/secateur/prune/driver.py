@@ -90,7 +90,7 @@ def _cut_blocks(
             plan = plan or _plan_one(job, block, stream, watch)
             with watch("selection"):
                 done = cut_block(block, plan), plan
-            del block  # free the uncut weights
+            del block, plan  # free the uncut weights
             give_back()
         if stream is not None and index < job.last:
             with watch("forward"):

@@ -18,7 +18,7 @@ from secateur.models.load import BUNDLED, Checkpoint, open_checkpoint
 from secateur.models.pruned_config import drop_blocks, stock_problem
 from secateur.models.view import ModelView
 from secateur.plan.pattern import Pattern, parse_pattern
-from secateur.plan.plan import BlockPlan
+from secateur.plan.plan import BlockPlan, LaterPlans
 from secateur.plan.quantity import Subject
 from secateur.prune.job import Job, make_job
 from secateur.requests import Request
@@ -235,8 +235,8 @@ def _check_stock(prepared: Prepared) -> None:
 
 def check_stock_plans(prepared: Prepared, plans: Sequence[BlockPlan]) -> None:
     """Raise HopelessError, before any cut, if plans of the whole model do not give a stock model."""
-    view = prepared.job.view
-    sizes = {plan.index: dims_after(view.dims(plan.index), plan) for plan in plans if not plan.dropped}
+    view, outlines = prepared.job.view, plans.outlines if isinstance(plans, LaterPlans) else plans
+    sizes = {plan.index: dims_after(view.dims(plan.index), plan) for plan in outlines if not plan.dropped}
     raw = drop_blocks(view.raw_config, view.config, list(sizes))
     if problem := stock_problem(raw, view.family, list(sizes.values())):
         raise HopelessError(f"--stock-only: {problem}; no result was written")

@@ -92,7 +92,9 @@ def request_of(kind: str, given: Mapping[Any, Any], where: str) -> tuple[Any, fr
     request = KINDS[kind]
     if request is None:
         return None, frozenset()
-    if kind == "prune" and not any(values.get(name) for name in ("method", "params_removed", "pattern")):
+    if kind == "prune" and not (
+        values.get("method") or any(values.get(name) is not None for name in ("params_removed", "pattern"))
+    ):
         raise UsageError(
             f"{where}: method is missing: the name of a method (`secateur methods` lists them); params_removed alone, "
             "or a pattern of zeros, takes the best one"

@@ -24,7 +24,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ from secateur.models.family import HEADS, check_can
 from secateur.models.parameters import unit_parameters
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockView, ModelView
-from secateur.plan.plan import BlockPlan
+from secateur.plan.plan import BlockPlan, LaterPlans
 from secateur.plan.quantity import PARAMETERS, check_removable
 from secateur.plan.run import Run
 
@@ -128,7 +127,11 @@ def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> Sequ
     run.notes["expected_loss"] = round(expected, 4)
     say(f"search: to second order, the loss of a token rises by {expected:.4f} nats")
     keep = [_kept(library[index], of) for index, of in enumerate(lost)]
-    return _Fitted(view, data, keep, options, run)
+    outlines = [
+        BlockPlan(index, keep=of, of={space: view.dims(index).units()[space] for space in of})
+        for index, of in enumerate(keep)
+    ]
+    return LaterPlans(outlines, _Fit(view, data, outlines, options, run)) if options.update else outlines
 
 
 def _library(view: ModelView, windows: Tensor, options: Search, run: Run) -> dict[str, Tensor]:
@@ -205,41 +208,25 @@ def _kept(removals: Mapping[str, Removal], lost: Lost) -> dict[str, Tensor]:
     }
 
 
-class _Fitted(Sequence[BlockPlan]):
-    """The plans, with the columns that stay fitted on the stream of the pruned model.
+class _Fit:
+    """The fit of the columns that stay, on the stream of the pruned model.
 
-    A plan is made when it is asked for, so that memory never holds the new weights of two blocks. The blocks before it
-    are fitted and run first; asked for in order, each is fitted once.
-
-    Args:
-        view: the dense model.
-        windows: token ids [S, T].
-        keep: the units that stay in each block.
-        options, run: the settings.
+    The blocks before one are fitted and run first; asked for in order, each is fitted once.
     """
 
-    def __init__(
-        self, view: ModelView, windows: Tensor, keep: list[dict[str, Tensor]], options: Search, run: Run
-    ) -> None:
-        self._view, self._windows, self._keep, self._options, self._run = view, windows, keep, options, run
+    def __init__(self, view: ModelView, windows: Tensor, outlines: Sequence[BlockPlan], options: Search, run: Run):
+        self._view, self._windows, self._outlines, self._options, self._run = view, windows, outlines, options, run
         self._stream: Stream | None = None
         self._next = 0
 
-    def __len__(self) -> int:
-        return len(self._keep)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, int) or not -len(self) <= index < len(self):
-            raise IndexError(f"search: block {index} of {len(self)}")
-        index %= len(self)
-        if not self._options.update:
-            return self._plan(self._view.block(index))
+    def __call__(self, index: int) -> BlockPlan:
+        """Return the plan of a block with its new weights."""
         if self._stream is None or index < self._next:
-            run, self._next = self._run, 0
+            self._stream, self._next = None, 0  # before a new one is made
+            run = self._run
             self._stream = Stream(self._view, self._windows, device=run.device, dtype=run.dtype, spill=run.spill)
         while True:
-            block = self._view.block(self._next)
-            plan = self._plan(block)
+            block, plan = self._view.block(self._next), self._outlines[self._next]
             if plan.keep:
                 plan = replace(plan, updates=_updates(block, self._stream, plan.keep, self._options))
             if self._next < self._view.blocks - 1:
@@ -249,10 +236,7 @@ class _Fitted(Sequence[BlockPlan]):
             give_back()
             if self._next > index:
                 return plan
-
-    def _plan(self, block: BlockView) -> BlockPlan:
-        keep = self._keep[block.index]
-        return BlockPlan(block.index, keep=keep, of={space: block.dims.units()[space] for space in keep})
+            del plan
 
 
 def _updates(block: BlockView, stream: Stream, keep: Mapping[str, Tensor], options: Search) -> dict[str, Tensor]:
