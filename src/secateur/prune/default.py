@@ -44,6 +44,6 @@ def with_method(request: Request) -> Request:
             "--params-removed R for a smaller model, --pattern 2:4 or --pattern unstructured --sparsity S for zeros"
         )
     taken = " ".join([method, *(f"--set {name}={str(value).lower()}" for name, value in options.items())])
-    say(f"no --method: {taken}, then reconstruct, the best for {what} by docs/which-method.md; --dry-run has the time")
+    say(f"no --method: {taken}, then reconstruct, first for {what} in docs/which-method.md; --dry-run has the time")
     mended = request.params_removed != 0  # at 0 there is nothing to mend
     return replace(request, method=method, options=options, reconstruct=mended)
