@@ -22,6 +22,7 @@ from statistics import median
 from _common import SMALL, Shape, matrix_rate, table, write_ids, write_llama
 
 SHAPE = replace(SMALL, hidden=576, ffn=1536, heads=9, kv_heads=3, blocks=2, dtype="float32")
+IDS = ("wanda.npy", "fit.npy")
 HELD_OUT, LOOKS = 0.1, 5  # the share of the windows, and how often their error is measured
 
 
@@ -33,15 +34,13 @@ def products(shape: Shape, samples: int, seqlen: int, steps: int, batch: int) ->
     return shape.blocks * token * passes
 
 
-def turn(dense: Path, out: Path, wanda: tuple[int, int], fit: tuple[int, int], steps: int) -> tuple[float, float]:
+def turn(dense: Path, out: Path, steps: int) -> tuple[float, float]:
     """Return the seconds of Wanda's forward passes and of reconstruction."""
     from secateur import api
 
-    for number, (samples, seqlen) in enumerate((wanda, fit)):
-        write_ids(out / f"ids{number}.npy", samples, seqlen, SHAPE.vocab, seed=number)
-    request = api.Request(str(dense), "wanda", sparsity=0.5, calibration=str(out / "ids0.npy"))
+    request = api.Request(str(dense), "wanda", sparsity=0.5, calibration=str(out / IDS[0]))
     pruned = api.prune(request, out / "pruned", overwrite=True)
-    again = api.ReconstructRequest(str(out / "pruned"), calibration=str(out / "ids1.npy"), steps=steps)
+    again = api.ReconstructRequest(str(out / "pruned"), calibration=str(out / IDS[1]), steps=steps)
     return pruned["seconds_by"]["forward"], api.reconstruct(again, out / "mended", overwrite=True)["seconds"]
 
 
@@ -56,10 +55,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         write_llama(dense, SHAPE)
+        for number, (samples, seqlen) in enumerate((wanda, fit)):
+            write_ids(Path(folder) / IDS[number], samples, seqlen, SHAPE.vocab, seed=number)
         turns, rates = [], []
         for _ in range(repeats):
             rates.append(matrix_rate())
-            turns.append(turn(dense, Path(folder), wanda, fit, steps))
+            turns.append(turn(dense, Path(folder), steps))
     floor = [products(SHAPE, *fit, steps, 4096) / rate for rate in rates]
     forward, mended = ([times[i] for times in turns] for i in (0, 1))
     print(f"a random LLaMA, {SHAPE.blocks} blocks of width {SHAPE.hidden}; {repeats} turns, medians")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
-import yaml  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped]  # it has no types
 from lm_eval.tasks import TaskManager
 
 from secateur.core.errors import UsageError

@@ -129,7 +129,7 @@ def _known(family: Family) -> str:
 def need_peft() -> None:
     """Raise SecateurError if peft is not installed."""
     try:
-        import peft  # noqa: F401
+        import peft  # noqa: F401  # only whether it is there
     except ImportError:
         raise SecateurError("heal needs peft, which is not installed: pip install 'secateur[heal]'") from None
 

@@ -21,6 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from secateur.core.numbers import diagonal_blocks
+
 _STEPS = 10  # of conjugate gradients; from the weights of SparseGPT ten more gain two thousandths at most
 _CANDIDATES = 32  # to go and to return, in each row; the pairs of the cheapest of both are compared
 _INPUTS_A_SWAP = 64  # a row of so many inputs may swap one pair between two fits
@@ -152,7 +154,7 @@ def _best_in_groups(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same as `_best_of_row`, for pairs within a group."""
     now_RNM, owed_RNM, go_RNM, back_RNM = (x.unflatten(1, (-1, group)) for x in (now_RI, owed_RI, go_RI, back_RI))
-    both_NMM = hessian_II.unflatten(0, (-1, group)).unflatten(2, (-1, group)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    both_NMM = diagonal_blocks(hessian_II, group)
     diagonal_NM = hessian_II.diagonal().unflatten(0, (-1, group))
     owed_RNMM = (now_RNM[..., :, None] * both_NMM).add_(owed_RNM[..., None, :])
     change_RNMM = owed_RNMM.square_().div_(diagonal_NM[:, None, :]).neg_().add_(go_RNM[..., :, None])

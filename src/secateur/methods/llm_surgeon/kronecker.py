@@ -32,7 +32,7 @@ from torch import Tensor
 
 from secateur.calibrate.backward import Backward
 from secateur.calibrate.statistics import damped
-from secateur.core.numbers import at_least_float32
+from secateur.core.numbers import at_least_float32, diagonal_blocks
 from secateur.models.family import Family
 from secateur.models.view import BlockView
 
@@ -66,9 +66,7 @@ class Curvature:
             return ((self.g_OO @ weight_OI) * weight_OI).sum(0) / (2 * _inverse_diagonal(self.a_II))
         count = weight_OI.shape[1] // together
         weight_UOC = weight_OI.view(-1, count, together).transpose(0, 1)
-        inverse_UCC = (
-            _inverse(self.a_II).view(count, together, count, together).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        )
+        inverse_UCC = diagonal_blocks(_inverse(self.a_II), together)
         felt_UCC: Tensor = torch.linalg.inv(inverse_UCC) * (weight_UOC.transpose(1, 2) @ (self.g_OO @ weight_UOC))
         return felt_UCC.sum((1, 2)) / 2
 

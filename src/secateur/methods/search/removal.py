@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.core.numbers import diagonal_blocks
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -80,7 +82,7 @@ def _alone(felt_OI: Tensor, inverse_II: Tensor, width: int) -> Tensor:
     if width == 1:
         return felt_OI.square().sum(0) / inverse_II.diagonal() / 2
     units = len(inverse_II) // width
-    inverse_UCC = inverse_II.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    inverse_UCC = diagonal_blocks(inverse_II, width)
     felt_UCO = felt_OI.t().reshape(units, width, -1)
     root_UCO: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse_UCC), felt_UCO, upper=False)
     return root_UCO.square().sum((1, 2)) / 2
