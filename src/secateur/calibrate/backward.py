@@ -25,17 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from secateur.calibrate.ending import Ending
 from secateur.calibrate.stream import Stream, new_buffer
-from secateur.core.errors import HopelessError, NotFiniteError, UsageError
+from secateur.core.errors import HopelessError, NotFiniteError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import track
-from secateur.models.loss import Head, capped
+from secateur.models.loss import Head
 from secateur.models.save import disk
 from secateur.models.view import BlockView, ModelView
 from secateur.text.windows import IGNORE
 
-_LOGITS = 1 << 23  # the most logits in memory at a time
 PairListener = Callable[[Tensor, Tensor], None]
 """A function of x_BTI, the input of a matrix, and g_BTO, the gradient of the loss with respect to its output."""
 
@@ -55,9 +55,7 @@ class Backward:
         view: the model.
         windows: token ids [S, T].
         device, dtype: where and in which dtype blocks run.
-        labels: the token to predict at each position, [S, T], and `IGNORE` where there is nothing to predict; each
-            position predicts the label of the next one. None takes the windows. Padding on the right needs only
-            `IGNORE`, since no token sees what comes after it.
+        labels: the token to predict at each position, [S, T], see `Ending`. None takes the windows.
         first: the first block whose gradients are needed; the inputs of earlier blocks are not stored.
         spill: a file for the inputs of the blocks; None stores them in memory.
 
@@ -83,15 +81,9 @@ class Backward:
         spill: Path | None = None,
     ) -> None:
         self.view, self._first, self._next = view, first, view.blocks - 1
-        label_ST = windows if labels is None else labels
-        self._target_ST = torch.nn.functional.pad(label_ST[:, 1:], (0, 1), value=IGNORE)
-        self.targets = int((self._target_ST != IGNORE).sum())
-        if not self.targets:
-            raise UsageError(
-                "no label is to be predicted, so there are no gradients; give windows of at least two tokens "
-                "(--seqlen), or, for a task, more of them (--samples)"
-            )
         self._stream = Stream(view, windows, device=device, dtype=dtype)
+        self._ending = Ending(self._stream, windows, labels)
+        self.targets = self._ending.targets
         self.gradient_STD = self._stream.hidden_STD  # first the residual; from the loss on its gradient
         with nullcontext() if spill is None else disk(spill.parent):
             self._inputs_LSTD = new_buffer((view.blocks - first, *self.gradient_STD.shape), dtype, spill)
@@ -148,41 +140,19 @@ class Backward:
         """Turn the last hidden state into the gradient of the loss, in place, some tokens at a time; returns the mean
         loss.
         """
-        family = self.view.family
-        norm, projection = self._outer(family.final_norm), self._outer(family.head)
-        head = capped(projection, family.cap_of(self.view.config))
         width, total = self.view.dims(self.view.blocks - 1).leaves, 0.0
-        for rows in track(list(self._stream.slices()), "gradients: head"):
-            hidden_ND = self._stream.hidden(rows, width).flatten(0, 1)
-            target_N = self._target_ST[rows].flatten().to(self._stream.device)
-            parts = [
-                _head_gradient(norm, head, *part)
-                for part in zip(*(t.split(self._tokens_a_chunk()) for t in (hidden_ND, target_N)), strict=True)
-            ]
-            total += sum(loss for loss, _ in parts)
-            self.gradient_STD[rows, :, :width] = (
-                torch.cat([gradient for _, gradient in parts]).unflatten(0, (-1, self._target_ST.shape[1])).to("cpu")
-            )
-        for module in (norm, projection):
-            module.to("meta")
+        with self._ending.loaded() as (norm, head):
+            for rows in track(list(self._stream.slices()), "gradients: head"):
+                chunks = self._ending.chunks(self._stream.hidden(rows, width), rows)
+                parts = [_head_gradient(norm, head, *chunk) for chunk in chunks]
+                total += sum(loss for loss, _ in parts)
+                gradient_ND = torch.cat([gradient for _, gradient in parts])
+                self.gradient_STD[rows, :, :width] = gradient_ND.unflatten(0, (rows.stop - rows.start, -1)).to("cpu")
         if not math.isfinite(total):
             raise NotFiniteError(
                 f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
             )
         return total / self.targets
-
-    def _tokens_a_chunk(self) -> int:
-        return max(1, _LOGITS // int(self.view.config.vocab_size))
-
-    def _outer(self, path: str) -> nn.Module:
-        """Load a module that comes after the blocks. The weight of a tied head is that of the embedding."""
-        module, state = self._stream.skeleton.get_submodule(path), self.view.read_module(path)
-        if path == self.view.family.head and "weight" not in state:
-            state["weight"] = self.view.source.read(f"{self.view.family.embeddings[0]}.weight")
-        module.load_state_dict(
-            {name: t.to(self._stream.device, self._stream.dtype) for name, t in state.items()}, assign=True
-        )
-        return module.requires_grad_(False)
 
 
 @torch.enable_grad()

@@ -44,7 +44,8 @@ def packed(block: nn.Module, tokens: int, at_once: int) -> Iterator[None]:
     originals: dict[str, nn.Linear] = {}
     if _AVAILABLE and max(tokens, _as_if) >= _WORTH_PACKING:
         for path, part in list(block.named_modules()):
-            if type(part) is nn.Linear and part.weight.device.type == "cpu" and part.weight.dtype == torch.float32:
+            weight = part.weight if type(part) is nn.Linear else None
+            if weight is not None and weight.numel() and (weight.device.type, weight.dtype) == ("cpu", torch.float32):
                 block.set_submodule(path, _PackedLinear(part, at_once))
                 originals[path] = part.to("meta")  # the weights are not in memory twice
     try:

@@ -129,7 +129,7 @@ class Statistics(Generic[S]):
     Attributes:
         family: the family, which says which matrices share an input.
         of_input: the statistic of each distinct input.
-        apart: whether attention and MLP select separately what they read; see `Family.input_of`.
+        apart: whether attention and MLP read different tensors; see `Family.input_of`.
     """
 
     family: Family

@@ -10,7 +10,7 @@ Shape letters: S windows, B windows of a batch, T tokens, D residual.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,15 @@ class Stream:
                 if listener is not None:
                     listener(entering_BTD.flatten(0, -2), leaving_BTD.flatten(0, -2))
                 self.hidden_STD[rows, :, : block.dims.leaves] = leaving_BTD
+
+    @torch.inference_mode()
+    def carry(self, block: BlockView, others_XSTD: Iterable[Tensor]) -> None:
+        """Carry other residual streams of these windows through the block, in place."""
+        with self.loaded(block) as module:
+            for other_STD in others_XSTD:
+                for rows, arguments in self.batches(block.index):
+                    entering_BTD = other_STD[rows, :, : block.dims.enters].to(self.device)
+                    other_STD[rows, :, : block.dims.leaves] = module(entering_BTD, **arguments)
 
     @torch.inference_mode()
     def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:

@@ -168,6 +168,8 @@ class Says:
         ADVICE: a setting that is better than the default of the paper, with its numbers; `methods NAME` prints it.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.
+        WITHOUT_PARTS: whether it takes a model with blocks that have no attention or no MLP (`depth.py`). Methods that
+            prune matrix by matrix take it: the matrices of such a part are empty and have no rate.
         MAY_CHANGE: the options that may have another value when an interrupted run is resumed.
         plan_block: see `PlanBlock`.
         plan_place: see `PlanPlace`; it also needs `new_moment`, `last_place` and `sizes_left`.
@@ -196,6 +198,7 @@ class Says:
     ADVICE: str | None = None
     DEMO: Sequence[Mapping[str, Any]] = ()
     QUICK: Mapping[str, Any] = field(default_factory=dict)
+    WITHOUT_PARTS: bool = False
     MAY_CHANGE: tuple[str, ...] = ()
     plan_block: PlanBlock | None = None
     plan_place: PlanPlace | None = None

@@ -32,6 +32,7 @@ from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
 REMOVES = BLOCKS
+WITHOUT_PARTS = True
 DEMO = [{"sparsities": [0.17]}]
 
 

@@ -6,6 +6,8 @@ same classes, and no remote code is needed.
 
 `config.pruned_widths` holds one entry per block, `{"heads": H, "groups": G, "ffn": F}`: the numbers of query heads,
 key-value heads and feed-forward units. Every block is the stock block, built from a configuration with these widths.
+A block without heads has no attention, and one without feed-forward units has no MLP: only the bias of their output is
+left, if the family has one.
 
 In a model with a narrower residual stream (SliceGPT, arXiv:2401.15024), `config.pruned_residual` describes the stream.
 Each entry of `pruned_widths` then has more fields: `"attention": [in, out]` and `"mlp": [in, out]`, the widths of the
@@ -27,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -44,6 +47,7 @@ PREFIX = "secateur_"
 NORM_FIRST, SELECT_FIRST = SELECT_FORMS = ("norm, select", "select, norm")
 SECOND_NORM = "mlp_norm"  # the second norm of a parallel block in which attention and MLP norm different features
 _READ, _WRITE = "read_index_map", "write_index_map"
+_OUTPUTS = ("o_proj", "out_proj", "dense")  # the names of the output projection of attention
 
 
 class BlockConfig:
@@ -434,14 +438,20 @@ def _stock_block(
 ) -> nn.Module:
     """Build a stock block with `widths` = {"heads": H, "groups": G, "ffn": F, ...}."""
     heads, groups, ffn = widths["heads"], widths["groups"], widths["ffn"]
-    if type(config).model_type.removeprefix(PREFIX) == "opt":
-        # OPT takes the width of a head from the hidden size: build the block dense, then narrow its attention.
-        block = block_class(BlockConfig(config, ffn_dim=ffn), index)
-        _narrow_opt_attention(block.self_attn, heads)
-        return block
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fields = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": width, "intermediate_size": ffn}
-    return block_class(BlockConfig(config, **fields), index)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # torch says so of a part that is gone
+        if type(config).model_type.removeprefix(PREFIX) == "opt":
+            # OPT takes the width of a head from the hidden size: build the block dense, then narrow its attention.
+            block = block_class(BlockConfig(config, ffn_dim=ffn), index)
+            if heads:
+                _narrow_opt_attention(block.self_attn, heads)
+        else:
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            fields = {"num_attention_heads": heads or 1, "num_key_value_heads": groups or 1}
+            block = block_class(BlockConfig(config, **fields, head_dim=width, intermediate_size=ffn), index)
+        if not heads:
+            _empty_attention(block)
+    return block
 
 
 def _narrow_opt_attention(attention: Any, heads: int) -> None:
@@ -452,6 +462,34 @@ def _narrow_opt_attention(attention: Any, heads: int) -> None:
     for name in ("q_proj", "k_proj", "v_proj"):
         setattr(attention, name, nn.Linear(width, inner, bias=bias))
     attention.out_proj = nn.Linear(inner, width, bias=bias)
+
+
+def _empty_attention(block: nn.Module) -> None:
+    """Take all heads from the attention of a block. Its projections stay, with no rows or no columns."""
+    (attention,) = (child for child in block.children() if hasattr(child, "layer_idx"))
+    linears = {name: child for name, child in attention.named_children() if isinstance(child, nn.Linear)}
+    (output,) = (name for name in linears if name in _OUTPUTS)
+    for name, old in linears.items():
+        ends = (0, old.out_features) if name == output else (old.in_features, 0)
+        setattr(attention, name, nn.Linear(*ends, bias=old.bias is not None))
+    attention.__class__ = _empty_class(type(attention), output)  # type: ignore[arg-type]  # a class is hashable
+
+
+@cache
+def _empty_class(stock: type[nn.Module], output: str) -> type[nn.Module]:
+    """Return the stock attention class with the forward of an attention that has no heads."""
+
+    class Empty(stock):  # type: ignore[valid-type, misc]  # a class known only at run time
+        def forward(
+            self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any
+        ) -> tuple[Tensor, None]:
+            if past_key_values is not None:  # the cache of a block also counts the tokens that were seen
+                seen = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+                past_key_values.update(seen, seen, self.layer_idx)
+            return getattr(self, output)(hidden_states[..., :0]), None
+
+    Empty.__name__ = Empty.__qualname__ = stock.__name__
+    return Empty
 
 
 class PrunedModel:

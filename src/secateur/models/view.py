@@ -76,8 +76,13 @@ class BlockDims:
 
     @property
     def queries(self) -> int:
-        """Query heads that share one key-value head; head h belongs to group h // queries."""
-        return self.heads // self.groups
+        """Query heads that share one key-value head; head h belongs to group h // queries. 0 without attention."""
+        return self.heads // self.groups if self.groups else 0
+
+    @property
+    def apart(self) -> bool:
+        """Whether the MLP reads nothing that attention reads too: each selects for itself, or there is no attention."""
+        return not self.groups or (self.residual is not None and self.residual.selected)
 
     @property
     def columns(self) -> Mapping[str, str]:

@@ -50,8 +50,9 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
         matched = False
         for index in range(view.blocks):
             for matrix in matching(view.family, index, name):
-                rates[index][matrix] = value
                 matched = True
+                if 0 not in view.matrix_shapes(index)[matrix]:  # a block without attention, or without an MLP
+                    rates[index][matrix] = value
         if not matched:
             own = sorted({path.rpartition(".")[2] for path in view.family.matrices.values()})
             canonical = [n for n in CANONICAL if n in view.family.matrices]

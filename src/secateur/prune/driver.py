@@ -250,7 +250,7 @@ def collect(job: Job, block: BlockView, stream: Stream, watch: Stopwatch) -> Sta
     new_statistic = job.method.says.STATISTICS
     assert new_statistic is not None
     family = block.family
-    apart = block.dims.residual is not None and block.dims.residual.selected
+    apart = block.dims.apart
     inputs = sorted({family.input_of(name, apart=apart) for name in block.rates})
     collected = {name: new_statistic(block.dims.shape(name)[1], stream.device) for name in inputs}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.methods import Method
 from secateur.models.canonical import canonical_view
 from secateur.models.view import ModelView
@@ -109,12 +109,30 @@ def make_job(
     if quantity.shared is None:
         return _job_of_matrices(view, method, options, sparsity, modules, seed)
     sparsity = quantity.check(method.name, sparsity, modules)
+    if sparsity and not method.says.WITHOUT_PARTS:
+        _check_parts(view, method)
     if method.says.check is not None and (sparsity or quantity.required is None):
         method.says.check(view, sparsity, options)
     rotates = method.says.plan_place is not None and sparsity != 0
     nothing: Rates = tuple({} for _ in range(view.blocks))
     canonical = partial(canonical_view, view, dtype, tied=method.keeps_tied(view, options))
     return Job(canonical() if rotates else view, method, options, nothing, sparsity or 0.0, seed)
+
+
+def _check_parts(view: ModelView, method: Method) -> None:
+    """Refuse a model with blocks that have no attention or no MLP.
+
+    Raises:
+        SecateurError: a block has only one of the two; the message names the first.
+    """
+    for index in range(view.blocks):
+        units = view.dims(index).units()
+        for part, space in {"attention": "groups", "mlp": "ffn"}.items():
+            if not units[space]:
+                raise SecateurError(
+                    f"{view.name}: block {index} has no {part}, and {method.name} does not prune such a model; prune"
+                    " the original with it, or set weights to zero"
+                )
 
 
 def _job_of_matrices(

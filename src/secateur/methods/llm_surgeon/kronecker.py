@@ -159,6 +159,7 @@ class Factors:
         damping: the amount added to each diagonal, in units of its mean.
         tokens: the number of tokens.
         sums: `a.NAME` and `g.NAME` -> a sum, for the matrix NAME.
+        apart: whether attention and MLP read different tensors, see `Family.input_of`.
     """
 
     family: Family
@@ -166,22 +167,23 @@ class Factors:
     damping: float
     tokens: int
     sums: Mapping[str, Tensor]
+    apart: bool = False
 
     @classmethod
     def measured(cls, block: BlockView, backward: Backward, kind: str, damping: float) -> Factors:
         """Run a backward pass through its current block, `block`, and return the sums."""
         sums: dict[str, Tensor] = {}
-        tokens = dict.fromkeys(block.names, 0)
+        tokens = {name: 0 for name in block.names if 0 not in block.dims.shape(name)}  # not of a part that is gone
 
         def listen(name: str, x_BTI: Tensor, g_BTO: Tensor) -> None:
             tokens[name] += x_BTI.shape[0] * x_BTI.shape[1]
             _add(sums, f"g.{name}", g_BTO.flatten(0, -2))
-            if block.family.input_of(name) == name:
+            if block.family.input_of(name, apart=block.dims.apart) == name:
                 _add(sums, f"a.{name}", x_BTI.flatten(0, -2))
 
-        backward.retreat(block, {name: partial(listen, name) for name in block.names})
+        backward.retreat(block, {name: partial(listen, name) for name in tokens})
         (total,) = set(tokens.values())
-        return cls(block.family, kind, damping, total, sums)
+        return cls(block.family, kind, damping, total, sums, block.dims.apart)
 
     @property
     def size(self) -> int:
@@ -190,7 +192,8 @@ class Factors:
 
     def __getitem__(self, name: str) -> Curvature:
         return Curvature(
-            self._damped(self.sums[f"g.{name}"]), self._damped(self.sums[f"a.{self.family.input_of(name)}"])
+            self._damped(self.sums[f"g.{name}"]),
+            self._damped(self.sums[f"a.{self.family.input_of(name, apart=self.apart)}"]),
         )
 
     def any(self) -> bool:
