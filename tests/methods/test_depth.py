@@ -186,6 +186,23 @@ def test_more_pruning_of_a_model_without_parts(
             api.prune(replace(shallow, method=method), tmp_path / "refused")
 
 
+def test_inspect_and_heal_take_a_model_without_parts(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """A part that is gone has no weights, so none of them is zero, and it gets no adapters."""
+    _prune_first("mlp", saved("llama"), ids_file, tmp_path / "out", monkeypatch)
+    first = api.inspect(tmp_path / "out")["blocks"][0]
+    assert (first["ffn"], first["groups"]) == (0, 2)
+    assert {
+        name: (m["sparsity"], m["zero_rows"]) for name, m in first["matrices"].items() if m["zeros"] == 0
+    } == dict.fromkeys(first["matrices"], (0.0, 0))
+    request = api.HealRequest(str(tmp_path / "out"), ids_file, steps=2, batch=2, rank=4, seqlen=20, text=ids_file)
+    api.heal(request, tmp_path / "healed")
+    assert "in 18 adapters" in capsys.readouterr().err, "four in the first block, seven in each of the others"
+    healed, before = (api.view_model(AutoModelForCausalLM.from_pretrained(tmp_path / n)) for n in ("healed", "out"))
+    assert healed.dims(0) == before.dims(0)
+
+
 def _check_masks(before: Path, after: Path, ids_file: str, name: str) -> None:
     """Wanda's mask of a matrix of the first block is that of its own inputs, which no dense model has there."""
     model, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (before, after))

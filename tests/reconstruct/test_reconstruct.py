@@ -35,6 +35,7 @@ RESULTS: dict[str, dict[str, Any]] = {
     "sliced": {"method": "slicegpt", "sparsity": 0.25},
     "selected": {"method": "disp_llm", "params_removed": 0.3, "options": {"steps": 2, "unmet": "cut"}},
     "narrower everywhere": {"method": "llm_pruner", "params_removed": 0.3},
+    "without parts": {"method": "depth", "sparsity": 0.16},
     "fewer blocks": {"method": "shortgpt", "params_removed": 0.3},
 }
 

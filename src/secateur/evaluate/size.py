@@ -77,6 +77,6 @@ def _matrix(block: BlockView, name: str) -> dict[str, Any]:
     return {
         "shape": list(weight_OI.shape),
         "zeros": zeros,
-        "sparsity": zeros / weight_OI.numel(),
+        "sparsity": zeros / max(1, weight_OI.numel()),
         "zero_rows": zero_rows(weight_OI),
     }

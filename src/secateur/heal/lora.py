@@ -107,7 +107,7 @@ def find_targets(view: ModelView, names: Sequence[str]) -> list[str]:
     """
     family, targets = view.family, set()
     for name in names:
-        matched = {(index, family.matrices[m]) for index in range(view.blocks) for m in matching(family, index, name)}
+        matched = {(index, family.matrices[m]) for index in range(view.blocks) for m in matching(view, index, name)}
         if not matched:
             raise UsageError(f"--targets: '{name}' matches no linear module of family {family.name} ({_known(family)})")
         targets |= matched

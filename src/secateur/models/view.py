@@ -214,8 +214,8 @@ class BlockView:
 
 
 def zero_rows(weight_OI: Tensor) -> int:
-    """Return the number of rows of a matrix that are all zero."""
-    return len(weight_OI) - int(weight_OI.any(1).sum())
+    """Return the number of rows of a matrix that are all zero; a matrix without columns has none."""
+    return 0 if not weight_OI.numel() else len(weight_OI) - int(weight_OI.any(1).sum())
 
 
 @dataclass(frozen=True)

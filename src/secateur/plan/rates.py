@@ -49,10 +49,9 @@ def resolve_rates(view: ModelView, sparsity: float | None, modules: str | None, 
             raise UsageError("give --sparsity S, --pattern N:M, or a value for every module: --modules NAME=S")
         matched = False
         for index in range(view.blocks):
-            for matrix in matching(view.family, index, name):
+            for matrix in matching(view, index, name):
+                rates[index][matrix] = value
                 matched = True
-                if 0 not in view.matrix_shapes(index)[matrix]:  # a block without attention, or without an MLP
-                    rates[index][matrix] = value
         if not matched:
             own = sorted({path.rpartition(".")[2] for path in view.family.matrices.values()})
             canonical = [n for n in CANONICAL if n in view.family.matrices]
@@ -80,8 +79,13 @@ def check_allocation(name: str, sparsity: float | None, pattern: Pattern) -> Non
         raise UsageError(f"--modules {name} needs --sparsity S, the share of weights to remove over all matrices")
 
 
-def matching(family: Family, index: int, name: str) -> Sequence[str]:
-    """The matrices of block `index` that a name of `--modules` stands for."""
+def matching(view: ModelView, index: int, name: str) -> Sequence[str]:
+    """The matrices of block `index` that a name of `--modules` stands for. A part that is gone has none."""
+    shapes = view.matrix_shapes(index)
+    return [matrix for matrix in _matching(view.family, index, name) if 0 not in shapes[matrix]]
+
+
+def _matching(family: Family, index: int, name: str) -> Sequence[str]:
     if name in _GROUPS:
         return [m for m in _GROUPS[name] if m in family.matrices]
     if name in family.matrices:
