@@ -232,7 +232,7 @@ def plan(
     )
     computed = resolve_dtype(dtype, model.dtype, model.device)
     job = make_job(view, model.dtype, chosen, settings, sparsity, modules, seed)
-    job = replace(job, device=model.device, dtype=computed)
+    job = replace(job, device=model.device, dtype=computed, at_least=at_least)
     stream = None
     if windows is None and job.calibrates:
         setting = f"modules={modules!r}" if job.allocation else f"method {method!r}"

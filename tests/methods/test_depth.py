@@ -4,6 +4,7 @@ saving, further pruning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur import api
+from secateur.calibrate.ending import Ending
 from secateur.methods.depth import parts as depth_parts
+from secateur.plan.plan import BlockPlan, Plan
 from tests.folders import contents
 from tests.tiny import BLOCKS, FAMILY_TYPES, able, some_ids, tiny_model
 
@@ -85,11 +88,11 @@ def _reference(model: Any, windows: Tensor, kinds: tuple[str, ...], sparsity: fl
         }
         longer = gone | {min(prices, key=prices.__getitem__)}
         if (more := _size(model, longer)) >= wanted:
-            return gone if wanted - size <= more - wanted else longer
+            return gone if gone and wanted - size < more - wanted else longer
         gone = longer
 
 
-@pytest.mark.parametrize("part", list(depth_parts.PARTS))
+@pytest.mark.parametrize("part", list(depth_parts.MAY_GO))
 @pytest.mark.parametrize("model_type", ABLE)
 def test_what_goes_is_what_a_naive_search_removes(model_type: str, part: str, windows: Tensor) -> None:
     model = tiny_model(model_type, dtype=torch.float64)
@@ -101,7 +104,7 @@ def test_what_goes_is_what_a_naive_search_removes(model_type: str, part: str, wi
                 (name, block.index) for name, space in (("attention", "groups"), ("mlp", "ffn")) if space in block.keep
             }
             found |= {("block", block.index)} if block.dropped else set()
-        expected = _reference(model, windows, depth_parts.PARTS[part], sparsity)
+        expected = _reference(model, windows, depth_parts.MAY_GO[part], sparsity)
         for index in range(BLOCKS):
             if {("attention", index), ("mlp", index)} <= expected:
                 expected = expected - {("attention", index), ("mlp", index)} | {("block", index)}
@@ -125,6 +128,61 @@ def test_few_candidates_are_those_that_were_cheapest() -> None:
     assert parts.promising(0) == [second, third]
 
 
+def test_with_few_candidates_the_cheapest_of_before_are_measured_again(windows: Tensor) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    gone: Gone = set()
+    every = [(part, index) for index in range(BLOCKS) for part in ("attention", "mlp")]
+    rises = {one: _loss(model, windows, {one}) - _loss(model, windows, gone) for one in every}
+    for removal in range(4):
+
+        def price(one: tuple[str, int], gone: Gone = gone) -> float:
+            return rises[one] / (_size(model, gone | {one}) - _size(model, gone))
+
+        free = sorted((one for one in every if one not in gone), key=price)
+        for one in free[:2] if removal else free:
+            rises[one] = _loss(model, windows, gone | {one}) - _loss(model, windows, gone)
+        gone = gone | {min(free[:2] if removal else free, key=price)}
+        share = _size(model, gone) / sum(p.numel() for p in model.parameters())
+        plan = api.plan(model, "depth", windows, sparsity=share, candidates=2)
+        kept = sum(p.numel() for p in api.cut(model, plan).parameters())
+        assert kept == sum(p.numel() for p in model.parameters()) - _size(model, gone)
+        with _without(model, gone), torch.no_grad():
+            torch.testing.assert_close(api.cut(model, plan)(some_ids()).logits, model(some_ids()).logits)
+
+
+@pytest.mark.parametrize("seed", range(3, 6))
+def test_one_part_goes_at_least_and_at_least_as_much_where_it_is_asked(seed: int, windows: Tensor) -> None:
+    model = tiny_model("llama", seed=seed)
+    whole = sum(p.numel() for p in model.parameters())
+
+    def removed(**asked: Any) -> float:
+        return (
+            1 - sum(p.numel() for p in api.cut(model, api.plan(model, "depth", windows, **asked)).parameters()) / whole
+        )
+
+    assert removed(sparsity=0.06) > 0.1
+    assert removed(params_removed=0.3, at_least=True) >= 0.3
+
+
+def test_no_trial_has_a_loss(windows: Tensor, monkeypatch: Any) -> None:
+    losses = iter([[3.0], [math.inf] * 6])
+    monkeypatch.setattr(Ending, "losses", lambda *_: next(losses))
+    with pytest.raises(api.SecateurError, match="the loss is inf; the checkpoint is damaged"):
+        api.plan(tiny_model("llama"), "depth", windows, sparsity=0.2)
+
+
+def test_models_without_any_mlp_keep_one_block(windows: Tensor) -> None:
+    model = tiny_model("llama")
+    view = api.view_model(model)
+    for index in range(BLOCKS):  # all of the MLPs go
+        plan = BlockPlan(index, keep={"ffn": torch.empty(0, dtype=torch.int32)}, of={"ffn": 48})
+        model = api.cut(model, Plan({}, tuple(plan if index == n else BlockPlan(n) for n in range(BLOCKS))))
+    view = api.view_model(model)
+    assert [view.dims(index).missing for index in range(BLOCKS)] == [("mlp",)] * BLOCKS
+    parts = depth_parts.Parts(view, "attention")
+    assert parts.most() == 2 * parts.parameters(depth_parts.Candidate(0, "attention"))
+
+
 def _prune_first(gone: str, dense: Path, ids_file: str, out: Path, monkeypatch: Any) -> dict[str, Any]:
     """Prune a part of the first block alone."""
     view, first = api.view_model(AutoModelForCausalLM.from_pretrained(dense)), depth_parts.Candidate(0, gone)
@@ -144,7 +202,7 @@ def test_a_saved_model_without_parts_generates_as_it_should(
     """The first block loses the part: the cache of the first block is where a model looks up how far it is."""
     dense = saved(model_type)
     record = _prune_first(gone, dense, ids_file, tmp_path / "out", monkeypatch)
-    assert record["removed"] == [f"{gone} of block 0"]
+    assert record["removed_parts"] == [f"{gone} of block 0"]
     model, whole = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", dense))
     ids = some_ids(2, 20)
     with _without(whole, {(gone, 0)}), torch.no_grad():
@@ -233,7 +291,8 @@ def test_whole_blocks_make_a_stock_model_and_parts_do_not(
 def test_an_interrupted_search_goes_on(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    request = api.Request(str(saved("llama")), "depth", sparsity=0.4, calibration=ids_file)
+    """With one candidate a removal, what was measured before the interruption decides what is measured after it."""
+    request = api.Request(str(saved("llama")), "depth", sparsity=0.4, calibration=ids_file, options={"candidates": 1})
     api.prune(request, tmp_path / "whole")
     save = depth_parts.Parts.save
 
@@ -256,7 +315,7 @@ def test_an_interrupted_search_goes_on(
     ("asked", "words"),
     [
         ({"sparsity": 0.9}, "is more than can go: with part=submodules at most"),
-        ({"sparsity": 0.001}, "is less than half of the smallest part of submodules; the least is"),
+        ({"sparsity": 0.001}, "is less than half of the smallest part that can go; the least is"),
         (
             {"sparsity": 0.2, "options": {"part": "heads"}},
             "unknown part 'heads' (allowed: submodules, attention, blocks)",

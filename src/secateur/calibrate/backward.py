@@ -14,7 +14,6 @@ tokens of several windows, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.calibrate.ending import Ending
+from secateur.calibrate.ending import Ending, check_loss
 from secateur.calibrate.stream import Stream, new_buffer
 from secateur.core.errors import HopelessError, NotFiniteError
 from secateur.core.memory import give_back
@@ -148,10 +147,7 @@ class Backward:
                 total += sum(loss for loss, _ in parts)
                 gradient_ND = torch.cat([gradient for _, gradient in parts])
                 self.gradient_STD[rows, :, :width] = gradient_ND.unflatten(0, (rows.stop - rows.start, -1)).to("cpu")
-        if not math.isfinite(total):
-            raise NotFiniteError(
-                f"the loss is {total:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
-            )
+        check_loss(total)
         return total / self.targets
 
 

@@ -5,7 +5,8 @@ Shape letters: S windows, T tokens, D residual, N tokens of several windows, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,12 +14,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import UsageError
+from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.loss import Head, capped
 from secateur.text.windows import IGNORE
 
 _LOGITS = 1 << 23  # the most logits in memory at a time
+
+
+def check_loss(loss: float) -> None:
+    """Raise NotFiniteError if the loss of a model is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise NotFiniteError(
+            f"the loss is {loss:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
+        )
 
 
 class Ending:
@@ -65,16 +74,19 @@ class Ending:
         yield from zip(hidden_ND.split(size), target_N.split(size), strict=True)
 
     @torch.inference_mode()
-    def loss(self, hidden_STD: Tensor) -> float:
-        """Return the mean loss of the next token in nats, for what leaves the last block."""
-        stream, total = self._stream, 0.0
+    def losses(self, streams: Iterable[Tensor]) -> list[float]:
+        """Return the mean loss of the next token in nats, for each of what may leave the last block, [S, T, D]."""
+        stream, found = self._stream, []
         width = stream.view.dims(stream.view.blocks - 1).leaves
         with self.loaded() as (norm, head):
-            for rows in stream.slices():
-                for hidden_ND, target_N in self.chunks(hidden_STD[rows, :, :width].to(stream.device), rows):
-                    logits_NV = at_least_float32(head(norm(hidden_ND)))
-                    total += float(cross_entropy(logits_NV, target_N, ignore_index=IGNORE, reduction="sum"))
-        return total / self.targets
+            for hidden_STD in streams:
+                total = 0.0
+                for rows in stream.slices():
+                    for hidden_ND, target_N in self.chunks(hidden_STD[rows, :, :width].to(stream.device), rows):
+                        logits_NV = at_least_float32(head(norm(hidden_ND)))
+                        total += float(cross_entropy(logits_NV, target_N, ignore_index=IGNORE, reduction="sum"))
+                found.append(total / self.targets)
+        return found
 
     def _outer(self, path: str) -> nn.Module:
         """Load a module that comes after the blocks. The weight of a tied head is that of the embedding."""

@@ -91,7 +91,7 @@ class Stream:
         self._enters_as_embedded = False
         self._arguments = {size: self._capture(size) for size in {rows.stop - rows.start for rows in self.slices()}}
         self.hidden_STD = self._buffer(spill)
-        self._embed()
+        self.begin()
 
     @property
     def buffer_bytes(self) -> int:
@@ -237,7 +237,7 @@ class Stream:
         return [recorder.arguments for recorder in recorders]
 
     @torch.inference_mode()
-    def _embed(self) -> None:
+    def begin(self) -> None:
         """Fill the buffer with what enters the first block."""
         decoder = self._decoder()
         with _recorded([self._blocks[0]]) as (recorder,):

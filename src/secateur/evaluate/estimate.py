@@ -105,7 +105,8 @@ def perplexity_memory(checkpoint: Checkpoint, windows: Sequence[Tensor], dtype: 
     tokens = max(batch.numel() for batch in equal_batches(windows))
     vocabulary = int(checkpoint.config.vocab_size)
     logits = 4 * min(tokens, positions_a_chunk(vocabulary)) * vocabulary
-    return 2 * logits + 4 * tokens * checkpoint.view().dims(0).ffn * dtype.itemsize
+    view = checkpoint.view()
+    return 2 * logits + 4 * tokens * max(view.dims(index).ffn for index in range(view.blocks)) * dtype.itemsize
 
 
 def _cache_memory(checkpoint: Checkpoint, questions: Questions) -> int:

@@ -108,13 +108,13 @@ def _memory(prepared: Prepared) -> int:
     """
     request, checkpoint, width = prepared.request, prepared.checkpoint, prepared.dtype.itemsize
     view, vocabulary = checkpoint.view(), int(checkpoint.config.vocab_size)
-    dims = view.dims(0)
+    hidden, ffn = view.dims(0).hidden, max(view.dims(index).ffn for index in range(view.blocks))
     tokens = request.batch * prepared.examples.ids_ST.shape[1]
-    inside = tokens * (8 * dims.hidden + 5 * dims.ffn) * width
+    inside = tokens * (8 * hidden + 5 * ffn) * width
     masks = _masks(prepared)
     logits = 3 * 4 * min(tokens, TRAINED_POSITIONS, positions_a_chunk(vocabulary)) * vocabulary
     if request.checkpointing:
-        activations = view.blocks * tokens * dims.hidden * width + inside + max(masks)
+        activations = view.blocks * tokens * hidden * width + inside + max(masks)
     else:
         holes = _HOLES if prepared.device.type == "cpu" else 1.0
         activations = round(holes * view.blocks * inside) + sum(masks)

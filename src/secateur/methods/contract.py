@@ -165,11 +165,13 @@ class Says:
         TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
             run measures its memory, which no shapes tell.
         SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
+        STREAMS: how many residual streams of the text it has at a time, for a dry run; with `--spill` all but one are
+            on disk.
         ADVICE: a setting that is better than the default of the paper, with its numbers; `methods NAME` prints it.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.
-        WITHOUT_PARTS: whether it takes a model with blocks that have no attention or no MLP (`depth.py`). Methods that
-            prune matrix by matrix take it: the matrices of such a part are empty and have no rate.
+        WITHOUT_PARTS: whether it takes a model with blocks that have no attention or no MLP (a result of `depth`).
+            Methods that prune matrix by matrix take it: the matrices of such a part are empty and have no rate.
         MAY_CHANGE: the options that may have another value when an interrupted run is resumed.
         plan_block: see `PlanBlock`.
         plan_place: see `PlanPlace`; it also needs `new_moment`, `last_place` and `sizes_left`.
@@ -195,6 +197,7 @@ class Says:
     GRADIENTS: bool = False
     TRAINS: bool = False
     SHARDS: bool = False
+    STREAMS: int = 1
     ADVICE: str | None = None
     DEMO: Sequence[Mapping[str, Any]] = ()
     QUICK: Mapping[str, Any] = field(default_factory=dict)

@@ -21,7 +21,7 @@ def stock_problem(raw: Mapping[str, Any], family: Family, after: Sequence[BlockD
         if residual.selected:
             return "its blocks read and write parts of the residual stream"
         return "its residual stream is rotated, and narrower than the hidden size"
-    if any(0 in (dims.groups, dims.ffn) for dims in after):
+    if any(dims.missing for dims in after):
         return "it has blocks without attention or without an MLP"
     if any(dims != after[0] for dims in after):
         return "the widths differ from block to block"

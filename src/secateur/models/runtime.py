@@ -468,7 +468,9 @@ def _empty_attention(block: nn.Module) -> None:
     """Take all heads from the attention of a block. Its projections stay, with no rows or no columns."""
     (attention,) = (child for child in block.children() if hasattr(child, "layer_idx"))
     linears = {name: child for name, child in attention.named_children() if isinstance(child, nn.Linear)}
-    (output,) = (name for name in linears if name in _OUTPUTS)
+    output = next((name for name in linears if name in _OUTPUTS), None)
+    if output is None:
+        raise ValueError(f"{type(attention).__name__}: none of its modules is called {', '.join(_OUTPUTS)}")
     for name, old in linears.items():
         ends = (0, old.out_features) if name == output else (old.in_features, 0)
         setattr(attention, name, nn.Linear(*ends, bias=old.bias is not None))

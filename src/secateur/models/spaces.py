@@ -66,6 +66,9 @@ def _members(space: str) -> Members:
     return Members(tuple(name for name, written in ROWS.items() if written == space), reader)
 
 
+PARTS: Mapping[str, str] = {"attention": "groups", "mlp": "ffn"}
+"""The two parts of a block, each with the space whose units it is made of."""
+
 MEMBERS: Mapping[str, Members] = {space: _members(space) for space in INNER}
 """Inner space -> its matrices."""
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from secateur.models.family import CANONICAL, Family, is_pruned
 from secateur.models.runtime import SELECT_FORMS, is_index_map
-from secateur.models.spaces import COLUMNS, OWN_COLUMNS, QUERY_HEADS, ROWS, SEPARATE_COLUMNS
+from secateur.models.spaces import COLUMNS, OWN_COLUMNS, PARTS, QUERY_HEADS, ROWS, SEPARATE_COLUMNS
 
 
 class TensorSource(Protocol):
@@ -78,6 +78,12 @@ class BlockDims:
     def queries(self) -> int:
         """Query heads that share one key-value head; head h belongs to group h // queries. 0 without attention."""
         return self.heads // self.groups if self.groups else 0
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The parts that the block does not have: `attention`, `mlp`."""
+        units = self.units()
+        return tuple(part for part, space in PARTS.items() if not units[space])
 
     @property
     def apart(self) -> bool:

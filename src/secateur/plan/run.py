@@ -27,6 +27,7 @@ class Run:
             gradual method it may come from a run at a lower sparsity.
         notes: the method's own entries for the plan and the record, as JSON values; a repeated run gives the same.
         spill: a file for activations; None keeps them in memory. The caller removes it.
+        at_least: remove at least the sparsity, not what is nearest to it; for methods whose steps are large.
         labels: the token to predict at each place of the windows of a task [S, T], -100 in the questions; None to
             predict all tokens.
     """
@@ -39,6 +40,7 @@ class Run:
     notes: dict[str, Any] = field(default_factory=dict)
     spill: Path | None = None
     labels: Tensor | None = None
+    at_least: bool = False
 
     def once(self, measure: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The result of `measure`, on a CPU. It is saved in `state_file`, and a continued run reads it from there. Only

@@ -222,7 +222,17 @@ def _projection(place: Place, stream: Stream) -> Tensor | None:
 def whole_model_plan(job: Job, windows: Tensor | None, watch: Stopwatch) -> Sequence[BlockPlan]:
     """Return the plans of all blocks, made at once."""
     assert job.method.says.plan_model is not None
-    run = Run(job.sparsity or 0.0, job.seed, job.device, job.dtype, job.state_file, job.notes, job.spill, job.labels)
+    run = Run(
+        job.sparsity or 0.0,
+        job.seed,
+        job.device,
+        job.dtype,
+        job.state_file,
+        job.notes,
+        job.spill,
+        job.labels,
+        job.at_least,
+    )
     with watch("selection"):
         return job.method.says.plan_model(replace(job.view, rates=job.rates), windows, job.options, run)
 

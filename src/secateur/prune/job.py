@@ -31,7 +31,7 @@ class Job:
             Until the choice is made, `rates` holds one sparsity for all, which sets the budget.
         seed: the seed of every random choice.
         device, dtype: where and in which dtype a plan for all blocks at once is computed.
-        state_file, notes, spill, labels: see `plan.run.Run`.
+        state_file, notes, spill, labels, at_least: see `plan.run.Run`.
     """
 
     view: ModelView
@@ -47,6 +47,7 @@ class Job:
     spill: Path | None = None
     allocation: str | None = None
     labels: Tensor | None = None
+    at_least: bool = False
 
     @property
     def quantity(self) -> Quantity:
@@ -126,13 +127,11 @@ def _check_parts(view: ModelView, method: Method) -> None:
         SecateurError: a block has only one of the two; the message names the first.
     """
     for index in range(view.blocks):
-        units = view.dims(index).units()
-        for part, space in {"attention": "groups", "mlp": "ffn"}.items():
-            if not units[space]:
-                raise SecateurError(
-                    f"{view.name}: block {index} has no {part}, and {method.name} does not prune such a model; prune"
-                    " the original with it, or set weights to zero"
-                )
+        for part in view.dims(index).missing:
+            raise SecateurError(
+                f"{view.name}: block {index} has no {part}, and {method.name} does not prune such a model; prune the"
+                " original with it, or set weights to zero"
+            )
 
 
 def _job_of_matrices(

@@ -100,7 +100,7 @@ def prepare(request: Request) -> Prepared:
     if not 1 < seqlen <= checkpoint.max_length():
         raise UsageError(f"--seqlen {seqlen} is outside [2, {checkpoint.max_length()}], the lengths this model knows")
     dtype = resolve_dtype(request.dtype, checkpoint.dtype, device)
-    job = replace(job, device=device, dtype=dtype)
+    job = replace(job, device=device, dtype=dtype, at_least=request.at_least)
     prepared = Prepared(request, checkpoint, job, subject, pattern, sparsity, device, dtype, samples, seqlen)
     if request.stock_only:
         _check_stock(prepared)

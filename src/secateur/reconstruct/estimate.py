@@ -125,9 +125,9 @@ def _memory(prepared: Prepared) -> int:
     """Return the bytes of one block in training, and of what a few windows keep for the way back."""
     view = prepared.checkpoint.view()
     largest = max(sum(torch.Size(shape).numel() for shape in shapes.values()) for shapes in view.block_shapes)
-    dims = view.dims(0)
+    hidden, ffn = view.dims(0).hidden, max(view.dims(index).ffn for index in range(view.blocks))
     tokens = prepared.how.together * prepared.windows_ST.shape[1]
-    return _FLOAT * (_BLOCK_COPIES * largest + tokens * (8 * dims.hidden + 5 * dims.ffn))
+    return _FLOAT * (_BLOCK_COPIES * largest + tokens * (8 * hidden + 5 * ffn))
 
 
 def _seconds(prepared: Prepared, clock: Clock) -> float:

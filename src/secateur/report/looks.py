@@ -23,6 +23,7 @@ MARKERS = "osD^vPX*"
 
 # A report may have every method. Grey and brown come where the names of two simple baselines are.
 _COLOURS = (
+    "#999933",
     "#009E73",
     "#8C6D31",
     "#D55E00",
@@ -34,7 +35,7 @@ _COLOURS = (
     "#E69F00",
     "#56B4E9",
 )
-_MARKERS = "s*D<Pv^oX>"
+_MARKERS = "hs*D<Pv^oX>"
 _FILLS: tuple[Fill, ...] = ("full", "left", "bottom", "right", "top")
 _DASHES: tuple[Dash, ...] = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _CHANGED_DASHES: tuple[Dash, ...] = ("--", (0, (2, 1)), (0, (7, 2)))

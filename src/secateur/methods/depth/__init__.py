@@ -1,17 +1,18 @@
-"""Depth: remove attention or MLP of whole blocks, one after the other, each time what the loss misses least.
+"""Depth: remove attention or MLP of whole blocks, one after the other: each time the one whose removal costs least.
 
-From SLEB (arXiv:2402.09025, algorithm 1), which removes whole blocks: leave out each in turn, measure the loss of the
-calibration text, remove for good the one without which it is lowest, and begin again. 2SSP (arXiv:2501.17771, its
-second stage) does the same with attention alone. `part=blocks` and `part=attention` are these two. The default,
-`submodules`, chooses among attention and MLP of every block. They differ in size, so what counts is the rise of the
-loss for each parameter that goes. A block that loses both is dropped.
+Leave out each candidate in turn, measure the loss of the calibration text, remove for good what raises it least, and
+begin again. BlockPruner (arXiv:2406.10594) does so with attention and MLP of every block, SLEB (arXiv:2402.09025,
+algorithm 1) with whole blocks (`part=blocks`), and 2SSP (arXiv:2501.17771, its second stage) with attention alone
+(`part=attention`).
 
-Difference from the papers: a removal rarely changes which others are cheap. So after the first round only the
-`candidates` are measured again that were cheapest when they were last measured; `candidates=0` measures all of them.
+Differences from the papers: attention and MLP differ in size, so what counts is the rise of the loss for each parameter
+that goes. After the first round only the `candidates` are measured again that were cheapest when they were last
+measured, as if a removal rarely made another one cheap; `candidates=0` measures all of them, as the papers do. The text
+is shorter by default: the trials of a deep model take as many passes as it has parts.
 
-The sparsity is the fraction of the parameters of the whole model to remove, to the nearest part. The bias that an
-attention or MLP adds at its end stays, as after the removal of all its units, until the whole block goes. With
-`part=blocks` the result is a stock model.
+The sparsity is the fraction of the parameters of the whole model to remove, to the nearest part; at least one goes. A
+block that loses attention and MLP is dropped. Otherwise the bias that the part adds at its end stays, as after the
+removal of all its units, and so do the norms beside it. With `part=blocks` the result is a stock model.
 
 Shape letters: S windows, T tokens.
 """
@@ -25,10 +26,8 @@ from torch import Tensor
 
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say
-from secateur.methods.depth.parts import PARTS, Parts
-from secateur.methods.depth.trials import Trials
-from secateur.models.family import HEADS, check_can
-from secateur.models.parameters import block_parameters
+from secateur.methods.depth.parts import MAY_GO, Parts
+from secateur.methods.depth.trials import AT_ONCE, Trials
 from secateur.models.view import ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.quantity import PARAMETERS
@@ -38,6 +37,7 @@ CALIBRATION = "wikitext2"
 SAMPLES, SEQLEN = 16, 512
 REMOVES = PARAMETERS
 WITHOUT_PARTS = True
+STREAMS = 1 + AT_ONCE
 DEMO = [{"sparsities": [0.2]}]
 
 
@@ -54,8 +54,8 @@ class Depth:
     candidates: int = 8
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise UsageError(f"depth: unknown part '{self.part}' (allowed: {', '.join(PARTS)})")
+        if self.part not in MAY_GO:
+            raise UsageError(f"depth: unknown part '{self.part}' (allowed: {', '.join(MAY_GO)})")
         if self.candidates < 0:
             raise UsageError(f"depth: candidates is {self.candidates}; it is a count, or 0 for all")
 
@@ -65,31 +65,42 @@ def check(view: ModelView, sparsity: float, options: Depth) -> None:
 
     Raises:
         UsageError: the sparsity is less than half of the smallest part, or more than can go.
-        SecateurError: the residual stream of the model is rotated or selected from; or heads of this family cannot be
-            removed.
+        SecateurError: the residual stream of the model is rotated, or blocks read parts of it.
     """
     residual = view.dims(0).residual
-    if residual is not None and (options.part != "blocks" or not residual.selected):
+    if residual is not None and not residual.selected:
         raise SecateurError(
-            f"{view.name}: its blocks read and write a rotated or selected residual stream, so nothing can be left out;"
-            " remove parts of the original model"
+            f"{view.name}: its residual stream is rotated, and each block reads one basis and writes the next, so"
+            " nothing can be left out; remove parts of the original model"
         )
-    if options.part != "blocks":
-        check_can(view.family, HEADS, view.name)
-    whole, blocks = view.parameters(), [block_parameters(view, index) for index in range(view.blocks)]
-    parts = Parts(view, options.part)
-    sizes = [parts.parameters(candidate) for candidate in parts.candidates()]
-    most = (sum(sizes) if options.part == "attention" else sum(blocks) - max(blocks)) / whole
+    if residual is not None and options.part != "blocks":
+        raise SecateurError(
+            f"{view.name}: its blocks read and write parts of the residual stream, and depth takes no attention or MLP"
+            " from them; use --set part=blocks, or the original model"
+        )
+    parts, whole = Parts(view, options.part), view.parameters()
+    most, least = parts.most() / whole, min(map(parts.parameters, parts.candidates()), default=0) / whole
     if sparsity > most:
         raise UsageError(
             f"depth: --sparsity {sparsity:g} is more than can go: with part={options.part} at most {most:.4f} of the"
             f" parameters; use --sparsity {math.floor(most * 1e4) / 1e4:g} or less"
         )
-    if sparsity * whole < (least := min(sizes)) / 2:
+    if sparsity < least / 2:
         raise UsageError(
-            f"depth: --sparsity {sparsity:g} is less than half of the smallest part of {options.part}; the least is"
-            f" {math.ceil(least / whole / 2 * 1e4) / 1e4:g}"
+            f"depth: --sparsity {sparsity:g} is less than half of the smallest part that can go; the least is"
+            f" {math.ceil(least / 2 * 1e4) / 1e4:g}"
         )
+
+
+def notice(view: ModelView, sparsity: float, options: Depth) -> str:
+    """Return how much work it is: the trials, each a pass through half of the blocks on average."""
+    sizes = [Parts(view, options.part).parameters(one) for one in Parts(view, options.part).candidates()]
+    removals = max(1, round(sparsity * view.parameters() / (sum(sizes) / len(sizes))))
+    later = f"the {options.candidates} that were cheapest" if options.candidates else "all that are left"
+    return (
+        f"depth: about {removals} parts go, one after the other; {len(sizes)} trials before the first removal, then"
+        f" {later} before each; a trial is a pass of the text through half of the blocks, on average"
+    )
 
 
 def never_stock(options: Depth) -> str | None:
@@ -118,11 +129,13 @@ def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> tuple
     if parts.removed < wanted:
         trials = Trials(parts, data, run)
         parts.losses = parts.losses or [trials.loss()]
-        while parts.removed < wanted:
-            parts.remove(trials.without(parts.promising(options.candidates)))
+        while parts.removed < wanted and (candidates := parts.promising(options.candidates)):
+            parts.remove(trials.without(candidates))
             parts.save(run)
             say(f"depth: {parts.told()}")
-    if parts.back_to(wanted):
-        say(f"depth: the last one stays: without its removal the result is nearer to {run.sparsity:.2%}")
-    run.notes["removed"] = [str(candidate) for candidate in parts.order]
+    found = len(parts.order)
+    parts.stop_at(wanted, at_least=run.at_least)
+    if parts.order and len(parts.order) < found:
+        say(f"depth: it stops at: {parts.told()}, the nearest to {run.sparsity:.2%}")
+    run.notes["removed_parts"] = [str(candidate) for candidate in parts.order]
     return tuple(parts.plan(index) for index in range(view.blocks))

@@ -13,13 +13,13 @@ from secateur.core.progress import say
 from secateur.cut.block import dims_after
 from secateur.models.parameters import block_parameters
 from secateur.models.save import disk, save_whole
+from secateur.models.spaces import PARTS
 from secateur.models.view import ModelView
 from secateur.plan.plan import BlockPlan
 from secateur.plan.run import Run
 
-_SPACE = {"attention": "groups", "mlp": "ffn"}
-PARTS = {"submodules": tuple(_SPACE), "attention": ("attention",), "blocks": ("block",)}
-"""Values of the option `part` -> the parts that may go."""
+MAY_GO = {"submodules": tuple(PARTS), "attention": ("attention",), "blocks": ("block",)}
+"""Values of the option `part` -> what may go."""
 
 
 @dataclass(frozen=True, order=True)
@@ -38,7 +38,7 @@ class Parts:
 
     Args:
         view: the model.
-        part: what may go, a name of `PARTS`.
+        part: what may go, a name of `MAY_GO`.
 
     Attributes:
         order: the candidates that were removed.
@@ -47,7 +47,7 @@ class Parts:
     """
 
     def __init__(self, view: ModelView, part: str) -> None:
-        self.view, self._kinds = view, PARTS[part]
+        self.view, self._kinds = view, MAY_GO[part]
         self.order: list[Candidate] = []
         self.losses: list[float] = []
         self.rises: dict[Candidate, float] = {}
@@ -66,7 +66,7 @@ class Parts:
             dims = dims_after(self.view.dims(index), self.plan(index))
             for part in self._kinds:
                 candidate = Candidate(index, part)
-                there = part == "block" or dims.units()[_SPACE[part]]
+                there = part == "block" or dims.units()[PARTS[part]]
                 if there and (len(left) > 1 or not self.plan(index, candidate).dropped):
                     found.append(candidate)
         return found
@@ -90,25 +90,34 @@ class Parts:
         share = self.removed / self.view.parameters()
         return f"{self.order[-1]} removed: loss {self.losses[-1]:.4f}, {share:.2%} of the parameters gone"
 
-    def back_to(self, wanted: float) -> bool:
-        """Take back removals to the number of parameters that is nearest to `wanted`; return whether one came back."""
-        nearest = len(self.order)
-        while self.order:
-            beyond, order, losses = abs(self.removed - wanted), self.order, self.losses
-            self.order, self.losses = order[:-1], losses[:-1]
-            if abs(self.removed - wanted) >= beyond:
-                self.order, self.losses = order, losses
-                break
-        return len(self.order) < nearest
+    def most(self) -> int:
+        """Return the parameters that can go from the model as it was. One block stays."""
+        missing = [self.view.dims(index).missing for index in range(self.view.blocks)]
+        if "block" in self._kinds or all(part in (*self._kinds, *absent) for absent in missing for part in PARTS):
+            return sum(self._before) - max(self._before)
+        return sum(self.parameters(candidate) for candidate in self.candidates())
+
+    def stop_at(self, wanted: float, *, at_least: bool) -> None:
+        """Undo removals beyond the number of parameters that is nearest to `wanted`.
+
+        The first removal stays, and with `at_least` all that are needed to reach it.
+        """
+        order, losses = self.order, self.losses
+        for count in range(1, len(order) + 1):
+            below, (self.order, self.losses) = self.removed, (order[:count], losses[: count + 1])
+            if (beyond := self.removed - wanted) >= 0:
+                if count > 1 and not at_least and wanted - below < beyond:
+                    self.order, self.losses = order[: count - 1], losses[:count]
+                return
 
     def plan(self, index: int, also: Candidate | None = None) -> BlockPlan:
         """Return the plan of a block, `also` without a candidate. Without attention and MLP it is dropped."""
         gone = {one.part for one in (*self.order, also) if one is not None and one.index == index}
         units = self.view.dims(index).units()
         nothing = torch.empty(0, dtype=torch.int32)
-        if "block" in gone or (gone and all(part in gone or not units[space] for part, space in _SPACE.items())):
+        if "block" in gone or (gone and all(part in gone or not units[space] for part, space in PARTS.items())):
             return BlockPlan(index, dropped=True)
-        spaces = [space for part, space in _SPACE.items() if part in gone]
+        spaces = [space for part, space in PARTS.items() if part in gone]
         return BlockPlan(index, keep=dict.fromkeys(spaces, nothing), of={space: units[space] for space in spaces})
 
     def save(self, run: Run) -> None:

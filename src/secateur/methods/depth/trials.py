@@ -11,9 +11,8 @@ from contextlib import nullcontext
 
 from torch import Tensor
 
-from secateur.calibrate.ending import Ending
+from secateur.calibrate.ending import Ending, check_loss
 from secateur.calibrate.stream import Stream, new_buffer
-from secateur.core.errors import NotFiniteError
 from secateur.core.memory import give_back
 from secateur.core.progress import track
 from secateur.cut.block import cut_block
@@ -21,7 +20,7 @@ from secateur.methods.depth.parts import Candidate, Parts
 from secateur.models.save import disk
 from secateur.plan.run import Run
 
-_AT_ONCE = 8  # residual streams in memory, one for each candidate
+AT_ONCE = 8  # residual streams in memory, one for each candidate
 
 
 class Trials:
@@ -35,9 +34,9 @@ class Trials:
         self._parts, self._view = parts, parts.view
         self._stream = Stream(self._view, windows, device=run.device, dtype=run.dtype)
         self._ending = Ending(self._stream, windows, run.labels)
-        self._embedded_STD = self._stream.hidden_STD.clone()
+        shape = min(AT_ONCE, len(parts.candidates())), *self._stream.hidden_STD.shape
         with nullcontext() if run.spill is None else disk(run.spill.parent):
-            self._branches_XSTD = new_buffer((_AT_ONCE, *self._embedded_STD.shape), run.dtype, run.spill)
+            self._branches_XSTD = new_buffer(shape, run.dtype, run.spill)
 
     def loss(self) -> float:
         """Return the loss of the model as it is, in nats a token.
@@ -48,23 +47,27 @@ class Trials:
         for block in track(self._view.iterate(), "depth: blocks", self._view.blocks):
             self._stream.advance(block)
             give_back()
-        if not math.isfinite(loss := self._ending.loss(self._stream.hidden_STD)):
-            raise NotFiniteError(
-                f"the loss is {loss:g}; the checkpoint is damaged, or its dtype is too narrow: try --dtype float32"
-            )
+        (loss,) = self._ending.losses([self._stream.hidden_STD])
+        check_loss(loss)
         return loss
 
     def without(self, candidates: Sequence[Candidate]) -> dict[Candidate, float]:
-        """Return the loss without each candidate, infinite where it is not a number."""
-        self._stream.hidden_STD.copy_(self._embedded_STD)
-        found, at = {}, 0
+        """Return the loss without each candidate, infinite where it is not a number.
+
+        Raises:
+            NotFiniteError: it is not a number for any of them.
+        """
+        self._stream.begin()
+        found: dict[Candidate, float] = {}
+        at = 0
         number = len(self._parts.order) + 1
-        groups = [candidates[start : start + _AT_ONCE] for start in range(0, len(candidates), _AT_ONCE)]
+        groups = [candidates[start : start + AT_ONCE] for start in range(0, len(candidates), AT_ONCE)]
         for group in track(groups, f"depth: removal {number}: candidates", len(candidates), worth=len):
             at = self._branch(group, at)
-            for candidate, branch_STD in zip(group, self._branches_XSTD, strict=False):
-                loss = self._ending.loss(branch_STD)
-                found[candidate] = loss if math.isfinite(loss) else math.inf
+            losses = self._ending.losses(self._branches_XSTD[: len(group)])
+            found |= zip(group, (loss if math.isfinite(loss) else math.inf for loss in losses), strict=True)
+        if min(found.values()) == math.inf:
+            check_loss(math.inf)
         return found
 
     def _branch(self, group: Sequence[Candidate], at: int) -> int:
