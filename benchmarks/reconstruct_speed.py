@@ -1,7 +1,7 @@
 """The time that reconstruction takes, beside the two forward passes of a Wanda prune, and beside its own products.
 
 Prunes a randomly initialised LLaMA with Wanda at 50% on its default of 128 x 2,048 tokens, and reconstructs it at its
-default of 128 x 512 tokens and 100 steps of 4,096, in turns. Prints the median over the turns of
+default of 128 x 512 tokens and 200 steps of 1,024, in turns. Prints the median over the turns of
 
 - the seconds of the whole reconstruction over those of Wanda's forward passes alone; at most 3 is the aim;
 - the seconds of its matrix products (blocks forward, and three times that for a step) at the rate at which this machine
@@ -51,7 +51,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     small, repeats = arguments.small, 1 if arguments.small else arguments.repeats
-    wanda, fit, steps = ((16, 256), (16, 64), 5) if small else ((128, 2048), (128, 512), 100)
+    from secateur import api
+
+    wanda, fit = ((16, 256), (16, 64)) if small else ((128, 2048), (128, 512))
+    steps, batch = 5 if small else api.ReconstructRequest.steps, api.ReconstructRequest.batch
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         write_llama(dense, SHAPE)
@@ -61,14 +64,14 @@ def main() -> None:
         for _ in range(repeats):
             rates.append(matrix_rate())
             turns.append(turn(dense, Path(folder), steps))
-    floor = [products(SHAPE, *fit, steps, 4096) / rate for rate in rates]
+    floor = [products(SHAPE, *fit, steps, batch) / rate for rate in rates]
     forward, mended = ([times[i] for times in turns] for i in (0, 1))
     print(f"a random LLaMA, {SHAPE.blocks} blocks of width {SHAPE.hidden}; {repeats} turns, medians")
     table(
         ("", "seconds", "what"),
         [
             ("wanda, forward", f"{median(forward):.1f}", f"two passes over {wanda[0]} x {wanda[1]:,} tokens"),
-            ("reconstruct", f"{median(mended):.1f}", f"{fit[0]} x {fit[1]} tokens, {steps} steps of 4,096"),
+            ("reconstruct", f"{median(mended):.1f}", f"{fit[0]} x {fit[1]} tokens, {steps} steps of {batch:,}"),
             ("its products", f"{median(floor):.1f}", f"at {median(rates) / 1e9:.0f} GFLOP/s"),
         ],
     )

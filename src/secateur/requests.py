@@ -196,9 +196,9 @@ class ReconstructRequest(_Settings):
     calibration: str | None = None
     samples: int = 128
     seqlen: int | None = None
-    steps: int = 100
-    batch: int = 4096
-    lr: float = 0.02
+    steps: int = 200
+    batch: int = 1024
+    lr: float = 0.03
     held_out: float = 0.1
     seed: int = 0
     spill: bool = False

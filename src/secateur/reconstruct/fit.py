@@ -46,10 +46,10 @@ class How:
         seed: the seed of the order of windows.
     """
 
-    steps: int = 100
-    batch: int = 8
+    steps: int = 200
+    batch: int = 2
     together: int = 2
-    lr: float = 0.02
+    lr: float = 0.03
     looks: int = 4
     held_out: int = 4
     seed: int = 0
