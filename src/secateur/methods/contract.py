@@ -141,13 +141,14 @@ class Gradual(Protocol):
 class Rehearsal(Protocol):
     """Return options of a short run that fits a model of two blocks, and how often the whole run does what repeats.
 
-    The counts are by the description of a `progress.track`: {"NAME: steps": 1000} says that the whole run has 1000
-    items there, where the short one has fewer. A dry run times the short run, and multiplies. What is not counted
-    grows with the blocks where the description of its track says "blocks", and else only with the tokens. It raises
-    SecateurError with the reason where nothing short tells how long the whole takes; the dry run then has no time.
+    `view` is the model of the whole run. The counts are by the description of a `progress.track`: {"NAME: steps": 1000}
+    says that the whole run has 1000 items there, where the short one has fewer. A dry run times the short run, and
+    multiplies. What is not counted grows with the blocks where the description of its track says "blocks", and else
+    only with the tokens. It raises SecateurError with the reason where nothing short tells how long the whole takes;
+    the dry run then has no time.
     """
 
-    def __call__(self, options: Any, sparsity: float, /) -> tuple[Any, Mapping[str, int]]: ...
+    def __call__(self, view: ModelView, options: Any, sparsity: float, /) -> tuple[Any, Mapping[str, int]]: ...
 
 
 @dataclass(frozen=True)

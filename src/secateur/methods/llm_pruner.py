@@ -158,7 +158,7 @@ def never_stock(options: LLMPruner) -> str | None:
     return "its blocks read and write parts of the residual stream" if options.mode == "channel" else None
 
 
-def rehearsal(options: LLMPruner, sparsity: float) -> tuple[LLMPruner, dict[str, int]]:
+def rehearsal(view: ModelView, options: LLMPruner, sparsity: float) -> tuple[LLMPruner, dict[str, int]]:
     """The same work on a model of two blocks, which all may lose something."""
     return replace(options, keep_first=0, keep_last=0), {}
 

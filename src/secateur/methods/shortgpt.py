@@ -84,7 +84,7 @@ def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
         )
 
 
-def rehearsal(options: ShortGPT, sparsity: float) -> tuple[ShortGPT, dict[str, int]]:
+def rehearsal(view: ModelView, options: ShortGPT, sparsity: float) -> tuple[ShortGPT, dict[str, int]]:
     """The same work on a model of two blocks, which all may lose something."""
     return replace(options, first=0, last=0), {}
 

@@ -144,7 +144,7 @@ def _crude_seconds(prepared: Prepared, tokens: int) -> float:
     job, repeats = prepared.job, 1
     if job.whole_model and job.method.says.rehearsal is not None:
         with suppress(SecateurError):  # then it has no estimate either
-            counts = job.method.says.rehearsal(job.options, job.sparsity or 0.5)[1]
+            counts = job.method.says.rehearsal(job.view, job.options, job.sparsity or 0.5)[1]
             repeats = max([1, *counts.values()])
     passes = 4 if _differentiates(prepared) else 2
     if job.allocation == "auto":

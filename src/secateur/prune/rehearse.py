@@ -92,7 +92,7 @@ def rehearse(
     short: Any = job.options
     counts: Mapping[str, int] = {}
     if job.whole_model and (rehearsal := job.method.says.rehearsal) is not None:
-        short, counts = rehearsal(job.options, sparsity)
+        short, counts = rehearsal(job.view, job.options, sparsity)
     play = partial(_play, replace(prepared, job=replace(job, options=short)), clock=now, text=ids)
     with _as_before(device), packed_as_if(0 if windows is None else math.prod(windows)):
         if windows is None:

@@ -20,12 +20,13 @@ Shape letters: S windows, T tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from secateur.core.errors import SecateurError, UsageError
-from secateur.core.progress import say
+from secateur.core.progress import say, track
 from secateur.methods.depth.parts import MAY_GO, Parts
 from secateur.methods.depth.trials import AT_ONCE, Trials
 from secateur.models.view import ModelView
@@ -38,6 +39,7 @@ SAMPLES, SEQLEN = 16, 512
 REMOVES = PARAMETERS
 WITHOUT_PARTS = True
 STREAMS = 1 + AT_ONCE
+_REMOVALS = "depth: removals"  # the description of its progress
 DEMO = [{"sparsities": [0.2]}]
 
 
@@ -92,25 +94,16 @@ def check(view: ModelView, sparsity: float, options: Depth) -> None:
         )
 
 
-def notice(view: ModelView, sparsity: float, options: Depth) -> str:
-    """Return how much work it is: the trials, each a pass through half of the blocks on average."""
-    sizes = [Parts(view, options.part).parameters(one) for one in Parts(view, options.part).candidates()]
-    removals = max(1, round(sparsity * view.parameters() / (sum(sizes) / len(sizes))))
-    later = f"the {options.candidates} that were cheapest" if options.candidates else "all that are left"
-    return (
-        f"depth: about {removals} parts go, one after the other; {len(sizes)} trials before the first removal, then"
-        f" {later} before each; a trial is a pass of the text through half of the blocks, on average"
-    )
-
-
 def never_stock(options: Depth) -> str | None:
     """Say why the result is not a stock model; None where whole blocks go."""
     return None if options.part == "blocks" else "it leaves blocks without attention or MLP (part=blocks does not)"
 
 
-def rehearsal(options: Depth, sparsity: float) -> tuple[Depth, dict[str, int]]:
-    """Refuse: what a removal takes grows with the number of blocks, and so does the number of removals."""
-    raise SecateurError("its trials grow with the square of the depth, so two blocks do not tell how long it takes")
+def rehearsal(view: ModelView, options: Depth, sparsity: float) -> tuple[Depth, dict[str, int]]:
+    """Return the options, and the removals of two blocks that have as many trials as the whole run."""
+    parts, removals = len(Parts(view, options.part).candidates()), _removals_expected(view, options, sparsity)
+    trials = parts + (removals - 1) * min(parts, options.candidates or parts)
+    return options, {_REMOVALS: math.ceil(trials / (2 * len(MAY_GO[options.part])))}
 
 
 def gradual(options: Depth) -> bool:
@@ -129,8 +122,8 @@ def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> tuple
     if parts.removed < wanted:
         trials = Trials(parts, data, run)
         parts.losses = parts.losses or [trials.loss()]
-        while parts.removed < wanted and (candidates := parts.promising(options.candidates)):
-            parts.remove(trials.without(candidates))
+        expected = _removals_expected(view, options, run.sparsity) - len(parts.order)
+        for _ in track(_removals(parts, trials, wanted, options), _REMOVALS, max(1, expected)):
             parts.save(run)
             say(f"depth: {parts.told()}")
     found = len(parts.order)
@@ -139,3 +132,17 @@ def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> tuple
         say(f"depth: it stops at: {parts.told()}, the nearest to {run.sparsity:.2%}")
     run.notes["removed_parts"] = [str(candidate) for candidate in parts.order]
     return tuple(parts.plan(index) for index in range(view.blocks))
+
+
+def _removals(parts: Parts, trials: Trials, wanted: float, options: Depth) -> Iterator[None]:
+    """Remove one part after the other, until `wanted` parameters are gone."""
+    while parts.removed < wanted and (candidates := parts.promising(options.candidates)):
+        parts.remove(trials.without(candidates))
+        yield
+
+
+def _removals_expected(view: ModelView, options: Depth, sparsity: float) -> int:
+    """Return about how many parts go: as many as parts of the mean size make up the sparsity."""
+    parts = Parts(view, options.part)
+    sizes = [parts.parameters(candidate) for candidate in parts.candidates()]
+    return max(1, round(sparsity * view.parameters() * len(sizes) / sum(sizes)))

@@ -44,7 +44,7 @@ class Trials:
         Raises:
             NotFiniteError: it is NaN or infinite.
         """
-        for block in track(self._view.iterate(), "depth: blocks", self._view.blocks):
+        for block in track(self._view.iterate(), "depth: blocks of the model", self._view.blocks):
             self._stream.advance(block)
             give_back()
         (loss,) = self._ending.losses([self._stream.hidden_STD])
@@ -60,9 +60,8 @@ class Trials:
         self._stream.begin()
         found: dict[Candidate, float] = {}
         at = 0
-        number = len(self._parts.order) + 1
-        groups = [candidates[start : start + AT_ONCE] for start in range(0, len(candidates), AT_ONCE)]
-        for group in track(groups, f"depth: removal {number}: candidates", len(candidates), worth=len):
+        for start in range(0, len(candidates), AT_ONCE):
+            group = candidates[start : start + AT_ONCE]
             at = self._branch(group, at)
             losses = self._ending.losses(self._branches_XSTD[: len(group)])
             found |= zip(group, (loss if math.isfinite(loss) else math.inf for loss in losses), strict=True)
@@ -81,7 +80,7 @@ class Trials:
             The block that the stream enters now.
         """
         begun: list[Tensor] = []
-        for index in range(at, self._view.blocks):
+        for index in track(range(at, self._view.blocks), "depth: blocks"):
             block, plan = self._view.block(index), self._parts.plan(index)
             left = None if plan.dropped else cut_block(block, plan)
             if begun and left is not None:

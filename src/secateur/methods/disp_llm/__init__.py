@@ -246,7 +246,7 @@ def plan_model(view: ModelView, data: Tensor, options: DispLLM, run: Run) -> tup
     )
 
 
-def rehearsal(options: DispLLM, sparsity: float) -> tuple[DispLLM, dict[str, int]]:
+def rehearsal(view: ModelView, options: DispLLM, sparsity: float) -> tuple[DispLLM, dict[str, int]]:
     """Two steps, and one window for the first logits; the first step is slower than the others."""
     short = replace(options, steps=2, warm=min(options.warm, 1), unmet="cut")
     return short, {STEPS: options.steps, WARM: options.warm}

@@ -165,7 +165,7 @@ def plan_model(view: ModelView, data: Tensor, options: LLMSurgeon, run: Run) -> 
     return tuple(work.plan(index) for index in range(view.blocks))
 
 
-def rehearsal(options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[str, int]]:
+def rehearsal(view: ModelView, options: LLMSurgeon, sparsity: float) -> tuple[LLMSurgeon, dict[str, int]]:
     """Two shots, and the number of all shots.
 
     Raises:
