@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur import api
-from secateur.calibrate import backward as backward_module
+from secateur.calibrate import ending as ending_module
 from secateur.calibrate import stream as stream_module
 from secateur.calibrate.backward import Backward, mask_gradient, weight_gradient
 from secateur.text.windows import IGNORE
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_whole_model(
     model_type: str, tied: bool, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream_module, "TOKENS_A_BATCH", 80)  # 4 windows and a remainder of 2
-    monkeypatch.setattr(backward_module, "_LOGITS", 64 * 7)  # 7 tokens at a time
+    monkeypatch.setattr(ending_module, "_LOGITS", 64 * 7)  # 7 tokens at a time
     model = tiny_model(model_type, tied=tied, dtype=torch.float64)
     labels = windows.clone()
     labels[1, 12:] = IGNORE
