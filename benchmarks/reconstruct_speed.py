@@ -1,7 +1,7 @@
 """The time that reconstruction takes, beside the two forward passes of a Wanda prune, and beside its own products.
 
 Prunes a randomly initialised LLaMA with Wanda at 50% on its default of 128 x 2,048 tokens, and reconstructs it at its
-default of 128 x 512 tokens and 200 steps of 1,024, in turns. Prints the median over the turns of
+default of 128 x 512 tokens, in turns. Prints the median over the turns of
 
 - the seconds of the whole reconstruction over those of Wanda's forward passes alone; at most 3 is the aim;
 - the seconds of its matrix products (blocks forward, and three times that for a step) at the rate at which this machine
@@ -21,6 +21,8 @@ from statistics import median
 
 from _common import SMALL, Shape, matrix_rate, table, write_ids, write_llama
 
+from secateur import api
+
 SHAPE = replace(SMALL, hidden=576, ffn=1536, heads=9, kv_heads=3, blocks=2, dtype="float32")
 IDS = ("wanda.npy", "fit.npy")
 HELD_OUT, LOOKS = 0.1, 5  # the share of the windows, and how often their error is measured
@@ -36,8 +38,6 @@ def products(shape: Shape, samples: int, seqlen: int, steps: int, batch: int) ->
 
 def turn(dense: Path, out: Path, steps: int) -> tuple[float, float]:
     """Return the seconds of Wanda's forward passes and of reconstruction."""
-    from secateur import api
-
     request = api.Request(str(dense), "wanda", sparsity=0.5, calibration=str(out / IDS[0]))
     pruned = api.prune(request, out / "pruned", overwrite=True)
     again = api.ReconstructRequest(str(out / "pruned"), calibration=str(out / IDS[1]), steps=steps)
@@ -51,8 +51,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     small, repeats = arguments.small, 1 if arguments.small else arguments.repeats
-    from secateur import api
-
     wanda, fit = ((16, 256), (16, 64)) if small else ((128, 2048), (128, 512))
     steps, batch = 5 if small else api.ReconstructRequest.steps, api.ReconstructRequest.batch
     with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _model(folder: Path, name: str, options: argparse.Namespace) -> dict[str, An
         rates.append(matrix_rate())
         ours.append(_timed(lambda: secateur_slicegpt(model, ids, out)))
         plain = PlainSliceGPT(options.batch, options.attention)
-        theirs.append(_timed(lambda plain=plain: plain.run(model, ids, folder / "plain")))  # type: ignore[misc]  # a default has no type
+        theirs.append(_timed(partial(plain.run, model, ids, folder / "plain")))
     difference = _difference(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), plain.model, shape)
     summary = statistics.median if options.median else min
     ours_one, theirs_one = ({part: summary(run[part] for run in runs) for part in runs[0]} for runs in (ours, theirs))

@@ -173,7 +173,6 @@ def test_no_trial_has_a_loss(windows: Tensor, monkeypatch: Any) -> None:
 
 def test_models_without_any_mlp_keep_one_block(windows: Tensor) -> None:
     model = tiny_model("llama")
-    view = api.view_model(model)
     for index in range(BLOCKS):  # all of the MLPs go
         plan = BlockPlan(index, keep={"ffn": torch.empty(0, dtype=torch.int32)}, of={"ffn": 48})
         model = api.cut(model, Plan({}, tuple(plan if index == n else BlockPlan(n) for n in range(BLOCKS))))

@@ -24,7 +24,7 @@ from secateur.calibrate.packed import packed
 from secateur.core.errors import SecateurError
 from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
-from secateur.models.view import BlockView, ModelView
+from secateur.models.view import BlockView, ModelView, block_modules
 
 TOKENS_A_BATCH = 1024  # large enough for fast matrix products, small enough for the caches
 Listener = Callable[[Tensor], None]
@@ -86,7 +86,7 @@ class Stream:
         self._windows = windows
         self._batch = max(1, TOKENS_A_BATCH // windows.shape[1])
         self.skeleton = build_skeleton(view.config, dtype)
-        self._blocks: nn.ModuleList = self.skeleton.get_submodule(view.family.blocks)  # type: ignore[assignment]  # the list
+        self._blocks = block_modules(self.skeleton, view.family)
         self._classes = [type(block) for block in self._blocks]
         self._enters_as_embedded = False
         self._arguments = {size: self._capture(size) for size in {rows.stop - rows.start for rows in self.slices()}}
@@ -156,22 +156,24 @@ class Stream:
             block: the block to run.
             listener: a function of the residual before and after the block, [B·T, D] for each batch.
         """
-        with self.loaded(block) as module:
-            for rows, arguments in self.batches(block.index):
-                entering_BTD = self.hidden(rows, block.dims.enters)
-                leaving_BTD = module(entering_BTD, **arguments)
-                if listener is not None:
-                    listener(entering_BTD.flatten(0, -2), leaving_BTD.flatten(0, -2))
-                self.hidden_STD[rows, :, : block.dims.leaves] = leaving_BTD
+        self.carry(block, [self.hidden_STD], listener)
 
     @torch.inference_mode()
-    def carry(self, block: BlockView, others_XSTD: Iterable[Tensor]) -> None:
-        """Carry other residual streams of these windows through the block, in place."""
+    def carry(
+        self,
+        block: BlockView,
+        streams_XSTD: Iterable[Tensor],
+        listener: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> None:
+        """Carry other residual streams of these windows through the block, in place; arguments as for `advance`."""
         with self.loaded(block) as module:
-            for other_STD in others_XSTD:
+            for stream_STD in streams_XSTD:
                 for rows, arguments in self.batches(block.index):
-                    entering_BTD = other_STD[rows, :, : block.dims.enters].to(self.device)
-                    other_STD[rows, :, : block.dims.leaves] = module(entering_BTD, **arguments)
+                    entering_BTD = stream_STD[rows, :, : block.dims.enters].to(self.device)
+                    leaving_BTD = module(entering_BTD, **arguments)
+                    if listener is not None:
+                        listener(entering_BTD.flatten(0, -2), leaving_BTD.flatten(0, -2))
+                    stream_STD[rows, :, : block.dims.leaves] = leaving_BTD
 
     @torch.inference_mode()
     def advance_half(self, block: BlockView, half: str, project_DD: Tensor | None, listener: Listener | None) -> None:

@@ -105,8 +105,7 @@ def perplexity_memory(checkpoint: Checkpoint, windows: Sequence[Tensor], dtype: 
     tokens = max(batch.numel() for batch in equal_batches(windows))
     vocabulary = int(checkpoint.config.vocab_size)
     logits = 4 * min(tokens, positions_a_chunk(vocabulary)) * vocabulary
-    view = checkpoint.view()
-    return 2 * logits + 4 * tokens * max(view.dims(index).ffn for index in range(view.blocks)) * dtype.itemsize
+    return 2 * logits + 4 * tokens * checkpoint.view().widest_ffn * dtype.itemsize
 
 
 def _cache_memory(checkpoint: Checkpoint, questions: Questions) -> int:

@@ -15,6 +15,7 @@ from secateur.calibrate.miniature import in_memory, miniature
 from secateur.core.machine import synchronize
 from secateur.core.timing import Clock, work_seconds
 from secateur.models.load import Checkpoint, load_model
+from secateur.models.view import block_modules
 
 BLOCKS = 2
 
@@ -41,7 +42,7 @@ class Small:
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds that forward passes of this model would take with all blocks."""
-        blocks: nn.ModuleList = self.model.get_submodule(self.checkpoint.view().family.blocks)  # type: ignore[assignment]  # the list
+        blocks = block_modules(self.model, self.checkpoint.view().family)
         with _timed(blocks, self.clock) as spent:
             started = self.clock()
             work()

@@ -108,9 +108,9 @@ def _memory(prepared: Prepared) -> int:
     """
     request, checkpoint, width = prepared.request, prepared.checkpoint, prepared.dtype.itemsize
     view, vocabulary = checkpoint.view(), int(checkpoint.config.vocab_size)
-    hidden, ffn = view.dims(0).hidden, max(view.dims(index).ffn for index in range(view.blocks))
+    hidden = view.dims(0).hidden
     tokens = request.batch * prepared.examples.ids_ST.shape[1]
-    inside = tokens * (8 * hidden + 5 * ffn) * width
+    inside = tokens * (8 * hidden + 5 * view.widest_ffn) * width
     masks = _masks(prepared)
     logits = 3 * 4 * min(tokens, TRAINED_POSITIONS, positions_a_chunk(vocabulary)) * vocabulary
     if request.checkpointing:

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import NotFiniteError, SecateurError, UsageError
+from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import say, track
 from secateur.models.view import ModelView
 from secateur.plan.counts import removed_blocks
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import BLOCKS
+from secateur.plan.quantity import BLOCKS, check_droppable
 from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
@@ -61,11 +61,7 @@ def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
         UsageError: the sparsity is less than half a block, or more blocks than may be removed.
         SecateurError: the residual stream of the model is rotated, so that a block fits only its neighbours.
     """
-    if (residual := view.dims(0).residual) is not None and not residual.selected:
-        raise SecateurError(
-            f"{view.name}: its residual stream is rotated, and each block reads one basis and writes the next, so"
-            " no block can be left out; drop blocks of the original model"
-        )
+    check_droppable(view)
     remove, free = removed_blocks(sparsity, view.blocks), view.blocks - options.first - options.last
     if not remove:
         raise UsageError(

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from secateur.models.family import CANONICAL, Family, is_pruned
@@ -219,6 +219,13 @@ class BlockView:
         return sum(zero_rows(self.matrix(name)) for name in self.names)
 
 
+def block_modules(model: nn.Module, family: Family) -> nn.ModuleList:
+    """Return the blocks of a model in memory."""
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList), "every family has its blocks in a list"
+    return blocks
+
+
 def zero_rows(weight_OI: Tensor) -> int:
     """Return the number of rows of a matrix that are all zero; a matrix without columns has none."""
     return 0 if not weight_OI.numel() else len(weight_OI) - int(weight_OI.any(1).sum())
@@ -244,6 +251,11 @@ class ModelView:
     def blocks(self) -> int:
         """The number of blocks."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def widest_ffn(self) -> int:
+        """The most feed-forward units that a block has."""
+        return max(self.dims(index).ffn for index in range(self.blocks))
 
     def dims(self, index: int) -> BlockDims:
         """Return the sizes of a block."""

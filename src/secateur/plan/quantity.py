@@ -15,7 +15,7 @@ from functools import cached_property
 
 import torch
 
-from secateur.core.errors import UsageError
+from secateur.core.errors import SecateurError, UsageError
 from secateur.models.canonical import canonical_view
 from secateur.models.parameters import count_parameters, mean_block
 from secateur.models.view import BlockDims, ModelView
@@ -334,6 +334,19 @@ BLOCKS = Quantity(
     required="the fraction of the blocks to remove, or --params-removed R",
 )
 QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS)}
+
+
+def check_droppable(view: ModelView) -> None:
+    """Refuse a model of which no block can be left out.
+
+    Raises:
+        SecateurError: its residual stream is rotated, so that a block fits only its neighbours.
+    """
+    if (residual := view.dims(0).residual) is not None and not residual.selected:
+        raise SecateurError(
+            f"{view.name}: its residual stream is rotated, and each block reads one basis and writes the next, so"
+            " no block can be left out; drop blocks of the original model"
+        )
 
 
 def check_removable(method: str, sparsity: float, most: float, left: str) -> None:

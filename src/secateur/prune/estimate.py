@@ -220,12 +220,7 @@ def _memory(prepared: Prepared, tokens: int) -> int:
     if not tokens:
         return 2 * max(block, outer) * stored
     buffer = tokens * view.config.hidden_size * width
-    batch = (
-        min(tokens, max(TOKENS_A_BATCH, prepared.seqlen))
-        * 4
-        * max(view.dims(i).ffn for i in range(view.blocks))
-        * width
-    )
+    batch = min(tokens, max(TOKENS_A_BATCH, prepared.seqlen)) * 4 * view.widest_ffn * width
     if _differentiates(prepared):  # the input of each block is kept, and perhaps sums of gradients and of their squares
         inputs = buffer * (view.blocks + 1)
         return int(max(2 * outer * width, block * (width + 8)) + inputs + 3 * batch) + _LIBRARIES_BYTES

@@ -22,7 +22,7 @@ from secateur.models.load import Checkpoint
 from secateur.models.view import ModelView
 from secateur.prune.estimate import estimate as estimate_prune
 from secateur.prune.prepare import Prepared as Pruning
-from secateur.reconstruct.fit import How, fit
+from secateur.reconstruct.fit import fit
 from secateur.reconstruct.prune import check_text, reconstruction_of
 from secateur.reconstruct.reconstruct import Prepared, check_request, prepare
 from secateur.requests import ReconstructRequest
@@ -125,9 +125,8 @@ def _memory(prepared: Prepared) -> int:
     """Return the bytes of one block in training, and of what a few windows keep for the way back."""
     view = prepared.checkpoint.view()
     largest = max(sum(torch.Size(shape).numel() for shape in shapes.values()) for shapes in view.block_shapes)
-    hidden, ffn = view.dims(0).hidden, max(view.dims(index).ffn for index in range(view.blocks))
     tokens = prepared.how.together * prepared.windows_ST.shape[1]
-    return _FLOAT * (_BLOCK_COPIES * largest + tokens * (8 * hidden + 5 * ffn))
+    return _FLOAT * (_BLOCK_COPIES * largest + tokens * (8 * view.dims(0).hidden + 5 * view.widest_ffn))
 
 
 def _seconds(prepared: Prepared, clock: Clock) -> float:
@@ -148,7 +147,7 @@ def _seconds(prepared: Prepared, clock: Clock) -> float:
     stream = _stream(prepared.checkpoint, prepared, how.together + 1)
     block = stream.view.block(0)
     arguments = {size: stream.arguments(0, size) for size in {how.together, 1}}
-    short = How(1, how.together, how.together, looks=1, held_out=1, seed=how.seed)
+    short = replace(how, steps=1, batch=how.together, looks=1, held_out=1)
     times = []
     with stream.loaded(block, forward_only=False) as module:
         for _ in range(_STEPS + 1):

@@ -41,18 +41,18 @@ class How:
         batch: windows a step.
         together: windows that run at once; gradients add up over a step.
         lr: the highest learning rate, in units of the root mean square of each tensor.
-        looks: how often the error on the held-out windows is measured.
         held_out: the number of held-out windows, the last ones.
         seed: the seed of the order of windows.
+        looks: how often the error on the held-out windows is measured.
     """
 
-    steps: int = 200
-    batch: int = 2
-    together: int = 2
-    lr: float = 0.03
+    steps: int
+    batch: int
+    together: int
+    lr: float
+    held_out: int
+    seed: int
     looks: int = 4
-    held_out: int = 4
-    seed: int = 0
 
 
 @dataclass(frozen=True)

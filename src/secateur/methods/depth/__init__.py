@@ -31,7 +31,7 @@ from secateur.methods.depth.parts import MAY_GO, Parts
 from secateur.methods.depth.trials import AT_ONCE, Trials
 from secateur.models.view import ModelView
 from secateur.plan.plan import BlockPlan
-from secateur.plan.quantity import PARAMETERS
+from secateur.plan.quantity import PARAMETERS, check_droppable
 from secateur.plan.run import Run
 
 CALIBRATION = "wikitext2"
@@ -69,13 +69,8 @@ def check(view: ModelView, sparsity: float, options: Depth) -> None:
         UsageError: the sparsity is less than half of the smallest part, or more than can go.
         SecateurError: the residual stream of the model is rotated, or blocks read parts of it.
     """
-    residual = view.dims(0).residual
-    if residual is not None and not residual.selected:
-        raise SecateurError(
-            f"{view.name}: its residual stream is rotated, and each block reads one basis and writes the next, so"
-            " nothing can be left out; remove parts of the original model"
-        )
-    if residual is not None and options.part != "blocks":
+    check_droppable(view)
+    if view.dims(0).residual is not None and options.part != "blocks":
         raise SecateurError(
             f"{view.name}: its blocks read and write parts of the residual stream, and depth takes no attention or MLP"
             " from them; use --set part=blocks, or the original model"
@@ -101,8 +96,9 @@ def never_stock(options: Depth) -> str | None:
 
 def rehearsal(view: ModelView, options: Depth, sparsity: float) -> tuple[Depth, dict[str, int]]:
     """Return the options, and the removals of two blocks that have as many trials as the whole run."""
-    parts, removals = len(Parts(view, options.part).candidates()), _removals_expected(view, options, sparsity)
-    trials = parts + (removals - 1) * min(parts, options.candidates or parts)
+    parts = Parts(view, options.part)
+    first, removals = len(parts.candidates()), parts.removals_to(sparsity * view.parameters())
+    trials = first + (removals - 1) * min(first, options.candidates or first)
     return options, {_REMOVALS: math.ceil(trials / (2 * len(MAY_GO[options.part])))}
 
 
@@ -122,8 +118,7 @@ def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> tuple
     if parts.removed < wanted:
         trials = Trials(parts, data, run)
         parts.losses = parts.losses or [trials.loss()]
-        expected = _removals_expected(view, options, run.sparsity) - len(parts.order)
-        for _ in track(_removals(parts, trials, wanted, options), _REMOVALS, max(1, expected)):
+        for _ in track(_removals(parts, trials, wanted, options), _REMOVALS, parts.removals_to(wanted)):
             parts.save(run)
             say(f"depth: {parts.told()}")
     found = len(parts.order)
@@ -139,10 +134,3 @@ def _removals(parts: Parts, trials: Trials, wanted: float, options: Depth) -> It
     while parts.removed < wanted and (candidates := parts.promising(options.candidates)):
         parts.remove(trials.without(candidates))
         yield
-
-
-def _removals_expected(view: ModelView, options: Depth, sparsity: float) -> int:
-    """Return about how many parts go: as many as parts of the mean size make up the sparsity."""
-    parts = Parts(view, options.part)
-    sizes = [parts.parameters(candidate) for candidate in parts.candidates()]
-    return max(1, round(sparsity * view.parameters() * len(sizes) / sum(sizes)))

@@ -85,6 +85,11 @@ class Parts:
         self.order.append(cheapest)
         self.losses.append(losses[cheapest])
 
+    def removals_to(self, wanted: float) -> int:
+        """Return about how many removals lead to `wanted` parameters, if all are of the mean size; at least one."""
+        sizes = [self.parameters(candidate) for candidate in self.candidates()]
+        return max(1, round((wanted - self.removed) * len(sizes) / sum(sizes)))
+
     def told(self) -> str:
         """Return what the last removal was, and where it leads."""
         share = self.removed / self.view.parameters()

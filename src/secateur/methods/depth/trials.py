@@ -65,8 +65,7 @@ class Trials:
             at = self._branch(group, at)
             losses = self._ending.losses(self._branches_XSTD[: len(group)])
             found |= zip(group, (loss if math.isfinite(loss) else math.inf for loss in losses), strict=True)
-        if min(found.values()) == math.inf:
-            check_loss(math.inf)
+        check_loss(min(found.values()))
         return found
 
     def _branch(self, group: Sequence[Candidate], at: int) -> int:

@@ -23,7 +23,7 @@ from secateur.core.progress import track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.models.loss import hidden_states, token_losses
-from secateur.models.view import BlockView
+from secateur.models.view import BlockView, block_modules
 from secateur.plan.plan import BlockPlan
 from secateur.plan.rates import Rates
 from secateur.prune.driver import collect
@@ -46,7 +46,7 @@ class DenseModel:
     def __init__(self, job: Job, model: PreTrainedModel, windows: Tensor | None) -> None:
         self.job, self.model = job, model
         self._state = dict(model.state_dict())
-        self._blocks: nn.ModuleList = model.get_submodule(job.view.family.blocks)  # type: ignore[assignment]
+        self._blocks = block_modules(model, job.view.family)
         self._windows = windows
 
     @cached_property
