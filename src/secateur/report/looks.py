@@ -2,7 +2,7 @@
 
 Built-in methods take colours and markers in the order of their names. The look of another method comes from the letters
 of its name, so it does not depend on what else a report has, or on the machine that draws it. `COLOURS`
-are those of Okabe and Ito (jfly.uni-koeln.de/color), chosen to be told apart with any colour vision; methods have four
+are those of Okabe and Ito (jfly.uni-koeln.de/color), chosen to be told apart with any colour vision; methods have six
 more. The marker says the same again for print.
 """
 
@@ -34,8 +34,9 @@ _COLOURS = (
     "#0072B2",
     "#E69F00",
     "#56B4E9",
+    "#6644EE",
 )
-_MARKERS = "hs*D<Pv^oX>"
+_MARKERS = "hs*D<Pv^oX>p"
 _FILLS: tuple[Fill, ...] = ("full", "left", "bottom", "right", "top")
 _DASHES: tuple[Dash, ...] = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _CHANGED_DASHES: tuple[Dash, ...] = ("--", (0, (2, 1)), (0, (7, 2)))
