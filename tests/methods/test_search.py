@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur import api
 from secateur.calibrate.statistics import damped
 from secateur.methods import search as method
+from secateur.methods.search import latency
 from secateur.methods.search.budget import Curve, curve, spend, spend_alike
 from secateur.methods.search.removal import removal, without
 from secateur.models.spaces import MEMBERS
+from secateur.models.view import ModelView
 from secateur.plan.plan import BlockPlan, LaterPlans
 from secateur.plan.run import Run
 from tests.layouts import layout_of
@@ -106,7 +108,7 @@ def _convex(seed: int, units: int) -> Tensor:
 @pytest.mark.parametrize("budget", [1, 7, 20, 33])
 def test_no_mix_that_removes_a_unit_more_costs_less(budget: int) -> None:
     sizes = (2, 3, 5)
-    curves = [curve(_convex(seed, 5), size) for seed, size in enumerate(sizes)]
+    curves = [curve(_convex(seed, 5), size * torch.arange(5).double()) for seed, size in enumerate(sizes)]
 
     def cost(counts: tuple[int, ...]) -> float:
         return sum(float(c.cost_K[k]) for c, k in zip(curves, counts, strict=True))
@@ -121,8 +123,8 @@ def test_no_mix_that_removes_a_unit_more_costs_less(budget: int) -> None:
 
 
 def test_a_dent_in_a_curve_is_no_trap() -> None:
-    dented = Curve(torch.tensor([0.0, 10, 11, 12], dtype=torch.float64), torch.arange(4), 1)
-    straight = Curve(torch.tensor([0.0, 5, 10, 15], dtype=torch.float64), torch.arange(4), 1)
+    dented = Curve(torch.tensor([0.0, 10, 11, 12], dtype=torch.float64), torch.arange(4), torch.arange(4).double())
+    straight = Curve(torch.tensor([0.0, 5, 10, 15], dtype=torch.float64), torch.arange(4), torch.arange(4).double())
     assert spend([dented, straight], 1) == [0, 1]
     assert spend([dented, straight], 2) == [0, 2]
     assert spend([dented, straight], 3) == [3, 0]
@@ -137,9 +139,12 @@ def test_gradients_that_are_all_zero_are_refused(windows: Tensor) -> None:
 
 
 def test_widths_can_be_multiples_and_equal() -> None:
-    one = curve(_convex(0, 10), 3, multiple=4)
+    one = curve(_convex(0, 10), 3 * torch.arange(10).double(), multiple=4)
     assert one.removed_K.tolist() == [0, 2, 6]
-    first, second = curve(_convex(1, 3), 10), curve(_convex(2, 8), 2)
+    first, second = (
+        curve(_convex(seed, units), size * torch.arange(units).double())
+        for seed, units, size in ((1, 3, 10), (2, 8, 2))
+    )
     lost = spend_alike([first, second], 15)
     every = [(a, b) for a in range(3) for b in range(8) if a * 10 + b * 2 >= 15]
     cheapest = min(every, key=lambda pair: float(first.cost_K[pair[0]] + second.cost_K[pair[1]]))
@@ -226,6 +231,83 @@ def test_one_library_serves_every_budget(
     assert (same / "model.safetensors").read_bytes() == (tmp_path / "alone" / "model.safetensors").read_bytes()
 
 
+def test_time_between_two_measured_widths_is_a_straight_line_that_never_falls() -> None:
+    linear = {kept: (1.0 + kept) / 9 for kept in (2, 4, 6)}
+    expected = torch.arange(8).double().clamp(max=6)
+    torch.testing.assert_close(latency.saved_time(8, 9.0, linear), expected, rtol=0, atol=1e-6)
+    swapped = latency.saved_time(8, 9.0, {2: 5 / 9, 4: 3 / 9, 6: 20.0})
+    torch.testing.assert_close(swapped[[2, 4, 6]], torch.tensor([0.0, 5, 5]).double(), rtol=0, atol=1e-6)
+    assert bool((latency.saved_time(8, 9.0, dict.fromkeys((2, 4, 6), 1.0)).diff() > 0).all()), "no unit is free"
+    assert latency.saved_time(1, 9.0, {}).tolist() == [0.0]
+
+
+def _block_seconds(stream: Any, block: Any) -> float:
+    """In place of the clock: a head takes as long as eight feed-forward units, and there is an overhead."""
+    return 100.0 + 8 * block.dims.groups + block.dims.ffn
+
+
+def test_what_units_save_is_the_time_of_the_block_less_that_of_a_narrower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_time", _block_seconds)
+    view = api.view_model(tiny_model("llama"))
+    units, times = view.dims(0).units(), latency.measure_times(view, 4, CPU, torch.float32)
+    blocks = view.blocks * (100 + 8 * units["groups"] + units["ffn"])
+    assert blocks < float(times.pop("whole")) < blocks + 1, "the head is timed by the clock"
+    assert times.keys() == {f"{index}.{space}.saved" for index in range(view.blocks) for space in MEMBERS}
+    for index in range(view.blocks):
+        for space, each in (("groups", 8.0), ("ffn", 1.0)):
+            expected_U = each * torch.arange(units[space]).double()
+            least = min(latency._fewer(units[space]))
+            torch.testing.assert_close(
+                times[f"{index}.{space}.saved"], expected_U.clamp(max=each * (units[space] - least)), rtol=0, atol=1e-4
+            )
+
+
+def test_blocks_are_timed_by_a_clock(windows: Tensor) -> None:
+    view = api.view_model(tiny_model("qwen2"))
+    for tokens in (1, 4):
+        times = latency.measure_times(view, tokens, CPU, torch.float32)
+        saved = sum(float(times[f"{index}.{space}.saved"][-1]) for index in range(view.blocks) for space in MEMBERS)
+        assert 0 < saved < 2 * float(times["whole"])
+        assert all(bool((saved_U.diff() > 0).all()) for name, saved_U in times.items() if name != "whole")
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [("prefill", 128), ("decode", 1)])
+def test_the_budget_can_be_the_measured_time(
+    budget: str,
+    tokens: int,
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, each = [], {"groups": 20.0, "ffn": 1.0}
+
+    def measure(view: ModelView, tokens: int, *_: Any) -> dict[str, Tensor]:
+        asked.append(tokens)
+        return {"whole": torch.tensor(view.blocks * 100.0).double()} | {
+            f"{index}.{space}.saved": each[space] * torch.arange(view.dims(index).units()[space]).double()
+            for index in range(view.blocks)
+            for space in MEMBERS
+        }
+
+    monkeypatch.setattr(method, "measure_times", measure)
+    model, options = str(saved("llama")), {"budget": budget}
+    request = api.Request(model, "search", sparsity=0.25, calibration=ids_file, options=options)
+    record = api.prune(request, tmp_path / "out")
+    assert asked == [tokens]
+    assert record["sparsity_of"] == budget
+    assert record["sparsity_measured"] >= 0.25
+    before, after = record["seconds_expected"]
+    dense, pruned = (AutoConfig.from_pretrained(folder) for folder in (model, tmp_path / "out"))
+    widths = pruned.pruned_widths
+    lost = sum(
+        20 * (dense.num_key_value_heads - block["groups"]) + dense.intermediate_size - block["ffn"] for block in widths
+    )
+    assert (before, after) == (100 * len(widths), 100 * len(widths) - lost)
+    assert record["sparsity_measured"] == pytest.approx(1 - after / before)
+    assert "| time of " in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_update_brings_the_output_nearer(windows: Tensor) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
@@ -291,10 +373,20 @@ def test_wrong_requests(saved: Callable[..., Path], ids_file: str, tmp_path: Pat
         ),
         ({"sparsity": 0.2, "options": {"multiple": 0}}, "multiple is 0; it is a count of at least 1"),
         ({"sparsity": 0.2, "options": {"damping": 0.0}}, "damping is 0; it must be above 0"),
+        (
+            {"sparsity": 0.2, "options": {"budget": "flops"}},
+            "unknown budget 'flops' .allowed: parameters, prefill, decode",
+        ),
+        ({"params_removed": 0.2, "options": {"budget": "decode"}}, "the sparsity is then a fraction of the time"),
+        (
+            {"sparsity": 0.99, "options": {"budget": "decode"}},
+            "would empty a block: .* at most 0[.][0-9]* of the time of one decoded token can be removed",
+        ),
     ):
         asked: dict[str, Any] = {"calibration": ids_file, **how}
-        with pytest.raises(api.UsageError, match=message):
+        with pytest.raises(api.SecateurError, match=message):
             api.prune(api.Request(str(saved("llama")), "search", **asked), tmp_path / "out")
+        assert not list(tmp_path.glob("out*"))
     api.prune(api.Request(str(saved("llama")), "search", sparsity=0.2, calibration=ids_file), tmp_path / "uneven")
     again = api.Request(
         str(tmp_path / "uneven"), "search", sparsity=0.3, calibration=ids_file, options={"uniform": True}

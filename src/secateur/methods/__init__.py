@@ -50,6 +50,8 @@ class Method:
         pattern = self.pattern(options)
         if pattern is not None and not pattern.structured:
             return WEIGHTS
+        if self.says.removes is not None:
+            return self.says.removes(options)
         return self.says.REMOVES or (WEIGHTS if pattern is None else UNITS)
 
     def whole_model(self, options: Any) -> bool:

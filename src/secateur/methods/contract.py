@@ -138,6 +138,12 @@ class Gradual(Protocol):
     def __call__(self, options: Any, /) -> bool: ...
 
 
+class Removes(Protocol):
+    """Return the quantity that a sparsity is a fraction of with these options."""
+
+    def __call__(self, options: Any, /) -> Quantity: ...
+
+
 class Rehearsal(Protocol):
     """Return options of a short run that fits a model of two blocks, and how often the whole run does what repeats.
 
@@ -162,6 +168,7 @@ class Says:
         REMOVES: the quantity that a sparsity is a fraction of, from `plan/quantity.py`. The default is the weights of
             each matrix, or the units where the option `pattern` is rows or columns. A pattern that zeroes weights
             always counts weights. A method with only `plan_model` or `plan_place` must define it.
+        removes: see `Removes`; for a method whose options choose between quantities. REMOVES is that of the defaults.
         GRADIENTS: whether it takes gradients of the loss (`calibrate/backward.py`): a dry run counts their memory.
         TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
             run measures its memory, which no shapes tell.
@@ -195,6 +202,7 @@ class Says:
     SEQLEN: int = 2048
     STATISTICS: NewStatistic | None = None
     REMOVES: Quantity | None = None
+    removes: Removes | None = None
     GRADIENTS: bool = False
     TRAINS: bool = False
     SHARDS: bool = False

@@ -1,4 +1,4 @@
-"""The quantity that a sparsity is a fraction of: weights, units, the residual width, parameters, heads, or blocks.
+"""The quantity that a sparsity is a fraction of: weights, units, width, parameters, heads, blocks, or time.
 
 Each `Quantity` knows the four things that depend on it: the sparsity for a requested pruning ratio
 (`--params-removed`), the number of parameters left, the sizes of the blocks left, and the fraction removed in the end.
@@ -72,6 +72,7 @@ class BeforeAndAfter:
     Attributes:
         targeted, removed: the number of targeted weights (or directions of the residual), and how many were removed.
         parameters, heads, blocks: (before, after), of the whole model.
+        seconds: the time that the method measured (before, after), where a sparsity is a fraction of time.
     """
 
     targeted: int
@@ -79,6 +80,7 @@ class BeforeAndAfter:
     parameters: tuple[int, int]
     heads: tuple[int, int]
     blocks: tuple[int, int]
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -266,11 +268,22 @@ def _sizes_of_blocks(subject: Subject, sparsity: float | None) -> Sequence[Block
     return subject.dense if all(dims == subject.dense[0] for dims in subject.dense) else None
 
 
+def _sparsity_of_time(subject: Subject, wanted: float, at_least: bool) -> float:
+    raise UsageError(
+        f"--params-removed {wanted:g} does not go with these options of {subject.method} ({subject.options}): the"
+        " sparsity is then a fraction of the time; use --sparsity"
+    )
+
+
+def _of_time(counts: BeforeAndAfter) -> float:
+    return 0.0 if counts.seconds is None else _gone(counts.seconds)
+
+
 def _of_targeted(counts: BeforeAndAfter) -> float:
     return counts.removed / counts.targeted if counts.targeted else 0.0
 
 
-def _gone(before_and_after: tuple[int, int]) -> float:
+def _gone(before_and_after: tuple[float, float]) -> float:
     before, after = before_and_after
     return 1 - after / before
 
@@ -333,7 +346,27 @@ BLOCKS = Quantity(
     shared="it chooses among all blocks of the model",
     required="the fraction of the blocks to remove, or --params-removed R",
 )
-QUANTITIES = {quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS)}
+
+
+def _time(name: str, words: str) -> Quantity:
+    return Quantity(
+        name,
+        words,
+        sparsity_for=_sparsity_of_time,
+        parameters=lambda *_: None,
+        sizes=lambda *_: None,
+        share_gone=_of_time,
+        shared="it is about the time of the whole model",
+        required=f"the fraction of {words} to remove",
+    )
+
+
+PREFILL_TOKENS = 128
+PREFILL = _time("prefill", f"the time of a prefill of {PREFILL_TOKENS} tokens")
+DECODE = _time("decode", "the time of one decoded token")
+QUANTITIES = {
+    quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS, PREFILL, DECODE)
+}
 
 
 def check_droppable(view: ModelView) -> None:
@@ -349,21 +382,22 @@ def check_droppable(view: ModelView) -> None:
         )
 
 
-def check_removable(method: str, sparsity: float, most: float, left: str) -> None:
-    """Refuse a share of all parameters that would empty a block.
+def check_removable(method: str, sparsity: float, most: float, left: str, what: str = "the parameters") -> None:
+    """Refuse a share of all parameters, or of something else, that would empty a block.
 
     Args:
         method: its name.
         sparsity: the share that is to go.
         most: the largest share that can go.
         left: what stays, for the message: `with one unit left of each kind,`.
+        what: what the share is of.
 
     Raises:
         UsageError: the share is too large.
     """
     if sparsity > most:
         raise UsageError(
-            f"{method}: --sparsity {sparsity:g} would empty a block: {left} at most {most:.4f} of the parameters can "
+            f"{method}: --sparsity {sparsity:g} would empty a block: {left} at most {most:.4f} of {what} can "
             f"be removed; use --sparsity {int(most * 100) / 100:g} or less"
         )
 

@@ -68,6 +68,7 @@ def facts_of(prepared: Prepared, totals: Totals) -> dict[str, Any]:
         parameters=(before, totals.parameters),
         heads=(heads, sum(dims.heads for dims in totals.dims)),
         blocks=(view.blocks, len(totals.kept)),
+        seconds=prepared.job.notes.get("seconds_expected"),
     )
     return {
         "sparsity_of": quantity.name,

@@ -1,4 +1,4 @@
-"""Search: give every block the widths that cost the model least, for exactly the parameters that should go.
+"""Search: give every block the widths that cost the model least, for exactly the parameters or the time that should go.
 
 One pass of gradients makes a library: for each block the order in which its feed-forward units and its key-value heads
 would go, and what the removal of each number of them costs (`removal.py`: optimal brain surgery with a
@@ -12,15 +12,15 @@ No paper describes this method; these have its parts: a library of blocks at sev
 costs add up, so the best mix follows at once. Evolution by measured divergence from there, 120 steps, found nothing
 that held on other text, and neither did more than one pass of gradients (docs/lab-log.md).
 
-The sparsity is the fraction of the parameters of the whole model to remove. Every block keeps at least one unit of each
-kind. The loss is that of the text's own next tokens (the empirical Fisher), or of the answers with the text of a task.
+The sparsity is the fraction of the parameters of the whole model to remove; with `budget=prefill` or `budget=decode`,
+of the time that the model takes on this machine (`latency.py`). Every block keeps at least one unit of each kind. The
+loss is that of the text's own next tokens (the empirical Fisher), or of the answers with the text of a task.
 
 Shape letters: S windows, T tokens, O outputs, I inputs of a matrix, U units.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,28 +31,34 @@ from torch import Tensor
 from secateur.calibrate.backward import Backward, check_reacts
 from secateur.calibrate.statistics import SecondMoment, damped
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import UsageError
+from secateur.core.errors import HopelessError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.progress import say
 from secateur.cut.block import cut_block
 from secateur.methods.search.budget import curve, spend, spend_alike
+from secateur.methods.search.latency import measure_times
 from secateur.methods.search.removal import Removal, removal, without
 from secateur.models.family import HEADS, check_can
 from secateur.models.parameters import unit_parameters
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockView, ModelView
 from secateur.plan.plan import BlockPlan, LaterPlans
-from secateur.plan.quantity import PARAMETERS, check_removable
+from secateur.plan.quantity import DECODE, PARAMETERS, PREFILL, PREFILL_TOKENS, Quantity, check_removable
 from secateur.plan.run import Run
 
-_ROUNDING = 1e-3  # of a parameter, so that a share of the model that is a whole number stays that number
+_ROUNDING = 1e-12  # a share of the model that is a whole number of parameters stays that number
 CALIBRATION = "wikitext2"
 REMOVES = PARAMETERS
 GRADIENTS = True
 DEMO = [{"sparsities": [0.2]}]
 
+_BUDGETS: Mapping[str, Quantity] = {quantity.name: quantity for quantity in (PARAMETERS, PREFILL, DECODE)}
+
 Lost = Mapping[str, int]
 """The units that a block loses, by space."""
+
+Gone = Sequence[Mapping[str, Tensor]]
+"""What the removal of 0, 1, ... U - 1 units takes off the budget, float64 [U], for each block by space."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Search:
     Attributes:
         update: set the columns that stay to make up for those that go.
         uniform: give all blocks the same widths; the result is then a stock model.
+        budget: what the sparsity is a fraction of: `parameters`, or the time of a `prefill` of 128 tokens or of the
+            `decode` of one token, which is measured on this machine first.
         multiple: keep a multiple of so many feed-forward units in each block that loses any, as fast kernels and
             quantised files want (32 or 256).
         damping: added to the diagonals of both moments, in units of their mean.
@@ -70,11 +78,14 @@ class Search:
 
     update: bool = True
     uniform: bool = False
+    budget: str = "parameters"
     multiple: int = 1
     damping: float = 0.01
     rounds: int = 64
 
     def __post_init__(self) -> None:
+        if self.budget not in _BUDGETS:
+            raise UsageError(f"search: unknown budget '{self.budget}' (allowed: {', '.join(_BUDGETS)})")
         for name in ("multiple", "rounds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"search: {name} is {getattr(self, name)}; it is a count of at least 1")
@@ -92,10 +103,22 @@ def check(view: ModelView, sparsity: float, options: Search) -> None:
     check_can(view.family, HEADS, view.name)
     if options.uniform and any(view.dims(index) != view.dims(0) for index in range(view.blocks)):
         raise UsageError(f"search: uniform: the blocks of {view.name} have different widths already; leave out uniform")
-    most = sum(_most(view, index, options) for index in range(view.blocks)) / view.parameters()
+    if removes(options) is PARAMETERS:
+        _check_reachable(view, sparsity, _parameters_gone(view), view.parameters(), options)
+
+
+def removes(options: Search) -> Quantity:
+    """Return what the sparsity is a fraction of."""
+    return _BUDGETS[options.budget]
+
+
+def _check_reachable(view: ModelView, sparsity: float, gone: Gone, whole: float, options: Search) -> None:
+    """Refuse a sparsity that would empty a block; `whole` is what the budget counts of the whole model."""
+    most = sum(_most(of, options, _spaces(view, options)) for of in gone) / whole
     heads = "a key-value head" if "groups" in _spaces(view, options) else "its heads"
     units = "a feed-forward unit" if options.multiple == 1 else f"{options.multiple} feed-forward units"
-    check_removable("search", sparsity, most, f"each keeps {heads} and {units}, so")
+    what = removes(options).words
+    check_removable("search", sparsity, most, f"each keeps {heads} and {units}, so", what=what)
 
 
 def never_stock(options: Search) -> str | None:
@@ -112,15 +135,19 @@ def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> Sequ
     """Make the library on windows `data` [S, T], search it for the budget, and fit what stays.
 
     Raises:
-        HopelessError: all gradients are zero.
+        HopelessError: all gradients are zero; or so much of the time cannot go.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
-    measured = run.once(lambda: _library(view, data, options, run))
+    measured = run.once(lambda: {**_times(view, options, run), **_library(view, data, options, run)})
     library = [
         {space: Removal(measured[f"{index}.{space}.order"], measured[f"{index}.{space}.cost"]) for space in MEMBERS}
         for index in range(view.blocks)
     ]
-    lost = search(view, library, run.sparsity, options)
+    if removes(options) is not PARAMETERS:
+        _check_time(view, measured, options, run)
+    gone, whole = _budget(view, measured, options)
+    lost = search(view, library, gone, run.sparsity * whole * (1 - _ROUNDING), options)
+    _note_time(lost, gone, whole, options, run)
     expected = sum(
         float(library[index][space].cost_U[count]) for index, of in enumerate(lost) for space, count in of.items()
     )
@@ -174,22 +201,65 @@ def _moments(block: BlockView, backward: Backward) -> dict[str, tuple[SecondMome
     return moments
 
 
-def search(view: ModelView, library: list[dict[str, Removal]], sparsity: float, options: Search) -> Sequence[Lost]:
-    """Return the units that each block loses, for the least cost at which `sparsity` of the parameters go."""
-    budget = math.ceil(sparsity * view.parameters() - _ROUNDING)
+def _times(view: ModelView, options: Search, run: Run) -> dict[str, Tensor]:
+    """Return what `measure_times` gives, where the budget is a time."""
+    tokens = {PREFILL: PREFILL_TOKENS, DECODE: 1}.get(removes(options))
+    if tokens is None:
+        return {}
+    times = measure_times(view, tokens, run.device, run.dtype)
+    _check_time(view, times, options, run)  # before the pass of gradients
+    return times
+
+
+def _check_time(view: ModelView, times: Mapping[str, Tensor], options: Search, run: Run) -> None:
+    """Refuse a share of the time that would empty a block: what the blocks save is known only now."""
+    try:
+        _check_reachable(view, run.sparsity, *_budget(view, times, options), options)
+    except UsageError as error:
+        raise HopelessError(str(error)) from None
+
+
+def _budget(view: ModelView, measured: Mapping[str, Tensor], options: Search) -> tuple[Gone, float]:
+    """Return what the removal of units takes off the budget, and what the budget counts of the whole model."""
+    if removes(options) is PARAMETERS:
+        return _parameters_gone(view), view.parameters()
+    gone = [{space: measured[f"{index}.{space}.saved"] for space in MEMBERS} for index in range(view.blocks)]
+    return gone, float(measured["whole"])
+
+
+def _note_time(lost: Sequence[Lost], gone: Gone, whole: float, options: Search, run: Run) -> None:
+    """Note the time before and after, in seconds, where the budget is a time."""
+    if removes(options) is PARAMETERS:
+        return
+    saved = sum(float(gone[index][space][count]) for index, of in enumerate(lost) for space, count in of.items())
+    run.notes["seconds_expected"] = [whole, whole - saved]
+    say(f"search: {removes(options).words} should fall from {1e3 * whole:.3g} to {1e3 * (whole - saved):.3g} ms")
+
+
+def _parameters_gone(view: ModelView) -> Gone:
+    return [
+        {space: torch.arange(units[space]).double() * unit_parameters(view, index, space) for space in MEMBERS}
+        for index, units in ((index, view.dims(index).units()) for index in range(view.blocks))
+    ]
+
+
+def search(
+    view: ModelView, library: list[dict[str, Removal]], gone: Gone, budget: float, options: Search
+) -> Sequence[Lost]:
+    """Return the units that each block loses, for the least cost at which `budget` goes."""
     spaces = _spaces(view, options)
     if options.uniform:
         alike = []
         for space in MEMBERS:
             cost_U = torch.stack([of[space].cost_U for of in library]).sum(0)
-            parameters = sum(unit_parameters(view, index, space) for index in range(view.blocks))
-            alike.append(curve(cost_U if space in spaces else cost_U[:1], parameters, _multiple(space, options)))
+            gone_U = torch.stack([of[space] for of in gone]).sum(0)
+            units = len(cost_U) if space in spaces else 1
+            alike.append(curve(cost_U[:units], gone_U[:units], _multiple(space, options)))
         counts = dict(zip(MEMBERS, spend_alike(alike, budget), strict=True))
         return [counts] * view.blocks
     places = [(index, space) for index in range(view.blocks) for space in MEMBERS]
     curves = [
-        curve(library[index][space].cost_U, unit_parameters(view, index, space), _multiple(space, options))
-        for index, space in places
+        curve(library[index][space].cost_U, gone[index][space], _multiple(space, options)) for index, space in places
     ]
     lost: list[dict[str, int]] = [{} for _ in library]
     for (index, space), count in zip(places, spend(curves, budget), strict=True):
@@ -257,13 +327,10 @@ def _updates(block: BlockView, stream: Stream, keep: Mapping[str, Tensor], optio
     return made
 
 
-def _most(view: ModelView, index: int, options: Search) -> int:
-    """Return the number of parameters that a block can lose."""
-    units = view.dims(index).units()
-    return sum(
-        unit_parameters(view, index, space) * (units[space] - min(units[space], _multiple(space, options)))
-        for space in _spaces(view, options)
-    )
+def _most(gone: Mapping[str, Tensor], options: Search, spaces: Sequence[str]) -> float:
+    """Return the most that a block can take off the budget."""
+    left = {space: min(len(gone[space]), _multiple(space, options)) for space in spaces}
+    return sum(float(gone[space][-count]) for space, count in left.items())
 
 
 def _spaces(view: ModelView, options: Search) -> tuple[str, ...]:

@@ -1,13 +1,15 @@
-"""How many units each block loses, so that the parameters that go reach the budget at the least cost.
+"""How many units each block loses, so that what goes reaches the budget at the least cost.
+
+The budget is in parameters, or in seconds (`latency.py`); here it is in whatever the curves count.
 
 The costs of blocks add up (to second order, and as if blocks did not interact). The cheapest mix then has one price
 for all: every block and space removes the number k that is lowest in
 
-    cost(k) - price * parameters(k)
+    cost(k) - price * gone(k)
 
-and the price is the lowest that reaches the budget: no mix that removes as many parameters costs less (Everett's
+and the price is the lowest that reaches the budget: no mix that removes as much costs less (Everett's
 theorem on Lagrange multipliers, Operations Research 11, 1963). What the last step of the price took too much is then
-given back, the units that cost most for each parameter first. Where a curve is not convex that step may be large. So
+given back, the units that cost most for what they save first. Where a curve is not convex that step may be large. So
 the mix just below the budget is filled up too, by the cheapest next units, and the cheaper of the two is taken.
 """
 
@@ -29,27 +31,27 @@ class Curve:
     Attributes:
         cost_K: the costs of the choices, float64, the first 0 for nothing.
         removed_K: the units that each choice removes, ascending from 0.
-        parameters: of one unit.
+        gone_K: what each choice takes off the budget, float64, strictly ascending from 0.
     """
 
     cost_K: Tensor
     removed_K: Tensor
-    parameters: int
+    gone_K: Tensor
 
-    def step(self, k: int) -> int:
-        """Return the parameters that choice k removes beyond choice k - 1."""
-        return int(self.removed_K[k] - self.removed_K[k - 1]) * self.parameters
+    def step(self, k: int) -> float:
+        """Return what choice k takes off the budget beyond choice k - 1."""
+        return float(self.gone_K[k] - self.gone_K[k - 1])
 
     def cheapest(self, price: float) -> int:
-        """Return the choice that is lowest in cost minus price times parameters; of equal ones the smallest."""
-        return int((self.cost_K - price * self.parameters * self.removed_K).argmin())
+        """Return the choice that is lowest in cost minus price times what it takes; of equal ones the smallest."""
+        return int((self.cost_K - price * self.gone_K).argmin())
 
 
-def curve(cost_U: Tensor, parameters: int, multiple: int = 1) -> Curve:
+def curve(cost_U: Tensor, gone_U: Tensor, multiple: int = 1) -> Curve:
     """Return the choices of a space that keeps a multiple of `multiple` units, or all."""
     units = len(cost_U)
     removed_K = torch.tensor([k for k in range(units) if k == 0 or (units - k) % multiple == 0])
-    return Curve(cost_U[removed_K], removed_K, parameters)
+    return Curve(cost_U[removed_K], removed_K, gone_U[removed_K])
 
 
 def spend(curves: Sequence[Curve], budget: float) -> list[int]:
@@ -57,12 +59,11 @@ def spend(curves: Sequence[Curve], budget: float) -> list[int]:
 
     Args:
         curves: the choices.
-        budget: the parameters that have to go; the result removes as many or more, by less than one choice where the
-            curves are convex.
+        budget: what has to go; the result takes as much or more, by less than one choice where the curves are convex.
     """
 
-    def removed(choices: Sequence[int]) -> int:
-        return sum(int(c.removed_K[k]) * c.parameters for c, k in zip(curves, choices, strict=True))
+    def removed(choices: Sequence[int]) -> float:
+        return sum(float(c.gone_K[k]) for c, k in zip(curves, choices, strict=True))
 
     def at(price: float) -> list[int]:
         return [c.cheapest(price) for c in curves]
@@ -95,7 +96,7 @@ def spend(curves: Sequence[Curve], budget: float) -> list[int]:
 
 
 def _cheapest_step(curves: Sequence[Curve], choices: Sequence[int]) -> int:
-    """Return the curve whose next step costs least a parameter."""
+    """Return the curve whose next step costs least for what it takes."""
     prices = [
         float(c.cost_K[k + 1] - c.cost_K[k]) / c.step(k + 1) if k + 1 < len(c.removed_K) else float("inf")
         for c, k in zip(curves, choices, strict=True)
@@ -104,7 +105,7 @@ def _cheapest_step(curves: Sequence[Curve], choices: Sequence[int]) -> int:
 
 
 def _dearest(curves: Sequence[Curve], choices: Sequence[int], surplus: float) -> int | None:
-    """Return the curve whose last step costs most a parameter, of those that the surplus pays for; None without one."""
+    """Return the curve whose last step costs most for what it took, of those that the surplus pays for, or None."""
     best, dearest = -1.0, None
     for number, (c, k) in enumerate(zip(curves, choices, strict=True)):
         if k == 0:
@@ -119,14 +120,13 @@ def spend_alike(curves: Sequence[Curve], budget: float) -> list[int]:
     """Return the units that two spaces remove from every block, at the least cost that meets the budget.
 
     Args:
-        curves: the choices of the two spaces, with the costs and parameters of all blocks together.
-        budget: the parameters that have to go.
+        curves: the choices of the two spaces, with what they cost and take in all blocks together.
+        budget: what has to go.
     """
     first, second = curves
     best, found = float("inf"), [len(c.removed_K) - 1 for c in curves]
     for k in range(len(first.removed_K)):
-        missing = budget - int(first.removed_K[k]) * first.parameters
-        enough = (second.removed_K * second.parameters >= missing).nonzero()
+        enough = (second.gone_K >= budget - float(first.gone_K[k])).nonzero()
         if len(enough) and (cost := float(first.cost_K[k] + second.cost_K[enough[0, 0]])) < best:
             best, found = cost, [k, int(enough[0, 0])]
     return [int(c.removed_K[k]) for c, k in zip(curves, found, strict=True)]
