@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from secateur import api
+from tests.layouts import layout_of
 from tests.tiny import BLOCKS, FAMILY_TYPES, some_ids, tiny_model
 
 WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
@@ -98,6 +99,62 @@ def test_blocks_of_unequal_widths_keep_their_own(saved: Callable[..., Path], ids
     assert short.config.pruned_widths == narrow.config.pruned_widths[1:]
     del narrow.model.decoder.layers[0]
     torch.testing.assert_close(short(some_ids()).logits, narrow(some_ids(), use_cache=False).logits)
+
+
+def _fitted(model: Any, down: str, windows: torch.Tensor, block: int, end: int, damping: float) -> torch.Tensor:
+    """W + D with the least |x D^T - (target - y)|^2 + damping mean(x^2) |D|^2, one column of ridge rows for each input."""
+    seen: dict[str, torch.Tensor] = {}
+    view = api.view_model(model)
+    blocks = model.get_submodule(view.family.blocks)
+    blocks[block].get_submodule(down).register_forward_pre_hook(lambda _, x: seen.update(x=x[0].flatten(0, -2)))
+    blocks[block].register_forward_hook(lambda _, __, y: seen.update(y=y.flatten(0, -2)))
+    blocks[end].register_forward_hook(lambda _, __, y: seen.update(target=y.flatten(0, -2)))
+    with torch.no_grad():
+        model(windows)
+    x = seen["x"]
+    ridge = (damping * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+    missing = torch.cat([seen["target"] - seen["y"], torch.zeros(x.shape[1], len(seen["y"][0]), dtype=x.dtype)])
+    change = torch.linalg.lstsq(torch.cat([x, ridge]), missing).solution.t()
+    return blocks[block].get_submodule(down).weight.detach() + change
+
+
+@pytest.mark.parametrize("model_type", [t for t in FAMILY_TYPES if t != "gemma3_text"])
+def test_fit_makes_up_for_a_dropped_stretch_as_least_squares(model_type: str, windows: torch.Tensor) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    plan = api.plan(model, "shortgpt", windows, sparsity=2 / 3, first=1, fit=True, damping=0.05)
+    assert [block.dropped for block in plan.blocks] == [False, True, True]
+    down = layout_of(model_type).matrices["down"][0]
+    expected = _fitted(tiny_model(model_type, dtype=torch.float64), down, windows, 0, 2, 0.05)
+    assert plan.blocks[0].updates.keys() == {"down"}
+    torch.testing.assert_close(plan.blocks[0].updates["down"], expected, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        dense = tiny_model(model_type, dtype=torch.float64)(windows).logits
+        far = {
+            fit: (
+                api.cut(model, api.plan(model, "shortgpt", windows, sparsity=2 / 3, first=1, fit=fit))(windows).logits
+                - dense
+            )
+            .square()
+            .mean()
+            for fit in (True, False)
+        }
+    assert far[True] < far[False]
+
+
+def test_only_the_block_before_a_dropped_one_is_fitted(
+    saved: Callable[..., Path], ids_file: str, tmp_path: Path
+) -> None:
+    request = api.Request(str(saved("llama")), "shortgpt", sparsity=1 / 3, calibration=ids_file, options={"fit": True})
+    record = api.prune(request, tmp_path / "out")
+    plan = api.read_plan(tmp_path / "out")
+    gone = [block.dropped for block in plan.blocks].index(True)
+    assert [block.index for block in plan.blocks if block.updated] == ([gone - 1] if gone else [])
+    assert record["updated"] == bool(gone)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with pytest.raises(api.SecateurError, match=r"fit: a norm .post_attention_layernorm. stands between"):
+        api.prepare(replace(request, model=str(saved("gemma3_text"))))
+    with pytest.raises(api.UsageError, match="damping is 0; it must be above 0"):
+        api.prepare(replace(request, options={"fit": True, "damping": 0.0}))
 
 
 def test_params_removed_and_what_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
