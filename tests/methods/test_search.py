@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur import api
@@ -241,34 +242,71 @@ def test_time_between_two_measured_widths_is_a_straight_line_that_never_falls() 
     assert latency.saved_time(1, 9.0, {}).tolist() == [0.0]
 
 
-def _block_seconds(stream: Any, block: Any) -> float:
-    """In place of the clock: a head takes as long as eight feed-forward units, and there is an overhead."""
-    return 100.0 + 8 * block.dims.groups + block.dims.ffn
+def _operations(work: Callable[[], Any], *_: Any) -> float:
+    """In place of a clock: the floating-point operations of the work."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return float(counter.get_total_flops())
 
 
-def test_what_units_save_is_the_time_of_the_block_less_that_of_a_narrower_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_time", _block_seconds)
-    view = api.view_model(tiny_model("llama"))
-    units, times = view.dims(0).units(), latency.measure_times(view, 4, CPU, torch.float32)
-    blocks = view.blocks * (100 + 8 * units["groups"] + units["ffn"])
-    assert blocks < float(times.pop("whole")) < blocks + 1, "the head is timed by the clock"
+@pytest.mark.parametrize("tokens", [1, 128])
+@pytest.mark.parametrize("model_type", FAMILY_TYPES)
+def test_what_units_save_is_the_work_of_the_block_less_that_of_a_narrower_one(
+    model_type: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "best_time", _operations)
+    model = tiny_model(model_type, max_position_embeddings=128)
+    view, layout = api.view_model(model), layout_of(model_type)
+    times = latency.measure_times(view, tokens, CPU, torch.float32)
+    units, head = view.dims(0).units(), 2 * view.config.vocab_size * view.config.hidden_size
+    block = model.get_submodule(f"{layout.blocks}.0")
+    products = sum(2 * tokens * m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    whole = float(times.pop("whole"))
+    assert view.blocks * products + head <= whole < view.blocks * (products + 8 * tokens**2 * 64) + head
     assert times.keys() == {f"{index}.{space}.saved" for index in range(view.blocks) for space in MEMBERS}
+    mlp = [name for name in ("gate", "up", "down") if name in view.block(0).names]
+    unit = 2 * tokens * sum(view.block(0).matrix(name).numel() for name in mlp) / units["ffn"]
+    least = latency._fewer(units["ffn"])[0]
+    expected_U = unit * torch.arange(units["ffn"]).double().clamp(max=units["ffn"] - least)
     for index in range(view.blocks):
-        for space, each in (("groups", 8.0), ("ffn", 1.0)):
-            expected_U = each * torch.arange(units[space]).double()
-            least = min(latency._fewer(units[space]))
-            torch.testing.assert_close(
-                times[f"{index}.{space}.saved"], expected_U.clamp(max=each * (units[space] - least)), rtol=0, atol=1e-4
-            )
+        torch.testing.assert_close(times[f"{index}.ffn.saved"], expected_U, rtol=1e-5, atol=1.0)
+        assert (
+            float(times[f"{index}.groups.saved"][1]) > 2 * tokens * view.block(0).matrix("o").numel() / units["groups"]
+        )
 
 
-def test_blocks_are_timed_by_a_clock(windows: Tensor) -> None:
-    view = api.view_model(tiny_model("qwen2"))
-    for tokens in (1, 4):
-        times = latency.measure_times(view, tokens, CPU, torch.float32)
-        saved = sum(float(times[f"{index}.{space}.saved"][-1]) for index in range(view.blocks) for space in MEMBERS)
-        assert 0 < saved < 2 * float(times["whole"])
-        assert all(bool((saved_U.diff() > 0).all()) for name, saved_U in times.items() if name != "whole")
+def test_a_block_of_one_head_and_one_unit_has_a_time_and_nothing_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "best_time", _operations)
+    view = api.view_model(tiny_model("llama", intermediate_size=1, num_key_value_heads=1))
+    times = latency.measure_times(view, 4, CPU, torch.float32)
+    assert 0 < float(times["whole"]) < 1e9
+    assert [times[f"0.{space}.saved"].tolist() for space in MEMBERS] == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_times_of_one_run_serve_every_sparsity(
+    uniform: bool, saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "best_time", _operations)
+    runs, measure = [], method.measure_times
+    monkeypatch.setattr(method, "measure_times", lambda *a: runs.append(1) or measure(*a))
+    options = {"budget": "decode", "uniform": uniform, "multiple": 4}
+    request = api.Request(str(saved("llama")), "search", calibration=ids_file, options=options)
+    _, *measured = api.sweep(request, [0.1, 0.3], tmp_path / "sweep", api.EvalRequest("", text=ids_file))
+    assert len(runs) == 1
+    for record, sparsity in zip(measured, (0.1, 0.3), strict=True):
+        assert sparsity <= record["sparsity_measured"] < sparsity + 0.2
+        widths = AutoConfig.from_pretrained(record["out"])
+        assert (getattr(widths, "pruned_widths", None) is None) == uniform
+
+
+def test_a_dry_run_of_a_time_needs_no_times(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:
+    options = {"budget": "decode"}
+    request = api.Request(str(saved("llama")), "search", sparsity=0.5, calibration=ids_file, options=options)
+    expected = api.estimate(api.prepare(request))
+    assert expected["seconds_estimated"] > 0
+    assert expected["params_after"] is None
+    assert "seconds_unknown" not in expected
 
 
 @pytest.mark.parametrize(("budget", "tokens"), [("prefill", 128), ("decode", 1)])
@@ -291,7 +329,7 @@ def test_the_budget_can_be_the_measured_time(
         }
 
     monkeypatch.setattr(method, "measure_times", measure)
-    model, options = str(saved("llama")), {"budget": budget}
+    model, options = str(saved("llama", max_position_embeddings=128)), {"budget": budget}
     request = api.Request(model, "search", sparsity=0.25, calibration=ids_file, options=options)
     record = api.prune(request, tmp_path / "out")
     assert asked == [tokens]
@@ -377,15 +415,22 @@ def test_wrong_requests(saved: Callable[..., Path], ids_file: str, tmp_path: Pat
             {"sparsity": 0.2, "options": {"budget": "flops"}},
             "unknown budget 'flops' .allowed: parameters, prefill, decode",
         ),
+        (
+            {"sparsity": 0.2, "options": {"budget": "prefill"}, "model": "short"},
+            "budget=prefill times 128 tokens, and .* knows 64 positions",
+        ),
         ({"params_removed": 0.2, "options": {"budget": "decode"}}, "the sparsity is then a fraction of the time"),
         (
             {"sparsity": 0.99, "options": {"budget": "decode"}},
             "would empty a block: .* at most 0[.][0-9]* of the time of one decoded token can be removed",
         ),
     ):
-        asked: dict[str, Any] = {"calibration": ids_file, **how}
+        asked: dict[str, Any] = {"calibration": ids_file, "model": "long", **how}
+        positions = 64 if asked.pop("model") == "short" else 128
         with pytest.raises(api.SecateurError, match=message):
-            api.prune(api.Request(str(saved("llama")), "search", **asked), tmp_path / "out")
+            api.prune(
+                api.Request(str(saved("llama", max_position_embeddings=positions)), "search", **asked), tmp_path / "out"
+            )
         assert not list(tmp_path.glob("out*"))
     api.prune(api.Request(str(saved("llama")), "search", sparsity=0.2, calibration=ids_file), tmp_path / "uneven")
     again = api.Request(

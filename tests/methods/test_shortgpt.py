@@ -5,18 +5,21 @@ configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur import api
 from tests.layouts import layout_of
 from tests.tiny import BLOCKS, FAMILY_TYPES, some_ids, tiny_model
 
+_FEW = {"steps": 2, "unmet": "cut"}
 WINDOWED = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 
 
@@ -155,6 +158,46 @@ def test_only_the_block_before_a_dropped_one_is_fitted(
         api.prepare(replace(request, model=str(saved("gemma3_text"))))
     with pytest.raises(api.UsageError, match="damping is 0; it must be above 0"):
         api.prepare(replace(request, options={"fit": True, "damping": 0.0}))
+    api.prune(
+        api.Request(request.model, "disp_llm", sparsity=0.3, calibration=ids_file, options=_FEW), tmp_path / "selects"
+    )
+    with pytest.raises(api.SecateurError, match="fit: its blocks write parts of the residual stream"):
+        api.prepare(replace(request, model=str(tmp_path / "selects")))
+
+
+def test_two_stretches_are_fitted_each_on_the_dense_stream(windows: torch.Tensor) -> None:
+    model = tiny_model("llama", num_hidden_layers=6, dtype=torch.float64)
+    plan = api.plan(model, "shortgpt", windows, sparsity=2 / 6, fit=True, damping=0.05)
+    gone = [block.index for block in plan.blocks if block.dropped]
+    fitted = {block.index: block.updates["down"] for block in plan.blocks if block.updates}
+    assert fitted.keys() == {index - 1 for index in gone if index and index - 1 not in gone}
+    down = layout_of("llama").matrices["down"][0]
+    for index, weight in fitted.items():
+        end = next(end for end in range(index + 1, 7) if end not in gone) - 1
+        dense = tiny_model("llama", num_hidden_layers=6, dtype=torch.float64)
+        expected = _fitted(dense, down, windows, index, end, 0.05)
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_fit_is_the_same_when_resumed_and_with_the_stream_on_disk(
+    saved: Callable[..., Path],
+    ids_file: str,
+    tmp_path: Path,
+    interrupted_at: Callable[..., AbstractContextManager[None]],
+) -> None:
+    folder = str(saved("llama", num_hidden_layers=4, dtype=torch.bfloat16))
+    request = api.Request(
+        folder, "shortgpt", sparsity=0.25, calibration=ids_file, options={"fit": True, "first": 1, "last": 1}
+    )
+    api.prune(request, tmp_path / "whole")
+    with interrupted_at("block-00001", "plan-00002"):
+        api.prune(request, tmp_path / "resumed")
+    api.prune(request, tmp_path / "resumed", resume=True)
+    api.prune(replace(request, spill=True), tmp_path / "spilled")
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == whole
+    assert (tmp_path / "spilled" / "model.safetensors").read_bytes() == whole
+    assert {t.dtype for t in load_file(tmp_path / "whole" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_params_removed_and_what_is_refused(saved: Callable[..., Path], ids_file: str, tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def _prune(record: Record) -> Iterator[str]:
 
 def _dry_prune(record: Record) -> Iterator[str]:
     if record.get("params_after") is None:
-        yield "The size of the result depends on the text, so it is not known before the run."
+        what = "on times measured here" if record.get("sparsity_of") in ("prefill", "decode") else "on the text"
+        yield f"The size of the result depends {what}, so it is not known before the run."
     elif "params_before" in record:
         yield _size(record)
     if record.get("sparsity") and record.get("sparsity_of") not in (None, "parameters"):

@@ -16,7 +16,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Return a clock for short timings on a device: one thread of a CPU counts its own time, whatever else runs."""
+    """Return a clock in seconds for short timings: the CPU time of this process, if torch runs one thread of a CPU."""
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -71,7 +71,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 512, se
 def best_time(
     work: Callable[[], Tensor], device: torch.device, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Return the shortest time of one call, in seconds, among the calls that fit into `seconds`; one goes before."""
+    """Return the shortest time of one call, in seconds, among the calls that fit into `seconds`.
+
+    One call that is not timed goes before them.
+    """
     work()
     best, started = float("inf"), clock()
     while clock() - started < seconds:

@@ -10,6 +10,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,17 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "tokenizers")
 
 def version() -> str:
     """The version of secateur."""
-    return metadata.version("secateur")
+    return _version("secateur")
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that a result may depend on."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}}
+
+
+@cache
+def _version(library: str) -> str:
+    return metadata.version(library)
 
 
 def peak_rss_bytes() -> int:

@@ -50,9 +50,14 @@ class Method:
         pattern = self.pattern(options)
         if pattern is not None and not pattern.structured:
             return WEIGHTS
-        if self.says.removes is not None:
-            return self.says.removes(options)
+        if self.says.quantity_of is not None:
+            return self.says.quantity_of(options)
         return self.says.REMOVES or (WEIGHTS if pattern is None else UNITS)
+
+    def streams(self, options: Any) -> int:
+        """Return how many residual streams of the text it has at a time."""
+        streams = self.says.STREAMS
+        return streams if isinstance(streams, int) else streams(options)
 
     def whole_model(self, options: Any) -> bool:
         """Return True if it plans all blocks at once: it has no other way, or the option `whole_model` is set."""

@@ -138,7 +138,13 @@ class Gradual(Protocol):
     def __call__(self, options: Any, /) -> bool: ...
 
 
-class Removes(Protocol):
+class Streams(Protocol):
+    """Return how many residual streams of the text the method has at a time with these options."""
+
+    def __call__(self, options: Any, /) -> int: ...
+
+
+class QuantityOf(Protocol):
     """Return the quantity that a sparsity is a fraction of with these options."""
 
     def __call__(self, options: Any, /) -> Quantity: ...
@@ -168,13 +174,14 @@ class Says:
         REMOVES: the quantity that a sparsity is a fraction of, from `plan/quantity.py`. The default is the weights of
             each matrix, or the units where the option `pattern` is rows or columns. A pattern that zeroes weights
             always counts weights. A method with only `plan_model` or `plan_place` must define it.
-        removes: see `Removes`; for a method whose options choose between quantities. REMOVES is that of the defaults.
+        quantity_of: see `QuantityOf`; for a method whose options choose between quantities. REMOVES is that of the
+            defaults.
         GRADIENTS: whether it takes gradients of the loss (`calibrate/backward.py`): a dry run counts their memory.
         TRAINS: whether it trains on the text, as many passes as its options say; it then needs `rehearsal`, and a dry
             run measures its memory, which no shapes tell.
         SHARDS: whether the processes of torchrun share its work. Otherwise a run under torchrun is refused.
-        STREAMS: how many residual streams of the text it has at a time, for a dry run; with `--spill` all but one are
-            on disk.
+        STREAMS: how many residual streams of the text it has at a time, or a function of the options that returns it
+            (`Streams`), for a dry run; with `--spill` all but one are on disk.
         ADVICE: a setting that is better than the default of the paper, with its numbers; `methods NAME` prints it.
         DEMO: the runs of `secateur demo`: a list of {"sparsities": [...], "options": {...}, "heal": True}.
         QUICK: options that make a run short, without regard to its quality.
@@ -202,11 +209,11 @@ class Says:
     SEQLEN: int = 2048
     STATISTICS: NewStatistic | None = None
     REMOVES: Quantity | None = None
-    removes: Removes | None = None
+    quantity_of: QuantityOf | None = None
     GRADIENTS: bool = False
     TRAINS: bool = False
     SHARDS: bool = False
-    STREAMS: int = 1
+    STREAMS: int | Streams = 1
     ADVICE: str | None = None
     DEMO: Sequence[Mapping[str, Any]] = ()
     QUICK: Mapping[str, Any] = field(default_factory=dict)

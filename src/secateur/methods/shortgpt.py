@@ -26,7 +26,7 @@ from torch import Tensor
 
 from secateur.calibrate.statistics import SecondMoment, damped
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import NotFiniteError, SecateurError, UsageError
+from secateur.core.errors import HopelessError, NotFiniteError, SecateurError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import say, track
@@ -40,7 +40,6 @@ from secateur.plan.run import Run
 CALIBRATION = "wikitext2"
 REMOVES = BLOCKS
 WITHOUT_PARTS = True
-STREAMS = 2  # with `fit`: that of the dense model, and what entered the block that is fitted
 DEMO = [{"sparsities": [0.17]}]
 
 
@@ -51,7 +50,8 @@ class ShortGPT:
     Attributes:
         first: the number of blocks at the beginning that are never removed.
         last: the number of blocks at the end that are never removed.
-        fit: set the matrix at the end of the MLP before a dropped stretch to make up for it.
+        fit: set the matrix at the end of the MLP before a dropped stretch to make up for it. Where no block stays
+            before the stretch, or the block has no MLP, nothing does.
         damping: with `fit`, added to the diagonal of the second moment, in units of its mean.
     """
 
@@ -70,20 +70,25 @@ class ShortGPT:
             )
 
 
+def _streams(options: ShortGPT) -> int:
+    return 2 if options.fit else 1  # that of the dense model, and what entered the block that is fitted
+
+
+STREAMS = _streams
+
+
 def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
     """Refuse impossible requests before the work begins.
 
     Raises:
         UsageError: the sparsity is less than half a block, or more blocks than may be removed.
         SecateurError: the residual stream of the model is rotated, so that a block fits only its neighbours; or `fit`
-            is asked of a family with a norm between the MLP and the residual stream.
+            is asked of a family with a norm between the MLP and the residual stream, or of blocks that write parts
+            of it.
     """
     check_droppable(view)
-    if options.fit and view.family.post_norms:
-        raise SecateurError(
-            f"{view.name}: shortgpt: fit: {view.family.why_not(ROTATE)}, so what a block adds is linear in no matrix;"
-            " leave out fit, or reconstruct the result"
-        )
+    if options.fit:
+        _check_fit(view)
     remove, free = removed_blocks(sparsity, view.blocks), view.blocks - options.first - options.last
     if not remove:
         raise UsageError(
@@ -100,6 +105,16 @@ def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
             f"shortgpt: --sparsity {sparsity:g} removes {remove} of {view.blocks} blocks, but first={options.first} and"
             f" last={options.last} allow {max(0, free)}; use a smaller --sparsity, first or last"
         )
+
+
+def _check_fit(view: ModelView) -> None:
+    why = None
+    if view.family.post_norms:
+        why = f"{view.family.why_not(ROTATE)}, so what a block adds is linear in no matrix"
+    elif view.dims(0).residual is not None:
+        why = "its blocks write parts of the residual stream, so one cannot make up for another"
+    if why is not None:
+        raise SecateurError(f"{view.name}: shortgpt: fit: {why}; leave out fit, or reconstruct the result")
 
 
 def rehearsal(view: ModelView, options: ShortGPT, sparsity: float) -> tuple[ShortGPT, dict[str, int]]:
@@ -126,6 +141,8 @@ def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> Se
     ]
     dropped = {options.first + number for number in lowest}
     say(f"shortgpt: dropping {', '.join(map(str, sorted(dropped)))} of blocks 0 to {view.blocks - 1}")
+    if options.fit and 0 in dropped:
+        say("shortgpt: fit: no block stays before the first ones, so nothing makes up for them")
     outlines = [BlockPlan(index, dropped=index in dropped, influence=value) for index, value in enumerate(influence)]
     return LaterPlans(outlines, _Fit(view, data, outlines, options, run)) if options.fit else outlines
 
@@ -154,6 +171,7 @@ class _Fit:
         entering_STD = self._stream.hidden_STD.clone()
         self._advance(self._stream, end)
         weight_DF = _fitted(self._view.block(index), self._stream, entering_STD, self._options.damping)
+        say(f"shortgpt: block {index} makes up for {', '.join(map(str, range(index + 1, end)))}")
         give_back()
         return replace(plan, updates={"down": weight_DF})
 
@@ -174,6 +192,9 @@ def _fitted(block: BlockView, target: Stream, entering_STD: Tensor, damping: flo
         target: the stream at the place that the block should reach, [S, T, D].
         entering_STD: what enters the block.
         damping: in units of the mean diagonal of the second moment of x.
+
+    Raises:
+        HopelessError: the dtype cannot hold the new weights.
     """
     weight_DF = block.matrix("down")
     moment = SecondMoment(weight_DF.shape[1], target.device)
@@ -191,6 +212,11 @@ def _fitted(block: BlockView, target: Stream, entering_STD: Tensor, damping: flo
         hook.remove()
     change_DF = torch.linalg.solve(damped(moment.sum_II, damping), cross_DF.cpu().t()).t()
     made_DF: Tensor = (weight_DF.double().cpu() + change_DF).to(block.dtype or weight_DF.dtype)
+    if not torch.isfinite(made_DF).all():
+        raise HopelessError(
+            f"shortgpt: fit: the new weights of block {block.index} are not finite in {made_DF.dtype}; more damping may"
+            " help: --set damping=0.1"
+        )
     return made_DF.contiguous()
 
 

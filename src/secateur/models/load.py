@@ -180,6 +180,10 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
     return Checkpoint(model, folder, commit, config, raw, index, shapes, _matrix_dtype(index, family))
 
 
+_RUN: set[str] = set()
+"""The configurations of which a model has run in this process; a sweep opens the same one again and again."""
+
+
 def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
     """Return the model without weights, after a test run: some errors of a configuration show only there.
 
@@ -188,10 +192,13 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
     """
     try:
         skeleton = build_skeleton(config)
+        if (content := config.to_json_string(use_diff=False)) in _RUN:
+            return skeleton
         ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
         with torch.no_grad():  # with positions and mask: transformers would read values, which meta tensors do not have
             skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
+        _RUN.add(content)
     except Exception as error:
         raise SecateurError(
             f"{model}: config.json describes a {config.model_type} model "

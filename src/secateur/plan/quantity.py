@@ -23,6 +23,8 @@ from secateur.plan.counts import removed_blocks, units_left
 from secateur.plan.pattern import Pattern
 from secateur.plan.rates import Rates, check_sparsity, resolve_rates
 
+_LEAST_ADVICE = 0.01  # no smaller sparsity is worth advising
+_MOST_OF_PART = 0.8  # of the weights in the blocks go in a rehearsal, at most
 _EDGE = 1e-9  # k / n times n may fall just short of k in floating point
 
 
@@ -67,12 +69,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class BeforeAndAfter:
-    """The counts before and after pruning, from the written result.
+    """The counts before and after pruning, from the written result; times are those that the method expects.
 
     Attributes:
         targeted, removed: the number of targeted weights (or directions of the residual), and how many were removed.
         parameters, heads, blocks: (before, after), of the whole model.
-        seconds: the time that the method measured (before, after), where a sparsity is a fraction of time.
+        seconds: (before, after), where a sparsity is a fraction of time.
     """
 
     targeted: int
@@ -96,7 +98,7 @@ class Quantity:
             that the method checks for itself.
         sparsity_for: the sparsity whose pruning ratio is nearest to the requested one, or the first that reaches it
             (`at_least`); see `nearest`.
-        parameters: the number of all parameters after the cut; None if it depends on the calibration text.
+        parameters: the number of all parameters after the cut; None if it depends on the calibration text or on times.
         sizes: the sizes of the blocks after the cut; None if they depend on the choice of what to remove.
         share_gone: the fraction removed.
         zeroes: True if weights are set to zero and no parameter is removed.
@@ -271,7 +273,7 @@ def _sizes_of_blocks(subject: Subject, sparsity: float | None) -> Sequence[Block
 def _sparsity_of_time(subject: Subject, wanted: float, at_least: bool) -> float:
     raise UsageError(
         f"--params-removed {wanted:g} does not go with these options of {subject.method} ({subject.options}): the"
-        " sparsity is then a fraction of the time; use --sparsity"
+        " sparsity is then a fraction of the time; use --sparsity, in prune or sweep"
     )
 
 
@@ -348,7 +350,7 @@ BLOCKS = Quantity(
 )
 
 
-def _time(name: str, words: str) -> Quantity:
+def _measured_time(name: str, words: str) -> Quantity:
     return Quantity(
         name,
         words,
@@ -362,8 +364,8 @@ def _time(name: str, words: str) -> Quantity:
 
 
 PREFILL_TOKENS = 128
-PREFILL = _time("prefill", f"the time of a prefill of {PREFILL_TOKENS} tokens")
-DECODE = _time("decode", "the time of one decoded token")
+PREFILL = _measured_time("prefill", f"the time of a prefill of {PREFILL_TOKENS} tokens")
+DECODE = _measured_time("decode", "the time of one decoded token")
 QUANTITIES = {
     quantity.name: quantity for quantity in (WEIGHTS, UNITS, WIDTH, PARAMETERS, HEADS, BLOCKS, PREFILL, DECODE)
 }
@@ -395,10 +397,13 @@ def check_removable(method: str, sparsity: float, most: float, left: str, what: 
     Raises:
         UsageError: the share is too large.
     """
-    if sparsity > most:
+    if not sparsity <= most:
+        advice = (
+            f"use --sparsity {int(most * 100) / 100:g} or less" if most >= _LEAST_ADVICE else "prune something else"
+        )
         raise UsageError(
             f"{method}: --sparsity {sparsity:g} would empty a block: {left} at most {most:.4f} of {what} can "
-            f"be removed; use --sparsity {int(most * 100) / 100:g} or less"
+            f"be removed; {advice}"
         )
 
 
@@ -414,7 +419,8 @@ def sparsity_of_part(quantity: Quantity, whole: ModelView, part: ModelView, spar
         return min(part.blocks - 1, max(1, round(sparsity * part.blocks))) / part.blocks
     if quantity is PARAMETERS:
         share = part.matrix_parameters() / whole.matrix_parameters()
-        return sparsity * whole.parameters() * share / part.parameters()
+        gone = min(sparsity * whole.parameters() * share, _MOST_OF_PART * part.matrix_parameters())
+        return gone / part.parameters()
     return sparsity
 
 

@@ -202,7 +202,7 @@ def _spilled(prepared: Prepared, tokens: int) -> int:
     """Return the bytes of the activations that `--spill` keeps on disk."""
     if not prepared.request.spill:
         return 0
-    streams = prepared.job.method.says.STREAMS
+    streams = prepared.job.method.streams(prepared.job.options)
     copies = prepared.job.view.blocks + 1 if _differentiates(prepared) else max(1, streams - 1)
     return copies * tokens * int(prepared.job.view.config.hidden_size) * prepared.dtype.itemsize
 
@@ -224,6 +224,6 @@ def _memory(prepared: Prepared, tokens: int) -> int:
     if _differentiates(prepared):  # the input of each block is kept, and perhaps sums of gradients and of their squares
         inputs = buffer * (view.blocks + 1)
         return int(max(2 * outer * width, block * (width + 8)) + inputs + 3 * batch) + _LIBRARIES_BYTES
-    buffer *= 1 if prepared.request.spill else prepared.job.method.says.STREAMS
+    buffer *= 1 if prepared.request.spill else prepared.job.method.streams(prepared.job.options)
     streamed = int(max(2 * outer * stored, block * (width + 2 * stored)) + buffer + batch) + _LIBRARIES_BYTES
     return max(streamed, view.parameters() * width + buffer + batch) if prepared.job.allocation == "auto" else streamed

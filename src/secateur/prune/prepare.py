@@ -165,7 +165,7 @@ def _subject(view: ModelView, method: Method, options: Any, given: Mapping[str, 
 
 
 def parameters_expected(prepared: Prepared) -> int | None:
-    """Return the number of parameters of the result, from shapes alone; None if the calibration text decides it."""
+    """Return the number of parameters of the result, from shapes alone; None if the text or times decide it."""
     return prepared.job.quantity.parameters(prepared.subject, prepared.sparsity)
 
 

@@ -69,7 +69,7 @@ class Search:
         update: set the columns that stay to make up for those that go.
         uniform: give all blocks the same widths; the result is then a stock model.
         budget: what the sparsity is a fraction of: `parameters`, or the time of a `prefill` of 128 tokens or of the
-            `decode` of one token, which is measured on this machine first.
+            `decode` of one token, which is measured on this machine first. `multiple=32` goes well with a time.
         multiple: keep a multiple of so many feed-forward units in each block that loses any, as fast kernels and
             quantised files want (32 or 256).
         damping: added to the diagonals of both moments, in units of their mean.
@@ -103,11 +103,17 @@ def check(view: ModelView, sparsity: float, options: Search) -> None:
     check_can(view.family, HEADS, view.name)
     if options.uniform and any(view.dims(index) != view.dims(0) for index in range(view.blocks)):
         raise UsageError(f"search: uniform: the blocks of {view.name} have different widths already; leave out uniform")
-    if removes(options) is PARAMETERS:
+    if quantity_of(options) is PARAMETERS:
         _check_reachable(view, sparsity, _parameters_gone(view), view.parameters(), options)
+    positions = getattr(view.config, "max_position_embeddings", None)
+    if quantity_of(options) is PREFILL and positions is not None and positions < PREFILL_TOKENS:
+        raise UsageError(
+            f"search: budget=prefill times {PREFILL_TOKENS} tokens, and {view.name} knows {positions} positions; use"
+            " budget=decode or parameters"
+        )
 
 
-def removes(options: Search) -> Quantity:
+def quantity_of(options: Search) -> Quantity:
     """Return what the sparsity is a fraction of."""
     return _BUDGETS[options.budget]
 
@@ -117,8 +123,13 @@ def _check_reachable(view: ModelView, sparsity: float, gone: Gone, whole: float,
     most = sum(_most(of, options, _spaces(view, options)) for of in gone) / whole
     heads = "a key-value head" if "groups" in _spaces(view, options) else "its heads"
     units = "a feed-forward unit" if options.multiple == 1 else f"{options.multiple} feed-forward units"
-    what = removes(options).words
+    what = quantity_of(options).words
     check_removable("search", sparsity, most, f"each keeps {heads} and {units}, so", what=what)
+
+
+def rehearsal(view: ModelView, options: Search, sparsity: float) -> tuple[Search, dict[str, int]]:
+    """The same work for parameters: two blocks may have less to lose of a time that the head shares."""
+    return replace(options, budget="parameters"), {}
 
 
 def never_stock(options: Search) -> str | None:
@@ -143,7 +154,7 @@ def plan_model(view: ModelView, data: Tensor, options: Search, run: Run) -> Sequ
         {space: Removal(measured[f"{index}.{space}.order"], measured[f"{index}.{space}.cost"]) for space in MEMBERS}
         for index in range(view.blocks)
     ]
-    if removes(options) is not PARAMETERS:
+    if quantity_of(options) is not PARAMETERS:
         _check_time(view, measured, options, run)
     gone, whole = _budget(view, measured, options)
     lost = search(view, library, gone, run.sparsity * whole * (1 - _ROUNDING), options)
@@ -203,7 +214,7 @@ def _moments(block: BlockView, backward: Backward) -> dict[str, tuple[SecondMome
 
 def _times(view: ModelView, options: Search, run: Run) -> dict[str, Tensor]:
     """Return what `measure_times` gives, where the budget is a time."""
-    tokens = {PREFILL: PREFILL_TOKENS, DECODE: 1}.get(removes(options))
+    tokens = {PREFILL: PREFILL_TOKENS, DECODE: 1}.get(quantity_of(options))
     if tokens is None:
         return {}
     times = measure_times(view, tokens, run.device, run.dtype)
@@ -221,7 +232,7 @@ def _check_time(view: ModelView, times: Mapping[str, Tensor], options: Search, r
 
 def _budget(view: ModelView, measured: Mapping[str, Tensor], options: Search) -> tuple[Gone, float]:
     """Return what the removal of units takes off the budget, and what the budget counts of the whole model."""
-    if removes(options) is PARAMETERS:
+    if quantity_of(options) is PARAMETERS:
         return _parameters_gone(view), view.parameters()
     gone = [{space: measured[f"{index}.{space}.saved"] for space in MEMBERS} for index in range(view.blocks)]
     return gone, float(measured["whole"])
@@ -229,11 +240,11 @@ def _budget(view: ModelView, measured: Mapping[str, Tensor], options: Search) ->
 
 def _note_time(lost: Sequence[Lost], gone: Gone, whole: float, options: Search, run: Run) -> None:
     """Note the time before and after, in seconds, where the budget is a time."""
-    if removes(options) is PARAMETERS:
+    if quantity_of(options) is PARAMETERS:
         return
     saved = sum(float(gone[index][space][count]) for index, of in enumerate(lost) for space, count in of.items())
     run.notes["seconds_expected"] = [whole, whole - saved]
-    say(f"search: {removes(options).words} should fall from {1e3 * whole:.3g} to {1e3 * (whole - saved):.3g} ms")
+    say(f"search: {quantity_of(options).words} should fall from {1e3 * whole:.3g} to {1e3 * (whole - saved):.3g} ms")
 
 
 def _parameters_gone(view: ModelView) -> Gone:

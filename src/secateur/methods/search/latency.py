@@ -4,15 +4,17 @@ One block of each size is run at several widths, on the prompt of a prefill or o
 whole models. What counts is the ratio to the full block, timed right before: other work on the machine slows both.
 Between two measured widths the time is a straight line, and a wider block never counts as faster. Heads and
 feed-forward units save time independently of each other, so the time of a block is its time at full width less what
-each of the two saves. The embedding, and attention over a cache, are left out.
+each of the two saves. Below an eighth of the units nothing more is saved. The embedding, and attention over a cache,
+are left out.
 
 Shape letters: U units.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -22,14 +24,16 @@ from torch import Tensor
 from secateur.calibrate.ending import Ending
 from secateur.calibrate.stream import Stream
 from secateur.core.machine import best_time, clock
+from secateur.core.memory import give_back
 from secateur.core.progress import track
 from secateur.cut.block import cut_block
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockDims, BlockView, ModelView
 from secateur.plan.plan import BlockPlan
 
-_WIDTHS = 8  # of each space are measured, and the full block
-_ROUNDS = 9  # in which each width is timed once; the median of the ratios counts
+_WIDTHS = 8  # of each space are measured, and the full block; what the narrowest saves is the most that counts
+_ROUNDS, _FEWEST = 9, 3  # in each of which every width is timed once; the median of the ratios counts
+_ENOUGH = 20.0  # seconds for the blocks of one size, after which the fewest rounds are enough
 _SECONDS = 0.02  # for the calls of one timing, of which the shortest counts
 _SLOPE = 1e-9  # of the time of a block, for each unit: no unit is free
 
@@ -81,11 +85,18 @@ def saved_time(units: int, full: float, ratios: Mapping[int, float]) -> Tensor:
 def _block_times(stream: Stream, block: BlockView) -> tuple[float, dict[str, dict[int, float]]]:
     """Return the time of a block in seconds, and by space the times with fewer units as parts of it."""
     units = block.dims.units()
+    ready = {
+        name: t.to(stream.device, stream.dtype if t.is_floating_point() else t.dtype)
+        for name, t in block.tensors.items()
+    }
+    block = replace(block, tensors=ready, dtype=stream.dtype)
     ratios: dict[str, dict[int, list[float]]] = {
         space: {kept: [] for kept in _fewer(units[space])} for space in MEMBERS
     }
-    full = math.inf
-    for _ in track(range(_ROUNDS), "search: rounds of timing"):
+    full, started = _time(stream, block), time.perf_counter()
+    for number in track(range(_ROUNDS), "search: rounds of timing"):
+        if number >= _FEWEST and time.perf_counter() - started > _ENOUGH:
+            break
         for space, counts in ratios.items():
             for kept, found in counts.items():
                 first_K = torch.arange(kept, dtype=torch.int32)
@@ -93,8 +104,8 @@ def _block_times(stream: Stream, block: BlockView) -> tuple[float, dict[str, dic
                 before = _time(stream, block)
                 found.append(_time(stream, cut) / before)
                 full = min(full, before)
-    medians = {space: {kept: median(of) for kept, of in counts.items()} for space, counts in ratios.items()}
-    return full, medians
+    give_back()
+    return full, {space: {kept: median(of) for kept, of in counts.items()} for space, counts in ratios.items()}
 
 
 def _fewer(units: int) -> list[int]:
