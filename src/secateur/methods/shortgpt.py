@@ -40,6 +40,10 @@ from secateur.plan.run import Run
 CALIBRATION = "wikitext2"
 REMOVES = BLOCKS
 WITHOUT_PARTS = True
+ADVICE = (
+    "--set fit=true: the result stays stock and loses far less, perplexity 57.89 against 110.34 with 21% of"
+    " SmolLM2-135M removed"
+)
 DEMO = [{"sparsities": [0.17]}]
 
 
