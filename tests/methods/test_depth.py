@@ -287,6 +287,19 @@ def test_whole_blocks_make_a_stock_model_and_parts_do_not(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "blocks").config.model_type == "llama"
 
 
+@pytest.mark.parametrize("part", ["submodules", "blocks"])
+def test_fit_changes_the_last_matrices_and_not_what_goes(part: str, windows: Tensor) -> None:
+    model, far = tiny_model("llama", dtype=torch.float64, seed=5), {}
+    plans = {fit: api.plan(model, "depth", windows, sparsity=0.4, part=part, fit=fit) for fit in (True, False)}
+    assert [(b.dropped, [*b.keep]) for b in plans[True].blocks] == [(b.dropped, [*b.keep]) for b in plans[False].blocks]
+    assert any(block.updates for block in plans[True].blocks)
+    with torch.no_grad():
+        dense = model(windows).logits
+        for fit, plan in plans.items():
+            far[fit] = float((api.cut(model, plan)(windows).logits - dense).square().mean())
+    assert far[True] < far[False]
+
+
 def test_an_interrupted_search_goes_on(
     saved: Callable[..., Path], ids_file: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

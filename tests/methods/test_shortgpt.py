@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur import api
-from tests.layouts import layout_of
 from tests.tiny import BLOCKS, FAMILY_TYPES, some_ids, tiny_model
 
 _FEW = {"steps": 2, "unmet": "cut"}
@@ -104,43 +103,15 @@ def test_blocks_of_unequal_widths_keep_their_own(saved: Callable[..., Path], ids
     torch.testing.assert_close(short(some_ids()).logits, narrow(some_ids(), use_cache=False).logits)
 
 
-def _fitted(model: Any, down: str, windows: torch.Tensor, block: int, end: int, damping: float) -> torch.Tensor:
-    """W + D with the least |x D^T - (target - y)|^2 + damping mean(x^2) |D|^2, one column of ridge rows for each input."""
-    seen: dict[str, torch.Tensor] = {}
-    view = api.view_model(model)
-    blocks = model.get_submodule(view.family.blocks)
-    blocks[block].get_submodule(down).register_forward_pre_hook(lambda _, x: seen.update(x=x[0].flatten(0, -2)))
-    blocks[block].register_forward_hook(lambda _, __, y: seen.update(y=y.flatten(0, -2)))
-    blocks[end].register_forward_hook(lambda _, __, y: seen.update(target=y.flatten(0, -2)))
-    with torch.no_grad():
-        model(windows)
-    x = seen["x"]
-    ridge = (damping * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
-    missing = torch.cat([seen["target"] - seen["y"], torch.zeros(x.shape[1], len(seen["y"][0]), dtype=x.dtype)])
-    change = torch.linalg.lstsq(torch.cat([x, ridge]), missing).solution.t()
-    return blocks[block].get_submodule(down).weight.detach() + change
-
-
 @pytest.mark.parametrize("model_type", [t for t in FAMILY_TYPES if t != "gemma3_text"])
-def test_fit_makes_up_for_a_dropped_stretch_as_least_squares(model_type: str, windows: torch.Tensor) -> None:
-    model = tiny_model(model_type, dtype=torch.float64)
-    plan = api.plan(model, "shortgpt", windows, sparsity=2 / 3, first=1, fit=True, damping=0.05)
-    assert [block.dropped for block in plan.blocks] == [False, True, True]
-    down = layout_of(model_type).matrices["down"][0]
-    expected = _fitted(tiny_model(model_type, dtype=torch.float64), down, windows, 0, 2, 0.05)
-    assert plan.blocks[0].updates.keys() == {"down"}
-    torch.testing.assert_close(plan.blocks[0].updates["down"], expected, rtol=1e-6, atol=1e-9)
+def test_fit_brings_what_is_left_nearer_to_the_dense_model(model_type: str, windows: torch.Tensor) -> None:
+    model, far = tiny_model(model_type, dtype=torch.float64), {}
     with torch.no_grad():
-        dense = tiny_model(model_type, dtype=torch.float64)(windows).logits
-        far = {
-            fit: (
-                api.cut(model, api.plan(model, "shortgpt", windows, sparsity=2 / 3, first=1, fit=fit))(windows).logits
-                - dense
-            )
-            .square()
-            .mean()
-            for fit in (True, False)
-        }
+        dense = model(windows).logits
+        for fit in (True, False):
+            plan = api.plan(model, "shortgpt", windows, sparsity=2 / 3, first=1, fit=fit)
+            assert [block.dropped for block in plan.blocks] == [False, True, True]
+            far[fit] = float((api.cut(model, plan)(windows).logits - dense).square().mean())
     assert far[True] < far[False]
 
 
@@ -163,20 +134,6 @@ def test_only_the_block_before_a_dropped_one_is_fitted(
     )
     with pytest.raises(api.SecateurError, match="fit: its blocks write parts of the residual stream"):
         api.prepare(replace(request, model=str(tmp_path / "selects")))
-
-
-def test_two_stretches_are_fitted_each_on_the_dense_stream(windows: torch.Tensor) -> None:
-    model = tiny_model("llama", num_hidden_layers=6, dtype=torch.float64)
-    plan = api.plan(model, "shortgpt", windows, sparsity=2 / 6, fit=True, damping=0.05)
-    gone = [block.index for block in plan.blocks if block.dropped]
-    fitted = {block.index: block.updates["down"] for block in plan.blocks if block.updates}
-    assert fitted.keys() == {index - 1 for index in gone if index and index - 1 not in gone}
-    down = layout_of("llama").matrices["down"][0]
-    for index, weight in fitted.items():
-        end = next(end for end in range(index + 1, 7) if end not in gone) - 1
-        dense = tiny_model("llama", num_hidden_layers=6, dtype=torch.float64)
-        expected = _fitted(dense, down, windows, index, end, 0.05)
-        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_fit_is_the_same_when_resumed_and_with_the_stream_on_disk(

@@ -5,14 +5,13 @@ leaves it, mean over tokens. The blocks of the lowest influence are dropped. All
 the dense model. The sparsity is the fraction of blocks, rounded to whole blocks. The result is a stock model with fewer
 blocks.
 
-With `fit` the MLP of the block before a dropped stretch makes up for it: the matrix that writes its output becomes the
-least-squares best for what leaves the stretch in the dense model, which is linear in it. ReplaceMe (arXiv:2505.02819,
-its equation 5) fits a matrix behind that one and multiplies the two; here all of it is fitted. The result stays stock.
+With `fit` the block before a dropped stretch makes up for it by least squares, as in ReplaceMe (arXiv:2505.02819);
+`calibrate/making_up.py` says how. The result stays stock.
 
 Differences from the paper's description: the calibration text may be any text (the paper's PG19 is a set of books). Of
 blocks with equal influence the earlier one is dropped. Blocks at either end can be kept (`first`, `last`).
 
-Shape letters: N tokens, D residual, F feed-forward units.
+Shape letters: N tokens, D residual.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from secateur.calibrate.statistics import SecondMoment, damped
+from secateur.calibrate.making_up import MakingUp, check_makes_up
 from secateur.calibrate.stream import Stream
-from secateur.core.errors import HopelessError, NotFiniteError, SecateurError, UsageError
+from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.memory import give_back
 from secateur.core.numbers import at_least_float32
 from secateur.core.progress import say, track
-from secateur.models.family import ROTATE
-from secateur.models.view import BlockView, ModelView
+from secateur.cut.block import cut_block
+from secateur.models.view import ModelView
 from secateur.plan.counts import removed_blocks
 from secateur.plan.plan import BlockPlan, LaterPlans
 from secateur.plan.quantity import BLOCKS, check_droppable
@@ -54,8 +53,8 @@ class ShortGPT:
     Attributes:
         first: the number of blocks at the beginning that are never removed.
         last: the number of blocks at the end that are never removed.
-        fit: set the matrix at the end of the MLP before a dropped stretch to make up for it. Where no block stays
-            before the stretch, or the block has no MLP, nothing does.
+        fit: set the last matrix of the block before a dropped stretch to make up for it. Nothing does where the model
+            begins with the stretch.
         damping: with `fit`, added to the diagonal of the second moment, in units of its mean.
     """
 
@@ -92,7 +91,7 @@ def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
     """
     check_droppable(view)
     if options.fit:
-        _check_fit(view)
+        check_makes_up(view, "shortgpt")
     remove, free = removed_blocks(sparsity, view.blocks), view.blocks - options.first - options.last
     if not remove:
         raise UsageError(
@@ -109,16 +108,6 @@ def check(view: ModelView, sparsity: float, options: ShortGPT) -> None:
             f"shortgpt: --sparsity {sparsity:g} removes {remove} of {view.blocks} blocks, but first={options.first} and"
             f" last={options.last} allow {max(0, free)}; use a smaller --sparsity, first or last"
         )
-
-
-def _check_fit(view: ModelView) -> None:
-    why = None
-    if view.family.post_norms:
-        why = f"{view.family.why_not(ROTATE)}, so what a block adds is linear in no matrix"
-    elif view.dims(0).residual is not None:
-        why = "its blocks write parts of the residual stream, so one cannot make up for another"
-    if why is not None:
-        raise SecateurError(f"{view.name}: shortgpt: fit: {why}; leave out fit, or reconstruct the result")
 
 
 def rehearsal(view: ModelView, options: ShortGPT, sparsity: float) -> tuple[ShortGPT, dict[str, int]]:
@@ -145,83 +134,10 @@ def plan_model(view: ModelView, data: Tensor, options: ShortGPT, run: Run) -> Se
     ]
     dropped = {options.first + number for number in lowest}
     say(f"shortgpt: dropping {', '.join(map(str, sorted(dropped)))} of blocks 0 to {view.blocks - 1}")
-    if options.fit and 0 in dropped:
-        say("shortgpt: fit: no block stays before the first ones, so nothing makes up for them")
     outlines = [BlockPlan(index, dropped=index in dropped, influence=value) for index, value in enumerate(influence)]
-    return LaterPlans(outlines, _Fit(view, data, outlines, options, run)) if options.fit else outlines
-
-
-class _Fit:
-    """The fit of the blocks that stay before a dropped stretch, on the stream of the dense model."""
-
-    def __init__(
-        self, view: ModelView, windows: Tensor, outlines: Sequence[BlockPlan], options: ShortGPT, run: Run
-    ) -> None:
-        self._view, self._windows, self._outlines, self._options, self._run = view, windows, outlines, options, run
-        self._stream: Stream | None = None
-        self._next = 0
-
-    def __call__(self, index: int) -> BlockPlan:
-        """Return the plan of a block, with a new weight where the blocks after it go; quickest in order."""
-        plan, end = self._outlines[index], index + 1
-        while end < len(self._outlines) and self._outlines[end].dropped:
-            end += 1
-        if plan.dropped or end == index + 1 or "mlp" in self._view.dims(index).missing:
-            return plan
-        if self._stream is None or index < self._next:
-            run, self._stream, self._next = self._run, None, 0  # the old one goes before a new one is made
-            self._stream = Stream(self._view, self._windows, device=run.device, dtype=run.dtype, spill=run.spill)
-        self._advance(self._stream, index)
-        entering_STD = self._stream.hidden_STD.clone()
-        self._advance(self._stream, end)
-        weight_DF = _fitted(self._view.block(index), self._stream, entering_STD, self._options.damping)
-        say(f"shortgpt: block {index} makes up for {', '.join(map(str, range(index + 1, end)))}")
-        give_back()
-        return replace(plan, updates={"down": weight_DF})
-
-    def _advance(self, stream: Stream, index: int) -> None:
-        """Carry the stream to where block `index` begins."""
-        while self._next < index:
-            stream.advance(self._view.block(self._next))
-            self._next += 1
-            give_back()
-
-
-@torch.inference_mode()
-def _fitted(block: BlockView, target: Stream, entering_STD: Tensor, damping: float) -> Tensor:
-    """Return W + D with the least |x D^T - (target - y)|^2 + damping |D|^2 over all tokens.
-
-    Args:
-        block: the block; x is the input of its matrix `down`, W, and y its output.
-        target: the stream at the place that the block should reach, [S, T, D].
-        entering_STD: what enters the block.
-        damping: in units of the mean diagonal of the second moment of x.
-
-    Raises:
-        HopelessError: the dtype cannot hold the new weights.
-    """
-    weight_DF = block.matrix("down")
-    moment = SecondMoment(weight_DF.shape[1], target.device)
-    cross_DF = torch.zeros(weight_DF.shape, dtype=torch.float64, device=target.device)
-    inputs: list[Tensor] = []
-    with target.loaded(block) as module:
-        path = block.family.matrices["down"]
-        hook = module.get_submodule(path).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        for rows, arguments in target.batches(block.index):
-            leaving_BTD = module(entering_STD[rows].to(target.device), **arguments)
-            x_NF = inputs.pop().flatten(0, -2)
-            missing_BTD = target.hidden(rows, leaving_BTD.shape[-1]) - leaving_BTD
-            moment.update(x_NF)
-            cross_DF += at_least_float32(missing_BTD).flatten(0, -2).t() @ at_least_float32(x_NF)
-        hook.remove()
-    change_DF = torch.linalg.solve(damped(moment.sum_II, damping), cross_DF.cpu().t()).t()
-    made_DF: Tensor = (weight_DF.double().cpu() + change_DF).to(block.dtype or weight_DF.dtype)
-    if not torch.isfinite(made_DF).all():
-        raise HopelessError(
-            f"shortgpt: fit: the new weights of block {block.index} are not finite in {made_DF.dtype}; more damping may"
-            " help: --set damping=0.1"
-        )
-    return made_DF.contiguous()
+    if not options.fit:
+        return outlines
+    return LaterPlans(outlines, MakingUp(view, data, outlines, cut_block, options.damping, "shortgpt", run))
 
 
 def block_influence(view: ModelView, windows: Tensor, run: Run) -> list[float]:

@@ -20,17 +20,19 @@ Shape letters: S windows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from secateur.calibrate.making_up import MakingUp, check_makes_up
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say, track
+from secateur.cut.block import cut_block
 from secateur.methods.depth.parts import MAY_GO, Parts
 from secateur.methods.depth.trials import AT_ONCE, Trials
 from secateur.models.view import ModelView
-from secateur.plan.plan import BlockPlan
+from secateur.plan.plan import BlockPlan, LaterPlans
 from secateur.plan.quantity import PARAMETERS, check_droppable
 from secateur.plan.run import Run
 
@@ -50,16 +52,23 @@ class Depth:
     Attributes:
         part: what is removed: `submodules` (attention or MLP of a block), `attention`, or `blocks`.
         candidates: how many of the cheapest are measured again before each removal; 0 for all.
+        fit: at the end, set the last matrix of each block that lost a part, or of the block before dropped ones, to
+            make up for it by least squares (`calibrate/making_up.py`). Nothing does where the model begins with them.
+        damping: with `fit`, added to the diagonal of the second moment, in units of its mean.
     """
 
     part: str = "submodules"
     candidates: int = 8
+    fit: bool = False
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if self.part not in MAY_GO:
             raise UsageError(f"depth: unknown part '{self.part}' (allowed: {', '.join(MAY_GO)})")
         if self.candidates < 0:
             raise UsageError(f"depth: candidates is {self.candidates}; it is a count, or 0 for all")
+        if not self.damping > 0:
+            raise UsageError(f"depth: damping is {self.damping:g}; it must be above 0, since a moment may be singular")
 
 
 def check(view: ModelView, sparsity: float, options: Depth) -> None:
@@ -67,9 +76,12 @@ def check(view: ModelView, sparsity: float, options: Depth) -> None:
 
     Raises:
         UsageError: the sparsity is less than half of the smallest part, or more than can go.
-        SecateurError: the residual stream of the model is rotated, or blocks read parts of it.
+        SecateurError: the residual stream of the model is rotated, or blocks read parts of it; or `fit` is asked of a
+            family with a norm between the MLP and the residual stream.
     """
     check_droppable(view)
+    if options.fit:
+        check_makes_up(view, "depth")
     if view.dims(0).residual is not None and options.part != "blocks":
         raise SecateurError(
             f"{view.name}: its blocks read and write parts of the residual stream, and depth takes no attention or MLP"
@@ -107,7 +119,7 @@ def gradual(options: Depth) -> bool:
     return True
 
 
-def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> tuple[BlockPlan, ...]:
+def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> Sequence[BlockPlan]:
     """Remove parts until the sparsity is reached, by the loss of windows `data` [S, T].
 
     Raises:
@@ -126,7 +138,10 @@ def plan_model(view: ModelView, data: Tensor, options: Depth, run: Run) -> tuple
     if parts.order and len(parts.order) < found:
         say(f"depth: it stops at: {parts.told()}, the nearest to {run.sparsity:.2%}")
     run.notes["removed_parts"] = [str(candidate) for candidate in parts.order]
-    return tuple(parts.plan(index) for index in range(view.blocks))
+    outlines = [parts.plan(index) for index in range(view.blocks)]
+    if not options.fit:
+        return outlines
+    return LaterPlans(outlines, MakingUp(view, data, outlines, cut_block, options.damping, "depth", run))
 
 
 def _removals(parts: Parts, trials: Trials, wanted: float, options: Depth) -> Iterator[None]:
