@@ -24,7 +24,7 @@ from secateur.calibrate.packed import packed
 from secateur.core.errors import SecateurError
 from secateur.models.load import build_skeleton
 from secateur.models.runtime import block_with_widths
-from secateur.models.view import BlockView, ModelView, block_modules
+from secateur.models.view import BlockView, ModelView, block_modules, other_forwards
 
 TOKENS_A_BATCH = 1024  # large enough for fast matrix products, small enough for the caches
 Listener = Callable[[Tensor], None]
@@ -47,18 +47,6 @@ class _Recorder:
         if self.last:
             raise _Stop
         return hidden
-
-
-@contextmanager
-def other_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
-    """Give blocks other forwards for a while. The blocks stay in place: a decoder may ask them what kind they are."""
-    for block, forward in zip(blocks, forwards, strict=True):
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # that of its class is behind it
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from secateur.core.progress import say
 from secateur.models import companions, runtime
 from secateur.models.family import Family, all_families, find_family
 from secateur.models.save import OWN_FOLDER
-from secateur.models.view import ModelView
+from secateur.models.view import ModelView, block_modules, other_forwards
 
 BUNDLED = "bundled"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -171,7 +171,7 @@ def open_checkpoint(model: str, revision: str | None = None, *, ignore_unknown: 
         raise SecateurError(f"{model}: transformers cannot read its config.json ({_reason(error)})") from error
     family = find_family(config, model)
     stored = _stored_tensors(folder, model)
-    skeleton = _tried_skeleton(config, model)
+    skeleton = _tried_skeleton(config, family, model)
     index, shapes = _match(skeleton, stored, model)
     _check_unknown(skeleton, set(stored) - {key for _, key in index.values()}, model, ignore_unknown)
     _check_tied_head(config, skeleton, stored, model)
@@ -184,8 +184,10 @@ _RUN: set[str] = set()
 """The configurations of which a model has run in this process; a sweep opens the same one again and again."""
 
 
-def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
+def _tried_skeleton(config: PreTrainedConfig, family: Family, model: str) -> PreTrainedModel:
     """Return the model without weights, after a test run: some errors of a configuration show only there.
+
+    Of blocks that are alike one runs: without values, an operation takes as long in any of them.
 
     Raises:
         SecateurError: transformers cannot build or run the model.
@@ -196,7 +198,12 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
             return skeleton
         ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
         mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
-        with torch.no_grad():  # with positions and mask: transformers would read values, which meta tensors do not have
+        again = _alike(skeleton, family)
+        skipped = other_forwards(again, [lambda hidden, *_, **__: hidden] * len(again))
+        with (
+            torch.no_grad(),
+            skipped,
+        ):  # with positions and mask: transformers would read values, which meta tensors do not have
             skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         _RUN.add(content)
     except Exception as error:
@@ -205,6 +212,19 @@ def _tried_skeleton(config: PreTrainedConfig, model: str) -> PreTrainedModel:
             f"that transformers cannot run ({_reason(error)})"
         ) from error
     return skeleton
+
+
+def _alike(skeleton: PreTrainedModel, family: Family) -> list[nn.Module]:
+    """Return the blocks that are like one before them: in class, shapes, and kind of attention."""
+    seen, found = set(), []
+    kinds = getattr(skeleton.config, "layer_types", None) or []
+    for index, block in enumerate(block_modules(skeleton, family)):
+        shapes = tuple((name, tuple(t.shape)) for name, t in block.state_dict().items())
+        kind = (type(block), shapes, kinds[index] if index < len(kinds) else None)
+        if kind in seen:
+            found.append(block)
+        seen.add(kind)
+    return found
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

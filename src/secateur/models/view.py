@@ -9,7 +9,8 @@ a matrix. Weights are `weight_OI` as in torch.nn.Linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -224,6 +225,18 @@ def block_modules(model: nn.Module, family: Family) -> nn.ModuleList:
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList), "every family has its blocks in a list"
     return blocks
+
+
+@contextmanager
+def other_forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Give blocks other forwards for a while. The blocks stay in place: a decoder may ask them what kind they are."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # that of its class is behind it
 
 
 def zero_rows(weight_OI: Tensor) -> int:

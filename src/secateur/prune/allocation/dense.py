@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.calibrate.statistics import Statistics
-from secateur.calibrate.stream import Stream, other_forwards
+from secateur.calibrate.stream import Stream
 from secateur.core.progress import track
 from secateur.core.timing import Stopwatch
 from secateur.cut import cut_block
 from secateur.models.loss import hidden_states, token_losses
-from secateur.models.view import BlockView, block_modules
+from secateur.models.view import BlockView, block_modules, other_forwards
 from secateur.plan.plan import BlockPlan
 from secateur.plan.rates import Rates
 from secateur.prune.driver import collect
