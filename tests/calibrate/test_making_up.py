@@ -64,7 +64,7 @@ def _naive(model_type: str, windows: Tensor, gaps: dict[int, str], index: int, n
         dense(windows)
         without(windows)
     x, missing = seen["x"].flatten(0, -2), (seen["target"] - seen["y"]).flatten(0, -2)
-    ridge = (DAMPING * x.square().sum(0).mean() / len(x)).sqrt() * len(x) ** 0.5 * torch.eye(x.shape[1]).double()
+    ridge = (DAMPING * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1]).double()
     rows, aim = torch.cat([x, ridge]), torch.cat([missing, torch.zeros(x.shape[1], missing.shape[1]).double()])
     change: Tensor = torch.linalg.lstsq(rows, aim).solution.t()
     return matrix.weight.detach() + change

@@ -3,11 +3,12 @@
 A block adds to the residual stream what its last matrix W writes: `down`, or `o` where the MLP is gone. Where a part of
 the block is removed, or the blocks after it are dropped, W + D takes its place, with the least
 
-    |x D^T - (target - y)|^2 + damping mean(x^2) |D|^2        over all tokens,
+    sum |x D^T - (target - y)|^2 + damping mean(sum x^2) |D|^2
 
-x the input of the matrix and y the output of the block, both as the dense model's stream enters it, and the target
-what leaves the last dropped block in the dense model. ReplaceMe (arXiv:2505.02819, its equation 5) fits a D x D matrix
-behind the MLP and multiplies the two; here all of W is fitted.
+with sums over all tokens and the mean over the features of x. Here x is the input of the matrix and y the output of the
+block, both where the dense model's stream enters it, and the target is what leaves the last dropped block in the dense
+model. ReplaceMe (arXiv:2505.02819, its equation 5) fits a D x D matrix behind the MLP and multiplies the two; here all
+of W is fitted.
 
 Shape letters: S windows, T tokens, B windows of a batch, N tokens, D residual, F inputs of the last matrix.
 """

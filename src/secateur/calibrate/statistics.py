@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from secateur.core.errors import NotFiniteError
+from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.numbers import at_least_float32
 from secateur.models.family import Family
 
@@ -109,6 +109,21 @@ class SecondMoment:
         for start, end in self._panels:
             self._sum_II[end:, start:end] = self._sum_II[start:end, end:].t()
         return self._sum_II
+
+
+def check_damping(method: str, damping: float, why: str) -> None:
+    """Refuse a damping of 0 or less, or one that is no number, in the options of a method.
+
+    Args:
+        method: its name.
+        damping: the value.
+        why: what would go wrong, for the message: `moments may be singular`.
+
+    Raises:
+        UsageError: it is not above 0.
+    """
+    if not damping > 0:
+        raise UsageError(f"{method}: damping is {damping:g}; it must be above 0, since {why}")
 
 
 def damped(moment_II: Tensor, damping: float) -> Tensor:

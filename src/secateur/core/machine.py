@@ -15,11 +15,6 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def clock(device: torch.device) -> Callable[[], float]:
-    """Return a clock in seconds for short timings: the CPU time of this process, if torch runs one thread of a CPU."""
-    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-
-
 class Machine:
     """The best rates measured so far.
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.making_up import MakingUp, check_makes_up
+from secateur.calibrate.statistics import check_damping
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import NotFiniteError, UsageError
 from secateur.core.memory import give_back
@@ -67,10 +68,7 @@ class ShortGPT:
         for name in ("first", "last"):
             if getattr(self, name) < 0:
                 raise UsageError(f"shortgpt: {name} is {getattr(self, name)}; it is a number of blocks, at least 0")
-        if not self.damping > 0:
-            raise UsageError(
-                f"shortgpt: damping is {self.damping:g}; it must be above 0, since a moment may be singular"
-            )
+        check_damping("shortgpt", self.damping, "a moment may be singular")
 
 
 def _streams(options: ShortGPT) -> int:

@@ -200,10 +200,8 @@ def _tried_skeleton(config: PreTrainedConfig, family: Family, model: str) -> Pre
         mask = torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta")
         again = _alike(skeleton, family)
         skipped = other_forwards(again, [lambda hidden, *_, **__: hidden] * len(again))
-        with (
-            torch.no_grad(),
-            skipped,
-        ):  # with positions and mask: transformers would read values, which meta tensors do not have
+        with torch.no_grad(), skipped:
+            # with positions and mask: transformers would read values, which meta tensors do not have
             skeleton(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
         _RUN.add(content)
     except Exception as error:

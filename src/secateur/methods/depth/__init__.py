@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.calibrate.making_up import MakingUp, check_makes_up
+from secateur.calibrate.statistics import check_damping
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import say, track
 from secateur.cut.block import cut_block
@@ -67,8 +68,7 @@ class Depth:
             raise UsageError(f"depth: unknown part '{self.part}' (allowed: {', '.join(MAY_GO)})")
         if self.candidates < 0:
             raise UsageError(f"depth: candidates is {self.candidates}; it is a count, or 0 for all")
-        if not self.damping > 0:
-            raise UsageError(f"depth: damping is {self.damping:g}; it must be above 0, since a moment may be singular")
+        check_damping("depth", self.damping, "a moment may be singular")
 
 
 def check(view: ModelView, sparsity: float, options: Depth) -> None:

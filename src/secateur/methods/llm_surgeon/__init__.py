@@ -43,6 +43,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from secateur.calibrate.statistics import check_damping
 from secateur.core.errors import SecateurError, UsageError
 from secateur.core.progress import track
 from secateur.methods.llm_surgeon.kronecker import CURVATURES
@@ -108,10 +109,7 @@ class LLMSurgeon:
             )
         if not 0 < self.step <= 1:
             raise UsageError(f"llm_surgeon: step is {self.step:g}; it is the sparsity of a shot, above 0 and at most 1")
-        if not self.damping > 0:
-            raise UsageError(
-                f"llm_surgeon: damping is {self.damping:g}; it must be above 0, since the factors may be singular"
-            )
+        check_damping("llm_surgeon", self.damping, "the factors may be singular")
 
 
 def check(view: ModelView, sparsity: float, options: LLMSurgeon) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.backward import Backward, check_reacts
-from secateur.calibrate.statistics import SecondMoment, damped
+from secateur.calibrate.statistics import SecondMoment, check_damping, damped
 from secateur.calibrate.stream import Stream
 from secateur.core.errors import HopelessError, UsageError
 from secateur.core.memory import give_back
@@ -89,8 +89,7 @@ class Search:
         for name in ("multiple", "rounds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"search: {name} is {getattr(self, name)}; it is a count of at least 1")
-        if not self.damping > 0:
-            raise UsageError(f"search: damping is {self.damping:g}; it must be above 0, since moments may be singular")
+        check_damping("search", self.damping, "moments may be singular")
 
 
 def check(view: ModelView, sparsity: float, options: Search) -> None:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from secateur.calibrate.ending import Ending
 from secateur.calibrate.stream import Stream
-from secateur.core.machine import best_time, clock
+from secateur.core.machine import best_time
 from secateur.core.memory import give_back
 from secateur.core.progress import track
+from secateur.core.timing import work_seconds
 from secateur.cut.block import cut_block
 from secateur.models.spaces import MEMBERS
 from secateur.models.view import BlockDims, BlockView, ModelView
@@ -119,7 +120,7 @@ def _time(stream: Stream, block: BlockView) -> float:
     with stream.loaded(block, forward_only=False) as module:
         arguments = stream.arguments(block.index, 1)
         hidden_1TD = stream.hidden(slice(0, 1), block.dims.enters)
-        return best_time(lambda: module(hidden_1TD, **arguments), stream.device, _SECONDS, clock(stream.device))
+        return best_time(lambda: module(hidden_1TD, **arguments), stream.device, _SECONDS, work_seconds)
 
 
 @torch.inference_mode()
@@ -129,4 +130,4 @@ def _head_time(stream: Stream) -> float:
     with Ending(stream, torch.zeros(1, 2, dtype=torch.long)).loaded() as (norm, head):
         hidden_1D = stream.hidden(slice(0, 1), view.dims(view.blocks - 1).leaves)[0, :1]
         seconds = _SECONDS * _ROUNDS
-        return best_time(lambda: head(norm(hidden_1D)), stream.device, seconds, clock(stream.device))
+        return best_time(lambda: head(norm(hidden_1D)), stream.device, seconds, work_seconds)
